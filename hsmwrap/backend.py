@@ -1,0 +1,380 @@
+"""The backend contract: what a plug-in author reads first.
+
+A backend makes wrapping key pairs, turns encrypted key material into usable keys, uses them, and
+authenticates import tokens. It knows nothing of CMKs, policy or the API: :mod:`hsmwrap.imports`
+does. Two backends come with hsmwrap (``software``, ``pkcs11``); others are found by the entry
+point group ``hsmwrap.backends``, whose entries name a :class:`Backend` subclass.
+
+Rules that every implementation keeps, and that the conformance kit tests:
+
+* A call succeeds, or raises a :class:`hsmwrap.errors.HsmwrapError` and leaves nothing behind.
+* Whatever is wrong with a client's ciphertext is one error, ``InvalidKeyMaterial()``.
+* Every method may be called from any thread, and in a child after ``fork()``.
+* After :meth:`Backend.close` every method raises ``BackendClosed``; ``close`` itself may be
+  called again.
+* No secret in a repr, a log record or an exception.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, ClassVar, Self
+
+from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.errors import KeyNotFound
+
+CONTRACT_VERSION = 1
+"""Version of this contract. A plug-in declares the one that it was written for."""
+
+
+class Exposure(StrEnum):
+    """Where key material was in plaintext during an import.
+
+    IN_HSM: only inside the HSM. HOST: also, for a moment, in this process's memory.
+    """
+
+    IN_HSM = "in_hsm"
+    HOST = "host"
+
+
+class Custody(StrEnum):
+    """Where a key stays, in Alibaba's own two words.
+
+    HSM_INTERNAL: an object inside the backend; references name it.
+    HSM_ENCRYPTED_DATABASE: encrypted under a key-encryption key that never leaves the backend;
+    the caller keeps the blob.
+    """
+
+    HSM_INTERNAL = "HsmInternal"
+    HSM_ENCRYPTED_DATABASE = "HsmEncryptedDatabase"
+
+
+@dataclass(frozen=True, slots=True)
+class WrappingCapability:
+    """One pair of wrapping key spec and algorithm that a backend serves.
+
+    Attributes:
+        spec: The wrapping key spec.
+        algorithm: The wrapping algorithm.
+        exposure: Where imported material is in plaintext on this path.
+        custody: How the private wrapping key is kept while its import token is valid.
+        path: How it is done, for the operator (``C_UnwrapKey CKM_RSA_PKCS_OAEP``).
+    """
+
+    spec: WrappingKeySpec
+    algorithm: WrappingAlgorithm
+    exposure: Exposure
+    custody: Custody
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyCapability:
+    """One key spec that a backend can import; ``usable`` says whether it can also encrypt."""
+
+    key_spec: KeySpec
+    usable: bool
+    custody: Custody
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do, as found out by asking it, not by reading its brochure.
+
+    Attributes:
+        backend: Name of the backend, as in import tokens and key references.
+        protection_levels: Levels of the CMKs that this backend may serve.
+        wrapping: Pairs of wrapping key spec and algorithm that it serves.
+        keys: Key specs that it can import.
+        production: False for development engines and modes.
+        notes: Sentences for the operator: what is weaker here than it could be, and why.
+    """
+
+    backend: str
+    protection_levels: frozenset[ProtectionLevel]
+    wrapping: tuple[WrappingCapability, ...]
+    keys: tuple[KeyCapability, ...]
+    production: bool = True
+    notes: tuple[str, ...] = ()
+
+    def wrapping_for(
+        self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
+    ) -> WrappingCapability | None:
+        """The capability for this pair, or None."""
+        return next((w for w in self.wrapping if (w.spec, w.algorithm) == (spec, algorithm)), None)
+
+    def key_for(self, key_spec: KeySpec) -> KeyCapability | None:
+        """The capability for this key spec, or None."""
+        return next((k for k in self.keys if k.key_spec is key_spec), None)
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateKeyRef:
+    """A private wrapping key, as an import token carries it.
+
+    ``data`` is the wrapped private key (HSM_ENCRYPTED_DATABASE) or the id of a resident object
+    (HSM_INTERNAL), in a form that only its backend reads. It is not a secret by itself.
+    """
+
+    custody: Custody
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class WrappingKey:
+    """A fresh wrapping key pair.
+
+    Attributes:
+        spec: The wrapping key spec.
+        algorithm: The one algorithm that this pair may be used with.
+        public_key: DER SubjectPublicKeyInfo (RSA-2048: 294 bytes, SM2: 91 bytes).
+        private_key: Reference to the private key.
+    """
+
+    spec: WrappingKeySpec
+    algorithm: WrappingAlgorithm
+    public_key: bytes
+    private_key: PrivateKeyRef
+
+
+_REF_VERSION = 1
+_REF_HEAD = struct.Struct(">BBBB")
+# Codes on the wire: never reused, never renumbered.
+_REF_SPECS = (KeySpec.ALIYUN_AES_256, KeySpec.ALIYUN_SM4)
+_REF_CUSTODIES = (Custody.HSM_INTERNAL, Custody.HSM_ENCRYPTED_DATABASE)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRef:
+    """An imported key, as a KMS stores it: a sealed blob or the id of an object.
+
+    Holds no plaintext. ``to_bytes`` is what goes into a database row.
+    """
+
+    backend: str
+    key_spec: KeySpec
+    custody: Custody
+    data: bytes = field(repr=False)
+
+    def to_bytes(self) -> bytes:
+        """Serialise: version, key spec, custody, length of the backend's name, name, data."""
+        name = self.backend.encode("ascii")
+        head = _REF_HEAD.pack(
+            _REF_VERSION,
+            _REF_SPECS.index(self.key_spec),
+            _REF_CUSTODIES.index(self.custody),
+            len(name),
+        )
+        return head + name + self.data
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Self:
+        """Parse what :meth:`to_bytes` made.
+
+        Raises:
+            KeyNotFound: The bytes are no key reference of a known version.
+        """
+        try:
+            version, spec, custody, length = _REF_HEAD.unpack_from(raw)
+            end = _REF_HEAD.size + length
+            if version != _REF_VERSION or len(raw) < end:
+                raise KeyNotFound("not a key reference of a version known here")
+            name = raw[_REF_HEAD.size : end].decode("ascii")
+            return cls(name, _REF_SPECS[spec], _REF_CUSTODIES[custody], raw[end:])
+        except (struct.error, IndexError, UnicodeDecodeError):
+            raise KeyNotFound("not a key reference of a version known here") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedKey:
+    """The outcome of an import.
+
+    Attributes:
+        key: Reference for later use of the key.
+        check_value: Tells equal material from different material on a re-import; reveals nothing
+            else about it. The first byte names the method.
+        exposure: Where the material was in plaintext.
+    """
+
+    key: KeyRef
+    check_value: bytes
+    exposure: Exposure
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """A message authentication code under a seal key that lives in the backend.
+
+    Attributes:
+        key_id: Id of the seal key (ASCII, at most 32 characters); seal keys can be rotated.
+        tag: HMAC-SHA-256, 32 bytes.
+    """
+
+    key_id: str
+    tag: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReapReport:
+    """What :meth:`Backend.reap` removed.
+
+    Attributes:
+        examined: Resident wrapping keys looked at.
+        removed: Ids of the expired ones that were destroyed.
+        failed: Ids of the expired ones that could not be destroyed this time.
+    """
+
+    examined: int = 0
+    removed: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The state of a backend, answered without waiting for a lost HSM.
+
+    Attributes:
+        ready: Whether calls can succeed now.
+        detail: One sentence for the operator.
+        facts: Numbers and words for metrics (sessions in use, generation, breaker state).
+    """
+
+    ready: bool
+    detail: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Backend(ABC):
+    """A cryptographic backend. Subclass it, register the class as an entry point.
+
+    Class attributes:
+        contract_version: The :data:`CONTRACT_VERSION` that the plug-in was written for.
+    """
+
+    contract_version: ClassVar[int]
+
+    @classmethod
+    @abstractmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Open a backend from plain settings (strings, numbers, booleans, lists of them).
+
+        Raises:
+            ConfigurationError: A setting is unknown, missing or of the wrong kind.
+        """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Name in import tokens and key references (ASCII, at most 32 characters)."""
+
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """Report what this backend can do, as measured."""
+
+    @abstractmethod
+    def generate_wrapping_key(
+        self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm, *, expires_at: datetime
+    ) -> WrappingKey:
+        """Make a fresh wrapping key pair.
+
+        Args:
+            spec: The wrapping key spec.
+            algorithm: The one algorithm that the pair will be used with.
+            expires_at: Aware time after which a resident private key may be reaped.
+
+        Raises:
+            UnsupportedOperation: The pair is not among the capabilities.
+        """
+
+    def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:  # noqa: B027 (a default)
+        """Destroy a wrapping key that will not be used; a second call does nothing.
+
+        A backend whose wrapping keys are all sealed has nothing to do here.
+        """
+
+    @abstractmethod
+    def unwrap_material(
+        self,
+        private_key: PrivateKeyRef,
+        algorithm: WrappingAlgorithm,
+        encrypted_material: bytes,
+        *,
+        key_spec: KeySpec,
+        expected_check_value: bytes | None = None,
+        object_id: bytes | None = None,
+    ) -> ImportedKey:
+        """Turn encrypted key material into a usable key.
+
+        Args:
+            private_key: From the authenticated import token.
+            algorithm: From the authenticated import token.
+            encrypted_material: The client's ciphertext, raw bytes.
+            key_spec: What the material has to become; its length is exact.
+            expected_check_value: On a re-import, the check value of the material before.
+            object_id: 16 bytes that name the object where custody is HSM_INTERNAL, chosen by the
+                caller so that it can write down its intent first; made here when None.
+
+        Raises:
+            InvalidKeyMaterial: It did not become that key; says nothing more.
+            InvalidImportToken: The private key is not there (any more).
+        """
+
+    @abstractmethod
+    def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
+        """Encrypt under an imported key: version ‖ nonce (12) ‖ ciphertext ‖ tag (16), by GCM.
+
+        Raises:
+            KeyNotFound: The key is not there (any more).
+            UnsupportedOperation: The backend keeps such keys but cannot use them.
+        """
+
+    @abstractmethod
+    def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
+        """Decrypt what :meth:`encrypt` made.
+
+        Raises:
+            InvalidCiphertext: It does not decrypt under this key and additional data.
+            KeyNotFound: The key is not there (any more).
+            UnsupportedOperation: The backend keeps such keys but cannot use them.
+        """
+
+    @abstractmethod
+    def destroy_key(self, key: KeyRef) -> None:
+        """Destroy an imported key's object; nothing to do for a sealed blob or a second call."""
+
+    @abstractmethod
+    def seal(self, data: bytes) -> Seal:
+        """Authenticate ``data`` under the current seal key."""
+
+    @abstractmethod
+    def check_seal(self, data: bytes, seal: Seal) -> bool:
+        """Whether ``seal`` is right for ``data``, in constant time; False for unknown key ids."""
+
+    @abstractmethod
+    def reap(self, now: datetime) -> ReapReport:
+        """Destroy resident wrapping keys that expired before ``now``, whoever made them."""
+
+    @abstractmethod
+    def health(self) -> Health:
+        """Report the state without waiting for a lost HSM. Works after :meth:`close` as well."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for running calls, then free everything. Safe to call again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+MESSAGE_VERSION = 1
+"""First byte of what :meth:`Backend.encrypt` returns: AES-256-GCM or SM4-GCM, 12-byte nonce."""
+NONCE_LENGTH = 12
+TAG_LENGTH = 16

@@ -1,0 +1,188 @@
+"""The field's vocabulary in the API's own spelling, and the compatibility table as data.
+
+Source of the table: Alibaba Cloud KMS, "Import key material" and ``GetParametersForImport``
+(API 2016-01-20). Who may use which row is decided in :mod:`hsmwrap.policy`; nothing here decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Self
+
+from hsmwrap.errors import InvalidParameter, MissingParameter
+
+
+class _ApiEnum(StrEnum):
+    """An enum whose members are spelled as the API spells them."""
+
+    @classmethod
+    def api_name(cls) -> str:
+        """The API parameter that carries this enum."""
+        return cls.__name__
+
+    @classmethod
+    def parse(cls, value: str | None) -> Self:
+        """Return the member that the API's string names.
+
+        Raises:
+            MissingParameter: ``value`` is None or empty.
+            InvalidParameter: ``value`` names no member; the text lists those that exist.
+        """
+        if not value:
+            raise MissingParameter(cls.api_name())
+        try:
+            return cls(value)
+        except ValueError:
+            known = ", ".join(cls)
+            raise InvalidParameter(cls.api_name(), f"{value!r} is none of {known}") from None
+
+
+class WrappingKeySpec(_ApiEnum):
+    """The kind of key pair that key material is encrypted under."""
+
+    RSA_2048 = "RSA_2048"
+    EC_SM2 = "EC_SM2"
+
+    @classmethod
+    def _missing_(cls, value: object) -> WrappingKeySpec | None:
+        # Older SDKs and the product pages write SM2 for the same key pair.
+        return cls.EC_SM2 if value == "SM2" else None
+
+
+class WrappingAlgorithm(_ApiEnum):
+    """How key material is encrypted under the wrapping key.
+
+    OAEP: MGF1 with the same hash, empty label. SM2PKE: GB/T 32918.4.
+    """
+
+    RSAES_PKCS1_V1_5 = "RSAES_PKCS1_V1_5"
+    RSAES_OAEP_SHA_1 = "RSAES_OAEP_SHA_1"
+    RSAES_OAEP_SHA_256 = "RSAES_OAEP_SHA_256"
+    SM2PKE = "SM2PKE"
+
+
+class ProtectionLevel(_ApiEnum):
+    """Where a CMK's key material lives; it decides the backend."""
+
+    SOFTWARE = "SOFTWARE"
+    HSM = "HSM"
+
+
+class Origin(_ApiEnum):
+    """Who made a CMK's key material; only EXTERNAL is imported."""
+
+    ALIYUN_KMS = "Aliyun_KMS"
+    EXTERNAL = "EXTERNAL"
+
+
+class KeySpec(_ApiEnum):
+    """The kind of key that key material becomes."""
+
+    ALIYUN_AES_256 = "Aliyun_AES_256"
+    ALIYUN_SM4 = "Aliyun_SM4"
+
+    @property
+    def material_length(self) -> int:
+        """Length of the key material in bytes; no other length is ever accepted."""
+        return _MATERIAL_LENGTH[self]
+
+
+_MATERIAL_LENGTH: Mapping[KeySpec, int] = MappingProxyType(
+    {KeySpec.ALIYUN_AES_256: 32, KeySpec.ALIYUN_SM4: 16}
+)
+
+
+class ManagedHsm(StrEnum):
+    """Which certification the managed HSM of a region carries; NONE: no managed HSM there."""
+
+    SCA = "SCA"
+    FIPS = "FIPS"
+    NONE = "NONE"
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One row of the compatibility table: where a wrapping algorithm may be used.
+
+    Attributes:
+        spec: The wrapping key spec.
+        algorithm: The wrapping algorithm.
+        levels: Protection levels of the CMK that may use the row.
+        managed_hsm: Region classes whose HSM-level CMKs may use the row.
+        dedicated: True where a dedicated KMS instance offers the row as well.
+    """
+
+    spec: WrappingKeySpec
+    algorithm: WrappingAlgorithm
+    levels: frozenset[ProtectionLevel]
+    managed_hsm: frozenset[ManagedHsm]
+    dedicated: bool
+
+
+_BOTH = frozenset(ProtectionLevel)
+_ANY_HSM = frozenset({ManagedHsm.SCA, ManagedHsm.FIPS})
+
+COMPATIBILITY_TABLE: tuple[TableRow, ...] = (
+    TableRow(
+        WrappingKeySpec.RSA_2048,
+        WrappingAlgorithm.RSAES_PKCS1_V1_5,
+        levels=_BOTH,
+        managed_hsm=_ANY_HSM,
+        dedicated=True,
+    ),
+    TableRow(
+        WrappingKeySpec.RSA_2048,
+        WrappingAlgorithm.RSAES_OAEP_SHA_1,
+        levels=_BOTH,
+        managed_hsm=_ANY_HSM,
+        dedicated=False,
+    ),
+    TableRow(
+        WrappingKeySpec.RSA_2048,
+        WrappingAlgorithm.RSAES_OAEP_SHA_256,
+        levels=_BOTH,
+        managed_hsm=_ANY_HSM,
+        dedicated=True,
+    ),
+    # "Only for a CMK whose ProtectionLevel is HSM, and only with Managed HSM in the Chinese
+    # mainland." Dedicated KMS is not stated there; read as yes.
+    TableRow(
+        WrappingKeySpec.EC_SM2,
+        WrappingAlgorithm.SM2PKE,
+        levels=frozenset({ProtectionLevel.HSM}),
+        managed_hsm=frozenset({ManagedHsm.SCA}),
+        dedicated=True,
+    ),
+)
+
+REGIONS: Mapping[str, ManagedHsm] = MappingProxyType(
+    dict.fromkeys(
+        (
+            "cn-beijing",
+            "cn-zhangjiakou",
+            "cn-hangzhou",
+            "cn-shanghai",
+            "cn-shenzhen",
+            "cn-north-2-gov-1",
+            "cn-hangzhou-finance",
+            "cn-shanghai-finance-1",
+            "cn-shenzhen-finance-1",
+        ),
+        ManagedHsm.SCA,
+    )
+    | dict.fromkeys(
+        (
+            "cn-hongkong",
+            "ap-southeast-1",
+            "ap-southeast-2",
+            "ap-southeast-3",
+            "ap-southeast-5",
+            "us-east-1",
+        ),
+        ManagedHsm.FIPS,
+    )
+)
+"""Regions with a managed HSM, and its class. A region that is not listed has none."""

@@ -1,0 +1,399 @@
+"""The import service: issue parameters for import, import key material. The main job.
+
+Issue:  origin → policy → key pair from the backend that the protection level selects → token.
+Import: origin → token (authentic, of this CMK, for this backend, unexpired) → unwrap → key.
+
+A service is stateless and safe to share between threads and processes; what has to last (key
+references, check values, used token ids) is the caller's to store.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import secrets
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+from hsmwrap import policy, tokens
+from hsmwrap.backend import Backend, Exposure, ImportedKey, WrappingKey
+from hsmwrap.catalog import (
+    KeySpec,
+    Origin,
+    ProtectionLevel,
+    WrappingAlgorithm,
+    WrappingKeySpec,
+)
+from hsmwrap.errors import (
+    CombinationRefused,
+    ExpiredImportToken,
+    InvalidImportToken,
+    InvalidParameter,
+    UnsupportedOrigin,
+    UnsupportedProtectionLevel,
+)
+from hsmwrap.policy import Deployment
+
+TOKEN_LIFETIME = timedelta(hours=24)
+"""How long an import token is valid (Alibaba's rule)."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Cmk:
+    """What the service has to know of a CMK; the KMS keeps the rest.
+
+    Attributes:
+        key_id: The KMS's id of the CMK, at most 255 bytes of UTF-8.
+        key_spec: What its key material is.
+        protection_level: Where its key material lives.
+        origin: Only EXTERNAL takes imports.
+        check_value: Check value of the material imported before; None before the first import.
+            A re-import has to match it.
+    """
+
+    key_id: str
+    key_spec: KeySpec
+    protection_level: ProtectionLevel
+    origin: Origin = Origin.EXTERNAL
+    check_value: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ImportParameters:
+    """The answer of GetParametersForImport.
+
+    Attributes:
+        key_id: Id of the CMK.
+        spec: Wrapping key spec.
+        algorithm: Wrapping algorithm.
+        public_key: DER SubjectPublicKeyInfo of the wrapping key.
+        import_token: The import token, raw bytes.
+        expires_at: When the token expires; aware, whole seconds.
+    """
+
+    key_id: str
+    spec: WrappingKeySpec
+    algorithm: WrappingAlgorithm
+    public_key: bytes
+    import_token: bytes = field(repr=False)
+    expires_at: datetime
+
+    def to_api(self, request_id: str | None = None) -> dict[str, str]:
+        """The API's five fields: base64 for bytes, ``YYYY-MM-DDThh:mm:ssZ`` for the time."""
+        return {
+            "RequestId": request_id or str(uuid.uuid4()),
+            "KeyId": self.key_id,
+            "ImportToken": base64.b64encode(self.import_token).decode("ascii"),
+            "PublicKey": base64.b64encode(self.public_key).decode("ascii"),
+            "TokenExpireTime": self.expires_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ImportResult:
+    """The outcome of ImportKeyMaterial, for the KMS to store.
+
+    Attributes:
+        imported: Key reference, check value and exposure.
+        token_id: Id of the import token that was used (for the audit log).
+        expires_at: When the material is to be deleted; None: never.
+    """
+
+    imported: ImportedKey
+    token_id: bytes
+    expires_at: datetime | None
+
+
+class UsedTokens(Protocol):
+    """Where single-use deployments remember token ids; share it between processes."""
+
+    def claim(self, token_id: bytes, expires_at: datetime) -> bool:
+        """Mark the id as used, atomically; False if it was already."""
+
+    def release(self, token_id: bytes) -> None:
+        """Take a claim back after a failed import."""
+
+
+class KeySource(Protocol):
+    """Where wrapping keys come from: made inline, or ahead of time by a key-pair pool."""
+
+    def __call__(
+        self,
+        backend: Backend,
+        spec: WrappingKeySpec,
+        algorithm: WrappingAlgorithm,
+        expires_at: datetime,
+    ) -> WrappingKey:
+        """Return a pair that nobody else was or will be given."""
+
+
+def generate_inline(
+    backend: Backend, spec: WrappingKeySpec, algorithm: WrappingAlgorithm, expires_at: datetime
+) -> WrappingKey:
+    """The plain :class:`KeySource`: one key pair per call."""
+    return backend.generate_wrapping_key(spec, algorithm, expires_at=expires_at)
+
+
+class MemoryUsedTokens:
+    """:class:`UsedTokens` for one process; forgets ids once their token has expired."""
+
+    def __init__(self, clock: Callable[[], datetime] | None = None) -> None:
+        """Take the clock that says which tokens are over."""
+        self._clock = clock or _utc_now
+        self._lock = threading.Lock()
+        self._used: dict[bytes, datetime] = {}
+
+    def claim(self, token_id: bytes, expires_at: datetime) -> bool:
+        """Mark the id as used; False if it was already."""
+        with self._lock:
+            now = self._clock()
+            self._used = {t: e for t, e in self._used.items() if e > now}
+            if token_id in self._used:
+                return False
+            self._used[token_id] = expires_at
+            return True
+
+    def release(self, token_id: bytes) -> None:
+        """Take a claim back after a failed import."""
+        with self._lock:
+            self._used.pop(token_id, None)
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class ImportService:
+    """GetParametersForImport and ImportKeyMaterial over any backends."""
+
+    def __init__(
+        self,
+        backends: Mapping[ProtectionLevel, Backend],
+        deployment: Deployment,
+        *,
+        clock: Callable[[], datetime] = _utc_now,
+        token_lifetime: timedelta = TOKEN_LIFETIME,
+        required_exposure: Exposure | None = None,
+        used_tokens: UsedTokens | None = None,
+        key_source: KeySource = generate_inline,
+    ) -> None:
+        """Put the service together.
+
+        Args:
+            backends: The backend of each protection level. A backend that does not list the
+                level in its capabilities is refused here.
+            deployment: Where this runs, for the policy.
+            clock: Returns the current aware time.
+            token_lifetime: Validity of import tokens.
+            required_exposure: ``Exposure.IN_HSM`` refuses HSM-level combinations whose material
+                would pass through the host.
+            used_tokens: Makes import tokens single-use; None: reusable within their lifetime.
+            key_source: Where wrapping keys come from.
+
+        Raises:
+            UnsupportedProtectionLevel: A backend may not serve the level that it is given for.
+        """
+        for level, backend in backends.items():
+            _require_level(backend, level)
+        self._backends = dict(backends)
+        self._deployment = deployment
+        self._clock = clock
+        self._lifetime = token_lifetime
+        self._required_exposure = required_exposure
+        self._used_tokens = used_tokens
+        self._key_source = key_source
+
+    def get_parameters_for_import(
+        self,
+        cmk: Cmk,
+        wrapping_key_spec: WrappingKeySpec | str,
+        wrapping_algorithm: WrappingAlgorithm | str,
+    ) -> ImportParameters:
+        """Issue a fresh public wrapping key and an import token.
+
+        Raises:
+            MissingParameter, InvalidParameter: Spec or algorithm is missing or unknown.
+            UnsupportedOrigin: The CMK does not take imports.
+            UnsupportedProtectionLevel: No HSM in this region, or no backend for this level.
+            CombinationRefused: The compatibility table, the backend's capabilities or the
+                required exposure refuse the combination. Nothing was generated.
+            ServiceUnavailable: The backend is away for now.
+        """
+        spec = WrappingKeySpec.parse(wrapping_key_spec)
+        algorithm = WrappingAlgorithm.parse(wrapping_algorithm)
+        _require_external(cmk)
+        verdict = policy.check(spec, algorithm, cmk.protection_level, self._deployment)
+        if not verdict.allowed:
+            raise verdict.error()
+        backend = self._backend_of(cmk)
+        self._require_capability(backend, cmk, spec, algorithm)
+        return self._issue(backend, cmk, spec, algorithm)
+
+    def import_key_material(
+        self,
+        cmk: Cmk,
+        encrypted_key_material: bytes,
+        import_token: bytes,
+        key_material_expire: datetime | None = None,
+        *,
+        object_id: bytes | None = None,
+    ) -> ImportResult:
+        """Make key material that a client encrypted into a usable key.
+
+        Args:
+            cmk: The CMK; its ``check_value`` makes this a re-import.
+            encrypted_key_material: The client's ciphertext, raw bytes.
+            import_token: The import token, raw bytes.
+            key_material_expire: Aware time of deletion; None: never.
+            object_id: See :meth:`Backend.unwrap_material`.
+
+        Raises:
+            UnsupportedOrigin: The CMK does not take imports.
+            InvalidParameter: The expiry is not in the future.
+            InvalidImportToken: Changed, of another CMK or backend, or used up.
+            ExpiredImportToken: Authentic, but too old.
+            InvalidKeyMaterial: The ciphertext did not become the key; never says why.
+            ServiceUnavailable: The backend is away for now.
+        """
+        _require_external(cmk)
+        if key_material_expire is not None and key_material_expire <= self._clock():
+            raise InvalidParameter("KeyMaterialExpireUnix", "is in the past; 0 means never")
+        backend = self._backend_of(cmk)
+        claims = self._open_token(backend, cmk, import_token)
+        with _SingleUse(self._used_tokens, claims):
+            imported = backend.unwrap_material(
+                claims.private_key,
+                claims.algorithm,
+                encrypted_key_material,
+                key_spec=cmk.key_spec,
+                expected_check_value=cmk.check_value,
+                object_id=object_id,
+            )
+        _log_event("imported key material", cmk, backend, claims.token_id, imported.exposure)
+        return ImportResult(imported, claims.token_id, key_material_expire)
+
+    def _backend_of(self, cmk: Cmk) -> Backend:
+        backend = self._backends.get(cmk.protection_level)
+        if backend is None:
+            raise UnsupportedProtectionLevel(
+                "no-backend", f"no backend is configured for level {cmk.protection_level}"
+            )
+        return backend
+
+    def _require_capability(
+        self, backend: Backend, cmk: Cmk, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
+    ) -> None:
+        capabilities = backend.capabilities()
+        wrapping = capabilities.wrapping_for(spec, algorithm)
+        if wrapping is None or capabilities.key_for(cmk.key_spec) is None:
+            raise CombinationRefused(
+                "WrappingAlgorithm",
+                "backend-capability",
+                f"backend {backend.name} does not serve {algorithm} for {cmk.key_spec}",
+            )
+        demanded = self._required_exposure if cmk.protection_level is ProtectionLevel.HSM else None
+        if demanded is Exposure.IN_HSM and wrapping.exposure is not Exposure.IN_HSM:
+            raise CombinationRefused(
+                "WrappingAlgorithm",
+                "exposure",
+                f"on backend {backend.name}, material under {algorithm} would pass through the "
+                "host, and the configuration demands in_hsm",
+            )
+
+    def _issue(
+        self, backend: Backend, cmk: Cmk, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
+    ) -> ImportParameters:
+        expires_at = (self._clock() + self._lifetime).replace(microsecond=0)
+        key = self._key_source(backend, spec, algorithm, expires_at)
+        try:
+            claims = _claims(cmk, backend.name, key, expires_at)
+            token = tokens.encode(claims, backend.seal)
+        except BaseException:
+            backend.discard_wrapping_key(key.private_key)
+            raise
+        _log_event("issued parameters for import", cmk, backend, claims.token_id)
+        return ImportParameters(cmk.key_id, spec, algorithm, key.public_key, token, expires_at)
+
+    def _open_token(
+        self, backend: Backend, cmk: Cmk, import_token: bytes
+    ) -> tokens.ImportTokenClaims:
+        claims = tokens.decode(import_token, backend.check_seal)
+        if claims.cmk_id != cmk.key_id:
+            raise InvalidImportToken("the import token belongs to another CMK")
+        if (claims.backend, claims.protection_level) != (backend.name, cmk.protection_level):
+            raise InvalidImportToken("the import token belongs to another backend")
+        if claims.expires_at <= self._clock():
+            raise ExpiredImportToken(
+                f"the import token expired at {claims.expires_at:%Y-%m-%dT%H:%M:%SZ}; "
+                "call GetParametersForImport again"
+            )
+        return claims
+
+
+class _SingleUse:
+    """Claims a token id for the length of an import; a failed import gives it back."""
+
+    def __init__(self, used: UsedTokens | None, claims: tokens.ImportTokenClaims) -> None:
+        self._used = used
+        self._claims = claims
+
+    def __enter__(self) -> None:
+        if self._used and not self._used.claim(self._claims.token_id, self._claims.expires_at):
+            raise InvalidImportToken("the import token was used before, and is single-use here")
+
+    def __exit__(self, exc_type: object, *_exc: object) -> None:
+        if self._used and exc_type is not None:
+            self._used.release(self._claims.token_id)
+
+
+def _require_external(cmk: Cmk) -> None:
+    if cmk.origin is not Origin.EXTERNAL:
+        raise UnsupportedOrigin(
+            f"CMK {cmk.key_id} has origin {cmk.origin}; only EXTERNAL takes imported material"
+        )
+
+
+def _require_level(backend: Backend, level: ProtectionLevel) -> None:
+    served = backend.capabilities().protection_levels
+    if level not in served:
+        listed = ", ".join(sorted(served))
+        raise UnsupportedProtectionLevel(
+            "backend-level", f"backend {backend.name} serves {listed}, not {level}"
+        )
+
+
+def _claims(
+    cmk: Cmk, backend: str, key: WrappingKey, expires_at: datetime
+) -> tokens.ImportTokenClaims:
+    return tokens.ImportTokenClaims(
+        token_id=secrets.token_bytes(tokens.TOKEN_ID_LENGTH),
+        cmk_id=cmk.key_id,
+        spec=key.spec,
+        algorithm=key.algorithm,
+        protection_level=cmk.protection_level,
+        backend=backend,
+        public_key_sha256=hashlib.sha256(key.public_key).digest(),
+        expires_at=expires_at,
+        private_key=key.private_key,
+    )
+
+
+def _log_event(
+    event: str, cmk: Cmk, backend: Backend, token_id: bytes, exposure: Exposure | None = None
+) -> None:
+    _log.info(
+        event,
+        extra={
+            "cmk_id": cmk.key_id,
+            "backend": backend.name,
+            "token_id": token_id.hex(),
+            "exposure": exposure,
+        },
+    )

@@ -1,0 +1,189 @@
+"""Import tokens: stateless, authenticated, readable by any node on the same backend.
+
+Layout, all integers big-endian::
+
+    version (1) | seal key id: length (1), ASCII | body | HMAC-SHA-256 (32)
+
+    body: token id (16) | expiry, Unix seconds (8) | spec (1) | algorithm (1) | level (1) |
+          custody (1) | SHA-256 of the public key (32) |
+          CMK id: length (1), UTF-8 | backend: length (1), ASCII |
+          private key reference: length (2), bytes
+
+The MAC covers version and body under a key that lives in the backend; the seal key's id selects
+the key. There is exactly one encoding of given claims, and decoding accepts no other.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from hsmwrap.backend import Custody, PrivateKeyRef, Seal
+from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.errors import InvalidImportToken
+
+TOKEN_VERSION = 1
+TOKEN_ID_LENGTH = 16
+MAX_TOKEN_LENGTH = 4096
+"""Longest token accepted, in bytes; a sealed RSA-2048 private key makes about 1,400."""
+
+_TAG_LENGTH = 32
+_HEAD = struct.Struct(">BB")
+_FIXED = struct.Struct(f">{TOKEN_ID_LENGTH}sQBBBB32s")
+_LENGTH1 = struct.Struct(">B")
+_LENGTH2 = struct.Struct(">H")
+
+# Codes on the wire: never reused, never renumbered.
+_SPECS = (WrappingKeySpec.RSA_2048, WrappingKeySpec.EC_SM2)
+_ALGORITHMS = (
+    WrappingAlgorithm.RSAES_PKCS1_V1_5,
+    WrappingAlgorithm.RSAES_OAEP_SHA_1,
+    WrappingAlgorithm.RSAES_OAEP_SHA_256,
+    WrappingAlgorithm.SM2PKE,
+)
+_LEVELS = (ProtectionLevel.SOFTWARE, ProtectionLevel.HSM)
+_CUSTODIES = (Custody.HSM_INTERNAL, Custody.HSM_ENCRYPTED_DATABASE)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class ImportTokenClaims:
+    """What an import token says.
+
+    Attributes:
+        token_id: 16 random bytes, the token's name in logs and for single use.
+        cmk_id: Id of the CMK that the token was issued for.
+        spec: Wrapping key spec.
+        algorithm: Wrapping algorithm.
+        protection_level: Protection level of the CMK.
+        backend: Name of the backend that holds the private key.
+        public_key_sha256: SHA-256 of the public key's DER SubjectPublicKeyInfo.
+        expires_at: Aware time, whole seconds.
+        private_key: The wrapped private key, or the id of a resident one.
+    """
+
+    token_id: bytes
+    cmk_id: str
+    spec: WrappingKeySpec
+    algorithm: WrappingAlgorithm
+    protection_level: ProtectionLevel
+    backend: str
+    public_key_sha256: bytes
+    expires_at: datetime
+    private_key: PrivateKeyRef = field(repr=False)
+
+
+def encode(claims: ImportTokenClaims, seal: Callable[[bytes], Seal]) -> bytes:
+    """Serialise and authenticate ``claims``; ``seal`` is the backend's.
+
+    Raises:
+        ValueError: A claim does not fit its field (CMK id over 255 bytes, for example).
+    """
+    body = _encode_body(claims)
+    tag = seal(_sealed_bytes(body))
+    key_id = tag.key_id.encode("ascii")
+    token = _HEAD.pack(TOKEN_VERSION, len(key_id)) + key_id + body + tag.tag
+    if len(token) > MAX_TOKEN_LENGTH:
+        raise ValueError(f"an import token of {len(token)} bytes exceeds {MAX_TOKEN_LENGTH}")
+    return token
+
+
+def decode(token: bytes, check_seal: Callable[[bytes, Seal], bool]) -> ImportTokenClaims:
+    """Authenticate ``token`` with the backend's ``check_seal``, then read its claims.
+
+    Nothing of the body is looked at before the MAC is right. Expiry is not checked here.
+
+    Raises:
+        InvalidImportToken: Not a token of a known version, or not authentic.
+    """
+    try:
+        body, seal = _open_envelope(token)
+    except (struct.error, UnicodeDecodeError):
+        raise InvalidImportToken("the import token is cut short or damaged") from None
+    if not check_seal(_sealed_bytes(body), seal):
+        raise InvalidImportToken("the import token was not issued here, or was changed")
+    return _decode_body(body)
+
+
+def _sealed_bytes(body: bytes) -> bytes:
+    # The context keeps a token's MAC from meaning anything to another use of the seal key.
+    return b"hsmwrap import token" + _LENGTH1.pack(TOKEN_VERSION) + body
+
+
+def _open_envelope(token: bytes) -> tuple[bytes, Seal]:
+    if len(token) > MAX_TOKEN_LENGTH:
+        raise InvalidImportToken(f"an import token has at most {MAX_TOKEN_LENGTH} bytes")
+    version, id_length = _HEAD.unpack_from(token)
+    if version != TOKEN_VERSION:
+        raise InvalidImportToken(f"import token version {version} is not known here")
+    start, end = _HEAD.size + id_length, len(token) - _TAG_LENGTH
+    if end < start:
+        raise InvalidImportToken("the import token is cut short")
+    return token[start:end], Seal(token[_HEAD.size : start].decode("ascii"), token[end:])
+
+
+def _encode_body(claims: ImportTokenClaims) -> bytes:
+    try:
+        fixed = _FIXED.pack(
+            claims.token_id,
+            int(claims.expires_at.timestamp()),
+            _SPECS.index(claims.spec),
+            _ALGORITHMS.index(claims.algorithm),
+            _LEVELS.index(claims.protection_level),
+            _CUSTODIES.index(claims.private_key.custody),
+            claims.public_key_sha256,
+        )
+        return (
+            fixed
+            + _prefixed(_LENGTH1, claims.cmk_id.encode())
+            + _prefixed(_LENGTH1, claims.backend.encode("ascii"))
+            + _prefixed(_LENGTH2, claims.private_key.data)
+        )
+    except struct.error as error:
+        raise ValueError(f"a claim does not fit the import token: {error}") from None
+
+
+def _decode_body(body: bytes) -> ImportTokenClaims:
+    # An authentic body that does not parse was made by a newer or broken hsmwrap: same answer.
+    try:
+        token_id, expiry, spec, algorithm, level, custody, digest = _FIXED.unpack_from(body)
+        cmk_id, at = _take(_LENGTH1, body, _FIXED.size)
+        backend, at = _take(_LENGTH1, body, at)
+        private_key, at = _take(_LENGTH2, body, at)
+        if at != len(body):
+            raise InvalidImportToken("the import token has bytes left over")
+        return ImportTokenClaims(
+            token_id=token_id,
+            cmk_id=cmk_id.decode(),
+            spec=_member(_SPECS, spec),
+            algorithm=_member(_ALGORITHMS, algorithm),
+            protection_level=_member(_LEVELS, level),
+            backend=backend.decode("ascii"),
+            public_key_sha256=digest,
+            expires_at=datetime.fromtimestamp(expiry, UTC),
+            private_key=PrivateKeyRef(_member(_CUSTODIES, custody), private_key),
+        )
+    except (struct.error, ValueError, OverflowError, OSError):
+        raise InvalidImportToken("the import token does not parse") from None
+
+
+def _prefixed(length: struct.Struct, data: bytes) -> bytes:
+    return length.pack(len(data)) + data
+
+
+def _take(length: struct.Struct, body: bytes, at: int) -> tuple[bytes, int]:
+    start = at + length.size
+    end = start + length.unpack_from(body, at)[0]
+    if end > len(body):
+        raise ValueError("field runs past the end")
+    return body[start:end], end
+
+
+def _member(members: Sequence[_T], code: int) -> _T:
+    if code >= len(members):
+        raise ValueError("unknown code")
+    return members[code]
