@@ -1,0 +1,372 @@
+"""The PKCS#11 backend: the contract over one HSM token."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, ClassVar, Self
+
+from pkcs11 import GCMParams
+from pkcs11.mechanisms import Mechanism
+
+from hsmwrap import backend as contract
+from hsmwrap.backend import (
+    Backend,
+    Capabilities,
+    Custody,
+    Exposure,
+    Health,
+    ImportedKey,
+    KeyRef,
+    PrivateKeyRef,
+    ReapReport,
+    Seal,
+    WrappingKey,
+)
+from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.errors import (
+    InvalidCiphertext,
+    InvalidKeyMaterial,
+    UnsupportedOperation,
+)
+from hsmwrap.pkcs11 import admin, report, rsa, sm2
+from hsmwrap.pkcs11.clientfault import blame
+from hsmwrap.pkcs11.connection import Connection, destroy_by_id
+from hsmwrap.pkcs11.custody import WrappingKeyStore, new_object_id, parse_ref
+from hsmwrap.pkcs11.keys import KeySetInfo, KeySets, Role, is_trusted
+from hsmwrap.pkcs11.material import MaterialStore, Unwrap, create_from
+from hsmwrap.pkcs11.pin import PinFile
+from hsmwrap.pkcs11.pool import PooledSession
+from hsmwrap.pkcs11.probe import TokenFeatures, probe
+from hsmwrap.pkcs11.profiles import profile
+from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.sm2 import parse
+
+_MESSAGE_HEAD = 1 + contract.NONCE_LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """What is known of the HSM token once it has been probed."""
+
+    features: TokenFeatures
+    trusted: bool
+    wrapping: WrappingKeyStore
+    material: MaterialStore
+    capabilities: Capabilities
+
+
+class Pkcs11Backend(Backend):
+    """CMKs of protection level HSM, on one HSM token."""
+
+    contract_version: ClassVar[int] = 1
+
+    def __init__(self, settings: Pkcs11Settings) -> None:
+        """Connect to the HSM token; see :class:`Connection` for the errors."""
+        self._settings = settings
+        self._vendor = profile(settings.profile)
+        self._keys = KeySets(settings.key_prefix)
+        self._probed: _Token | None = None
+        self._connection = Connection(settings)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Open from plain settings: see :data:`hsmwrap.pkcs11.settings.SETTINGS`.
+
+        Raises:
+            ConfigurationError, TokenSelectionError, PinError, HsmUnavailable
+        """
+        return cls(Pkcs11Settings.from_mapping(settings))
+
+    @staticmethod
+    def initialise_keys(
+        settings: Mapping[str, Any], *, so_pin_file: str | os.PathLike[str] | None = None
+    ) -> KeySetInfo:
+        """Make the backend's own keys in a fresh HSM token; see :func:`admin.initialise`."""
+        so_pin = None if so_pin_file is None else PinFile(os.fspath(so_pin_file))
+        return admin.initialise(Pkcs11Settings.from_mapping(settings), so_pin)
+
+    def __repr__(self) -> str:
+        return f"<Pkcs11Backend {self.name} {self._connection!r}>"
+
+    @property
+    def name(self) -> str:
+        """Name in import tokens and key references."""
+        return self._settings.name
+
+    def capabilities(self) -> Capabilities:
+        """Report what the HSM token can do, as probed once."""
+        return self._token().capabilities
+
+    # --- wrapping keys -----------------------------------------------------------------------
+
+    def generate_wrapping_key(
+        self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm, *, expires_at: datetime
+    ) -> WrappingKey:
+        """Generate a pair in the HSM token; the private key is sealed, or stays there."""
+        token = self._token()
+        capability = token.capabilities.wrapping_for(spec, algorithm)
+        if capability is None:
+            raise UnsupportedOperation(f"the HSM token does not serve {algorithm} with {spec}")
+        role = self._role(algorithm, token.features)
+        make = self._seal_pair if _is_sealed(capability) else self._keep_pair
+        public_key, private_key = make(token, spec, role, expires_at)
+        return WrappingKey(spec, algorithm, public_key, private_key)
+
+    def _seal_pair(
+        self, token: _Token, spec: WrappingKeySpec, role: Role, _expires_at: datetime
+    ) -> tuple[bytes, PrivateKeyRef]:
+        def operation(pooled: PooledSession) -> tuple[bytes, PrivateKeyRef]:
+            number = self._keys.current(pooled)
+            template = token.wrapping.sealing_template(role, trusted=token.trusted)
+            public, private = self._generate(pooled, spec, template)
+            try:
+                der = _public_key_der(spec, public)
+                return der, token.wrapping.seal(pooled, role, private, number)
+            finally:
+                private.destroy()
+                public.destroy()
+
+        return self._connection.run(operation, retry=False)
+
+    def _keep_pair(
+        self, token: _Token, spec: WrappingKeySpec, role: Role, expires_at: datetime
+    ) -> tuple[bytes, PrivateKeyRef]:
+        object_id = new_object_id()
+        template = token.wrapping.resident_template(role, object_id, expires_at)
+
+        def operation(pooled: PooledSession) -> bytes:
+            public, _private = self._generate(pooled, spec, template)
+            try:
+                return _public_key_der(spec, public)
+            finally:
+                public.destroy()
+
+        der = self._connection.run(operation, retry=False, leaves=object_id)
+        return der, token.wrapping.resident(role, object_id)
+
+    def _generate(
+        self, pooled: PooledSession, spec: WrappingKeySpec, template: dict[Any, Any]
+    ) -> tuple[Any, Any]:
+        if spec is WrappingKeySpec.RSA_2048:
+            return rsa.generate(pooled.session, template)
+        return sm2.generate(pooled.session, template, self._vendor)
+
+    def _role(self, algorithm: WrappingAlgorithm, features: TokenFeatures) -> Role:
+        path = rsa.path_of(algorithm, features)
+        return path.role if path else Role.WRAPPING_DERIVE
+
+    def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:
+        """Destroy a resident wrapping key; nothing to do for a sealed one."""
+        if private_key.custody is Custody.HSM_INTERNAL:
+            object_id = parse_ref(private_key)[2]
+            self._connection.run(lambda pooled: destroy_by_id(pooled, object_id))
+
+    # --- import ------------------------------------------------------------------------------
+
+    def unwrap_material(
+        self,
+        private_key: PrivateKeyRef,
+        algorithm: WrappingAlgorithm,
+        encrypted_material: bytes,
+        *,
+        key_spec: KeySpec,
+        expected_check_value: bytes | None = None,
+        object_id: bytes | None = None,
+    ) -> ImportedKey:
+        """Unwrap inside the HSM token where it can, else through the host."""
+        token = self._token()
+        object_id = object_id or new_object_id()
+        internal = token.material.custody is Custody.HSM_INTERNAL
+
+        def operation(pooled: PooledSession) -> ImportedKey:
+            with token.wrapping.fetched(pooled, private_key) as (role, private):
+                unwrap, exposure = self._unwrapper(
+                    pooled, role, private, algorithm, encrypted_material, key_spec=key_spec
+                )
+                key, check = token.material.make(
+                    pooled, unwrap, key_spec, expected_check_value, object_id
+                )
+            return ImportedKey(key, check, exposure)
+
+        return self._connection.run(operation, leaves=object_id if internal else None)
+
+    def _unwrapper(
+        self,
+        pooled: PooledSession,
+        role: Role,
+        private: Any,
+        algorithm: WrappingAlgorithm,
+        ciphertext: bytes,
+        *,
+        key_spec: KeySpec,
+    ) -> tuple[Unwrap, Exposure]:
+        if role is Role.WRAPPING_UNWRAP:
+            return (
+                lambda template: rsa.unwrap(private, algorithm, ciphertext, template),
+                Exposure.IN_HSM,
+            )
+        material = self._decrypted(role, private, algorithm, ciphertext, key_spec)
+        if len(material) != key_spec.material_length:
+            raise InvalidKeyMaterial
+        return create_from(pooled.session, material), Exposure.HOST
+
+    def _decrypted(
+        self,
+        role: Role,
+        private: Any,
+        algorithm: WrappingAlgorithm,
+        ciphertext: bytes,
+        key_spec: KeySpec,
+    ) -> bytes:
+        if role is Role.WRAPPING_DERIVE:
+            layouts = self._settings.sm2_layouts
+            parsed = parse(ciphertext, key_spec.material_length, layouts)
+            return sm2.decrypt(private, parsed, self._vendor)
+        native = algorithm in self._token().features.decrypts
+        return rsa.decrypt(private, algorithm, ciphertext, native=native)
+
+    # --- use ---------------------------------------------------------------------------------
+
+    def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
+        """Encrypt inside the HSM token by AES-256-GCM with a random nonce."""
+        nonce = secrets.token_bytes(contract.NONCE_LENGTH)
+
+        def operation(obj: Any) -> bytes:
+            return bytes(
+                obj.encrypt(
+                    plaintext,
+                    mechanism=Mechanism.AES_GCM,
+                    mechanism_param=_gcm(nonce, additional_data),
+                )
+            )
+
+        return bytes([contract.MESSAGE_VERSION]) + nonce + self._use(key, operation)
+
+    def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
+        """Decrypt inside the HSM token."""
+        shortest = _MESSAGE_HEAD + contract.TAG_LENGTH
+        if len(ciphertext) < shortest or ciphertext[0] != contract.MESSAGE_VERSION:
+            raise InvalidCiphertext
+        nonce, sealed = ciphertext[1:_MESSAGE_HEAD], ciphertext[_MESSAGE_HEAD:]
+
+        def operation(obj: Any) -> bytes:
+            with blame(InvalidCiphertext):
+                return bytes(
+                    obj.decrypt(
+                        sealed,
+                        mechanism=Mechanism.AES_GCM,
+                        mechanism_param=_gcm(nonce, additional_data),
+                    )
+                )
+
+        return self._use(key, operation)
+
+    def _use(self, key: KeyRef, operation: Callable[[Any], bytes]) -> bytes:
+        token = self._token()
+        capability = token.capabilities.key_for(key.key_spec)
+        if capability is None or not capability.usable:
+            raise UnsupportedOperation(
+                f"this HSM token keeps {key.key_spec} keys but cannot encrypt with them"
+            )
+
+        def in_session(pooled: PooledSession) -> bytes:
+            with token.material.opened(pooled, key) as obj:
+                return operation(obj)
+
+        return self._connection.run(in_session)
+
+    def destroy_key(self, key: KeyRef) -> None:
+        """Destroy an imported key's object; nothing to do for a sealed blob."""
+        material = self._token().material
+        self._connection.run(lambda pooled: material.destroy(pooled, key))
+
+    # --- import tokens -----------------------------------------------------------------------
+
+    def seal(self, data: bytes) -> Seal:
+        """SHA256-HMAC inside the HSM token, under the current key set's seal key."""
+
+        def operation(pooled: PooledSession) -> Seal:
+            number = self._keys.current(pooled)
+            return Seal(str(number), self._tag(pooled, number, data))
+
+        return self._connection.run(operation)
+
+    def check_seal(self, data: bytes, seal: Seal) -> bool:
+        """Compute the tag again, inside the HSM token, and compare."""
+        self._connection.require_open()
+        if not seal.key_id.isascii() or not seal.key_id.isdecimal():
+            return False
+        number = int(seal.key_id)
+        if str(number) != seal.key_id:
+            return False
+
+        def operation(pooled: PooledSession) -> bool:
+            if self._keys.find(pooled, Role.SEAL, number) is None:
+                return False
+            return hmac.compare_digest(self._tag(pooled, number, data), seal.tag)
+
+        return self._connection.run(operation)
+
+    def _tag(self, pooled: PooledSession, number: int, data: bytes) -> bytes:
+        key = self._keys.find(pooled, Role.SEAL, number)
+        return bytes(key.sign(data, mechanism=Mechanism.SHA256_HMAC))
+
+    # --- upkeep ------------------------------------------------------------------------------
+
+    def reap(self, now: datetime) -> ReapReport:
+        """Destroy expired resident wrapping keys of all processes, and our own leftovers."""
+        self._connection.destroy_orphans()
+        wrapping = self._token().wrapping
+        return self._connection.run(lambda pooled: wrapping.reap(pooled, now))
+
+    def health(self) -> Health:
+        """State of the connection; never waits for the HSM."""
+        return Health(*self._connection.health())
+
+    def close(self) -> None:
+        """Wait for running calls, then close every session."""
+        self._connection.close()
+
+    # --- the probe ---------------------------------------------------------------------------
+
+    def _token(self) -> _Token:
+        self._connection.require_open()
+        # Two threads may both probe; both find the same.
+        if self._probed is None:
+            self._probed = self._connection.run(self._probe, retry=False)
+        return self._probed
+
+    def _probe(self, pooled: PooledSession) -> _Token:
+        number = self._keys.current(pooled)
+        kek = self._keys.find(pooled, Role.WRAPPING_UNWRAP, number)
+        features, trusted = probe(pooled.session), is_trusted(kek)
+        custody = report.material_custody(self._settings, features)
+        prefix = self._settings.key_prefix
+        return _Token(
+            features=features,
+            trusted=trusted,
+            wrapping=WrappingKeyStore(self._keys, prefix, features.unwrap_template),
+            material=MaterialStore(self.name, self._keys, prefix, custody, features),
+            capabilities=report.capabilities(
+                self._settings, features, self._vendor, trusted=trusted
+            ),
+        )
+
+
+def _is_sealed(capability: contract.WrappingCapability) -> bool:
+    return capability.custody is Custody.HSM_ENCRYPTED_DATABASE
+
+
+def _public_key_der(spec: WrappingKeySpec, public: Any) -> bytes:
+    if spec is WrappingKeySpec.RSA_2048:
+        return rsa.public_key_der(public)
+    return sm2.public_key_der(public)
+
+
+def _gcm(nonce: bytes, additional_data: bytes) -> GCMParams:
+    return GCMParams(nonce, additional_data, contract.TAG_LENGTH * 8)

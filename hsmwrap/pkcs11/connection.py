@@ -1,0 +1,441 @@
+"""A connection to one HSM token: login, sessions, and recovery by return code.
+
+Everything that touches the HSM token goes through :meth:`Connection.run`, which lends a session
+to a function, and mends what :mod:`hsmwrap.pkcs11.returncodes` says can be mended: once, without
+retrying what must not be retried.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+from pkcs11.constants import Attribute, TokenFlag
+from pkcs11.exceptions import PKCS11Error, TokenNotPresent, TokenNotRecognised
+from pkcs11.types import Session, Token
+
+from hsmwrap.errors import HsmError, HsmUnavailable, HsmwrapError, PinError, TokenSelectionError
+from hsmwrap.gate import Gate
+from hsmwrap.pkcs11.breaker import Breaker
+from hsmwrap.pkcs11.host import ModuleHost
+from hsmwrap.pkcs11.module import Module
+from hsmwrap.pkcs11.pool import (
+    PooledSession,
+    SessionPool,
+    StalePool,
+    close_quietly,
+    open_worker_session,
+)
+from hsmwrap.pkcs11.returncodes import CKR, CryptokiError, Recovery, Remedy, code_name, recovery_of
+from hsmwrap.pkcs11.selection import TokenDescription, TokenSelector, select
+from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.pkcs11.templates import HsmAttributeMapper
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class _Live:
+    """What a connection holds in one generation of the module."""
+
+    generation: int
+    token: Token
+    login_session: Session
+    pool: SessionPool
+    logins: int = 1
+
+
+@dataclass(slots=True)
+class _Failure(Exception):
+    """An attempt that ended with a return code, and the state that it had seen."""
+
+    error: PKCS11Error
+    generation: int
+    logins: int
+    recovery: Recovery | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.recovery = recovery_of(self.error)
+
+    def public(self) -> HsmwrapError:
+        """The typed error for the caller."""
+        name = code_name(self.error)
+        if self.recovery is None:
+            return HsmError(f"the HSM answered {name}")
+        return self.recovery.error(f"the HSM answered {name}")
+
+
+class Connection:
+    """One HSM token, shared by all threads of a backend."""
+
+    def __init__(self, settings: Pkcs11Settings) -> None:
+        """Load the module and log in; with ``settings.lazy`` at the first call instead.
+
+        Raises:
+            ConfigurationError: The module cannot be loaded.
+            TokenSelectionError: Not exactly one HSM token matches.
+            PinError: The PIN is refused, or the next wrong one may lock the HSM token.
+            HsmUnavailable: The HSM is away.
+        """
+        self.recoveries: Counter[str] = Counter()
+        self._settings = settings
+        self._gate = Gate("PKCS#11 backend")
+        self._breaker = Breaker(settings.initial_backoff, settings.max_backoff)
+        self._mapper = HsmAttributeMapper()
+        self._live: _Live | None = None
+        self._was_live = settings.lazy
+        self._stopped: PinError | None = None
+        self._orphans: set[bytes] = set()
+        self._released = False
+        self._lock = threading.Lock()
+        self._host = ModuleHost.acquire(settings.module, settings.library_parameters)
+        _CONNECTIONS.add(self)
+        if not settings.lazy:
+            self._open_now()
+
+    def __repr__(self) -> str:
+        live = self._live
+        return (
+            f"<Connection {self._settings.module} generation={self._host.generation} "
+            f"breaker={self._breaker.state} pool={live.pool if live else None}>"
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._gate.closed
+
+    def require_open(self) -> None:
+        """Raise ``BackendClosed`` after :meth:`close`."""
+        with self._gate.enter():
+            pass
+
+    @property
+    def generation(self) -> int:
+        """Number of the module's present life; handles of another one mean nothing."""
+        return self._host.generation
+
+    def run(
+        self,
+        operation: Callable[[PooledSession], _T],
+        *,
+        retry: bool = True,
+        leaves: bytes | None = None,
+    ) -> _T:
+        """Lend a session to ``operation`` and recover from what can be recovered from.
+
+        Args:
+            operation: Gets a session for itself; may raise ``PKCS11Error`` or typed errors. Its
+                session is closed, with all its session objects, if it raises anything.
+            retry: Whether it may run again after a recovery. False for key generation.
+            leaves: Id (CKA_ID) of a token object that a failed ``operation`` may have left
+                behind; it is destroyed before a retry and before the error is raised.
+
+        Raises:
+            BackendClosed, PoolTimeout, HsmUnavailable, HsmResourceExhausted, PinError, HsmError
+        """
+        with self._gate.enter():
+            try:
+                return self._run(operation, retry=retry, leaves=leaves)
+            except BaseException:
+                if leaves is not None:
+                    self._clear_up(leaves)
+                raise
+
+    def health(self) -> tuple[bool, str, dict[str, Any]]:
+        """Whether calls can succeed, why not, and numbers; never waits for the HSM."""
+        live = self._live
+        facts: dict[str, Any] = {
+            "generation": self._host.generation,
+            "breaker": self._breaker.state,
+            "recoveries": dict(self.recoveries),
+            "orphans": len(self._orphans),
+        }
+        if live is not None:
+            facts |= live.pool.facts()
+        if self._gate.closed:
+            return False, "closed", facts
+        if self._stopped is not None:
+            return False, str(self._stopped), facts
+        if self._breaker.state == "open":
+            return False, "the HSM is away", facts
+        return live is not None, "ready" if live else "not connected yet", facts
+
+    def close(self) -> None:
+        """Wait for running calls, then close all sessions and give up the module."""
+        self._gate.close()
+        with self._lock:
+            if self._released:
+                return
+            self._released = True
+            live, self._live = self._live, None
+        if live is not None and live.generation == self._host.generation:
+            live.pool.close()
+            close_quietly(live.login_session)
+        self._host.release()
+
+    def destroy_orphans(self) -> None:
+        """Try again to destroy objects that failed operations left while the HSM was away."""
+        for object_id in tuple(self._orphans):
+            self._clear_up(object_id)
+
+    # --- attempts and recovery ---------------------------------------------------------------
+
+    def _run(
+        self, operation: Callable[[PooledSession], _T], *, retry: bool, leaves: bytes | None
+    ) -> _T:
+        try:
+            return self._attempt(operation)
+        except _Failure as failure:
+            again = self._recover(failure) and retry
+            if not again:
+                raise failure.public() from None
+        if leaves is not None:
+            self._clear_up(leaves)
+        try:
+            return self._attempt(operation)
+        except _Failure as failure:
+            self._recover(failure)
+            raise failure.public() from None
+
+    def _attempt(self, operation: Callable[[PooledSession], _T]) -> _T:
+        deadline = time.monotonic() + self._settings.session_wait
+        if self._stopped is not None:
+            raise self._stopped
+        self._breaker.check()
+        try:
+            while True:
+                try:
+                    return self._attempt_once(operation, deadline)
+                except StalePool:
+                    continue  # the module was restarted while we waited
+        finally:
+            self._breaker.probe_undecided()
+
+    def _attempt_once(self, operation: Callable[[PooledSession], _T], deadline: float) -> _T:
+        wait = max(0.0, deadline - time.monotonic())
+        with self._host.inside(wait) as (module, generation):
+            logins = 0
+            try:
+                live = self._connect(module, generation)
+                logins = live.logins
+                result = self._lend(live.pool, operation, deadline)
+            except PKCS11Error as error:
+                raise _Failure(error, generation, logins) from None
+            self._breaker.succeeded()
+            return result
+
+    @staticmethod
+    def _lend(pool: SessionPool, operation: Callable[[PooledSession], _T], deadline: float) -> _T:
+        session = pool.acquire(deadline)
+        try:
+            return operation(session)
+        except BaseException:
+            session.tainted = True
+            raise
+        finally:
+            pool.release(session)
+
+    def _recover(self, failure: _Failure) -> bool:
+        """Mend the connection; True if a retry makes sense."""
+        recovery = failure.recovery
+        if recovery is None:
+            return False
+        name = code_name(failure.error)
+        self.recoveries[name] += 1
+        _log.warning("recovering", extra={"ckr": name, "remedy": recovery.remedy.name})
+        if recovery.remedy is Remedy.LOG_IN:
+            self._log_in_again(failure)
+        elif recovery.remedy is Remedy.RESTART:
+            self._restart(failure.generation, name)
+        elif recovery.remedy is Remedy.STOP:
+            self._stop(name)
+        return recovery.retry
+
+    def _log_in_again(self, failure: _Failure) -> None:
+        with self._host.inside(self._settings.session_wait) as (module, generation), self._lock:
+            live = self._live
+            if live is None or live.generation != generation or live.logins != failure.logins:
+                return  # somebody else did
+            try:
+                # The session that kept the login may be the one that died.
+                session = open_worker_session(live.token, self._mapper)
+                self._log_in(module, session)
+            except PKCS11Error as error:
+                raise self._typed(error) from None
+            old, live.login_session = live.login_session, session
+            live.logins += 1
+        close_quietly(old)
+
+    def _restart(self, seen: int, name: str) -> None:
+        """Restart the module and see whether the HSM token is there again."""
+        if self._breaker.state == "open":
+            raise HsmUnavailable(f"the HSM is away ({name})")
+        try:
+            self._host.restart(seen, self._settings.session_wait)
+            with self._host.inside(self._settings.session_wait) as (module, generation):
+                self._connect(module, generation)
+        except PKCS11Error as error:
+            self._breaker.failed(code_name(error))
+            raise self._typed(error) from None
+        except HsmUnavailable as error:
+            self._breaker.failed(name)
+            raise HsmUnavailable(f"the HSM is away ({name}): {error}") from None
+        self._breaker.succeeded()
+        _log.warning("HSM module restarted", extra={"generation": self._host.generation})
+
+    def _stop(self, name: str) -> None:
+        self._stopped = PinError(
+            f"the HSM token answered {name} to the login; not trying again, as that may lock it. "
+            "Mend the PIN and open the backend anew"
+        )
+        raise self._stopped
+
+    def _typed(self, error: PKCS11Error) -> HsmwrapError:
+        failure = _Failure(error, self._host.generation, 0)
+        if failure.recovery is not None and failure.recovery.remedy is Remedy.STOP:
+            self._stop(code_name(error))
+        return failure.public()
+
+    # --- connecting --------------------------------------------------------------------------
+
+    def _open_now(self) -> None:
+        try:
+            self.run(lambda _session: None)
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, module: Module, generation: int) -> _Live:
+        live = self._live
+        if live is not None and live.generation == generation:
+            return live
+        with self._lock:
+            live = self._live
+            if live is not None and live.generation == generation:
+                return live
+            if live is not None:
+                live.pool.abandon()
+            self._live = self._log_in_anew(module, generation)
+            self._was_live = True
+            return self._live
+
+    def _log_in_anew(self, module: Module, generation: int) -> _Live:
+        token = self._find_token(module)
+        session = open_worker_session(token, self._mapper)
+        try:
+            self._log_in(module, session)
+        except BaseException:
+            close_quietly(session)
+            raise
+        pool = SessionPool(
+            lambda: open_worker_session(token, self._mapper), self._settings.sessions
+        )
+        return _Live(generation, token, session, pool)
+
+    def _find_token(self, module: Module) -> Token:
+        try:
+            return find_token(module, self._settings.selector)
+        except TokenSelectionError as error:
+            # It was there before, or may come later: that is a lost HSM, not a wrong setting.
+            if self._was_live:
+                raise CryptokiError(str(error), CKR["TOKEN_NOT_PRESENT"]) from None
+            raise
+
+    def _log_in(self, module: Module, session: Session) -> None:
+        pin = self._settings.pin
+        if pin is None:
+            return
+        flags = session.token.slot.get_token().flags
+        doubtful = [f.name for f in _DOUBTFUL_PIN if flags & f]
+        if doubtful and not self._settings.force_login:
+            raise PinError(
+                f"not logging in: the HSM token says {', '.join(map(str, doubtful))}, so a wrong "
+                "PIN may lock it. Check the PIN, then set force_login once"
+            )
+        module.log_in(session, pin.read().reveal())
+
+    # --- leftovers ---------------------------------------------------------------------------
+
+    def _clear_up(self, object_id: bytes) -> None:
+        """Destroy whatever has this id; if that fails now, remember it for later."""
+        self._orphans.add(object_id)
+        try:
+            self._attempt(lambda pooled: destroy_by_id(pooled, object_id))
+        except (_Failure, HsmwrapError):
+            _log.warning("left for the reaper", extra={"object_id": object_id.hex()})
+            return
+        self._orphans.discard(object_id)
+
+    def reset_after_fork(self) -> None:
+        """Start over in a child: locks that nobody holds, no handle of the parent's."""
+        self._lock = threading.Lock()
+        self._breaker.reset_lock()
+        self._live = None
+        self._orphans = set()
+
+
+_DOUBTFUL_PIN = (
+    TokenFlag.USER_PIN_COUNT_LOW,
+    TokenFlag.USER_PIN_FINAL_TRY,
+    TokenFlag.USER_PIN_LOCKED,
+)
+
+
+def destroy_by_id(pooled: PooledSession, object_id: bytes) -> int:
+    """Destroy every object with this CKA_ID; returns how many there were."""
+    found = list(pooled.session.get_objects({Attribute.ID: object_id}))
+    for each in found:
+        each.destroy()
+    return len(found)
+
+
+def find_token(module: Module, selector: TokenSelector) -> Token:
+    """The one HSM token that matches.
+
+    Raises:
+        TokenSelectionError: None or several match.
+        PKCS11Error: The module does not answer.
+    """
+    present = {t.slot.slot_id: t for t in _tokens_of(module)}
+    chosen = select(selector, [_describe(token) for token in present.values()])
+    return present[chosen.slot_id]
+
+
+def _tokens_of(module: Module) -> list[Token]:
+    tokens = []
+    for slot in module.get_slots(token_present=True):
+        try:
+            tokens.append(slot.get_token())
+        except (TokenNotPresent, TokenNotRecognised):
+            continue  # pulled between the two calls
+    return tokens
+
+
+def _describe(token: Token) -> TokenDescription:
+    return TokenDescription(
+        slot_id=token.slot.slot_id,
+        label=token.label,
+        serial=token.serial.decode("utf-8", "replace"),
+        manufacturer=token.manufacturer_id,
+        model=token.model,
+    )
+
+
+_CONNECTIONS: WeakSet[Connection] = WeakSet()
+
+
+def _reset_in_child() -> None:
+    for connection in _CONNECTIONS:
+        connection.reset_after_fork()
+
+
+os.register_at_fork(after_in_child=_reset_in_child)

@@ -1,0 +1,190 @@
+"""Custody of private wrapping keys: sealed in the import token, or resident in the HSM token.
+
+Sealed: wrapped by AES key wrap with padding under a key-encryption key; nothing in the HSM grows
+with outstanding import tokens. Resident: a token object whose label says when it expires, so that
+a reaper of any process can remove it.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any
+
+from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.exceptions import PKCS11Error
+from pkcs11.mechanisms import KeyType
+
+from hsmwrap.backend import Custody, PrivateKeyRef, ReapReport
+from hsmwrap.errors import InvalidImportToken
+from hsmwrap.pkcs11.keys import OPENS, KeySets, Role
+from hsmwrap.pkcs11.pool import PooledSession
+from hsmwrap.pkcs11.returncodes import recovery_of
+from hsmwrap.pkcs11.templates import (
+    AES_KEY_WRAP,
+    NestedTemplate,
+    Template,
+    for_unwrap,
+    secret_key,
+    stored,
+)
+
+OBJECT_ID_LENGTH = 16
+_VERSION = 1
+_HEAD = struct.Struct(">BBH")
+
+# Codes on the wire: never reused, never renumbered.
+_ROLES = (Role.WRAPPING_UNWRAP, Role.WRAPPING_DECRYPT, Role.WRAPPING_DERIVE)
+
+_log = logging.getLogger(__name__)
+
+INTERMEDIATE: Template = secret_key(KeyType.AES, Attribute.ENCRYPT, extractable=True)
+"""Material just unwrapped: a session object that exists until its length has been checked."""
+
+_RESIDENT_EXTRA: Mapping[Role, Template] = MappingProxyType(
+    {
+        # What a resident wrapping key unwraps is pinned to the intermediate that this backend
+        # makes, so that the holder of the PIN cannot unwrap a client's ciphertext into a
+        # readable object. A sealed key cannot carry this along (SECURITY.md).
+        Role.WRAPPING_UNWRAP: {Attribute.UNWRAP_TEMPLATE: NestedTemplate(INTERMEDIATE)},
+        Role.WRAPPING_DECRYPT: {},
+        Role.WRAPPING_DERIVE: {},
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WrappingKeyStore:
+    """Keeps and fetches private wrapping keys.
+
+    Attributes:
+        keys: The backend's own keys.
+        prefix: Label prefix of this backend's objects.
+        unwrap_template: Whether the HSM token honours CKA_UNWRAP_TEMPLATE.
+    """
+
+    keys: KeySets
+    prefix: str
+    unwrap_template: bool
+
+    def sealing_template(self, role: Role, *, trusted: bool) -> Template:
+        """Template to generate a private key with that will be sealed: extractable, no use."""
+        idle = {k: (False if v is True and k in _USES else v) for k, v in OPENS[role].items()}
+        marked = {Attribute.WRAP_WITH_TRUSTED: True} if trusted else {}
+        return {**idle, Attribute.EXTRACTABLE: True, **marked}
+
+    def resident_template(self, role: Role, object_id: bytes, expires_at: datetime) -> Template:
+        """Template to generate a private key with that stays in the HSM token."""
+        extra = _RESIDENT_EXTRA[role] if self.unwrap_template else {}
+        label = f"{self.prefix}:wrapping:{int(expires_at.timestamp())}"
+        return stored({**OPENS[role], **extra}, object_id, label)
+
+    def seal(self, pooled: PooledSession, role: Role, private: Any, number: int) -> PrivateKeyRef:
+        """Wrap a freshly generated private key under the key set ``number``."""
+        kek = self.keys.find(pooled, role, number)
+        blob = kek.wrap_key(private, mechanism=AES_KEY_WRAP)
+        head = _HEAD.pack(_VERSION, _ROLES.index(role), number)
+        return PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, head + blob)
+
+    @staticmethod
+    def resident(role: Role, object_id: bytes) -> PrivateKeyRef:
+        """Reference to a resident private key."""
+        head = _HEAD.pack(_VERSION, _ROLES.index(role), 0)
+        return PrivateKeyRef(Custody.HSM_INTERNAL, head + object_id)
+
+    @contextmanager
+    def fetched(self, pooled: PooledSession, ref: PrivateKeyRef) -> Iterator[tuple[Role, Any]]:
+        """Yield the role and the private key object for the length of a ``with`` block.
+
+        Raises:
+            InvalidImportToken: The key, or the key-encryption key that sealed it, is gone.
+        """
+        role, number, data = parse_ref(ref)
+        if ref.custody is Custody.HSM_INTERNAL:
+            yield role, self._find_resident(pooled, data)
+            return
+        kek = self.keys.find(pooled, role, number)
+        if kek is None:
+            raise InvalidImportToken("the key set that sealed this import token was retired")
+        private = kek.unwrap_key(key_data=data, mechanism=AES_KEY_WRAP, **for_unwrap(OPENS[role]))
+        try:
+            yield role, private
+        finally:
+            private.destroy()
+
+    def reap(self, pooled: PooledSession, now: datetime) -> ReapReport:
+        """Destroy resident wrapping keys whose label says that they expired before ``now``."""
+        removed: list[str] = []
+        failed: list[str] = []
+        examined = 0
+        residents = list(
+            pooled.session.get_objects(
+                {Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.TOKEN: True}
+            )
+        )
+        for key in residents:
+            attributes = key.get_attributes([Attribute.LABEL, Attribute.ID])
+            expiry = self._expiry(attributes.get(Attribute.LABEL, ""))
+            if expiry is None:
+                continue
+            examined += 1
+            if expiry < now:
+                gone = _destroy(key)
+                (removed if gone else failed).append(attributes[Attribute.ID].hex())
+        return ReapReport(examined, tuple(removed), tuple(failed))
+
+    def _expiry(self, label: str) -> datetime | None:
+        prefix, _, seconds = label.rpartition(":")
+        if prefix != f"{self.prefix}:wrapping" or not seconds.isdigit():
+            return None
+        return datetime.fromtimestamp(int(seconds), UTC)
+
+    @staticmethod
+    def _find_resident(pooled: PooledSession, object_id: bytes) -> Any:
+        found = list(
+            pooled.session.get_objects(
+                {Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.ID: object_id}
+            )
+        )
+        if len(found) != 1:
+            raise InvalidImportToken("the wrapping key of this import token is gone")
+        return found[0]
+
+
+_USES = frozenset({Attribute.UNWRAP, Attribute.DECRYPT, Attribute.DERIVE, Attribute.SIGN})
+
+
+def parse_ref(ref: PrivateKeyRef) -> tuple[Role, int, bytes]:
+    """Role, key set number and data (blob or object id) of a private key reference.
+
+    Raises:
+        InvalidImportToken: It is of a version that is not known here.
+    """
+    try:
+        version, role, number = _HEAD.unpack_from(ref.data)
+        if version != _VERSION:
+            raise InvalidImportToken("the import token's private key has an unknown version")
+        return _ROLES[role], number, ref.data[_HEAD.size :]
+    except (struct.error, IndexError):
+        raise InvalidImportToken("the import token's private key does not parse") from None
+
+
+def new_object_id() -> bytes:
+    """A fresh CKA_ID: 16 random bytes."""
+    return secrets.token_bytes(OBJECT_ID_LENGTH)
+
+
+def _destroy(key: Any) -> bool:
+    try:
+        key.destroy()
+    except PKCS11Error as error:
+        if recovery_of(error) is not None:
+            raise
+        return False
+    return True

@@ -1,0 +1,189 @@
+"""One host per PKCS#11 module and process: who is inside, restarts, and forks.
+
+``C_Initialize`` and ``C_Finalize`` belong to the process, not to a backend, so backends on the
+same shared object share a :class:`ModuleHost`. It counts the calls in flight, because
+``C_Finalize`` under a running call crashes even with OS locking (measured), and numbers the
+module's lives: handles of one *generation* mean nothing in the next.
+
+Fork: the parent waits until no call is in flight before it forks, so that the child never
+inherits a lock inside the module that some other thread held; the child initialises again at its
+first call (PKCS#11 v2.40, 5.4) as a new generation.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import ClassVar
+
+from pkcs11.exceptions import PKCS11Error
+
+from hsmwrap.errors import HsmUnavailable
+from hsmwrap.pkcs11.module import Module
+from hsmwrap.pkcs11.returncodes import CKR, CryptokiError, code_name
+
+FORK_WAIT = 5.0
+"""Seconds that ``fork()`` waits for calls in flight before it goes ahead regardless."""
+
+
+class ModuleHost:
+    """A loaded module, shared by the backends of this process that use it."""
+
+    _hosts: ClassVar[dict[str, ModuleHost]] = {}
+    _hosts_lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, path: str, library_parameters: str | None) -> None:
+        """Use :meth:`acquire`; there must be one host per module."""
+        self.path = path
+        self.generation = 0
+        self._parameters = library_parameters
+        self._module: Module | None = None
+        self._users = 0
+        self._forked = False
+        self._reset_lock()
+
+    @classmethod
+    def acquire(cls, path: str, library_parameters: str | None = None) -> ModuleHost:
+        """Return the host of the shared object at ``path``; pair with :meth:`release`."""
+        real = os.path.realpath(path)
+        with cls._hosts_lock:
+            host = cls._hosts.get(real) or cls._hosts.setdefault(
+                real, cls(real, library_parameters)
+            )
+            host._users += 1
+            return host
+
+    def release(self, timeout: float = 30.0) -> None:
+        """Give up one use; the last one finalises the module, once no call is in flight."""
+        with self._hosts_lock:
+            self._users -= 1
+            if self._users:
+                return
+            self._hosts.pop(self.path, None)
+        if self._quiesce(timeout):
+            try:
+                self._finalise()
+            finally:
+                self._let_in()
+
+    @contextmanager
+    def inside(self, timeout: float) -> Iterator[tuple[Module, int]]:
+        """Be in flight for the length of a ``with`` block; yields the module and generation.
+
+        Raises:
+            HsmUnavailable: The module was being restarted for longer than ``timeout`` seconds.
+            CryptokiError: It cannot be initialised.
+        """
+        module, generation, entered = self._enter(timeout)
+        try:
+            yield module, generation
+        finally:
+            # A call that forked leaves in the child too, where nobody counts it.
+            with entered:
+                if entered is self._changed:
+                    self._in_flight -= 1
+                    self._changed.notify_all()
+
+    def restart(self, seen: int, timeout: float) -> None:
+        """Finalise and initialise the module, unless a generation after ``seen`` is there already.
+
+        The caller must not be inside.
+
+        Raises:
+            HsmUnavailable: Calls are still in flight after ``timeout`` seconds.
+            CryptokiError: The module does not come back.
+        """
+        if not self._quiesce(timeout):
+            raise HsmUnavailable("calls into the PKCS#11 module do not return; cannot restart it")
+        try:
+            if self.generation == seen:
+                self._finalise()
+                self._load()
+        finally:
+            self._let_in()
+
+    def _enter(self, timeout: float) -> tuple[Module, int, threading.Condition]:
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._exclusive, timeout):
+                raise HsmUnavailable("the PKCS#11 module is being restarted")
+            if self._module is None or self._forked:
+                self._load()
+            assert self._module is not None  # noqa: S101  # _load made it
+            self._in_flight += 1
+            return self._module, self.generation, self._changed
+
+    def _load(self) -> None:
+        """Initialise the module, for the first time, again, or in a child."""
+        try:
+            if self._module is None:
+                self._module = Module(self.path, self._parameters)
+            elif self._forked:
+                self._module.restart_after_fork()
+            else:
+                self._module.initialize()
+        except PKCS11Error as error:
+            # Whatever it answers, an HSM whose module does not start is away.
+            reason = f"C_Initialize of {self.path} ({code_name(error)})"
+            raise CryptokiError(reason, CKR["CRYPTOKI_NOT_INITIALIZED"]) from None
+        self._forked = False
+        self.generation += 1
+
+    def _finalise(self) -> None:
+        if self._module is not None:
+            # Whatever C_Finalize says of a lost HSM: what counts is whether it comes back.
+            with suppress(PKCS11Error):
+                self._module.finalize()
+
+    def _quiesce(self, timeout: float) -> bool:
+        """Let nobody in and wait for those inside; True when exclusive."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._exclusive, timeout):
+                return False
+            self._exclusive = True
+            left = max(0.0, deadline - time.monotonic())
+            if self._changed.wait_for(lambda: not self._in_flight, left):
+                return True
+            self._exclusive = False
+            self._changed.notify_all()
+            return False
+
+    def _let_in(self) -> None:
+        with self._changed:
+            self._exclusive = False
+            self._changed.notify_all()
+
+    def _reset_lock(self) -> None:
+        self._changed = threading.Condition()
+        self._in_flight = 0
+        self._exclusive = False
+
+    @classmethod
+    def _before_fork(cls) -> None:
+        cls._hosts_lock.acquire()
+        cls._quiesced = [host for host in cls._hosts.values() if host._quiesce(FORK_WAIT)]
+
+    @classmethod
+    def _after_fork_in_parent(cls) -> None:
+        for host in cls._quiesced:
+            host._let_in()
+        cls._hosts_lock.release()
+
+    @classmethod
+    def _after_fork_in_child(cls) -> None:
+        cls._hosts_lock = threading.Lock()
+        for host in cls._hosts.values():
+            host._reset_lock()
+            host._forked = host._module is not None
+
+    _quiesced: ClassVar[list[ModuleHost]] = []
+
+
+os.register_at_fork(
+    before=ModuleHost._before_fork,
+    after_in_parent=ModuleHost._after_fork_in_parent,
+    after_in_child=ModuleHost._after_fork_in_child,
+)

@@ -1,0 +1,227 @@
+"""From key material to a usable key: length, check value, custody.
+
+The length is the trap. SoftHSM makes an AES key object of any length and does not say which
+(field note 17); NSS cuts to CKA_VALUE_LEN if one is given. So material becomes a session object
+first, and two things together tell its length: an AES operation works with 16, 24 and 32 bytes
+only, and its wrapped form has one of three lengths. The wrapped form alone would not do: SoftHSM
+pads a key of 31 bytes to 32 before it wraps it (measured). Then the blob is either kept, or
+unwrapped into the final object; the session object is destroyed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.mechanisms import Mechanism
+from pkcs11.types import Session
+
+from hsmwrap import checkvalue
+from hsmwrap.backend import Custody, KeyRef
+from hsmwrap.catalog import KeySpec
+from hsmwrap.errors import InvalidKeyMaterial, KeyNotFound
+from hsmwrap.pkcs11.clientfault import blame
+from hsmwrap.pkcs11.custody import INTERMEDIATE, OBJECT_ID_LENGTH
+from hsmwrap.pkcs11.keys import OPENS, KeySets, Role, is_trusted
+from hsmwrap.pkcs11.pool import PooledSession
+from hsmwrap.pkcs11.probe import TokenFeatures, wrapped_length
+from hsmwrap.pkcs11.templates import AES_KEY_WRAP, Template, for_unwrap, stored
+
+ROLE_OF = {KeySpec.ALIYUN_AES_256: Role.MATERIAL_AES, KeySpec.ALIYUN_SM4: Role.MATERIAL_SM4}
+_VERSION = 1
+_HEAD = struct.Struct(">BH")
+
+Unwrap = Callable[[Template], Any]
+"""Makes the material an object with the given template: C_UnwrapKey, or C_CreateObject."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaterialStore:
+    """Makes, finds and destroys imported keys.
+
+    Attributes:
+        backend: Name of the backend, for key references.
+        keys: The backend's own keys.
+        prefix: Label prefix of this backend's objects.
+        custody: How imported keys are kept.
+        features: What the HSM token can do.
+    """
+
+    backend: str
+    keys: KeySets
+    prefix: str
+    custody: Custody
+    features: TokenFeatures
+
+    def make(
+        self,
+        pooled: PooledSession,
+        unwrap: Unwrap,
+        key_spec: KeySpec,
+        expected: bytes | None,
+        object_id: bytes,
+    ) -> tuple[KeyRef, bytes]:
+        """Turn material into a key; returns its reference and check value.
+
+        Args:
+            pooled: The session to work in.
+            unwrap: Makes the material an object; its failures are already the client's.
+            key_spec: What it has to become.
+            expected: On a re-import, the check value before.
+            object_id: Id of the token object, where custody is HSM_INTERNAL.
+
+        Raises:
+            InvalidKeyMaterial: Wrong length, or not the same material.
+        """
+        if not self.features.wraps_secret_keys:
+            return self._make_object(unwrap, key_spec, expected, object_id)
+        number = self.keys.current(pooled)
+        blob, check = self._wrap(pooled, unwrap, key_spec, number)
+        _require_same(expected, check)
+        if self.custody is Custody.HSM_ENCRYPTED_DATABASE:
+            return self._sealed_ref(key_spec, number, blob), check
+        role = ROLE_OF[key_spec]
+        self._unseal(pooled, role, number, blob, self._final(key_spec, object_id))
+        return self._object_ref(key_spec, object_id), check
+
+    @contextmanager
+    def opened(self, pooled: PooledSession, ref: KeyRef) -> Iterator[Any]:
+        """Yield the key object for the length of a ``with`` block.
+
+        Raises:
+            KeyNotFound: The key, or the key-encryption key that sealed it, is gone.
+        """
+        number, data = _parse(ref)
+        if ref.custody is Custody.HSM_INTERNAL:
+            yield self._find(pooled, data)
+            return
+        role = ROLE_OF[ref.key_spec]
+        key = self._unseal(pooled, role, number, data, OPENS[role])
+        try:
+            yield key
+        finally:
+            key.destroy()
+
+    def destroy(self, pooled: PooledSession, ref: KeyRef) -> None:
+        """Destroy a key's object, if it has one and it is still there."""
+        if ref.custody is Custody.HSM_INTERNAL:
+            for key in _objects(pooled.session, _parse(ref)[1]):
+                key.destroy()
+
+    def object_id_of(self, ref: KeyRef) -> bytes | None:
+        """CKA_ID of a key's object; None for a sealed blob."""
+        return _parse(ref)[1] if ref.custody is Custody.HSM_INTERNAL else None
+
+    # --- with AES key wrap -------------------------------------------------------------------
+
+    def _wrap(
+        self, pooled: PooledSession, unwrap: Unwrap, key_spec: KeySpec, number: int
+    ) -> tuple[bytes, bytes]:
+        """Return the wrapped material, its length checked, and its AES check value."""
+        kek = self._kek(pooled, ROLE_OF[key_spec], number)
+        template = INTERMEDIATE
+        if is_trusted(kek):
+            template = {**INTERMEDIATE, Attribute.WRAP_WITH_TRUSTED: True}
+        material = unwrap(template)
+        try:
+            check = _aes_check(material)
+            blob = kek.wrap_key(material, mechanism=AES_KEY_WRAP)
+        finally:
+            material.destroy()
+        if len(blob) != wrapped_length(key_spec.material_length):
+            raise InvalidKeyMaterial
+        return blob, check
+
+    def _unseal(
+        self, pooled: PooledSession, role: Role, number: int, blob: bytes, template: Template
+    ) -> Any:
+        kek = self._kek(pooled, role, number)
+        with blame(KeyNotFound):
+            return kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **for_unwrap(template))
+
+    def _kek(self, pooled: PooledSession, role: Role, number: int) -> Any:
+        kek = self.keys.find(pooled, role, number)
+        if kek is None:
+            raise KeyNotFound(f"key set {number}, which sealed this key, was retired")
+        return kek
+
+    # --- without -----------------------------------------------------------------------------
+
+    def _make_object(
+        self, unwrap: Unwrap, key_spec: KeySpec, expected: bytes | None, object_id: bytes
+    ) -> tuple[KeyRef, bytes]:
+        material = unwrap({**INTERMEDIATE, Attribute.EXTRACTABLE: False})
+        try:
+            self._check_length(material, key_spec)
+            check = _aes_check(material)
+        finally:
+            material.destroy()
+        _require_same(expected, check)
+        unwrap(self._final(key_spec, object_id))
+        return self._object_ref(key_spec, object_id), check
+
+    def _check_length(self, material: Any, key_spec: KeySpec) -> None:
+        # Without CKA_VALUE_LEN the material came through the host, which checked its length.
+        known = self.features.value_length
+        if known and material[Attribute.VALUE_LEN] != key_spec.material_length:
+            raise InvalidKeyMaterial
+
+    # --- references --------------------------------------------------------------------------
+
+    def _sealed_ref(self, key_spec: KeySpec, number: int, blob: bytes) -> KeyRef:
+        data = _HEAD.pack(_VERSION, number) + blob
+        return KeyRef(self.backend, key_spec, Custody.HSM_ENCRYPTED_DATABASE, data)
+
+    def _object_ref(self, key_spec: KeySpec, object_id: bytes) -> KeyRef:
+        data = _HEAD.pack(_VERSION, 0) + object_id
+        return KeyRef(self.backend, key_spec, Custody.HSM_INTERNAL, data)
+
+    def _final(self, key_spec: KeySpec, object_id: bytes) -> Template:
+        label = f"{self.prefix}:material:{key_spec}"
+        return stored(OPENS[ROLE_OF[key_spec]], object_id, label)
+
+    @staticmethod
+    def _find(pooled: PooledSession, object_id: bytes) -> Any:
+        found = _objects(pooled.session, object_id)
+        if len(found) != 1:
+            raise KeyNotFound("the key object is not in the HSM token (any more)")
+        return found[0]
+
+
+def create_from(session: Session, material: bytes) -> Unwrap:
+    """An :data:`Unwrap` for material that the host has: C_CreateObject."""
+    return lambda template: session.create_object({**template, Attribute.VALUE: material})
+
+
+def _objects(session: Session, object_id: bytes) -> list[Any]:
+    return list(
+        session.get_objects({Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.ID: object_id})
+    )
+
+
+def _parse(ref: KeyRef) -> tuple[int, bytes]:
+    try:
+        version, number = _HEAD.unpack_from(ref.data)
+    except struct.error:
+        raise KeyNotFound("the key reference does not parse") from None
+    data = ref.data[_HEAD.size :]
+    internal = ref.custody is Custody.HSM_INTERNAL
+    if version != _VERSION or (internal and len(data) != OBJECT_ID_LENGTH):
+        raise KeyNotFound("the key reference is not of a version known here")
+    return number, data
+
+
+def _aes_check(key: Any) -> bytes:
+    # Fails for material that is no AES key: SoftHSM made an object of it all the same.
+    with blame():
+        value = bytes(key.encrypt(checkvalue.CHECK_BLOCK, mechanism=Mechanism.AES_ECB))
+    return bytes([checkvalue.METHOD_AES_ECB]) + value
+
+
+def _require_same(expected: bytes | None, check: bytes) -> None:
+    if expected is not None and not checkvalue.same_check_value(expected, check):
+        raise InvalidKeyMaterial

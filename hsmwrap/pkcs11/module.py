@@ -1,0 +1,173 @@
+"""Loading a PKCS#11 module so that threads are safe.
+
+python-pkcs11 calls ``C_Initialize(NULL)`` and releases the GIL around every call. By the standard
+(PKCS#11 v2.40, 5.4) NULL promises that only one thread will ever call, so a module may switch its
+locks off; SoftHSM does, and eight threads crash it (measured). :class:`Module` is python-pkcs11's
+own library class with ``C_Initialize`` done right: ``CKF_OS_LOCKING_OK``, and library parameters
+in ``pReserved`` where a module (NSS) wants some.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from typing import Any, Self
+
+from pkcs11._pkcs11 import lib  # the class behind the pkcs11.lib() factory
+from pkcs11.exceptions import PKCS11Error, UserAlreadyLoggedIn
+
+from hsmwrap.errors import ConfigurationError
+from hsmwrap.pkcs11.returncodes import CKR, CryptokiError
+
+_CKR_OK = 0
+_CKF_OS_LOCKING_OK = 0x2
+_CKU_USER = 1
+
+
+class _InitializeArgs(ctypes.Structure):
+    """CK_C_INITIALIZE_ARGS (PKCS#11 v2.40, 3.7)."""
+
+    _fields_ = (
+        ("create_mutex", ctypes.c_void_p),
+        ("destroy_mutex", ctypes.c_void_p),
+        ("lock_mutex", ctypes.c_void_p),
+        ("unlock_mutex", ctypes.c_void_p),
+        ("flags", ctypes.c_ulong),
+        ("reserved", ctypes.c_char_p),
+    )
+
+
+class _FunctionListHead(ctypes.Structure):
+    """The first entries of CK_FUNCTION_LIST; the rest is python-pkcs11's business."""
+
+    _fields_ = (
+        ("version", ctypes.c_ubyte * 2),
+        ("c_initialize", ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.POINTER(_InitializeArgs))),
+        ("c_finalize", ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_void_p)),
+        ("_until_c_login", ctypes.c_void_p * 16),
+        (
+            "c_login",
+            ctypes.CFUNCTYPE(
+                ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong
+            ),
+        ),
+    )
+
+
+class Module(lib):
+    """A loaded and initialised PKCS#11 module.
+
+    Attributes:
+        owned: False if somebody else in this process had initialised the module before; then
+            ``finalize`` leaves it alone.
+        os_locking: False where the module hands out private function tables (p11-kit's client),
+            so that only python-pkcs11's own table can be initialised.
+    """
+
+    owned: bool
+    os_locking: bool
+
+    def __new__(cls, path: str, _library_parameters: str | None = None) -> Self:
+        """Load the shared object at ``path``.
+
+        Raises:
+            ConfigurationError: It is not there, or is no PKCS#11 module.
+        """
+        try:
+            # A Cython class: the path goes to its __cinit__, which the type stub does not show.
+            return super().__new__(cls, path)  # type: ignore[call-arg]
+        except PKCS11Error as error:
+            raise ConfigurationError(f"cannot load PKCS#11 module {path}: {error}") from None
+
+    def __init__(self, path: str, library_parameters: str | None = None) -> None:
+        """Initialise the module.
+
+        Args:
+            path: The shared object.
+            library_parameters: String for ``pReserved`` (NSS softokn needs its configdir there).
+        """
+        self._parameters = library_parameters.encode() if library_parameters else None
+        self._functions = _shared_function_list(path)
+        self.os_locking = self._functions is not None
+        self.owned = False
+        super().__init__(path)
+
+    def initialize(self) -> None:
+        """Call ``C_Initialize`` with OS locking; in a forked child, start over.
+
+        Raises:
+            PKCS11Error: The module refuses.
+        """
+        if self._functions is None:
+            super().initialize()
+            self.owned = True
+            return
+        if not self.owned:
+            self.owned = self._initialize(self._functions)
+
+    def restart_after_fork(self) -> None:
+        """Initialise again in a child; the parent's state here is a copy that must not be used.
+
+        PKCS#11 v2.40, 5.4: the child calls ``C_Initialize``. SoftHSM inherits 'initialised' and
+        refuses that, so there the inherited copy is finalised first.
+        """
+        if self._functions is None:
+            super().finalize()  # p11-kit notices the new process itself
+            super().initialize()
+            return
+        if self._initialize(self._functions):
+            return
+        self._functions.c_finalize(None)
+        self.owned = self._initialize(self._functions)
+
+    def finalize(self) -> None:
+        """Call ``C_Finalize`` if we initialised the module. No call may be in flight."""
+        if self._functions is None:
+            super().finalize()
+        elif self.owned:
+            self.owned = False
+            self._functions.c_finalize(None)
+
+    def log_in(self, session: Any, pin: str) -> None:
+        """Log the application in through a session that was opened without PIN.
+
+        python-pkcs11 logs in only while it opens a session, loses that session's handle when
+        somebody is logged in already, and logs everybody out when it closes it (field note 4).
+
+        Raises:
+            PKCS11Error: The HSM token refuses; being logged in already is no refusal.
+        """
+        if self._functions is None:
+            self._log_in_by_opening(session, pin)
+            return
+        secret = pin.encode()
+        code = self._functions.c_login(session.handle, _CKU_USER, secret, len(secret))
+        if code not in (_CKR_OK, CKR["USER_ALREADY_LOGGED_IN"]):
+            raise CryptokiError("C_Login", code)
+
+    def _log_in_by_opening(self, session: Any, pin: str) -> None:
+        # Only python-pkcs11 reaches this function table. The session that logs in stays open
+        # and is forgotten: closing it would log out.
+        with contextlib.suppress(UserAlreadyLoggedIn):
+            session.token.open(rw=True, user_pin=pin)
+
+    def _initialize(self, functions: _FunctionListHead) -> bool:
+        """Return True if this call initialised the module, False if it already was."""
+        arguments = _InitializeArgs(flags=_CKF_OS_LOCKING_OK, reserved=self._parameters)
+        code = functions.c_initialize(ctypes.byref(arguments))
+        if code not in (_CKR_OK, CKR["CRYPTOKI_ALREADY_INITIALIZED"]):
+            raise CryptokiError("C_Initialize", code)
+        return bool(code == _CKR_OK)
+
+
+def _shared_function_list(path: str) -> Any:
+    """The module's function list if every caller gets the same one, else None (field note 2)."""
+    library = ctypes.CDLL(path)
+    get = library.C_GetFunctionList
+    get.argtypes = (ctypes.POINTER(ctypes.POINTER(_FunctionListHead)),)
+    get.restype = ctypes.c_ulong
+    first, second = (ctypes.POINTER(_FunctionListHead)() for _ in range(2))
+    if get(ctypes.byref(first)) != _CKR_OK or get(ctypes.byref(second)) != _CKR_OK:
+        return None
+    same = ctypes.addressof(first.contents) == ctypes.addressof(second.contents)
+    return first.contents if same else None

@@ -1,0 +1,401 @@
+"""Where the HSM token's PIN comes from, and the one object that holds it.
+
+A :class:`PinSource` is read at each login, so a PIN that was changed is picked up without a
+restart. Whatever is wrong with a source is a :class:`ConfigurationError` that names the source
+and never holds the PIN: neither in its text nor in the exceptions behind it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import os
+import re
+import shlex
+import stat
+import struct
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NoReturn, Self
+from urllib.parse import unquote_to_bytes
+
+from hsmwrap.errors import ConfigurationError, HsmwrapError
+
+MAX_PIN_BYTES = 1024
+"""Longest PIN accepted, in bytes of UTF-8; HSM tokens stop far below."""
+
+COMMAND_TIMEOUT = 30.0
+"""Seconds that a PIN command may take."""
+
+_HIDDEN = "<Pin>"
+# Lone surrogates are bytes of the environment that are not UTF-8.
+_PRINTED = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]*")
+_FILE_URI = re.compile(r"(?i:file:(?://(?:localhost)?)?)(/(?!/)[^?#]*)")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class Pin:
+    """A PIN that shows itself to nobody but the caller of :meth:`reveal`."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """The PIN itself, for the login call only."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return _HIDDEN
+
+    def __format__(self, _spec: str) -> str:
+        return _HIDDEN
+
+    def __eq__(self, other: object) -> bool:
+        """Compare in constant time."""
+        if not isinstance(other, Pin):
+            return NotImplemented
+        ours, theirs = (pin.reveal().encode(errors="surrogatepass") for pin in (self, other))
+        return hmac.compare_digest(ours, theirs)
+
+    # A hash would be a check value of a short secret.
+    __hash__ = None  # type: ignore[assignment]
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        """Refuse to be pickled."""
+        raise TypeError("a PIN is not serialised")
+
+
+def checked_pin(text: str, where: str) -> Pin:
+    """Make a PIN of ``text``, or say what is wrong with what ``where`` gave.
+
+    A control character is a second line or a stray line end, not a PIN: it is refused here, before
+    the HSM token counts it as a wrong try.
+
+    Raises:
+        ConfigurationError: The PIN is empty, longer than :data:`MAX_PIN_BYTES`, or holds a
+            control character.
+    """
+    if not text:
+        raise ConfigurationError(f"{where}: the PIN is empty")
+    if len(text.encode(errors="replace")) > MAX_PIN_BYTES:
+        raise ConfigurationError(f"{where}: a PIN has at most {MAX_PIN_BYTES} bytes")
+    if not _PRINTED.fullmatch(text):
+        raise ConfigurationError(f"{where}: the PIN holds a line end or another control character")
+    return Pin(text)
+
+
+class PinSource(ABC):
+    """Something that a PIN can be read from."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def read(self) -> Pin:
+        """Read the PIN now.
+
+        Raises:
+            ConfigurationError: The source gives no usable PIN; the text names the source.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class PinFile(PinSource):
+    """A file that holds the PIN and at most one line end after it, readable by us alone.
+
+    Attributes:
+        path: Absolute, so that it means the same in every working directory.
+    """
+
+    path: str
+
+    def __post_init__(self) -> None:
+        """Refuse what is no absolute path, without repeating it: it may be the PIN itself."""
+        if not self.path.startswith("/") or "\0" in self.path:
+            raise ConfigurationError("PIN file: takes an absolute path")
+
+    def read(self) -> Pin:
+        """Read the file, after the checks on the opened descriptor."""
+        where = f"PIN file {self.path}"
+        try:
+            raw = _read_private(self.path, where)
+        except OSError as error:
+            raise ConfigurationError(f"{where}: {error.strerror}") from error
+        return _pin_from_bytes(raw, where)
+
+
+@dataclass(frozen=True, slots=True)
+class PinEnvironment(PinSource):
+    """An environment variable that holds the PIN."""
+
+    variable: str
+
+    def __post_init__(self) -> None:
+        """Refuse what is no name, without repeating it: it may be the PIN itself."""
+        if not _VARIABLE.fullmatch(self.variable):
+            raise ConfigurationError("PIN environment variable: takes a name, not a value")
+
+    def read(self) -> Pin:
+        """Read the variable as it is now."""
+        value = os.environ.get(self.variable)
+        if value is None:
+            raise ConfigurationError(f"environment variable {self.variable} (the PIN) is not set")
+        return checked_pin(value, f"environment variable {self.variable}")
+
+
+@dataclass(frozen=True, slots=True)
+class PinCallback(PinSource):
+    """A callable of the embedder that returns the PIN as ``str``.
+
+    Its own :class:`HsmwrapError` passes through (a secret store that is away can say so); any
+    other exception is reported by its type only, as its text may hold the PIN.
+    """
+
+    # A functools.partial shows its arguments.
+    function: Callable[[], str] = field(repr=False)
+
+    def read(self) -> Pin:
+        """Call the callable."""
+        try:
+            value: object = self.function()
+        except HsmwrapError:
+            raise
+        except Exception as error:  # noqa: BLE001 (anything may come out of foreign code)
+            failure = type(error).__name__
+        else:
+            if isinstance(value, str):
+                return checked_pin(value, "PIN callback")
+            failure = f"it returned {type(value).__name__}, not str"
+        raise ConfigurationError(f"PIN callback failed: {failure}")
+
+
+@dataclass(frozen=True, slots=True)
+class PinCommand(PinSource):
+    """A program that prints the PIN; run without a shell, its stderr is not shown.
+
+    Attributes:
+        argv: Absolute path of the program, then its arguments.
+        timeout: Seconds that it may take.
+    """
+
+    argv: tuple[str, ...] = field(repr=False)
+    timeout: float = COMMAND_TIMEOUT
+
+    def __post_init__(self) -> None:
+        """Refuse a program that would be looked for on PATH."""
+        if not self.argv or not self.argv[0].startswith("/"):
+            raise ConfigurationError("PIN command: the program needs its absolute path")
+        if any("\0" in part for part in self.argv):
+            raise ConfigurationError("PIN command: no part holds a NUL")
+
+    def __repr__(self) -> str:
+        """Show the program only; arguments may be secrets."""
+        return f"PinCommand({self.argv[0]!r})"
+
+    def read(self) -> Pin:
+        """Run the program."""
+        where = f"PIN command {self.argv[0]}"
+        try:
+            done = self._run()
+        except OSError as error:
+            raise ConfigurationError(f"{where}: {error.strerror}") from error
+        if done is None:
+            raise ConfigurationError(f"{where}: no answer within {self.timeout:g} seconds")
+        if done.returncode:
+            raise ConfigurationError(f"{where}: exit status {done.returncode}")
+        return _pin_from_bytes(done.stdout, where)
+
+    def _run(self) -> subprocess.CompletedProcess[bytes] | None:
+        try:
+            return subprocess.run(  # noqa: S603 (the operator's own program, no shell)
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=self.timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            # It holds what the program printed so far: must not become anybody's __context__.
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class PinLiteral(PinSource):
+    """A PIN that is already known: a URI's ``pin-value``, where that is allowed."""
+
+    pin: Pin
+
+    def read(self) -> Pin:
+        """Return it."""
+        return self.pin
+
+
+def from_pin_source(value: str) -> PinSource:
+    """The source that a URI's ``pin-source`` names (RFC 7512 section 2.4).
+
+    ``|/program arguments``, a ``file:`` URI (RFC 8089, local), or an absolute path.
+
+    Raises:
+        ConfigurationError: It is none of these. The text does not repeat the value.
+    """
+    if value.startswith("|"):
+        return _command(value[1:])
+    if value.startswith("/"):
+        return PinFile(value)
+    match = _FILE_URI.fullmatch(value)
+    if not match:
+        raise ConfigurationError(
+            "pin-source: takes an absolute path, a local file: URI, or | and a command"
+        )
+    return PinFile(os.fsdecode(unquote_to_bytes(match[1])))
+
+
+def from_settings(settings: Mapping[str, Any]) -> PinSource:
+    """The one PIN source that ``settings`` name; other keys are not looked at.
+
+    Args:
+        settings: May hold ``pin_file``, ``pin_env``, ``pin_command`` (a list, or a string that
+            is split as a shell would), ``pin_callback``, and from a URI ``pin-source`` (str) and
+            ``pin-value`` (:class:`Pin`). None counts as absent.
+
+    Raises:
+        ConfigurationError: None of them, more than one, or one of the wrong kind.
+    """
+    given = [name for name in SOURCES if settings.get(name) is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise ConfigurationError(f"give exactly one of {', '.join(SOURCES)}; found {found}")
+    name = given[0]
+    kind, value = SOURCES[name], settings[name]
+    if not kind.fits(value):
+        raise ConfigurationError(f"{name}: takes {kind.takes}, not {type(value).__name__}")
+    return kind.make(value)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceKind:
+    """What a setting that names a PIN source takes (in words), and the source that it makes."""
+
+    takes: str
+    fits: Callable[[object], bool]
+    make: Callable[[Any], PinSource]
+
+
+def _command(command: str | Sequence[str]) -> PinCommand:
+    if not isinstance(command, str):
+        if not all(isinstance(part, str) for part in command):
+            raise ConfigurationError("PIN command: every part is a string")
+        return PinCommand(tuple(command))
+    try:
+        return PinCommand(tuple(shlex.split(command)))
+    except ValueError as error:
+        raise ConfigurationError(f"PIN command: {error}") from None
+
+
+def _is(*types: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, types)
+
+
+def _file(path: str | os.PathLike[str]) -> PinFile:
+    return PinFile(os.fspath(path))
+
+
+SOURCES: Mapping[str, SourceKind] = MappingProxyType(
+    {
+        "pin_file": SourceKind("an absolute path", _is(str, os.PathLike), _file),
+        "pin_env": SourceKind("the name of an environment variable", _is(str), PinEnvironment),
+        "pin_command": SourceKind("a command, as a list or text", _is(str, list, tuple), _command),
+        "pin_callback": SourceKind("a callable", callable, PinCallback),
+        "pin-source": SourceKind("text", _is(str), from_pin_source),
+        "pin-value": SourceKind("a Pin", _is(Pin), PinLiteral),
+    }
+)
+"""The settings that name a PIN source; the last two come from a PKCS#11 URI."""
+
+
+def _pin_from_bytes(raw: bytes, where: str) -> Pin:
+    text = _utf8(raw)
+    if text is None:
+        raise ConfigurationError(f"{where}: the PIN is not UTF-8")
+    line = text.removesuffix("\n")
+    return checked_pin(line.removesuffix("\r") if line != text else text, where)
+
+
+def _utf8(raw: bytes) -> str | None:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        # It holds the bytes: must not become anybody's __context__.
+        return None
+
+
+def _read_private(path: str, where: str) -> bytes:
+    # O_NONBLOCK: a FIFO must not hang the login; it is refused below.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        _require_private(descriptor, where)
+        # A line end, and one byte that shows that there is more.
+        return os.read(descriptor, MAX_PIN_BYTES + 3)
+    finally:
+        os.close(descriptor)
+
+
+def _require_private(descriptor: int, where: str) -> None:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigurationError(f"{where}: is not a regular file")
+    if status.st_uid not in _trusted_users():
+        raise ConfigurationError(f"{where}: belongs to another user; it has to be ours or root's")
+    if _open_to_others(status.st_mode, _access_acl(descriptor)):
+        mode = stat.S_IMODE(status.st_mode)
+        raise ConfigurationError(
+            f"{where}: is open to group or others (mode {mode:04o}); chmod it to 0400"
+        )
+
+
+def _trusted_users() -> frozenset[int]:
+    return frozenset({os.geteuid(), 0})
+
+
+_ACL_HEAD = struct.Struct("<I")
+_ACL_ENTRY = struct.Struct("<HHI")
+# Tags of linux/posix_acl.h; the owner's own entry (0x01) is not anybody else's.
+_ACL_USER, _ACL_GROUP_OBJ, _ACL_GROUP, _ACL_MASK, _ACL_OTHER = 0x02, 0x04, 0x08, 0x10, 0x20
+
+
+def _access_acl(descriptor: int) -> bytes:
+    try:
+        return os.getxattr(descriptor, "system.posix_acl_access")
+    except OSError as error:
+        if error.errno in {errno.ENODATA, errno.ENOTSUP}:
+            return b""
+        raise
+
+
+def _open_to_others(mode: int, acl: bytes) -> bool:
+    """Whether anybody but the owner, root and this process's user has a permission.
+
+    With an access control list the group bits of the mode are its mask, not the group's: that is
+    how systemd lends a root-owned credential to a service's user (it reads as 0440).
+    """
+    if not acl:
+        return bool(mode & (stat.S_IRWXG | stat.S_IRWXO))
+    entries = list(_ACL_ENTRY.iter_unpack(acl[_ACL_HEAD.size :]))
+    mask = next((permissions for tag, permissions, _ in entries if tag == _ACL_MASK), 0o7)
+    return any(
+        permissions & (0o7 if tag == _ACL_OTHER else mask)
+        for tag, permissions, user in entries
+        if tag in {_ACL_GROUP_OBJ, _ACL_GROUP, _ACL_OTHER}
+        or (tag == _ACL_USER and user not in _trusted_users())
+    )

@@ -1,0 +1,325 @@
+"""What an HSM token can do, found out by doing it: mechanism lists do not say (field note 8).
+
+Everything is done with session objects in one session, once per backend.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from pkcs11 import MGF, GCMParams
+from pkcs11.constants import Attribute, MechanismFlag
+from pkcs11.exceptions import PKCS11Error
+from pkcs11.mechanisms import KDF, KeyType, Mechanism
+from pkcs11.types import Session
+
+from hsmwrap.catalog import WrappingAlgorithm
+from hsmwrap.pkcs11.returncodes import recovery_of
+from hsmwrap.pkcs11.templates import (
+    AES_KEY_WRAP,
+    NestedTemplate,
+    for_unwrap,
+    private_key,
+    secret_key,
+)
+from hsmwrap.sm2.curve import FIELD_BYTES, GX, GY, OID_DER, encode_point
+
+MECHANISMS: Mapping[WrappingAlgorithm, tuple[Mechanism, Any]] = MappingProxyType(
+    {
+        WrappingAlgorithm.RSAES_PKCS1_V1_5: (Mechanism.RSA_PKCS, None),
+        WrappingAlgorithm.RSAES_OAEP_SHA_1: (
+            Mechanism.RSA_PKCS_OAEP,
+            (Mechanism.SHA_1, MGF.SHA1, None),
+        ),
+        WrappingAlgorithm.RSAES_OAEP_SHA_256: (
+            Mechanism.RSA_PKCS_OAEP,
+            (Mechanism.SHA256, MGF.SHA256, None),
+        ),
+    }
+)
+"""Mechanism and parameter of each RSA wrapping algorithm."""
+
+_AES_128, _AES_256, _BLOCK = 16, 32, 16
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFeatures:
+    """What the probe found.
+
+    Attributes:
+        unwraps: Algorithms whose ciphertext C_UnwrapKey turns into a key object.
+        decrypts: Algorithms that C_Decrypt does natively.
+        raw_rsa: CKM_RSA_X_509 decrypts.
+        wraps_secret_keys: CKM_AES_KEY_WRAP_PAD wraps and unwraps AES keys.
+        wraps_rsa: The same for RSA private keys.
+        wraps_sm2: The same for SM2 private keys.
+        sm2: SM2 key pairs and CKM_ECDH1_DERIVE on them work.
+        gcm: CKM_AES_GCM works, additional data and forgery check included.
+        ecb: CKM_AES_ECB works (for check values).
+        value_length: CKA_VALUE_LEN of an unwrapped key tells its true length.
+        unwrap_template: CKA_UNWRAP_TEMPLATE is honoured.
+    """
+
+    unwraps: frozenset[WrappingAlgorithm]
+    decrypts: frozenset[WrappingAlgorithm]
+    raw_rsa: bool
+    wraps_secret_keys: bool
+    wraps_rsa: bool
+    wraps_sm2: bool
+    sm2: bool
+    gcm: bool
+    ecb: bool
+    value_length: bool
+    unwrap_template: bool
+
+
+def probe(session: Session) -> TokenFeatures:
+    """Try everything that the backend might want to do.
+
+    Raises:
+        PKCS11Error: A return code that says something about the connection, not the token.
+    """
+    prober = _Prober(session)
+    try:
+        return prober.run()
+    finally:
+        prober.clean_up()
+
+
+class _Prober:
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._made: list[Any] = []
+
+    def run(self) -> TokenFeatures:
+        public, private = self._keep_pair(self._rsa_pair())
+        client = _public_key(public)
+        kek = self._wrapping_key()
+        works = self._works
+        unwraps = self._working(lambda a: self._unwrap(private, client, a))
+        return TokenFeatures(
+            unwraps=unwraps,
+            decrypts=self._working(lambda a: self._decrypt(private, client, a)),
+            raw_rsa=works(lambda: self._raw(private, client)),
+            wraps_secret_keys=works(lambda: self._wrap_secret(kek)),
+            wraps_rsa=works(lambda: self._wrap_private(kek, private, KeyType.RSA)),
+            wraps_sm2=works(lambda: self._wrap_sm2(kek)),
+            sm2=works(self._sm2),
+            gcm=works(self._gcm),
+            ecb=works(self._ecb),
+            value_length=works(lambda: self._value_length(private, client, sorted(unwraps))),
+            unwrap_template=works(self._unwrap_template),
+        )
+
+    def clean_up(self) -> None:
+        """Destroy what was made; what cannot be destroyed goes with the session."""
+        for key in self._made:
+            try:
+                key.destroy()
+            except PKCS11Error as error:
+                if recovery_of(error) is not None:
+                    raise
+
+    @staticmethod
+    def _works(attempt: Callable[[], bool]) -> bool:
+        try:
+            return attempt()
+        except PKCS11Error as error:
+            if recovery_of(error) is not None:
+                raise
+            return False
+
+    def _working(
+        self, attempt: Callable[[WrappingAlgorithm], bool]
+    ) -> frozenset[WrappingAlgorithm]:
+        return frozenset(a for a in MECHANISMS if self._works(partial(attempt, a)))
+
+    def _keep(self, key: Any) -> Any:
+        self._made.append(key)
+        return key
+
+    def _keep_pair(self, pair: tuple[Any, Any]) -> tuple[Any, Any]:
+        self._made.extend(pair)
+        return pair
+
+    def _rsa_pair(self) -> tuple[Any, Any]:
+        return self._session.generate_keypair(
+            KeyType.RSA,
+            2048,
+            capabilities=MechanismFlag.UNWRAP | MechanismFlag.DECRYPT,
+            private_template={Attribute.EXTRACTABLE: True},
+        )
+
+    def _wrapping_key(self) -> Any:
+        capabilities = MechanismFlag.WRAP | MechanismFlag.UNWRAP
+        return self._keep(self._session.generate_key(KeyType.AES, 256, capabilities=capabilities))
+
+    def _unwrap(self, private: Any, client: rsa.RSAPublicKey, algorithm: WrappingAlgorithm) -> bool:
+        self._unwrapped(private, client, algorithm, _AES_256)
+        return True
+
+    def _unwrapped(
+        self, private: Any, client: rsa.RSAPublicKey, algorithm: WrappingAlgorithm, length: int
+    ) -> Any:
+        ciphertext = client.encrypt(secrets.token_bytes(length), _padding(algorithm))
+        mechanism, parameter = MECHANISMS[algorithm]
+        arguments = for_unwrap(secret_key(KeyType.AES, Attribute.ENCRYPT))
+        return self._keep(
+            private.unwrap_key(
+                key_data=ciphertext, mechanism=mechanism, mechanism_param=parameter, **arguments
+            )
+        )
+
+    def _decrypt(
+        self, private: Any, client: rsa.RSAPublicKey, algorithm: WrappingAlgorithm
+    ) -> bool:
+        message = secrets.token_bytes(32)
+        mechanism, parameter = MECHANISMS[algorithm]
+        ciphertext = client.encrypt(message, _padding(algorithm))
+        return bool(
+            private.decrypt(ciphertext, mechanism=mechanism, mechanism_param=parameter) == message
+        )
+
+    def _raw(self, private: Any, client: rsa.RSAPublicKey) -> bool:
+        numbers = client.public_numbers()
+        message = 2
+        ciphertext = pow(message, numbers.e, numbers.n).to_bytes(256, "big")
+        plain = private.decrypt(ciphertext, mechanism=Mechanism.RSA_X_509)
+        return int.from_bytes(plain, "big") == message
+
+    def _value_length(
+        self, private: Any, client: rsa.RSAPublicKey, algorithms: list[WrappingAlgorithm]
+    ) -> bool:
+        if not algorithms:
+            return False
+        key = self._unwrapped(private, client, algorithms[0], _AES_128)
+        return bool(key[Attribute.VALUE_LEN] == _AES_128)
+
+    def _wrap_secret(self, kek: Any) -> bool:
+        key = self._keep(
+            self._session.generate_key(
+                KeyType.AES,
+                256,
+                capabilities=MechanismFlag.ENCRYPT,
+                template={Attribute.EXTRACTABLE: True},
+            )
+        )
+        blob = kek.wrap_key(key, mechanism=AES_KEY_WRAP)
+        arguments = for_unwrap(secret_key(KeyType.AES, Attribute.ENCRYPT))
+        self._keep(kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments))
+        return len(blob) == wrapped_length(32)
+
+    def _wrap_private(self, kek: Any, private: Any, key_type: KeyType) -> bool:
+        blob = kek.wrap_key(private, mechanism=AES_KEY_WRAP)
+        use = Attribute.UNWRAP if key_type is KeyType.RSA else Attribute.DERIVE
+        arguments = for_unwrap(private_key(key_type, use))
+        self._keep(kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments))
+        return True
+
+    def _sm2_pair(self) -> tuple[Any, Any]:
+        return self._keep_pair(
+            self._session.generate_keypair(
+                KeyType.EC,
+                capabilities=MechanismFlag.DERIVE,
+                mechanism=Mechanism.EC_KEY_PAIR_GEN,
+                public_template={Attribute.EC_PARAMS: OID_DER},
+                private_template={Attribute.EXTRACTABLE: True},
+            )
+        )
+
+    def _wrap_sm2(self, kek: Any) -> bool:
+        return self._wrap_private(kek, self._sm2_pair()[1], KeyType.EC)
+
+    def _sm2(self) -> bool:
+        return len(derive_x(self._sm2_pair()[1], encode_point(GX, GY))) == FIELD_BYTES
+
+    def _gcm(self) -> bool:
+        capabilities = MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT
+        key = self._keep(self._session.generate_key(KeyType.AES, 256, capabilities=capabilities))
+        nonce, message = secrets.token_bytes(12), secrets.token_bytes(24)
+        good, other = GCMParams(nonce, b"a", 128), GCMParams(nonce, b"b", 128)
+        sealed = key.encrypt(message, mechanism=Mechanism.AES_GCM, mechanism_param=good)
+        opened = key.decrypt(sealed, mechanism=Mechanism.AES_GCM, mechanism_param=good)
+        forged = self._works(
+            lambda: bool(key.decrypt(sealed, mechanism=Mechanism.AES_GCM, mechanism_param=other))
+        )
+        return bool(opened == message) and not forged
+
+    def _ecb(self) -> bool:
+        key = self._keep(
+            self._session.generate_key(KeyType.AES, 256, capabilities=MechanismFlag.ENCRYPT)
+        )
+        return len(key.encrypt(bytes(_BLOCK), mechanism=Mechanism.AES_ECB)) == _BLOCK
+
+    def _unwrap_template(self) -> bool:
+        """A key-encryption key that demands SENSITIVE must refuse to unwrap into a readable key."""
+        allowed = secret_key(KeyType.AES, Attribute.ENCRYPT)
+        kek = self._keep(
+            self._session.generate_key(
+                KeyType.AES,
+                256,
+                capabilities=MechanismFlag.WRAP | MechanismFlag.UNWRAP,
+                template={Attribute.UNWRAP_TEMPLATE: NestedTemplate(allowed)},
+            )
+        )
+        key = self._keep(
+            self._session.generate_key(
+                KeyType.AES,
+                256,
+                capabilities=MechanismFlag.ENCRYPT,
+                template={Attribute.EXTRACTABLE: True},
+            )
+        )
+        blob = kek.wrap_key(key, mechanism=AES_KEY_WRAP)
+        weaker = for_unwrap({**allowed, Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True})
+        return not self._works(
+            lambda: bool(
+                self._keep(kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **weaker))
+            )
+        )
+
+
+def wrapped_length(length: int) -> int:
+    """Length of a key of ``length`` bytes under AES key wrap with padding (RFC 5649)."""
+    return -(-length // 8) * 8 + 8
+
+
+def derive_x(private: Any, point: bytes) -> bytes:
+    """x([d]P) by CKM_ECDH1_DERIVE with CKD_NULL: 32 bytes; ``point`` is uncompressed.
+
+    The caller has checked that the point is on the curve.
+    """
+    derived = private.derive_key(
+        KeyType.GENERIC_SECRET,
+        256,
+        capabilities=0,
+        mechanism=Mechanism.ECDH1_DERIVE,
+        mechanism_param=(KDF.NULL, None, point),
+        template={Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True},
+    )
+    try:
+        return bytes(derived[Attribute.VALUE])
+    finally:
+        derived.destroy()
+
+
+def _padding(algorithm: WrappingAlgorithm) -> padding.AsymmetricPadding:
+    if algorithm is WrappingAlgorithm.RSAES_PKCS1_V1_5:
+        return padding.PKCS1v15()
+    sha1 = algorithm is WrappingAlgorithm.RSAES_OAEP_SHA_1
+    digest = hashes.SHA1() if sha1 else hashes.SHA256()  # noqa: S303  # the API's algorithm
+    return padding.OAEP(padding.MGF1(digest), digest, None)
+
+
+def _public_key(public: Any) -> rsa.RSAPublicKey:
+    return rsa.RSAPublicNumbers(
+        int.from_bytes(public[Attribute.PUBLIC_EXPONENT], "big"),
+        int.from_bytes(public[Attribute.MODULUS], "big"),
+    ).public_key()

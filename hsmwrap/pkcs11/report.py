@@ -1,0 +1,108 @@
+"""From what the probe found and what the configuration wants to the capability report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hsmwrap.backend import (
+    Capabilities,
+    Custody,
+    Exposure,
+    KeyCapability,
+    WrappingCapability,
+)
+from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.errors import ConfigurationError
+from hsmwrap.pkcs11 import rsa
+from hsmwrap.pkcs11.probe import MECHANISMS, TokenFeatures
+from hsmwrap.pkcs11.profiles import VendorSm2
+from hsmwrap.pkcs11.settings import Pkcs11Settings, WrappingCustody
+
+
+def capabilities(
+    settings: Pkcs11Settings,
+    features: TokenFeatures,
+    vendor: VendorSm2 | None,
+    *,
+    trusted: bool,
+) -> Capabilities:
+    """The report."""
+    custody = material_custody(settings, features)
+    return Capabilities(
+        backend=settings.name,
+        protection_levels=frozenset({ProtectionLevel.HSM}),
+        wrapping=tuple(_wrapping(settings, features, vendor)),
+        keys=(
+            KeyCapability(KeySpec.ALIYUN_AES_256, usable=features.gcm, custody=custody),
+            KeyCapability(KeySpec.ALIYUN_SM4, usable=False, custody=custody),
+        ),
+        notes=tuple(_notes(settings, features, trusted=trusted)),
+    )
+
+
+def material_custody(settings: Pkcs11Settings, features: TokenFeatures) -> Custody:
+    """How imported keys are kept: as configured, or as objects where nothing can be wrapped."""
+    return settings.material_custody if features.wraps_secret_keys else Custody.HSM_INTERNAL
+
+
+def _wrapping(
+    settings: Pkcs11Settings, features: TokenFeatures, vendor: VendorSm2 | None
+) -> Iterator[WrappingCapability]:
+    for algorithm in MECHANISMS:
+        path = rsa.path_of(algorithm, features)
+        custody = _wrapping_custody(settings, can_seal=features.wraps_rsa)
+        if path and custody:
+            yield WrappingCapability(
+                WrappingKeySpec.RSA_2048, algorithm, path.exposure, custody, path.description
+            )
+    custody = _wrapping_custody(settings, can_seal=features.wraps_sm2)
+    if features.sm2 and custody:
+        by_vendor = vendor is not None and vendor.decrypt is not None
+        yield WrappingCapability(
+            WrappingKeySpec.EC_SM2,
+            WrappingAlgorithm.SM2PKE,
+            Exposure.HOST,
+            custody,
+            "vendor mechanism" if by_vendor else "CKM_ECDH1_DERIVE, KDF and C3 in the host",
+        )
+
+
+def _wrapping_custody(settings: Pkcs11Settings, *, can_seal: bool) -> Custody | None:
+    """Sealed, resident, or None where the configuration asks for what the token cannot do."""
+    wanted = settings.wrapping_custody
+    if wanted is WrappingCustody.RESIDENT:
+        return Custody.HSM_INTERNAL
+    if can_seal:
+        return Custody.HSM_ENCRYPTED_DATABASE
+    return None if wanted is WrappingCustody.SEALED else Custody.HSM_INTERNAL
+
+
+def _notes(settings: Pkcs11Settings, features: TokenFeatures, *, trusted: bool) -> Iterator[str]:
+    if not features.unwrap_template:
+        yield (
+            "The HSM token ignores CKA_UNWRAP_TEMPLATE: the holder of the PIN can unwrap sealed "
+            "blobs into readable objects."
+        )
+    if not trusted:
+        yield (
+            "The key-encryption keys are not CKA_TRUSTED: the holder of the PIN can wrap key "
+            "material with a key of their own while it is being imported. `hsmwrap keys rotate` "
+            "with the SO PIN makes trusted ones."
+        )
+    if not features.wraps_secret_keys:
+        yield "The HSM token has no working AES key wrap: imported keys are token objects."
+    if not features.gcm:
+        yield "The HSM token has no working AES-GCM: imported keys can be kept but not used."
+    yield "Aliyun_SM4 keys are kept as generic secrets and cannot encrypt on this HSM token."
+    if settings.wrapping_custody is WrappingCustody.SEALED and not features.wraps_sm2:
+        yield "The HSM token cannot seal SM2 keys and the configuration forbids resident ones."
+
+
+def require_something(report: Capabilities) -> None:
+    """Refuse a token that serves nothing at all.
+
+    Raises:
+        ConfigurationError: No wrapping algorithm works on it.
+    """
+    if not report.wrapping:
+        raise ConfigurationError("no wrapping algorithm works on this HSM token")

@@ -1,0 +1,74 @@
+"""SM2 wrapping keys on an HSM token: by a vendor's mechanism, or by ECDH on a standard token.
+
+A standard token knows no SM2 decryption, but its CKM_ECDH1_DERIVE gives x([d]C1) on any curve
+that it generates keys on; the host recovers y, and C3 says which of the two it was (field note
+10). C1 is checked before it reaches the token: an off-curve point would leak the private key.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pkcs11.constants import Attribute
+from pkcs11.mechanisms import KeyType, Mechanism
+from pkcs11.types import Session
+
+from hsmwrap.errors import HsmError
+from hsmwrap.pkcs11.clientfault import blame
+from hsmwrap.pkcs11.probe import derive_x
+from hsmwrap.pkcs11.profiles import CiphertextForm, VendorSm2
+from hsmwrap.pkcs11.templates import Template
+from hsmwrap.sm2 import OID_DER, Sm2Ciphertext, decode_point, decrypt_with_x2, encode_spki
+
+_OCTET_STRING_65 = b"\x04\x41"
+
+
+def generate(
+    session: Session, private_template: Template, vendor: VendorSm2 | None
+) -> tuple[Any, Any]:
+    """Generate an SM2 pair; returns the public and private key objects."""
+    key_type = (vendor and vendor.key_type) or KeyType.EC
+    mechanism = (vendor and vendor.generate) or Mechanism.EC_KEY_PAIR_GEN
+    return session.generate_keypair(
+        key_type,
+        capabilities=0,
+        mechanism=mechanism,
+        public_template={Attribute.EC_PARAMS: OID_DER},
+        private_template={**private_template, Attribute.KEY_TYPE: key_type},
+    )
+
+
+def public_key_der(public: Any) -> bytes:
+    """DER SubjectPublicKeyInfo of a public key object: the 91-byte form.
+
+    Raises:
+        HsmError: The token's CKA_EC_POINT is no point of the curve.
+    """
+    point = bytes(public[Attribute.EC_POINT])
+    # PKCS#11 v2.40 wants a DER OCTET STRING; older tokens give the bare point.
+    point = point.removeprefix(_OCTET_STRING_65) if len(point) > 65 else point  # noqa: PLR2004
+    try:
+        decode_point(point)
+    except ValueError:
+        raise HsmError("the HSM token's CKA_EC_POINT is no uncompressed SM2 point") from None
+    return encode_spki(point)
+
+
+def decrypt(private: Any, ciphertext: Sm2Ciphertext, vendor: VendorSm2 | None) -> bytes:
+    """Decrypt; returns the material.
+
+    Args:
+        private: The private key object.
+        ciphertext: Parsed, so its C1 is on the curve.
+        vendor: The vendor's mechanisms, if the profile names some.
+
+    Raises:
+        InvalidKeyMaterial: C3 does not match, or the token refuses.
+    """
+    if vendor is not None and vendor.decrypt is not None:
+        raw = ciphertext.to_der() if vendor.form is CiphertextForm.DER else ciphertext.to_c1c3c2()
+        with blame():
+            return bytes(private.decrypt(raw, mechanism=vendor.decrypt))
+    with blame():
+        x2 = derive_x(private, ciphertext.c1)
+    return decrypt_with_x2(ciphertext, x2)
