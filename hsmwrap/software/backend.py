@@ -1,0 +1,257 @@
+"""The software backend: everything sealed under the keyring, nothing resident."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any, ClassVar, NoReturn, Self
+
+from hsmwrap.backend import (
+    Backend,
+    Capabilities,
+    Custody,
+    Exposure,
+    Health,
+    ImportedKey,
+    KeyRef,
+    KeySetInfo,
+    PrivateKeyRef,
+    ReapReport,
+    Seal,
+    WrappingKey,
+)
+from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.checkvalue import check_value, same_check_value
+from hsmwrap.errors import (
+    ConfigurationError,
+    InvalidImportToken,
+    InvalidKeyMaterial,
+    KeyNotFound,
+    UnsupportedOperation,
+)
+from hsmwrap.gate import Gate
+from hsmwrap.software import cipher
+from hsmwrap.software.keyring import Keyring
+from hsmwrap.software.keyring_file import KeyringFile
+from hsmwrap.software.report import NAME, report
+from hsmwrap.software.schemes import Scheme, open_schemes
+from hsmwrap.software.sealing import BlobRejected, Purpose, Sealer
+from hsmwrap.software.settings import SoftwareSettings
+
+_MASTER_KEY = "master key"
+
+
+class SoftwareBackend(Backend):
+    """RSA, AES and SM4 by pyca/cryptography, SM2 by libcrypto; custody is always sealed blobs."""
+
+    contract_version: ClassVar[int] = 1
+
+    def __init__(self, settings: SoftwareSettings | None = None) -> None:
+        """Open the backend; the SM2 engine proves itself and the keyring is read.
+
+        Raises:
+            ConfigurationError: The keyring file or the SM2 engine cannot be used.
+            SelfTestFailed: The SM2 engine computes wrongly.
+        """
+        self._settings = settings or SoftwareSettings()
+        self._keyring = _open_keyring(self._settings.keyring_file)
+        self._keyring()
+        self._sealer = Sealer(self._keyring)
+        self._schemes = open_schemes(self._settings)
+        self._capabilities = report(self._settings, self._schemes.values())
+        self._gate = Gate("software backend")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Open a backend from plain settings, see :class:`SoftwareSettings`."""
+        return cls(SoftwareSettings.from_mapping(settings))
+
+    @classmethod
+    def list_keys(cls, settings: Mapping[str, Any]) -> tuple[KeySetInfo, ...]:
+        """The master keys of the keyring file."""
+        keyring = _keyring_file(settings).read()
+        return tuple(KeySetInfo(i, i == keyring.current, _MASTER_KEY) for i in keyring.ids)
+
+    @classmethod
+    def initialise_keys(
+        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
+    ) -> KeySetInfo:
+        """Make the keyring file; nobody's PIN is needed."""
+        return KeySetInfo(
+            _keyring_file(settings).create().current, current=True, detail="master key"
+        )
+
+    @classmethod
+    def rotate_keys(
+        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
+    ) -> KeySetInfo:
+        """Add a master key; running processes use it at once."""
+        return KeySetInfo(
+            _keyring_file(settings).rotate().current, current=True, detail="master key"
+        )
+
+    @classmethod
+    def retire_keys(cls, settings: Mapping[str, Any], key_id: str) -> None:
+        """Remove a master key that is not current."""
+        try:
+            _keyring_file(settings).retire(key_id)
+        except KeyNotFound as error:
+            raise ConfigurationError(str(error)) from None
+
+    @property
+    def name(self) -> str:
+        """``software``."""
+        return NAME
+
+    def __repr__(self) -> str:
+        return f"<SoftwareBackend {self._settings} {self._gate}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a backend does not pickle or copy: it holds keys")
+
+    def capabilities(self) -> Capabilities:
+        """Report what this backend can do."""
+        with self._gate.enter():
+            return self._capabilities
+
+    def generate_wrapping_key(
+        self,
+        spec: WrappingKeySpec,
+        algorithm: WrappingAlgorithm,
+        *,
+        expires_at: datetime,  # noqa: ARG002  # nothing is resident, so nothing expires here
+    ) -> WrappingKey:
+        """Make a fresh pair; the private key is a blob bound to ``algorithm``."""
+        with self._gate.enter():
+            scheme = self._scheme(algorithm)
+            if scheme.spec is not spec:
+                raise UnsupportedOperation(f"{algorithm} is no algorithm of {spec}")
+            public_key, secret = scheme.generate()
+            blob = self._sealer.seal(Purpose.WRAPPING_KEY, secret, NAME, spec, algorithm)
+            private_key = PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, blob)
+            return WrappingKey(spec, algorithm, public_key, private_key)
+
+    def unwrap_material(
+        self,
+        private_key: PrivateKeyRef,
+        algorithm: WrappingAlgorithm,
+        encrypted_material: bytes,
+        *,
+        key_spec: KeySpec,
+        expected_check_value: bytes | None = None,
+        object_id: bytes | None = None,  # noqa: ARG002  # no object is made that it could name
+    ) -> ImportedKey:
+        """Turn encrypted key material into a sealed key."""
+        with self._gate.enter():
+            scheme = self._scheme(algorithm)
+            secret = self._open_wrapping_key(private_key, scheme)
+            material = scheme.decrypt(secret, encrypted_material, key_spec.material_length)
+            check_value = _checked_value(key_spec, material, expected_check_value)
+            blob = self._sealer.seal(Purpose.KEY_MATERIAL, material, NAME, key_spec)
+            key = KeyRef(NAME, key_spec, Custody.HSM_ENCRYPTED_DATABASE, blob)
+            return ImportedKey(key, check_value, Exposure.HOST)
+
+    def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
+        """Encrypt under an imported key, see :mod:`hsmwrap.software.cipher`."""
+        with self._gate.enter():
+            return cipher.encrypt(key.key_spec, self._open_key(key), plaintext, additional_data)
+
+    def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
+        """Decrypt what :meth:`encrypt` made."""
+        with self._gate.enter():
+            return cipher.decrypt(key.key_spec, self._open_key(key), ciphertext, additional_data)
+
+    def destroy_key(self, key: KeyRef) -> None:  # noqa: ARG002  # a blob is the caller's to delete
+        """Do nothing: the caller has the only copy."""
+        with self._gate.enter():
+            return
+
+    def seal(self, data: bytes) -> Seal:
+        """Authenticate ``data`` under the current master key's import-token key."""
+        with self._gate.enter():
+            return self._sealer.tag(data)
+
+    def check_seal(self, data: bytes, seal: Seal) -> bool:
+        """Whether ``seal`` is right for ``data``, in constant time; False for unknown key ids."""
+        with self._gate.enter():
+            return self._sealer.check(data, seal)
+
+    def reap(self, now: datetime) -> ReapReport:  # noqa: ARG002  # nothing resident can expire
+        """Report that nothing is resident."""
+        with self._gate.enter():
+            return ReapReport()
+
+    def health(self) -> Health:
+        """Report whether the backend is open and its keyring can be read."""
+        facts = {"in_flight": self._gate.in_flight}
+        if self._gate.closed:
+            return Health(ready=False, detail="closed", facts=facts)
+        try:
+            keyring = self._keyring()
+        except ConfigurationError as error:
+            return Health(ready=False, detail=str(error), facts=facts)
+        facts["master_keys"] = len(keyring.ids)
+        return Health(ready=True, detail="ready", facts=facts)
+
+    def close(self) -> None:
+        """Wait for running calls, then let go of the keys. Safe to call again."""
+        self._gate.close()
+        self._keyring = _closed_keyring
+        self._sealer = Sealer(_closed_keyring)
+
+    def _scheme(self, algorithm: WrappingAlgorithm) -> Scheme:
+        try:
+            return self._schemes[algorithm]
+        except KeyError:
+            raise UnsupportedOperation(f"{algorithm} is not served here") from None
+
+    def _open_wrapping_key(self, private_key: PrivateKeyRef, scheme: Scheme) -> bytes:
+        context = (NAME, scheme.spec, scheme.algorithm)
+        try:
+            return self._sealer.open(Purpose.WRAPPING_KEY, private_key.data, *context)
+        except BlobRejected:
+            raise InvalidImportToken(
+                "the wrapping key in the import token does not open: not for this algorithm, "
+                "or made under a master key that is not in the keyring (any more)"
+            ) from None
+
+    def _open_key(self, key: KeyRef) -> bytes:
+        if not cipher.is_usable(key.key_spec):
+            raise UnsupportedOperation(f"{key.key_spec}: pyca's OpenSSL lacks the cipher")
+        try:
+            return self._sealer.open(Purpose.KEY_MATERIAL, key.data, key.backend, key.key_spec)
+        except BlobRejected:
+            raise KeyNotFound(
+                "the key does not open: not one of this backend, damaged, or sealed under a "
+                "master key that is not in the keyring (any more)"
+            ) from None
+
+
+def _open_keyring(path: str | None) -> Callable[[], Keyring]:
+    if path is not None:
+        return KeyringFile(path).read
+    keyring = Keyring.generate()
+    return lambda: keyring
+
+
+def _keyring_file(settings: Mapping[str, Any]) -> KeyringFile:
+    path = SoftwareSettings.from_mapping(settings).keyring_file
+    if path is None:
+        raise ConfigurationError(
+            "keyring_file: name the file; without one there is nothing to manage"
+        )
+    return KeyringFile(path)
+
+
+def _closed_keyring() -> Keyring:
+    raise KeyNotFound("the keys were let go when the backend was closed")
+
+
+def _checked_value(key_spec: KeySpec, material: bytes, expected: bytes | None) -> bytes:
+    """The check value of material that has the right length and is the expected one."""
+    if len(material) != key_spec.material_length:
+        raise InvalidKeyMaterial
+    value = check_value(material)
+    if expected is not None and not same_check_value(expected, value):
+        raise InvalidKeyMaterial
+    return value

@@ -1,0 +1,70 @@
+"""The software backend's capability report."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from hsmwrap.backend import Capabilities, Custody, Exposure, KeyCapability, WrappingCapability
+from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingKeySpec
+from hsmwrap.software import cipher
+from hsmwrap.software.schemes import Scheme
+from hsmwrap.software.settings import SoftwareSettings
+
+NAME = "software"
+"""Name of the backend in import tokens and key references."""
+
+_HOST = "Keys and key material are in this process's memory while they are used."
+_PKCS1 = (
+    "RSAES_PKCS1_V1_5 has no integrity: with OpenSSL 3.2 or newer a wrong ciphertext decrypts to "
+    "random bytes, of which about 1 in 200 pass for a key. Prefer RSAES_OAEP_SHA_256."
+)
+_EPHEMERAL = (
+    "EPHEMERAL KEYRING: no keyring_file is configured. Every import token and every imported key "
+    "dies with this process. Not for production."
+)
+_HSM_LEVEL = (
+    "DEVELOPMENT MODE serve_hsm_level: CMKs of protection level HSM are kept in software. "
+    "Not for production."
+)
+
+
+def report(settings: SoftwareSettings, schemes: Collection[Scheme]) -> Capabilities:
+    """Say what a backend of these settings and schemes can do."""
+    warnings = tuple(_warnings(settings, schemes))
+    sealed = Custody.HSM_ENCRYPTED_DATABASE
+    return Capabilities(
+        backend=NAME,
+        protection_levels=_levels(settings),
+        wrapping=tuple(
+            WrappingCapability(s.spec, s.algorithm, Exposure.HOST, sealed, s.path) for s in schemes
+        ),
+        keys=tuple(KeyCapability(spec, cipher.is_usable(spec), sealed) for spec in KeySpec),
+        production=not warnings,
+        notes=(*warnings, _HOST, _PKCS1, *_missing(schemes)),
+    )
+
+
+def _levels(settings: SoftwareSettings) -> frozenset[ProtectionLevel]:
+    if settings.serve_hsm_level:
+        return frozenset(ProtectionLevel)
+    return frozenset({ProtectionLevel.SOFTWARE})
+
+
+def _warnings(settings: SoftwareSettings, schemes: Collection[Scheme]) -> Iterator[str]:
+    """What makes this backend one for development."""
+    if settings.serve_hsm_level:
+        yield _HSM_LEVEL
+    if settings.keyring_file is None:
+        yield _EPHEMERAL
+    for scheme in schemes:
+        if not scheme.production:
+            yield f"{scheme.path} leaks by timing. Not for production."
+
+
+def _missing(schemes: Collection[Scheme]) -> Iterator[str]:
+    """What a backend with other libraries would have."""
+    if not any(scheme.spec is WrappingKeySpec.EC_SM2 for scheme in schemes):
+        yield "SM2PKE is not served: libcrypto has no SM2 here."
+    for spec in KeySpec:
+        if not cipher.is_usable(spec):
+            yield f"{spec} keys can be imported but not used: pyca's OpenSSL lacks the cipher."

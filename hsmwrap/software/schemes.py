@@ -1,0 +1,66 @@
+"""The wrapping schemes that this host can do, one for each wrapping algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.errors import ConfigurationError
+from hsmwrap.sm2.engine import Sm2Engine, open_engine
+from hsmwrap.software.rsa import RsaScheme
+from hsmwrap.software.settings import SoftwareSettings
+from hsmwrap.software.sm2 import Sm2Scheme
+
+
+class Scheme(Protocol):
+    """Key pairs and decryption for one wrapping algorithm."""
+
+    @property
+    def spec(self) -> WrappingKeySpec:
+        """The wrapping key spec."""
+
+    @property
+    def algorithm(self) -> WrappingAlgorithm:
+        """The wrapping algorithm."""
+
+    @property
+    def path(self) -> str:
+        """How it is done, for the capability report."""
+
+    @property
+    def production(self) -> bool:
+        """False where it is for development only."""
+
+    def generate(self) -> tuple[bytes, bytes]:
+        """Make a key pair: DER SubjectPublicKeyInfo, secret for :meth:`decrypt`."""
+
+    def decrypt(self, secret: bytes, ciphertext: bytes, material_length: int) -> bytes:
+        """Decrypt a client's ciphertext that should hold ``material_length`` bytes.
+
+        Raises:
+            InvalidKeyMaterial: It does not decrypt; never says why.
+        """
+
+
+def open_schemes(settings: SoftwareSettings) -> Mapping[WrappingAlgorithm, Scheme]:
+    """Open the scheme of every algorithm that can be served with these settings.
+
+    Raises:
+        ConfigurationError: The configured SM2 engine or layouts cannot be used.
+        SelfTestFailed: The SM2 engine computes wrongly.
+    """
+    schemes: list[Scheme] = [RsaScheme(algorithm) for algorithm in RsaScheme.ALGORITHMS]
+    if engine := _open_engine(settings):
+        schemes.append(Sm2Scheme(engine, settings.sm2_layouts))
+    return MappingProxyType({scheme.algorithm: scheme for scheme in schemes})
+
+
+def _open_engine(settings: SoftwareSettings) -> Sm2Engine | None:
+    if settings.sm2_engine is not None:
+        return open_engine(settings.sm2_engine)
+    try:
+        return open_engine("libcrypto")
+    except ConfigurationError:
+        return None  # built without SM2 (RHEL and its relatives): no reason to refuse RSA too

@@ -1,0 +1,102 @@
+"""Sealed blobs and message authentication codes under the master keys.
+
+A blob is version (1 byte) ‖ master key id (4) ‖ nonce (12) ‖ AES-256-GCM ciphertext and tag (16).
+Each purpose has its own key, derived from the master key by HKDF-SHA-256 (RFC 5869), and the
+version, the id and the context (backend, key spec, algorithm) are additional data: a blob opens
+only as what it was sealed as. Nonces are random, so a master key is to be rotated well before
+2^32 blobs (NIST SP 800-38D, 8.3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import struct
+from collections.abc import Callable
+from enum import Enum
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from hsmwrap.backend import NONCE_LENGTH, TAG_LENGTH, Seal
+from hsmwrap.errors import KeyNotFound
+from hsmwrap.software.keyring import KEY_ID_LENGTH, Keyring
+
+_VERSION = 1
+_HEAD = struct.Struct(f">B{KEY_ID_LENGTH}s")
+_OVERHEAD = _HEAD.size + NONCE_LENGTH + TAG_LENGTH
+
+
+class Purpose(Enum):
+    """What a derived key is for; the value is its HKDF info label."""
+
+    IMPORT_TOKEN = b"hsmwrap/software/1/import-token"
+    WRAPPING_KEY = b"hsmwrap/software/1/wrapping-key"
+    KEY_MATERIAL = b"hsmwrap/software/1/key-material"
+
+
+class BlobRejected(Exception):
+    """A blob is damaged, was sealed as something else, or its master key was retired."""
+
+
+class Sealer:
+    """Seals, opens and authenticates under the keyring that ``keyring()`` returns each time."""
+
+    def __init__(self, keyring: Callable[[], Keyring]) -> None:
+        """Take the source of the keyring; it may return another one after a rotation."""
+        self._keyring = keyring
+
+    def seal(self, purpose: Purpose, secret: bytes, *context: str) -> bytes:
+        """Encrypt ``secret`` for this purpose and context under the current master key."""
+        keyring = self._keyring()
+        head = _HEAD.pack(_VERSION, bytes.fromhex(keyring.current))
+        nonce = os.urandom(NONCE_LENGTH)
+        aead = AESGCM(_derive(keyring, keyring.current, purpose))
+        return head + nonce + aead.encrypt(nonce, secret, _bind(head, context))
+
+    def open(self, purpose: Purpose, blob: bytes, *context: str) -> bytes:
+        """Decrypt what :meth:`seal` made for the same purpose and context.
+
+        Raises:
+            BlobRejected: It is not that.
+        """
+        if len(blob) < _OVERHEAD or blob[0] != _VERSION:
+            raise BlobRejected
+        head, nonce = blob[: _HEAD.size], blob[_HEAD.size : _HEAD.size + NONCE_LENGTH]
+        _, key_id = _HEAD.unpack(head)
+        try:
+            aead = AESGCM(_derive(self._keyring(), key_id.hex(), purpose))
+            return aead.decrypt(nonce, blob[_HEAD.size + NONCE_LENGTH :], _bind(head, context))
+        except (KeyNotFound, InvalidTag):
+            raise BlobRejected from None
+
+    def tag(self, data: bytes) -> Seal:
+        """Authenticate ``data`` by HMAC-SHA-256 under the current import-token key."""
+        keyring = self._keyring()
+        return Seal(keyring.current, _tag(keyring, keyring.current, data))
+
+    def check(self, data: bytes, seal: Seal) -> bool:
+        """Whether ``seal`` is right for ``data``, in constant time; False for unknown key ids."""
+        try:
+            expected = _tag(self._keyring(), seal.key_id, data)
+        except KeyNotFound:
+            return False
+        return hmac.compare_digest(expected, seal.tag)
+
+
+def _derive(keyring: Keyring, key_id: str, purpose: Purpose) -> bytes:
+    # 3 µs, so derived keys are not kept.
+    hkdf = HKDF(algorithm=SHA256(), length=32, salt=None, info=purpose.value)
+    return hkdf.derive(keyring.key(key_id))
+
+
+def _tag(keyring: Keyring, key_id: str, data: bytes) -> bytes:
+    key = _derive(keyring, key_id, Purpose.IMPORT_TOKEN)
+    return hmac.digest(key, data, hashlib.sha256)
+
+
+def _bind(head: bytes, context: tuple[str, ...]) -> bytes:
+    return b"\0".join([head, *(word.encode() for word in context)])
