@@ -26,7 +26,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Self
 
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.errors import KeyNotFound
+from hsmwrap.errors import KeyNotFound, UnsupportedOperation
 
 CONTRACT_VERSION = 1
 """Version of this contract. A plug-in declares the one that it was written for."""
@@ -249,6 +249,21 @@ class Health:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class KeySetInfo:
+    """One set of a backend's own keys: what seals import tokens, wrapping keys and imported keys.
+
+    Attributes:
+        key_id: Its id, as in :attr:`Seal.key_id`.
+        current: Whether it seals now; the others only open what they sealed.
+        detail: One phrase for the operator.
+    """
+
+    key_id: str
+    current: bool
+    detail: str
+
+
 class Backend(ABC):
     """A cryptographic backend. Subclass it, register the class as an entry point.
 
@@ -266,6 +281,56 @@ class Backend(ABC):
         Raises:
             ConfigurationError: A setting is unknown, missing or of the wrong kind.
         """
+
+    # A backend's own keys are managed before it is opened, by the command `hsmwrap keys`.
+
+    @classmethod
+    def list_keys(cls, settings: Mapping[str, Any]) -> tuple[KeySetInfo, ...]:
+        """All key sets, oldest first.
+
+        Raises:
+            UnsupportedOperation: This backend's keys are not managed here.
+        """
+        raise UnsupportedOperation(f"{cls.__name__} has no keys of its own to manage")
+
+    @classmethod
+    def initialise_keys(
+        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
+    ) -> KeySetInfo:
+        """Make the first key set.
+
+        Args:
+            settings: As for :meth:`from_settings`.
+            so_pin_file: File with the security officer's PIN, for backends where that officer
+                can make the keys stronger.
+
+        Raises:
+            ConfigurationError: There is one already.
+            UnsupportedOperation: This backend's keys are not managed here.
+        """
+        raise UnsupportedOperation(f"{cls.__name__} has no keys of its own to manage")
+
+    @classmethod
+    def rotate_keys(
+        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
+    ) -> KeySetInfo:
+        """Make another key set and make it current; older ones keep opening what they sealed.
+
+        Raises:
+            ConfigurationError: There is none yet.
+            UnsupportedOperation: This backend's keys are not managed here.
+        """
+        raise UnsupportedOperation(f"{cls.__name__} has no keys of its own to manage")
+
+    @classmethod
+    def retire_keys(cls, settings: Mapping[str, Any], key_id: str) -> None:
+        """Destroy a key set that is not current, and with it the use of all that it sealed.
+
+        Raises:
+            ConfigurationError: It is not there, or it is current.
+            UnsupportedOperation: This backend's keys are not managed here.
+        """
+        raise UnsupportedOperation(f"{cls.__name__} has no keys of its own to manage")
 
     @property
     @abstractmethod

@@ -1,0 +1,7 @@
+"""``python -m hsmwrap.cli``: the command where its script is not on the PATH."""
+
+import sys
+
+from hsmwrap.cli import main
+
+sys.exit(main())

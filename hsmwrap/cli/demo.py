@@ -1,0 +1,134 @@
+"""``hsmwrap demo``: the whole compatibility table, played with an independent client."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Protocol, cast
+
+from hsmwrap import policy, registry
+from hsmwrap.backend import Backend, Capabilities
+from hsmwrap.catalog import ProtectionLevel
+from hsmwrap.cli import demo_report, tables
+from hsmwrap.cli.arguments import Subparsers, add_json_option
+from hsmwrap.cli.compat import Combination, combinations
+from hsmwrap.cli.rehearsal import DEPLOYMENT, Rehearsal, Row
+from hsmwrap.errors import ConfigurationError
+from hsmwrap.policy import Verdict
+from hsmwrap.testing.clients import GMSSL, OPENSSL, Client, clients_of
+
+_Scene = tuple[Combination, Verdict, Client | None]
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="import key material by every row of the compatibility table",
+        description="For every allowed combination: issue parameters, encrypt key material with "
+        "the openssl command (and gmssl), import it, use the key. For every refused one: show "
+        "the refusal. The exit code is 0 only if every row did what the table says.",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=["pkcs11", "software"],
+        default="pkcs11",
+        help="of protection level HSM; pkcs11 (default) takes its token from "
+        "HSMWRAP_PKCS11_MODULE, HSMWRAP_TOKEN_LABEL, HSMWRAP_PIN_FILE and, for trusted keys, "
+        "HSMWRAP_SO_PIN_FILE",
+    )
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Play every row and print the report; return 0 only if each did what the table says."""
+    for client in (OPENSSL, GMSSL):
+        client.require()
+    with ExitStack() as stack:
+        backends = _open_backends(args.backend, stack)
+        capabilities = {b.name: b.capabilities() for b in backends.values()}
+        for capability in capabilities.values():
+            print(demo_report.announcement(capability), file=sys.stderr)
+        rows = list(_play(Rehearsal(backends)))
+    print(_report(rows, capabilities, as_json=args.json))
+    return 0 if demo_report.all_ok(rows) else 1
+
+
+def _report(rows: list[Row], capabilities: Mapping[str, Capabilities], *, as_json: bool) -> str:
+    if as_json:
+        return tables.to_json(demo_report.document(rows))
+    return demo_report.text(rows, capabilities.values())
+
+
+def _play(rehearsal: Rehearsal) -> Iterator[Row]:
+    """Play each scene, with progress on stderr."""
+    scenes = list(_scenes())
+    for number, (combination, verdict, client) in enumerate(scenes, 1):
+        print(
+            f"[{number:2}/{len(scenes)}] {' '.join(combination)}",
+            end=" ",
+            file=sys.stderr,
+            flush=True,
+        )
+        if client is None:
+            row = rehearsal.play_refused(combination, verdict)
+        else:
+            row = rehearsal.play_allowed(combination, client)
+        print(demo_report.progress(row), file=sys.stderr)
+        yield row
+
+
+def _scenes() -> Iterator[_Scene]:
+    """Every combination, the allowed ones once for each client that can encrypt for them."""
+    for combination in combinations():
+        verdict = policy.check(*combination, DEPLOYMENT)
+        for client in clients_of(combination[1]) if verdict.allowed else (None,):
+            yield combination, verdict, client
+
+
+def _open_backends(kind: str, stack: ExitStack) -> dict[ProtectionLevel, Backend]:
+    """Open the backend of each protection level; ``stack`` closes them."""
+    if kind == "software":
+        both = registry.open_backend("software", {"serve_hsm_level": True})
+        return dict.fromkeys(ProtectionLevel, stack.enter_context(both))
+    settings = _token_settings(os.environ)
+    _ensure_keys(settings, os.environ.get("HSMWRAP_SO_PIN_FILE") or None)
+    return {
+        ProtectionLevel.SOFTWARE: stack.enter_context(registry.open_backend("software", {})),
+        ProtectionLevel.HSM: stack.enter_context(registry.open_backend("pkcs11", settings)),
+    }
+
+
+def _token_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    variables = {
+        "module": "HSMWRAP_PKCS11_MODULE",
+        "token_label": "HSMWRAP_TOKEN_LABEL",
+        "pin_file": "HSMWRAP_PIN_FILE",
+    }
+    if missing := [name for name in variables.values() if not environment.get(name)]:
+        raise ConfigurationError(
+            f"no token is configured: {', '.join(missing)} not set; ./scripts/demo makes a "
+            "private SoftHSM2 token and sets them, --backend software needs none"
+        )
+    return {setting: environment[name] for setting, name in variables.items()}
+
+
+class _InitialisesKeys(Protocol):
+    def initialise_keys(
+        self, settings: Mapping[str, str], *, so_pin_file: str | None
+    ) -> object: ...
+
+
+def _ensure_keys(settings: Mapping[str, str], so_pin_file: str | None) -> None:
+    """Make the backend's own keys in a fresh token; the SO's PIN makes them trusted."""
+    try:
+        with registry.open_backend("pkcs11", settings) as backend:
+            backend.seal(b"")
+    except ConfigurationError:
+        # No keys yet. Were something else wrong, initialising would say so again.
+        backend_class = cast("_InitialisesKeys", registry.load("pkcs11"))
+        backend_class.initialise_keys(settings, so_pin_file=so_pin_file)

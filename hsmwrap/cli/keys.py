@@ -1,0 +1,86 @@
+"""``hsmwrap keys``: a backend's own keys: make, rotate, retire, list."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from hsmwrap import registry
+from hsmwrap.backend import KeySetInfo
+from hsmwrap.cli import tables
+from hsmwrap.cli.arguments import Subparsers, add_json_option
+
+_DESCRIPTION = """\
+A backend seals import tokens, wrapping keys and imported keys under keys of its own, which come
+in sets. The newest set is current; older ones open what they sealed until they are retired.
+The settings come from options, or from HSMWRAP_PKCS11_MODULE, HSMWRAP_TOKEN_LABEL,
+HSMWRAP_PIN_FILE and HSMWRAP_SO_PIN_FILE. With the security officer's PIN the key-encryption keys
+of an HSM token become CKA_TRUSTED, and nothing else can wrap what they wrap.
+"""
+
+_ENVIRONMENT = {
+    "module": "HSMWRAP_PKCS11_MODULE",
+    "token_label": "HSMWRAP_TOKEN_LABEL",
+    "pin_file": "HSMWRAP_PIN_FILE",
+    "so_pin_file": "HSMWRAP_SO_PIN_FILE",
+    "keyring_file": "HSMWRAP_KEYRING_FILE",
+}
+_OPTIONS = {
+    "pkcs11": ("uri", "module", "token_label", "token_serial", "pin_file", "key_prefix"),
+    "software": ("keyring_file",),
+}
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "keys",
+        help="make, rotate, retire or list a backend's own keys",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("action", choices=("init", "rotate", "retire", "list"))
+    parser.add_argument("key_id", nargs="?", help="the key set to retire")
+    parser.add_argument("--backend", default="pkcs11", help="default: pkcs11")
+    parser.add_argument("--so-pin-file", help="file with the security officer's PIN")
+    for option in dict.fromkeys(name for names in _OPTIONS.values() for name in names):
+        parser.add_argument(f"--{option.replace('_', '-')}")
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what ``args.action`` says and print the key sets that there are afterwards."""
+    backend = registry.load(args.backend)
+    settings = _settings(args)
+    so_pin_file = args.so_pin_file or os.environ.get(_ENVIRONMENT["so_pin_file"])
+    if args.action == "init":
+        backend.initialise_keys(settings, so_pin_file=so_pin_file)
+    elif args.action == "rotate":
+        backend.rotate_keys(settings, so_pin_file=so_pin_file)
+    elif args.action == "retire":
+        backend.retire_keys(settings, args.key_id or "")
+    _print(backend.list_keys(settings), as_json=args.json)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    names = _OPTIONS.get(args.backend, ())
+    given = {name: getattr(args, name) for name in names}
+    if given.get("uri"):
+        return {name: value for name, value in given.items() if value}
+    found = {
+        name: value or os.environ.get(_ENVIRONMENT.get(name, "")) for name, value in given.items()
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _print(sets: tuple[KeySetInfo, ...], *, as_json: bool) -> None:
+    if as_json:
+        rows = [{"key_id": s.key_id, "current": s.current, "detail": s.detail} for s in sets]
+        print(tables.to_json({"key_sets": rows}))
+        return
+    marks = {True: "current", False: "opens only"}
+    cells = [(each.key_id, marks[each.current], each.detail) for each in sets]
+    print(tables.render(("key set", "use", "detail"), cells))

@@ -1,0 +1,120 @@
+"""Backends as plug-ins: found by the entry-point group ``hsmwrap.backends``.
+
+The two built-in backends are registered the same way as a vendor's. Listing imports nothing;
+loading imports the one plug-in that was asked for, so a broken one harms only itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from hsmwrap.backend import CONTRACT_VERSION, Backend
+from hsmwrap.errors import BackendLoadError
+
+GROUP = "hsmwrap.backends"
+"""The entry-point group; each entry names a :class:`hsmwrap.backend.Backend` subclass."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BackendEntry:
+    """One registered plug-in, not yet imported.
+
+    Attributes:
+        name: What the configuration calls it.
+        value: Where its class is (``package.module:Class``).
+        distribution: Name and version of the installed package that registers it.
+    """
+
+    name: str
+    value: str
+    distribution: str
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self.value}, of {self.distribution})"
+
+
+def available() -> list[BackendEntry]:
+    """List the registered plug-ins by name, without importing any."""
+    return sorted(_entry(point) for point in entry_points(group=GROUP))
+
+
+def load(name: str) -> type[Backend]:
+    """Import the plug-in ``name`` and return its backend class.
+
+    Raises:
+        BackendLoadError: No plug-in or several have this name, its import fails, or what it
+            names is no complete :class:`Backend` of this contract version. The text names it.
+    """
+    entry = _only(name)
+    return _accept(entry, _import(entry))
+
+
+def open_backend(name: str, settings: Mapping[str, Any]) -> Backend:
+    """Load the plug-in ``name`` and open a backend from plain settings.
+
+    Raises:
+        BackendLoadError: As :func:`load`.
+        ConfigurationError: A setting is unknown, missing or of the wrong kind.
+    """
+    return load(name).from_settings(settings)
+
+
+def load_all() -> tuple[dict[str, type[Backend]], dict[str, BackendLoadError]]:
+    """Load every plug-in: the classes by name, and by name why the others did not load."""
+    loaded: dict[str, type[Backend]] = {}
+    failed: dict[str, BackendLoadError] = {}
+    for name in dict.fromkeys(entry.name for entry in available()):
+        try:
+            loaded[name] = load(name)
+        except BackendLoadError as error:
+            failed[name] = error
+    return loaded, failed
+
+
+def _entry(point: EntryPoint) -> BackendEntry:
+    owner = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
+    return BackendEntry(point.name, point.value, owner)
+
+
+def _only(name: str) -> BackendEntry:
+    registered = available()
+    matching = [entry for entry in registered if entry.name == name]
+    if not matching:
+        known = ", ".join(dict.fromkeys(entry.name for entry in registered)) or "none"
+        raise BackendLoadError(f"no backend plug-in is called {name!r}; registered: {known}")
+    if len(matching) > 1:
+        owners = " and ".join(entry.distribution for entry in matching)
+        raise BackendLoadError(
+            f"backend plug-in {name!r} is registered by {owners}; uninstall all but one"
+        )
+    return matching[0]
+
+
+def _import(entry: BackendEntry) -> object:
+    try:
+        return EntryPoint(entry.name, entry.value, GROUP).load()
+    # A plug-in is foreign code: whatever its import raises, SystemExit too, is its own failure.
+    except (Exception, SystemExit) as error:
+        raise BackendLoadError(
+            f"backend plug-in {entry} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _accept(entry: BackendEntry, candidate: object) -> type[Backend]:
+    if not (isinstance(candidate, type) and issubclass(candidate, Backend)):
+        raise BackendLoadError(f"backend plug-in {entry} is not a subclass of hsmwrap's Backend")
+    version = getattr(candidate, "contract_version", None)
+    if version != CONTRACT_VERSION:
+        written_for = "none" if version is None else repr(version)
+        raise BackendLoadError(
+            f"backend plug-in {entry} declares contract version {written_for}; "
+            f"this hsmwrap has contract version {CONTRACT_VERSION}"
+        )
+    if inspect.isabstract(candidate):
+        missing = ", ".join(sorted(candidate.__abstractmethods__))
+        raise BackendLoadError(f"backend plug-in {entry} does not implement {missing}")
+    return candidate

@@ -1,0 +1,156 @@
+"""Independent clients for the demo, the tests and plug-in authors.
+
+They know hsmwrap by its documents only, and share no code with it.
+
+Key material is encrypted by the openssl command, and by gmssl for SM2's raw form; messages are
+encrypted and decrypted by pyca/cryptography from the known key.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherAlgorithm, algorithms, modes
+
+from hsmwrap.backend import MESSAGE_VERSION, NONCE_LENGTH, TAG_LENGTH
+from hsmwrap.catalog import KeySpec, WrappingAlgorithm
+from hsmwrap.errors import ConfigurationError
+
+Encryptor = Callable[[WrappingAlgorithm, bytes, bytes], bytes]
+"""(wrapping algorithm, DER SubjectPublicKeyInfo, key material) → encrypted key material."""
+
+
+class ClientFailed(Exception):
+    """An independent client could not do its part, or disagrees with the backend."""
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Somebody who encrypts key material for import; ``require`` raises if it is not installed."""
+
+    name: str
+    encrypt: Encryptor
+    require: Callable[[], None]
+
+
+_OAEP = ("rsa_padding_mode:oaep", "rsa_oaep_md:{0}", "rsa_mgf1_md:{0}")
+_OPENSSL_OPTIONS: Mapping[WrappingAlgorithm, tuple[str, ...]] = MappingProxyType(
+    {
+        WrappingAlgorithm.RSAES_PKCS1_V1_5: ("rsa_padding_mode:pkcs1",),
+        WrappingAlgorithm.RSAES_OAEP_SHA_1: tuple(o.format("sha1") for o in _OAEP),
+        WrappingAlgorithm.RSAES_OAEP_SHA_256: tuple(o.format("sha256") for o in _OAEP),
+        WrappingAlgorithm.SM2PKE: (),
+    }
+)
+_SM2_POINT_LENGTH = 64
+
+
+def openssl_encrypt(algorithm: WrappingAlgorithm, public_key: bytes, material: bytes) -> bytes:
+    """Encrypt by ``openssl pkeyutl``: RSA, or SM2 in DER form (GM/T 0009).
+
+    The material goes through a pipe: it is on no command line and in no file.
+
+    Raises:
+        ClientFailed: openssl refused the public key or failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="hsmwrap-demo-") as directory:
+        key_file = Path(directory, "wrapping-key.der")
+        key_file.write_bytes(public_key)
+        command = [_openssl(), "pkeyutl", "-encrypt", "-pubin", "-keyform", "DER"]
+        command += ["-inkey", str(key_file)]
+        for option in _OPENSSL_OPTIONS[algorithm]:
+            command += ["-pkeyopt", option]
+        done = subprocess.run(command, input=material, capture_output=True, check=False)  # noqa: S603 (fixed words and a path made here; no shell)
+    if done.returncode:
+        raise ClientFailed(f"openssl: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
+
+
+def gmssl_encrypt(algorithm: WrappingAlgorithm, public_key: bytes, material: bytes) -> bytes:
+    """Encrypt by gmssl's SM2: raw C1 ‖ C3 ‖ C2 without the leading 04.
+
+    For demonstration only: gmssl takes its scalar from the Mersenne Twister.
+
+    Raises:
+        ClientFailed: gmssl gave no ciphertext.
+    """
+    from gmssl.sm2 import CryptSM2  # noqa: PLC0415 (optional: the demo needs it, the package not)
+
+    if algorithm is not WrappingAlgorithm.SM2PKE:
+        raise ClientFailed(f"gmssl has no {algorithm}")
+    client = CryptSM2(private_key="", public_key="", mode=1)
+    # Past the constructor, whose lstrip("04") corrupts 1 in 8 public keys.
+    client.public_key = public_key[-_SM2_POINT_LENGTH:].hex()
+    ciphertext = client.encrypt(material)
+    if ciphertext is None:
+        raise ClientFailed("gmssl gave no ciphertext")
+    return bytes(ciphertext)
+
+
+def encrypt_message(spec: KeySpec, key: bytes, plaintext: bytes, additional_data: bytes) -> bytes:
+    """Encrypt by pyca: version ‖ nonce (12) ‖ ciphertext ‖ tag (16), AES-256-GCM or SM4-GCM."""
+    nonce = secrets.token_bytes(NONCE_LENGTH)
+    encryptor = Cipher(_cipher(spec, key), modes.GCM(nonce)).encryptor()
+    encryptor.authenticate_additional_data(additional_data)
+    body = encryptor.update(plaintext) + encryptor.finalize()
+    return bytes([MESSAGE_VERSION]) + nonce + body + encryptor.tag
+
+
+def decrypt_message(spec: KeySpec, key: bytes, message: bytes, additional_data: bytes) -> bytes:
+    """Decrypt by pyca what a backend encrypted.
+
+    Raises:
+        ClientFailed: Wrong version, key, additional data or tag.
+    """
+    nonce, body, tag = message[1:][:NONCE_LENGTH], message[1:-TAG_LENGTH], message[-TAG_LENGTH:]
+    body = body[NONCE_LENGTH:]
+    if message[:1] != bytes([MESSAGE_VERSION]):
+        raise ClientFailed("the message is not of the documented version")
+    decryptor = Cipher(_cipher(spec, key), modes.GCM(nonce, tag)).decryptor()
+    decryptor.authenticate_additional_data(additional_data)
+    try:
+        return decryptor.update(body) + decryptor.finalize()
+    except InvalidTag:
+        raise ClientFailed("the message does not decrypt under the known key") from None
+
+
+def clients_of(algorithm: WrappingAlgorithm) -> tuple[Client, ...]:
+    """Return the clients that can encrypt under ``algorithm``."""
+    return (OPENSSL, GMSSL) if algorithm is WrappingAlgorithm.SM2PKE else (OPENSSL,)
+
+
+def _cipher(spec: KeySpec, key: bytes) -> CipherAlgorithm:
+    return algorithms.AES(key) if spec is KeySpec.ALIYUN_AES_256 else algorithms.SM4(key)
+
+
+def _openssl() -> str:
+    path = shutil.which("openssl")
+    if path is None:
+        raise ConfigurationError("the openssl command is not on the PATH: apt-get install openssl")
+    return path
+
+
+def _require_openssl() -> None:
+    _openssl()
+
+
+def _require_gmssl() -> None:
+    try:
+        import gmssl.sm2  # noqa: F401, PLC0415 (only whether it is there)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"the package gmssl is needed as a second SM2 client ({error}): "
+            "pip install 'hsmwrap[gmssl]'"
+        ) from None
+
+
+OPENSSL = Client("openssl", openssl_encrypt, _require_openssl)
+GMSSL = Client("gmssl", gmssl_encrypt, _require_gmssl)

@@ -1,0 +1,16 @@
+import json
+
+import pytest
+
+from hsmwrap.cli import main
+
+
+@pytest.fixture
+def run_json(capsys):
+    """Run a subcommand with --json; its exit code, and the document that is alone on stdout."""
+
+    def run(*argv):
+        status = main([*argv, "--json"])
+        return status, json.loads(capsys.readouterr().out)
+
+    return run

@@ -1,0 +1,57 @@
+"""The demo on a private SoftHSM2 token, as ``scripts/demo`` runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """Run ``hsmwrap demo --json`` on the token in ``tmp_path``: (exit code, document)."""
+
+    def run():
+        done = subprocess.run(
+            [ROOT / "softhsm/init-token", sys.executable, "-m", "hsmwrap.cli", "demo", "--json"],
+            env={**os.environ, "HSMWRAP_TOKEN_DIR": str(tmp_path)},
+            cwd=ROOT,
+            capture_output=True,
+            check=False,
+        )
+        return done.returncode, json.loads(done.stdout)
+
+    return run
+
+
+def token_objects(directory):
+    return {path.name for path in directory.glob("tokens/*/*.object")}
+
+
+def test_every_row_on_the_token_that_is_left_as_it_was(demo, tmp_path):
+    status, document = demo()
+    assert (status, document["ok"]) == (0, True)
+    before = token_objects(tmp_path)
+
+    assert demo()[0] == 0
+    assert token_objects(tmp_path) == before
+
+    imported = [row for row in document["rows"] if row["allowed"]]
+    assert {(row["protection_level"], row["backend"]) for row in imported} == {
+        ("SOFTWARE", "software"),
+        ("HSM", "pkcs11"),
+    }
+    assert {
+        row["wrapping_algorithm"]: row["exposure"]
+        for row in imported
+        if row["protection_level"] == "HSM"
+    } == {
+        "RSAES_PKCS1_V1_5": "in_hsm",
+        "RSAES_OAEP_SHA_1": "in_hsm",
+        "RSAES_OAEP_SHA_256": "host",
+        "SM2PKE": "host",
+    }

@@ -1,0 +1,87 @@
+import subprocess
+import sys
+
+import pytest
+
+from hsmwrap import __version__
+from hsmwrap.backend import Backend
+from hsmwrap.cli import main
+from hsmwrap.errors import BackendLoadError, ConfigurationError, HsmUnavailable
+from hsmwrap.registry import BackendEntry
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"hsmwrap {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["no-such-command"], ["demo", "--backend", "x"], ["compat", "--managed-hsm", "X"]]
+)
+def test_wrong_usage_is_exit_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "usage: hsmwrap" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigurationError("a setting is wrong"), 2),
+        (BackendLoadError("a plug-in is wrong"), 2),
+        (HsmUnavailable("the HSM is away"), 1),
+    ],
+)
+def test_an_error_is_one_line_on_stderr(error, status, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("hsmwrap.registry.load_all", fail)
+    assert main(["backends"]) == status
+    assert capsys.readouterr() == ("", f"hsmwrap: {error}\n")
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback():
+    command = subprocess.Popen(
+        [sys.executable, "-m", "hsmwrap.cli", "compat", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    command.stdout.close()
+    with command.stderr:
+        assert command.stderr.read() == b""
+    assert command.wait() == 1
+
+
+class TestBackends:
+    ENTRIES = (
+        BackendEntry("acme", "acme:Hsm", "acme-hsm 2.0"),
+        BackendEntry("broken", "broken:Hsm", "broken-hsm 1.0"),
+    )
+
+    @pytest.fixture(autouse=True)
+    def plugins(self, monkeypatch):
+        error = BackendLoadError("backend plug-in 'broken' cannot be imported: no licence")
+        monkeypatch.setattr("hsmwrap.registry.available", lambda: list(self.ENTRIES))
+        monkeypatch.setattr(
+            "hsmwrap.registry.load_all", lambda: ({"acme": Backend}, {"broken": error})
+        )
+
+    def test_the_table_says_which_plugin_fails_and_why(self, capsys):
+        assert main(["backends"]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[2].split() == ["acme", "loads", "acme:Hsm", "acme-hsm", "2.0"]
+        assert lines[3].split()[:2] == ["broken", "FAILED"]
+        assert lines[-1].endswith("no licence")
+
+    def test_json_says_the_same(self, run_json):
+        status, document = run_json("backends")
+        assert status == 1
+        assert [(row["name"], row["loads"]) for row in document["backends"]] == [
+            ("acme", True),
+            ("broken", False),
+        ]
+        assert document["backends"][1]["error"].endswith("no licence")
