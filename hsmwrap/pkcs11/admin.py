@@ -9,10 +9,11 @@ from functools import partial
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.types import Session
 
+from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError, HsmError, PinError
 from hsmwrap.pkcs11.connection import Connection, find_token
 from hsmwrap.pkcs11.host import ModuleHost
-from hsmwrap.pkcs11.keys import KeySetInfo, KeySets, Role
+from hsmwrap.pkcs11.keys import KeySet, KeySets, Role
 from hsmwrap.pkcs11.pin import PinSource
 from hsmwrap.pkcs11.pool import PooledSession
 from hsmwrap.pkcs11.returncodes import code_name
@@ -20,8 +21,12 @@ from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.templates import HsmAttributeMapper
 
 
-def list_key_sets(settings: Pkcs11Settings) -> list[KeySetInfo]:
+def list_key_sets(settings: Pkcs11Settings) -> tuple[KeySetInfo, ...]:
     """All key sets in the HSM token, oldest first."""
+    return tuple(each.info() for each in _found(settings))
+
+
+def _found(settings: Pkcs11Settings) -> list[KeySet]:
     keys = KeySets(settings.key_prefix)
     connection = Connection(settings)
     try:
@@ -40,7 +45,7 @@ def initialise(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo
     Raises:
         ConfigurationError: There is a key set already, or a backend of this process is open.
     """
-    if list_key_sets(settings):
+    if _found(settings):
         raise ConfigurationError(
             "the HSM token has keys of this prefix already; `hsmwrap keys rotate` makes new ones"
         )
@@ -53,14 +58,14 @@ def rotate(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo:
     Raises:
         ConfigurationError: There is none yet, or a backend of this process is open.
     """
-    present = list_key_sets(settings)
+    present = _found(settings)
     if not present:
         raise ConfigurationError("there are no keys to rotate; run `hsmwrap keys init`")
     return _create(settings, so_pin, present[-1].number + 1)
 
 
-def retire(settings: Pkcs11Settings, number: int) -> int:
-    """Destroy a key set that is not current; returns the number of keys destroyed.
+def retire(settings: Pkcs11Settings, key_id: str) -> None:
+    """Destroy a key set that is not current.
 
     Whatever it sealed is lost: import tokens (so wait 24 hours after the rotation) and imported
     keys in custody HsmEncryptedDatabase (so import them again first).
@@ -68,15 +73,15 @@ def retire(settings: Pkcs11Settings, number: int) -> int:
     Raises:
         ConfigurationError: It is not there, or it is the current one.
     """
-    sets = {info.number: info for info in list_key_sets(settings)}
-    if number not in sets:
-        raise ConfigurationError(f"there is no key set {number}; there are {sorted(sets)}")
-    if sets[number].current:
-        raise ConfigurationError(f"key set {number} is current; rotate first")
+    sets = {str(each.number): each for each in _found(settings)}
+    if key_id not in sets:
+        raise ConfigurationError(f"there is no key set {key_id}; there are {', '.join(sets)}")
+    if sets[key_id].current:
+        raise ConfigurationError(f"key set {key_id} is current; rotate first")
     keys = KeySets(settings.key_prefix)
     connection = Connection(settings)
     try:
-        return connection.run(lambda pooled: keys.destroy(pooled.session, number))
+        connection.run(lambda pooled: keys.destroy(pooled.session, sets[key_id].number))
     finally:
         connection.close()
 
@@ -95,7 +100,7 @@ def _create(settings: Pkcs11Settings, so_pin: PinSource | None, number: int) -> 
         for role in (*keks, Role.SEAL):
             connection.run(partial(_create_one, keys, role, number), retry=False)
         listed = connection.run(lambda pooled: keys.list(pooled.session))
-        return next(info for info in listed if info.number == number)
+        return next(each.info() for each in listed if each.number == number)
     finally:
         connection.close()
 

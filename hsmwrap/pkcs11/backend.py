@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from hsmwrap.backend import (
     Health,
     ImportedKey,
     KeyRef,
+    KeySetInfo,
     PrivateKeyRef,
     ReapReport,
     Seal,
@@ -37,7 +37,7 @@ from hsmwrap.pkcs11 import admin, report, rsa, sm2
 from hsmwrap.pkcs11.clientfault import blame
 from hsmwrap.pkcs11.connection import Connection, destroy_by_id
 from hsmwrap.pkcs11.custody import WrappingKeyStore, new_object_id, parse_ref
-from hsmwrap.pkcs11.keys import KeySetInfo, KeySets, Role, is_trusted
+from hsmwrap.pkcs11.keys import KeySets, Role, is_trusted
 from hsmwrap.pkcs11.material import MaterialStore, Unwrap, create_from
 from hsmwrap.pkcs11.pin import PinFile
 from hsmwrap.pkcs11.pool import PooledSession
@@ -82,13 +82,29 @@ class Pkcs11Backend(Backend):
         """
         return cls(Pkcs11Settings.from_mapping(settings))
 
-    @staticmethod
+    @classmethod
+    def list_keys(cls, settings: Mapping[str, Any]) -> tuple[KeySetInfo, ...]:
+        """All key sets in the HSM token, oldest first."""
+        return admin.list_key_sets(Pkcs11Settings.from_mapping(settings))
+
+    @classmethod
     def initialise_keys(
-        settings: Mapping[str, Any], *, so_pin_file: str | os.PathLike[str] | None = None
+        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
     ) -> KeySetInfo:
-        """Make the backend's own keys in a fresh HSM token; see :func:`admin.initialise`."""
-        so_pin = None if so_pin_file is None else PinFile(os.fspath(so_pin_file))
-        return admin.initialise(Pkcs11Settings.from_mapping(settings), so_pin)
+        """Make the first key set; with the SO PIN its key-encryption keys are CKA_TRUSTED."""
+        return admin.initialise(Pkcs11Settings.from_mapping(settings), _so_pin(so_pin_file))
+
+    @classmethod
+    def rotate_keys(
+        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
+    ) -> KeySetInfo:
+        """Make another key set and make it current."""
+        return admin.rotate(Pkcs11Settings.from_mapping(settings), _so_pin(so_pin_file))
+
+    @classmethod
+    def retire_keys(cls, settings: Mapping[str, Any], key_id: str) -> None:
+        """Destroy a key set that is not current."""
+        admin.retire(Pkcs11Settings.from_mapping(settings), key_id)
 
     def __repr__(self) -> str:
         return f"<Pkcs11Backend {self.name} {self._connection!r}>"
@@ -249,6 +265,7 @@ class Pkcs11Backend(Backend):
 
     def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
         """Decrypt inside the HSM token."""
+        self._connection.require_open()
         shortest = _MESSAGE_HEAD + contract.TAG_LENGTH
         if len(ciphertext) < shortest or ciphertext[0] != contract.MESSAGE_VERSION:
             raise InvalidCiphertext
@@ -356,6 +373,10 @@ class Pkcs11Backend(Backend):
                 self._settings, features, self._vendor, trusted=trusted
             ),
         )
+
+
+def _so_pin(path: str | None) -> PinFile | None:
+    return None if path is None else PinFile(path)
 
 
 def _is_sealed(capability: contract.WrappingCapability) -> bool:

@@ -22,6 +22,7 @@ from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType
 from pkcs11.types import Session
 
+from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.pkcs11.pool import PooledSession
 from hsmwrap.pkcs11.templates import (
@@ -66,13 +67,20 @@ OPENS: Mapping[Role, Template] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class KeySetInfo:
-    """A key set, for ``hsmwrap keys list``."""
+class KeySet:
+    """A key set as found in the HSM token."""
 
     number: int
     current: bool
     roles: tuple[Role, ...]
     trusted: bool
+
+    def info(self) -> KeySetInfo:
+        """For ``hsmwrap keys list``."""
+        trust = "trusted" if self.trusted else "NOT trusted (made without the SO PIN)"
+        return KeySetInfo(
+            str(self.number), self.current, f"{len(self.roles)} keys, key-encryption keys {trust}"
+        )
 
 
 class KeySets:
@@ -101,7 +109,7 @@ class KeySets:
         known = self._current
         if known is not None and time.monotonic() < known[1]:
             return known[0]
-        numbers = [info.number for info in self.list(pooled.session)]
+        numbers = [each.number for each in self.list(pooled.session)]
         if not numbers:
             raise ConfigurationError(
                 f"the HSM token has no keys labelled {self._prefix}:…; run `hsmwrap keys init`"
@@ -119,7 +127,7 @@ class KeySets:
             pooled.objects[label] = found[0]
         return pooled.objects[label]
 
-    def list(self, session: Session) -> list[KeySetInfo]:
+    def list(self, session: Session) -> list[KeySet]:
         """All key sets, oldest first; one without a seal key was never finished."""
         sets: dict[int, list[tuple[Role, bool]]] = {}
         for key in session.get_objects({Attribute.ID: self.marker}):
@@ -129,7 +137,7 @@ class KeySets:
             sets.setdefault(int(number), []).append((Role(role), trusted))
         sets = {number: keys for number, keys in sets.items() if _is_finished(keys)}
         return [
-            KeySetInfo(
+            KeySet(
                 number=number,
                 current=number == max(sets),
                 roles=tuple(role for role, _ in sorted(keys)),

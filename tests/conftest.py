@@ -1,0 +1,23 @@
+import os
+
+import pytest
+from softhsm_token import make_softhsm
+
+
+@pytest.fixture(scope="session")
+def softhsm(tmp_path_factory):
+    """The private token of this session; SoftHSM reads its configuration once per process."""
+    token = make_softhsm(tmp_path_factory.mktemp("softhsm"))
+    os.environ.update(token.environment)
+    return token
+
+
+@pytest.fixture(scope="session")
+def postgres_cluster():
+    pytest.importorskip("psycopg", reason="capability: psycopg is not installed")
+    from postgres import PrivateCluster, binaries
+
+    if binaries() is None:
+        pytest.skip("capability: PostgreSQL is not installed")
+    with PrivateCluster() as cluster:
+        yield cluster
