@@ -56,11 +56,17 @@ def rotate(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo:
     """Make another key set and make it current; the old ones keep opening what they sealed.
 
     Raises:
-        ConfigurationError: There is none yet, or a backend of this process is open.
+        ConfigurationError: There is none yet, the present one is trusted and the SO PIN is
+            missing, or a backend of this process is open.
     """
     present = _found(settings)
     if not present:
         raise ConfigurationError("there are no keys to rotate; run `hsmwrap keys init`")
+    if so_pin is None and any(each.trusted for each in present):
+        raise ConfigurationError(
+            "the HSM token has trusted keys, and untrusted ones would not replace them; "
+            "rotate with the SO PIN"
+        )
     return _create(settings, so_pin, present[-1].number + 1)
 
 

@@ -130,11 +130,16 @@ class Pkcs11Backend(Backend):
             raise UnsupportedOperation(f"the HSM token does not serve {algorithm} with {spec}")
         role = self._role(algorithm, token.features)
         make = self._seal_pair if _is_sealed(capability) else self._keep_pair
-        public_key, private_key = make(token, spec, role, expires_at)
+        public_key, private_key = make(token, spec, algorithm, role, expires_at)
         return WrappingKey(spec, algorithm, public_key, private_key)
 
     def _seal_pair(
-        self, token: _Token, spec: WrappingKeySpec, role: Role, _expires_at: datetime
+        self,
+        token: _Token,
+        spec: WrappingKeySpec,
+        _algorithm: WrappingAlgorithm,
+        role: Role,
+        _expires_at: datetime,
     ) -> tuple[bytes, PrivateKeyRef]:
         def operation(pooled: PooledSession) -> tuple[bytes, PrivateKeyRef]:
             number = self._keys.current(pooled)
@@ -150,10 +155,17 @@ class Pkcs11Backend(Backend):
         return self._connection.run(operation, retry=False)
 
     def _keep_pair(
-        self, token: _Token, spec: WrappingKeySpec, role: Role, expires_at: datetime
+        self,
+        token: _Token,
+        spec: WrappingKeySpec,
+        algorithm: WrappingAlgorithm,
+        role: Role,
+        expires_at: datetime,
     ) -> tuple[bytes, PrivateKeyRef]:
         object_id = new_object_id()
-        template = token.wrapping.resident_template(role, object_id, expires_at)
+        template = token.wrapping.resident_template(
+            role, algorithm, object_id, expires_at, trusted=token.trusted
+        )
 
         def operation(pooled: PooledSession) -> bytes:
             public, _private = self._generate(pooled, spec, template)
@@ -330,7 +342,7 @@ class Pkcs11Backend(Backend):
         return self._connection.run(operation)
 
     def _tag(self, pooled: PooledSession, number: int, data: bytes) -> bytes:
-        key = self._keys.find(pooled, Role.SEAL, number)
+        key = self._keys.require(pooled, Role.SEAL, number)
         return bytes(key.sign(data, mechanism=Mechanism.SHA256_HMAC))
 
     # --- upkeep ------------------------------------------------------------------------------
@@ -360,7 +372,7 @@ class Pkcs11Backend(Backend):
 
     def _probe(self, pooled: PooledSession) -> _Token:
         number = self._keys.current(pooled)
-        kek = self._keys.find(pooled, Role.WRAPPING_UNWRAP, number)
+        kek = self._keys.require(pooled, Role.WRAPPING_UNWRAP, number)
         features, trusted = probe(pooled.session), is_trusted(kek)
         custody = report.material_custody(self._settings, features)
         prefix = self._settings.key_prefix

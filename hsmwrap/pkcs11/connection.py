@@ -143,6 +143,8 @@ class Connection:
             BackendClosed, PoolTimeout, HsmUnavailable, HsmResourceExhausted, PinError, HsmError
         """
         with self._gate.enter():
+            if self._stopped is not None:
+                raise self._stopped
             try:
                 return self._run(operation, retry=retry, leaves=leaves)
             except BaseException:
@@ -208,8 +210,6 @@ class Connection:
 
     def _attempt(self, operation: Callable[[PooledSession], _T]) -> _T:
         deadline = time.monotonic() + self._settings.session_wait
-        if self._stopped is not None:
-            raise self._stopped
         self._breaker.check()
         try:
             while True:
@@ -222,16 +222,16 @@ class Connection:
 
     def _attempt_once(self, operation: Callable[[PooledSession], _T], deadline: float) -> _T:
         wait = max(0.0, deadline - time.monotonic())
-        with self._host.inside(wait) as (module, generation):
-            logins = 0
-            try:
+        generation, logins = self._host.generation, 0
+        try:
+            with self._host.inside(wait) as (module, generation):
                 live = self._connect(module, generation)
                 logins = live.logins
                 result = self._lend(live.pool, operation, deadline)
-            except PKCS11Error as error:
-                raise _Failure(error, generation, logins) from None
-            self._breaker.succeeded()
-            return result
+        except PKCS11Error as error:
+            raise _Failure(error, generation, logins) from None
+        self._breaker.succeeded()
+        return result
 
     @staticmethod
     def _lend(pool: SessionPool, operation: Callable[[PooledSession], _T], deadline: float) -> _T:
@@ -354,6 +354,8 @@ class Connection:
         pin = self._settings.pin
         if pin is None:
             return
+        if self._stopped is not None:
+            raise self._stopped
         flags = session.token.slot.get_token().flags
         doubtful = [f.name for f in _DOUBTFUL_PIN if flags & f]
         if doubtful and not self._settings.force_login:

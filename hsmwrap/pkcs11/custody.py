@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 import secrets
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from types import MappingProxyType
 from typing import Any
 
 from pkcs11.constants import Attribute, ObjectClass
@@ -22,9 +21,11 @@ from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType
 
 from hsmwrap.backend import Custody, PrivateKeyRef, ReapReport
+from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken
 from hsmwrap.pkcs11.keys import OPENS, KeySets, Role
 from hsmwrap.pkcs11.pool import PooledSession
+from hsmwrap.pkcs11.probe import MECHANISMS
 from hsmwrap.pkcs11.returncodes import recovery_of
 from hsmwrap.pkcs11.templates import (
     AES_KEY_WRAP,
@@ -44,19 +45,30 @@ _ROLES = (Role.WRAPPING_UNWRAP, Role.WRAPPING_DECRYPT, Role.WRAPPING_DERIVE)
 
 _log = logging.getLogger(__name__)
 
-INTERMEDIATE: Template = secret_key(KeyType.AES, Attribute.ENCRYPT, extractable=True)
-"""Material just unwrapped: a session object that exists until its length has been checked."""
 
-_RESIDENT_EXTRA: Mapping[Role, Template] = MappingProxyType(
-    {
-        # What a resident wrapping key unwraps is pinned to the intermediate that this backend
-        # makes, so that the holder of the PIN cannot unwrap a client's ciphertext into a
-        # readable object. A sealed key cannot carry this along (SECURITY.md).
-        Role.WRAPPING_UNWRAP: {Attribute.UNWRAP_TEMPLATE: NestedTemplate(INTERMEDIATE)},
-        Role.WRAPPING_DECRYPT: {},
-        Role.WRAPPING_DERIVE: {},
+def intermediate(*, trusted: bool) -> Template:
+    """Material just unwrapped: a session object that exists until its length has been checked.
+
+    It has to be extractable for that; only a trusted key may wrap it, where there is one.
+    """
+    return secret_key(KeyType.AES, Attribute.ENCRYPT, extractable=True) | _guard(trusted=trusted)
+
+
+def _guard(*, trusted: bool) -> Template:
+    return {Attribute.WRAP_WITH_TRUSTED: True} if trusted else {}
+
+
+def _pinned(algorithm: WrappingAlgorithm, *, trusted: bool) -> Template:
+    """What keeps the holder of the PIN from reading a client's ciphertext by C_UnwrapKey.
+
+    The outcome is pinned to the intermediate that this backend makes. The mechanism is pinned
+    because C_UnwrapKey by PKCS#1 v1.5 is a padding oracle for OAEP ciphertexts as well (Bardou et
+    al., CRYPTO 2012). A sealed key cannot carry this along (SECURITY.md).
+    """
+    return {
+        Attribute.UNWRAP_TEMPLATE: NestedTemplate(intermediate(trusted=trusted)),
+        Attribute.ALLOWED_MECHANISMS: (MECHANISMS[algorithm][0],),
     }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +88,26 @@ class WrappingKeyStore:
     def sealing_template(self, role: Role, *, trusted: bool) -> Template:
         """Template to generate a private key with that will be sealed: extractable, no use."""
         idle = {k: (False if v is True and k in _USES else v) for k, v in OPENS[role].items()}
-        marked = {Attribute.WRAP_WITH_TRUSTED: True} if trusted else {}
-        return {**idle, Attribute.EXTRACTABLE: True, **marked}
+        return {**idle, Attribute.EXTRACTABLE: True, **_guard(trusted=trusted)}
 
-    def resident_template(self, role: Role, object_id: bytes, expires_at: datetime) -> Template:
+    def resident_template(
+        self,
+        role: Role,
+        algorithm: WrappingAlgorithm,
+        object_id: bytes,
+        expires_at: datetime,
+        *,
+        trusted: bool,
+    ) -> Template:
         """Template to generate a private key with that stays in the HSM token."""
-        extra = _RESIDENT_EXTRA[role] if self.unwrap_template else {}
+        pins = self.unwrap_template and role is Role.WRAPPING_UNWRAP
+        extra = _pinned(algorithm, trusted=trusted) if pins else {}
         label = f"{self.prefix}:wrapping:{int(expires_at.timestamp())}"
         return stored({**OPENS[role], **extra}, object_id, label)
 
     def seal(self, pooled: PooledSession, role: Role, private: Any, number: int) -> PrivateKeyRef:
         """Wrap a freshly generated private key under the key set ``number``."""
-        kek = self.keys.find(pooled, role, number)
+        kek = self.keys.require(pooled, role, number)
         blob = kek.wrap_key(private, mechanism=AES_KEY_WRAP)
         head = _HEAD.pack(_VERSION, _ROLES.index(role), number)
         return PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, head + blob)
@@ -141,9 +161,12 @@ class WrappingKeyStore:
 
     def _expiry(self, label: str) -> datetime | None:
         prefix, _, seconds = label.rpartition(":")
-        if prefix != f"{self.prefix}:wrapping" or not seconds.isdigit():
+        if prefix != f"{self.prefix}:wrapping":
             return None
-        return datetime.fromtimestamp(int(seconds), UTC)
+        try:
+            return datetime.fromtimestamp(int(seconds), UTC)
+        except (ValueError, OverflowError, OSError):
+            return None  # somebody else's idea of a label
 
     @staticmethod
     def _find_resident(pooled: PooledSession, object_id: bytes) -> Any:

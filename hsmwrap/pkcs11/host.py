@@ -43,6 +43,7 @@ class ModuleHost:
         self._module: Module | None = None
         self._users = 0
         self._forked = False
+        self._ready = False
         self._reset_lock()
 
     @classmethod
@@ -109,7 +110,7 @@ class ModuleHost:
         with self._changed:
             if not self._changed.wait_for(lambda: not self._exclusive, timeout):
                 raise HsmUnavailable("the PKCS#11 module is being restarted")
-            if self._module is None or self._forked:
+            if not self._ready:
                 self._load()
             assert self._module is not None  # noqa: S101  # _load made it
             self._in_flight += 1
@@ -129,9 +130,11 @@ class ModuleHost:
             reason = f"C_Initialize of {self.path} ({code_name(error)})"
             raise CryptokiError(reason, CKR["CRYPTOKI_NOT_INITIALIZED"]) from None
         self._forked = False
+        self._ready = True
         self.generation += 1
 
     def _finalise(self) -> None:
+        self._ready = False
         if self._module is not None:
             # Whatever C_Finalize says of a lost HSM: what counts is whether it comes back.
             with suppress(PKCS11Error):
@@ -178,6 +181,7 @@ class ModuleHost:
         for host in cls._hosts.values():
             host._reset_lock()
             host._forked = host._module is not None
+            host._ready = False
 
     _quiesced: ClassVar[list[ModuleHost]] = []
 

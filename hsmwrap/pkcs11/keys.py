@@ -6,12 +6,16 @@ carries CKA_UNWRAP_TEMPLATE: whoever has the PIN can unwrap a blob only into the
 object that this backend would make, sensitive, not extractable, and of no other use. Where the
 security officer helps, it is CKA_TRUSTED too, and what it is to wrap is marked
 CKA_WRAP_WITH_TRUSTED, so that no other key can wrap it (field note 20).
+
+Keys are found by their label, and whoever has the PIN can give any key that label. So a key counts
+only if it has the attributes of one that was made here; and beside a trusted key-encryption key
+those that are not trusted do not count, neither in its own set nor as a newer set.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -27,6 +31,7 @@ from hsmwrap.errors import ConfigurationError
 from hsmwrap.pkcs11.pool import PooledSession
 from hsmwrap.pkcs11.templates import (
     AES_KEY_WRAP,
+    USES,
     NestedTemplate,
     Template,
     private_key,
@@ -64,6 +69,21 @@ OPENS: Mapping[Role, Template] = MappingProxyType(
     }
 )
 """What a blob of each key-encryption key becomes, and the only thing that it can become."""
+_MATERIAL_ROLES = frozenset({Role.MATERIAL_AES, Role.MATERIAL_SM4})
+
+
+_HIGHEST_NUMBER = 0xFFFF
+"""References to sealed keys have two bytes for the number of the key set."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A key of ours in the HSM token."""
+
+    role: Role
+    number: int
+    trusted: bool
+    key: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +110,7 @@ class KeySets:
         """Take the label prefix of this backend's objects."""
         self._prefix = prefix
         self._current: tuple[int, float] | None = None
+        self._trusted: frozenset[int] = frozenset()
 
     @property
     def marker(self) -> bytes:
@@ -104,47 +125,86 @@ class KeySets:
         """Number of the current key set.
 
         Raises:
-            ConfigurationError: There is none.
+            ConfigurationError: There is none, or the trusted ones that were there are gone.
         """
         known = self._current
         if known is not None and time.monotonic() < known[1]:
             return known[0]
-        numbers = [each.number for each in self.list(pooled.session)]
-        if not numbers:
+        number = next((each.number for each in self.list(pooled.session) if each.current), None)
+        if number is None:
+            lost = "lost its trusted" if self._trusted else "has no"
             raise ConfigurationError(
-                f"the HSM token has no keys labelled {self._prefix}:…; run `hsmwrap keys init`"
+                f"the HSM token {lost} keys labelled {self._prefix}:…; run `hsmwrap keys init`"
             )
-        self._current = (max(numbers), time.monotonic() + CURRENT_SET_LIFETIME)
-        return max(numbers)
+        self._current = (number, time.monotonic() + CURRENT_SET_LIFETIME)
+        return number
 
     def find(self, pooled: PooledSession, role: Role, number: int) -> Any:
         """The key object of this session, or None when there is no such key (any more)."""
         label = self.label(role, number)
         if label not in pooled.objects:
-            found = list(pooled.session.get_objects({Attribute.LABEL: label}))
+            found = [each for each in self._search(pooled.session, label) if self._counts(each)]
             if len(found) != 1:
                 return None
-            pooled.objects[label] = found[0]
+            pooled.objects[label] = found[0].key
         return pooled.objects[label]
+
+    def require(self, pooled: PooledSession, role: Role, number: int) -> Any:
+        """The key object of this session.
+
+        Raises:
+            ConfigurationError: There is no such key, or more than one.
+        """
+        key = self.find(pooled, role, number)
+        if key is None:
+            raise ConfigurationError(
+                f"the HSM token has not exactly one key {self.label(role, number)}; "
+                "`hsmwrap keys rotate` makes a new set"
+            )
+        return key
 
     def list(self, session: Session) -> list[KeySet]:
         """All key sets, oldest first; one without a seal key was never finished."""
-        sets: dict[int, list[tuple[Role, bool]]] = {}
-        for key in session.get_objects({Attribute.ID: self.marker}):
-            attributes = key.get_attributes([Attribute.LABEL, Attribute.TRUSTED])
-            _, role, number = attributes[Attribute.LABEL].rsplit(":", 2)
-            trusted = bool(attributes.get(Attribute.TRUSTED, False))
-            sets.setdefault(int(number), []).append((Role(role), trusted))
-        sets = {number: keys for number, keys in sets.items() if _is_finished(keys)}
+        found = tuple(self._search(session))
+        self._trusted |= {each.number for each in found if each.trusted}
+        roles: dict[int, set[Role]] = {}
+        for each in filter(self._counts, found):
+            roles.setdefault(each.number, set()).add(each.role)
+        finished = {number for number in roles if Role.SEAL in roles[number]}
+        current = max(finished & self._trusted if self._trusted else finished, default=None)
         return [
             KeySet(
                 number=number,
-                current=number == max(sets),
-                roles=tuple(role for role, _ in sorted(keys)),
-                trusted=all(trusted for role, trusted in keys if role is not Role.SEAL),
+                current=number == current,
+                roles=tuple(sorted(roles[number])),
+                trusted=number in self._trusted,
             )
-            for number, keys in sorted(sets.items())
+            for number in sorted(finished)
         ]
+
+    def _search(self, session: Session, label: str | None = None) -> Iterator[_Found]:
+        """Keys with our marker, a label of ours, and the attributes that :meth:`create` gives."""
+        wanted: Template = {Attribute.ID: self.marker, Attribute.TOKEN: True}
+        if label is not None:
+            wanted[Attribute.LABEL] = label
+        for key in session.get_objects(wanted):
+            attributes = key.get_attributes([Attribute.LABEL, Attribute.TRUSTED, *_TELLTALE])
+            named = self._parse(attributes.get(Attribute.LABEL, ""))
+            if named is not None and _made_here(named[0], attributes):
+                yield _Found(*named, bool(attributes.get(Attribute.TRUSTED, False)), key)
+
+    def _parse(self, label: str) -> tuple[Role, int] | None:
+        try:
+            _, role, number = label.rsplit(":", 2)
+            named = Role(role), int(number)
+        except ValueError:
+            return None
+        canonical = label == self.label(*named) and 0 < named[1] <= _HIGHEST_NUMBER
+        return named if canonical else None
+
+    def _counts(self, found: _Found) -> bool:
+        """A set with one trusted key-encryption key has no others."""
+        return found.role is Role.SEAL or found.trusted or found.number not in self._trusted
 
     def create(self, session: Session, role: Role, number: int, *, trusted: bool) -> None:
         """Create one key; a trusted key-encryption key needs the security officer's session."""
@@ -177,10 +237,6 @@ class KeySets:
         return len(found)
 
 
-def _is_finished(keys: list[tuple[Role, bool]]) -> bool:
-    return any(role is Role.SEAL for role, _ in keys)
-
-
 _SEAL_KEY: Template = {
     Attribute.CLASS: ObjectClass.SECRET_KEY,
     Attribute.PRIVATE: True,
@@ -192,9 +248,10 @@ _SEAL_KEY: Template = {
 
 
 def _key_encryption_key(role: Role, *, trusted: bool) -> Template:
-    opens: Template = {
-        key: value for key, value in OPENS[role].items() if key is not Attribute.TOKEN
-    }
+    # Imported keys may become token objects. Wrapping keys may not: what was unsealed while the
+    # set was there must not outlive its retirement.
+    loose = {Attribute.TOKEN} if role in _MATERIAL_ROLES else frozenset()
+    opens: Template = {key: value for key, value in OPENS[role].items() if key not in loose}
     template: Template = {
         **_SEAL_KEY,
         Attribute.UNWRAP_TEMPLATE: NestedTemplate(opens),
@@ -205,6 +262,31 @@ def _key_encryption_key(role: Role, *, trusted: bool) -> Template:
         # and what it unwraps has to be private, which takes a login.
         template |= {Attribute.TRUSTED: True, Attribute.PRIVATE: False}
     return template
+
+
+_TELLTALE = (
+    Attribute.CLASS,
+    Attribute.KEY_TYPE,
+    Attribute.SENSITIVE,
+    Attribute.EXTRACTABLE,
+    Attribute.ALWAYS_SENSITIVE,
+    Attribute.NEVER_EXTRACTABLE,
+    *USES,
+)
+
+
+def _made_here(role: Role, attributes: Mapping[Attribute, Any]) -> bool:
+    """Whether nobody can know this key's value, and it has its own uses and no other.
+
+    What an HSM token does not tell is taken for granted. CKA_LOCAL would say the same as the two
+    histories, but NSS always says false (measured).
+    """
+    if role is Role.SEAL:
+        made = secret_key(KeyType.GENERIC_SECRET, Attribute.SIGN)
+    else:
+        made = secret_key(KeyType.AES, Attribute.WRAP, Attribute.UNWRAP)
+    made |= {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: True}
+    return all(attributes.get(each, made[each]) == made[each] for each in _TELLTALE)
 
 
 def is_trusted(key: Any) -> bool:

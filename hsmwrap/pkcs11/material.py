@@ -25,7 +25,7 @@ from hsmwrap.backend import Custody, KeyRef
 from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import InvalidKeyMaterial, KeyNotFound
 from hsmwrap.pkcs11.clientfault import blame
-from hsmwrap.pkcs11.custody import INTERMEDIATE, OBJECT_ID_LENGTH
+from hsmwrap.pkcs11.custody import OBJECT_ID_LENGTH, intermediate
 from hsmwrap.pkcs11.keys import OPENS, KeySets, Role, is_trusted
 from hsmwrap.pkcs11.pool import PooledSession
 from hsmwrap.pkcs11.probe import TokenFeatures, wrapped_length
@@ -123,10 +123,7 @@ class MaterialStore:
     ) -> tuple[bytes, bytes]:
         """Return the wrapped material, its length checked, and its AES check value."""
         kek = self._kek(pooled, ROLE_OF[key_spec], number)
-        template = INTERMEDIATE
-        if is_trusted(kek):
-            template = {**INTERMEDIATE, Attribute.WRAP_WITH_TRUSTED: True}
-        material = unwrap(template)
+        material = unwrap(intermediate(trusted=is_trusted(kek)))
         try:
             check = _aes_check(material)
             blob = kek.wrap_key(material, mechanism=AES_KEY_WRAP)
@@ -154,7 +151,7 @@ class MaterialStore:
     def _make_object(
         self, unwrap: Unwrap, key_spec: KeySpec, expected: bytes | None, object_id: bytes
     ) -> tuple[KeyRef, bytes]:
-        material = unwrap({**INTERMEDIATE, Attribute.EXTRACTABLE: False})
+        material = unwrap({**intermediate(trusted=False), Attribute.EXTRACTABLE: False})
         try:
             self._check_length(material, key_spec)
             check = _aes_check(material)

@@ -24,6 +24,10 @@ _CKF_OS_LOCKING_OK = 0x2
 _CKU_USER = 1
 
 
+_OURS: set[str] = set()
+"""Modules of this process that we initialised, also where finalising them failed since."""
+
+
 class _InitializeArgs(ctypes.Structure):
     """CK_C_INITIALIZE_ARGS (PKCS#11 v2.40, 3.7)."""
 
@@ -90,6 +94,7 @@ class Module(lib):
         self._functions = _shared_function_list(path)
         self.os_locking = self._functions is not None
         self.owned = False
+        self._path = path
         super().__init__(path)
 
     def initialize(self) -> None:
@@ -115,18 +120,26 @@ class Module(lib):
             super().finalize()  # p11-kit notices the new process itself
             super().initialize()
             return
-        if self._initialize(self._functions):
-            return
-        self._functions.c_finalize(None)
-        self.owned = self._initialize(self._functions)
+        _OURS.discard(self._path)
+        if not self._initialize(self._functions):
+            self._functions.c_finalize(None)
+            self._initialize(self._functions)
+        self.owned = self._path in _OURS
 
     def finalize(self) -> None:
-        """Call ``C_Finalize`` if we initialised the module. No call may be in flight."""
+        """Call ``C_Finalize`` if we initialised the module. No call may be in flight.
+
+        Raises:
+            PKCS11Error: The module refuses, twice; it is still initialised, and still ours.
+        """
         if self._functions is None:
             super().finalize()
         elif self.owned:
+            code = self._functions.c_finalize(None) and self._functions.c_finalize(None)
+            if code not in (_CKR_OK, CKR["CRYPTOKI_NOT_INITIALIZED"]):
+                raise CryptokiError("C_Finalize", code)
             self.owned = False
-            self._functions.c_finalize(None)
+            _OURS.discard(self._path)
 
     def log_in(self, session: Any, pin: str) -> None:
         """Log the application in through a session that was opened without PIN.
@@ -152,12 +165,14 @@ class Module(lib):
             session.token.open(rw=True, user_pin=pin)
 
     def _initialize(self, functions: _FunctionListHead) -> bool:
-        """Return True if this call initialised the module, False if it already was."""
+        """Initialise it unless it is; return whether it is ours to finalise."""
         arguments = _InitializeArgs(flags=_CKF_OS_LOCKING_OK, reserved=self._parameters)
         code = functions.c_initialize(ctypes.byref(arguments))
         if code not in (_CKR_OK, CKR["CRYPTOKI_ALREADY_INITIALIZED"]):
             raise CryptokiError("C_Initialize", code)
-        return bool(code == _CKR_OK)
+        if code == _CKR_OK:
+            _OURS.add(self._path)
+        return self._path in _OURS
 
 
 def _shared_function_list(path: str) -> Any:

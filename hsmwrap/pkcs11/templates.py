@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from pkcs11.attributes import AttributeMapper
@@ -57,11 +58,15 @@ class HsmAttributeMapper(AttributeMapper):
 
     def __init__(self) -> None:
         super().__init__()
+        # Other applications' labels need not be UTF-8, and must not stop a search.
+        self.register_handler(
+            Attribute.LABEL, str.encode, partial(str, encoding="utf-8", errors="replace")
+        )
         self.register_handler(Attribute.UNWRAP_TEMPLATE, lambda t: t.packed, bytes)
         self.register_handler(Attribute.ALLOWED_MECHANISMS, _pack_mechanisms, bytes)
 
 
-_USES = (
+USES = (
     Attribute.ENCRYPT,
     Attribute.DECRYPT,
     Attribute.SIGN,
@@ -70,13 +75,14 @@ _USES = (
     Attribute.UNWRAP,
     Attribute.DERIVE,
 )
+"""What a key may be used for; each is spelled out in every template."""
 _PUBLIC_USES = frozenset({Attribute.ENCRYPT, Attribute.VERIFY, Attribute.WRAP})
-_PRIVATE_USES = frozenset(_USES) - _PUBLIC_USES
+_PRIVATE_USES = frozenset(USES) - _PUBLIC_USES
 
 
 def _uses(possible: Iterable[Attribute], allowed: Iterable[Attribute]) -> Template:
     granted = frozenset(allowed)
-    return {use: use in granted for use in _USES if use in frozenset(possible)}
+    return {use: use in granted for use in USES if use in frozenset(possible)}
 
 
 _FIXED: Template = {Attribute.COPYABLE: False, Attribute.MODIFIABLE: False}
@@ -92,7 +98,7 @@ def secret_key(key_type: KeyType, *uses: Attribute, extractable: bool = False) -
         Attribute.SENSITIVE: True,
         Attribute.EXTRACTABLE: extractable,
         **_FIXED,
-        **_uses(_USES, uses),
+        **_uses(USES, uses),
     }
 
 
@@ -127,7 +133,7 @@ def for_unwrap(template: Mapping[Attribute, Any]) -> dict[str, Any]:
     key (field note 7); DEFAULT takes them out again. CKA_MODIFIABLE goes last: SoftHSM applies
     an unwrap's template in its order, and after MODIFIABLE = false refuses the rest (measured).
     """
-    absent: Template = {use: DEFAULT for use in _USES if use not in template}
+    absent: Template = {use: DEFAULT for use in USES if use not in template}
     ordered = {**absent, **template}
     if Attribute.MODIFIABLE in ordered:
         ordered[Attribute.MODIFIABLE] = ordered.pop(Attribute.MODIFIABLE)

@@ -1,0 +1,347 @@
+"""Fault injection for PKCS#11: a shim that sits in front of any module and does as it is told.
+
+For authors of backends, on the HSM or the software token of their choice (needs gcc)::
+
+    shim = FaultShim("/usr/lib/softhsm/libsofthsm2.so", tmp_path)
+    backend = MyBackend(module=shim.path)               # loads the shim instead of the module
+    before = shim.counters()
+    shim.fail("C_UnwrapKey", CKR.DEVICE_ERROR)          # the next call only
+    with pytest.raises(HsmUnavailable):
+        backend.unwrap_material(...)
+    assert shim.counters().held == before.held          # no session and no object left behind
+    assert not shim.counters().violations
+
+Everything can be changed while the module runs, by any thread, and from other processes through
+:class:`FaultControl`; one process at a time should give the orders. The shim follows its host's
+forks. It is loaded for good: unloading it does nothing.
+
+``python -m hsmwrap.testing.faults build DIRECTORY`` builds it and prints the library's path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hsmwrap.testing import _control
+from hsmwrap.testing._control import FUNCTIONS, Control, FunctionControl
+from hsmwrap.testing._shimbuild import LIBRARY_NAME, ShimBuildError, build
+from hsmwrap.testing.ckr import CKR
+
+__all__ = [
+    "CKR",
+    "FUNCTIONS",
+    "Counters",
+    "FaultControl",
+    "FaultShim",
+    "ShimBuildError",
+    "Violations",
+    "build",
+]
+
+_CONTROL_NAME = "faultshim.control"
+
+
+@dataclass(frozen=True, slots=True)
+class Violations:
+    """Misuse of the module by its host. False when there was none.
+
+    Attributes:
+        session_conflicts: Calls with a session that was inside another call (PKCS#11 leaves
+            the outcome undefined), or C_CloseAllSessions while one was.
+        finalize_conflicts: C_Finalize while calls were running, or calls begun during it.
+        uninitialized_calls: Calls before C_Initialize; in a child process, before its own.
+    """
+
+    session_conflicts: int
+    finalize_conflicts: int
+    uninitialized_calls: int
+
+    def __bool__(self) -> bool:
+        return any((self.session_conflicts, self.finalize_conflicts, self.uninitialized_calls))
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What happened since the control file was made, in all processes together.
+
+    A call that failed by injection *after* it was performed counts as what it did: the session
+    is open, the object is there.
+
+    Attributes:
+        calls: Calls per function, those that got a fault included.
+        injected: Faults given per function (latency and the removed device are none).
+        open_sessions: Sessions open now in the processes that live.
+        session_objects: Session objects that exist now in the processes that live.
+        session_high_water: The most sessions that one process had open at once.
+        concurrent_high_water: The most calls that one process had inside the module at once.
+        token_objects_created: Token objects made (a key pair is two).
+        token_objects_destroyed: Token objects destroyed by C_DestroyObject.
+        initialized_with_locking: C_Initialize with CKF_OS_LOCKING_OK that succeeded.
+        initialized_without_locking: C_Initialize without it that succeeded.
+        violations: Misuse of the module by its host.
+    """
+
+    calls: Mapping[str, int]
+    injected: Mapping[str, int]
+    open_sessions: int
+    session_objects: int
+    session_high_water: int
+    concurrent_high_water: int
+    token_objects_created: int
+    token_objects_destroyed: int
+    initialized_with_locking: int
+    initialized_without_locking: int
+    violations: Violations
+
+    @property
+    def token_objects_delta(self) -> int:
+        """Token objects made and not destroyed; negative where older ones were destroyed."""
+        return self.token_objects_created - self.token_objects_destroyed
+
+    @property
+    def held(self) -> tuple[int, int, int]:
+        """Sessions, session objects and token objects held: equal before and after, no leak."""
+        return self.open_sessions, self.session_objects, self.token_objects_delta
+
+    def calls_since(self, earlier: Counters) -> dict[str, int]:
+        """Calls per function since ``earlier``, without those that were not called."""
+        delta = {name: count - earlier.calls[name] for name, count in self.calls.items()}
+        return {name: count for name, count in delta.items() if count}
+
+
+class FaultControl:
+    """The controls of a shim that is set up in ``directory``, by whichever process.
+
+    Functions go by their PKCS#11 names (``"C_UnwrapKey"``), codes are :class:`CKR` members or
+    any other number up to 32 bits. A function has at most one rule (:meth:`fail`), one chance
+    (:meth:`random`) and one latency; setting it again replaces it. The rule goes first.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        """Attach to the shim.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is of another version of hsmwrap.
+        """
+        self._directory = Path(directory).resolve()
+        self._control = _control.open_shared(self._directory / _CONTROL_NAME)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} in {self._directory}"
+
+    @property
+    def path(self) -> Path:
+        """The library to load in place of the real module."""
+        return self._directory / LIBRARY_NAME
+
+    def fail(
+        self,
+        function: str,
+        code: int,
+        *,
+        nth: int = 1,
+        every: int | None = None,
+        always: bool = False,
+        after: bool = False,
+    ) -> None:
+        """Make calls to ``function`` answer ``code``.
+
+        Args:
+            function: PKCS#11 name.
+            code: The return code; not ``CKR.OK``.
+            nth: Once, at the n-th call from now (the first by default).
+            every: At every n-th call from now instead, until cleared.
+            always: At every call instead, until cleared.
+            after: Perform the call first and lose its answer, instead of not performing it: the
+                object is made or the session open, but the caller gets no handle.
+        """
+        mode = _control.RULE_ONCE if every is None and not always else _control.RULE_EVERY
+        count = 1 if always else nth if every is None else every
+        if not 1 <= count <= _control.RULE_COUNT_MAX:
+            raise ValueError("calls are counted from 1")
+        target = self._function(function)
+        target.rule = 0
+        target.rule_start = target.calls
+        target.rule = _code(code) << 32 | count << 3 | after << 2 | mode
+
+    def random(
+        self,
+        functions: Iterable[str],
+        codes: Sequence[int],
+        *,
+        probability: float,
+        seed: int,
+        after: bool = False,
+    ) -> None:
+        """Make calls fail at random, the same ones for the same seed and order of calls.
+
+        Args:
+            functions: PKCS#11 names; each draws independently.
+            codes: Up to 16 return codes, equally likely.
+            probability: Of a fault per call, 0 to 1 (kept in steps of 1/65536).
+            seed: Any 64-bit number.
+            after: As in :meth:`fail`.
+        """
+        if not 1 <= len(codes) <= _control.CODES_MAX:
+            raise ValueError(f"1 to {_control.CODES_MAX} codes, not {len(codes)}")
+        chance = round(probability * _control.CHANCE_ALWAYS)
+        if not 0 <= chance <= _control.CHANCE_ALWAYS:
+            raise ValueError("a probability is a number from 0 to 1")
+        checked = [_code(code) for code in codes]
+        for target in [self._function(name) for name in functions]:
+            target.chance = 0
+            target.chance_start = target.calls
+            target.seed = seed
+            for index, code in enumerate(checked):
+                target.codes[index] = code
+            target.chance = len(checked) << 32 | after << 31 | chance
+
+    def latency(self, function: str, microseconds: int) -> None:
+        """Make each call to ``function`` take that much longer; 0 ends it."""
+        if microseconds < 0:
+            raise ValueError("a latency is not negative")
+        self._function(function).latency = microseconds
+
+    def clear(self, *functions: str) -> None:
+        """End all rules, chances and latencies of these functions (of all by default)."""
+        for target in [self._function(name) for name in functions or FUNCTIONS]:
+            target.rule = target.chance = target.latency = 0
+
+    def pending(self) -> tuple[str, ...]:
+        """Functions with a once-only fault that has not happened yet."""
+        rules = ((name, self._function(name).rule) for name in FUNCTIONS)
+        return tuple(name for name, rule in rules if rule & 3 == _control.RULE_ONCE)
+
+    def remove_device(self, *, sticky: bool = False) -> None:
+        """Pull the HSM out: sessions, session objects and the login of every process are gone.
+
+        Until :meth:`restore_device`, calls with a session answer DEVICE_REMOVED, those with a
+        slot TOKEN_NOT_PRESENT, and no slot lists a token; C_Initialize, C_Finalize and C_GetInfo
+        work. Afterwards old sessions answer SESSION_HANDLE_INVALID and new ones can be opened.
+
+        Args:
+            sticky: Afterwards everything goes on answering DEVICE_REMOVED in a process until it
+                has called C_Finalize and C_Initialize (as network HSM clients do).
+        """
+        count = self._control.device // _control.DEVICE_REMOVAL + 1
+        sticky_bit = _control.DEVICE_STICKY if sticky else 0
+        self._control.device = count * _control.DEVICE_REMOVAL | sticky_bit | _control.DEVICE_AWAY
+
+    def restore_device(self) -> None:
+        """Put the HSM back."""
+        self._control.device &= ~_control.DEVICE_AWAY
+
+    def counters(self) -> Counters:
+        """Read all counters. Each is exact; all together are a snapshot only of a quiet module.
+
+        Raises:
+            RuntimeError: More than 128 processes used the shim at once.
+        """
+        control = self._control
+        if control.processes_refused:
+            raise RuntimeError(f"more than {_control.PROCESSES_MAX} processes: counts are wrong")
+        living = [share for share in control.process if share.pid and _is_alive(share.pid)]
+        return Counters(
+            calls={name: self._function(name).calls for name in FUNCTIONS},
+            injected={name: self._function(name).injected for name in FUNCTIONS},
+            open_sessions=sum(share.sessions for share in living),
+            session_objects=sum(share.session_objects for share in living),
+            session_high_water=control.session_high_water,
+            concurrent_high_water=control.concurrent_high_water,
+            token_objects_created=control.token_objects_created,
+            token_objects_destroyed=control.token_objects_destroyed,
+            initialized_with_locking=control.initialized_with_locking,
+            initialized_without_locking=control.initialized_without_locking,
+            violations=_violations(control),
+        )
+
+    def _function(self, name: str) -> FunctionControl:
+        try:
+            function: FunctionControl = self._control.function[FUNCTIONS.index(name)]
+        except ValueError:
+            raise ValueError(f"{name!r} is no function of PKCS#11 v2.40") from None
+        return function
+
+
+class FaultShim(FaultControl):
+    """A shim of one's own in front of one module, and its controls."""
+
+    def __init__(
+        self,
+        real_module: str | Path,
+        directory: str | Path,
+        *,
+        library: str | Path | None = None,
+    ) -> None:
+        """Set up a shim in ``directory``; load :attr:`path` afterwards.
+
+        Args:
+            real_module: The PKCS#11 module to sit in front of, as ``dlopen`` takes it. Two shims
+                of one process need two real modules: a file that is loaded twice is one module.
+            directory: A directory without a shim, private to the test; made if missing.
+            library: The library that :func:`build` made, to be copied; built here when None.
+
+        Raises:
+            FileExistsError: There is a shim in the directory.
+            ShimBuildError: The library could not be built.
+        """
+        home = Path(directory).resolve()
+        control = home / _CONTROL_NAME
+        if "\n" in f"{real_module}{control}":
+            raise ValueError("a path with a line feed cannot be written to the configuration")
+        home.mkdir(parents=True, exist_ok=True)
+        _control.create(control)
+        if library is None:
+            build(home)
+        else:
+            shutil.copyfile(library, home / LIBRARY_NAME)
+        (home / f"{LIBRARY_NAME}.conf").write_text(f"{real_module}\n{control}\n")
+        super().__init__(home)
+
+
+def _code(code: int) -> int:
+    if not CKR.OK < code < 1 << 32:
+        raise ValueError(f"{code!r} is no return code of a failure")
+    return int(code)
+
+
+def _violations(control: Control) -> Violations:
+    return Violations(
+        session_conflicts=control.session_conflicts,
+        finalize_conflicts=control.finalize_conflicts,
+        uninitialized_calls=control.uninitialized_calls,
+    )
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether the process still runs; a zombie holds no session any more."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text("ascii", "replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in {"Z", "X"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line: ``build DIRECTORY`` prints the library's path."""
+    parser = argparse.ArgumentParser(prog="python -m hsmwrap.testing.faults")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("build", help="build the fault shim, print its path")
+    command.add_argument("directory", type=Path)
+    try:
+        library = build(parser.parse_args(arguments).directory)
+    except ShimBuildError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(f"{library}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Every function that the backend calls × every code of the recovery table × every operation."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hsmwrap import errors
+from hsmwrap.pkcs11.returncodes import RECOVERY
+
+WORKER = Path(__file__).with_name("matrix_worker.py")
+OPERATIONS = (
+    *("issue_rsa", "issue_sm2", "import_unwrap", "import_raw", "import_sm2"),
+    *("encrypt", "decrypt", "token", "reap", "discard", "open_again", "restart"),
+)
+ERRORS = {row.error.__name__ for row in RECOVERY.values()}
+# An empty HSM list at start-up is a wrong setting; there is nothing yet to come back.
+ERRORS_AT_START = ERRORS | {"TokenSelectionError"}
+
+
+@pytest.fixture(scope="module")
+def matrix(softhsm, tmp_path_factory):
+    """All cases by operation: from two processes, for two cores."""
+    settings = softhsm.settings("faults", initial_backoff=0.0, max_backoff=0.0, session_wait=5.0)
+    halves = OPERATIONS[::2], OPERATIONS[1::2]
+    started = [start(settings, tmp_path_factory.mktemp("shim"), half) for half in halves]
+    cases = {operation: [] for operation in (*OPERATIONS, "close")}
+    for process in started:
+        out, err = process.communicate()
+        assert process.returncode == 0, err[-2000:]
+        for line in out.splitlines():
+            case = json.loads(line)
+            cases[case["operation"]].append(case)
+    return cases
+
+
+def start(settings, directory, operations):
+    command = [sys.executable, WORKER, directory / "shim", json.dumps(settings), *operations]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(params=OPERATIONS)
+def cases(matrix, request):
+    """The cases of one operation in which the fault was met."""
+    hit = [case for case in matrix[request.param] if case["hit"]]
+    assert len({case["code"] for case in hit}) == len(RECOVERY)
+    return hit
+
+
+def test_the_answer_is_right_or_the_error_is_documented(cases):
+    allowed = {"right"} | (ERRORS_AT_START if cases[0]["operation"] == "open_again" else ERRORS)
+    assert [case for case in cases if case["outcome"] not in allowed] == []
+
+
+def test_the_error_is_the_one_of_the_table(cases):
+    """What the table promises for a code, or a call that succeeded after the recovery."""
+    wrong = [
+        case
+        for case in cases
+        if case["outcome"] not in {"right", "TokenSelectionError", "HsmUnavailable"}
+        and case["outcome"] != RECOVERY[case["code"]].error.__name__
+    ]
+    assert wrong == []
+
+
+def test_a_normal_call_works_afterwards_and_nothing_is_left(cases):
+    assert [case for case in cases if case["left"] != [0, 0, 0]] == []
+
+
+def test_the_module_is_never_misused(cases):
+    """No session in two threads, no C_Finalize under a call, no call before C_Initialize."""
+    assert [case for case in cases if case["misuse"]] == []
+
+
+def test_a_closed_backend_holds_no_session_and_no_session_object(matrix):
+    assert [case["held"][:2] for case in matrix["close"]] == [[0, 0], [0, 0]]
+
+
+def test_every_error_of_the_table_is_one_of_ours():
+    assert all(issubclass(getattr(errors, name), errors.HsmwrapError) for name in ERRORS)
