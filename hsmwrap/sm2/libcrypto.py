@@ -18,9 +18,9 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidKeyMaterial
+from hsmwrap.forkgate import LIBCRYPTO
 from hsmwrap.sm2.curve import FIELD_BYTES, POINT_BYTES, decode_point
 from hsmwrap.sm2.engine import Sm2Engine, Sm2KeyPair
-from hsmwrap.sm2.fork_gate import ForkGate
 from hsmwrap.sm2.formats import Layout, Sm2Ciphertext, parse
 
 # Not ctypes.util.find_library: it needs gcc or binutils, which a server does not have.
@@ -34,8 +34,6 @@ _PUBLIC_KEY, _KEYPAIR = 0x86, 0x87
 
 # More than all of the DER that is not C2: two INTEGERs of 33 bytes, 32 bytes of hash, headers.
 _DER_OVERHEAD: Final = 128
-
-_GATE: Final = ForkGate()
 
 
 class _Param(ctypes.Structure):
@@ -108,7 +106,7 @@ class _Scope(ExitStack):
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         super().__init__()
-        self.enter_context(_GATE.passing())
+        self.enter_context(LIBCRYPTO.passing())
         self.callback(lib.ERR_clear_error)
 
     def own(self, pointer: int, free: Callable[[int], None]) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -29,6 +30,7 @@ from hsmwrap.errors import (
     KeyNotFound,
     UnsupportedOperation,
 )
+from hsmwrap.forkgate import LIBCRYPTO
 from hsmwrap.gate import Gate
 from hsmwrap.software import cipher
 from hsmwrap.software.keyring import Keyring
@@ -109,9 +111,15 @@ class SoftwareBackend(Backend):
     def __reduce__(self) -> NoReturn:
         raise TypeError("a backend does not pickle or copy: it holds keys")
 
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        # No fork under a call into libcrypto: the child would inherit its locks.
+        with self._gate.enter(), LIBCRYPTO.passing():
+            yield
+
     def capabilities(self) -> Capabilities:
         """Report what this backend can do."""
-        with self._gate.enter():
+        with self._inside():
             return self._capabilities
 
     def generate_wrapping_key(
@@ -122,7 +130,7 @@ class SoftwareBackend(Backend):
         expires_at: datetime,  # noqa: ARG002  # nothing is resident, so nothing expires here
     ) -> WrappingKey:
         """Make a fresh pair; the private key is a blob bound to ``algorithm``."""
-        with self._gate.enter():
+        with self._inside():
             scheme = self._scheme(algorithm)
             if scheme.spec is not spec:
                 raise UnsupportedOperation(f"{algorithm} is no algorithm of {spec}")
@@ -142,7 +150,7 @@ class SoftwareBackend(Backend):
         object_id: bytes | None = None,  # noqa: ARG002  # no object is made that it could name
     ) -> ImportedKey:
         """Turn encrypted key material into a sealed key."""
-        with self._gate.enter():
+        with self._inside():
             scheme = self._scheme(algorithm)
             secret = self._open_wrapping_key(private_key, scheme)
             material = scheme.decrypt(secret, encrypted_material, key_spec.material_length)
@@ -153,32 +161,32 @@ class SoftwareBackend(Backend):
 
     def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
         """Encrypt under an imported key, see :mod:`hsmwrap.software.cipher`."""
-        with self._gate.enter():
+        with self._inside():
             return cipher.encrypt(key.key_spec, self._open_key(key), plaintext, additional_data)
 
     def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
         """Decrypt what :meth:`encrypt` made."""
-        with self._gate.enter():
+        with self._inside():
             return cipher.decrypt(key.key_spec, self._open_key(key), ciphertext, additional_data)
 
     def destroy_key(self, key: KeyRef) -> None:  # noqa: ARG002  # a blob is the caller's to delete
         """Do nothing: the caller has the only copy."""
-        with self._gate.enter():
+        with self._inside():
             return
 
     def seal(self, data: bytes) -> Seal:
         """Authenticate ``data`` under the current master key's import-token key."""
-        with self._gate.enter():
+        with self._inside():
             return self._sealer.tag(data)
 
     def check_seal(self, data: bytes, seal: Seal) -> bool:
         """Whether ``seal`` is right for ``data``, in constant time; False for unknown key ids."""
-        with self._gate.enter():
+        with self._inside():
             return self._sealer.check(data, seal)
 
     def reap(self, now: datetime) -> ReapReport:  # noqa: ARG002  # nothing resident can expire
         """Report that nothing is resident."""
-        with self._gate.enter():
+        with self._inside():
             return ReapReport()
 
     def health(self) -> Health:

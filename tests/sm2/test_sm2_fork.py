@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
+from hsmwrap.forkgate import LIBCRYPTO as _GATE
 from hsmwrap.sm2 import known_answer
-from hsmwrap.sm2.libcrypto import _GATE
 
 # Python 3.12 and newer warn of what the gate is for.
 pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")

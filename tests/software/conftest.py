@@ -47,7 +47,7 @@ def _report(function, writing):
     signal.alarm(60)  # a deadlocked child dies and fails the test
     try:
         answer = ("returned", function())
-    except BaseException as error:  # noqa: BLE001  # told to the parent
+    except BaseException as error:  # told to the parent
         answer = ("raised", repr(error))
     try:
         with os.fdopen(writing, "wb") as pipe:

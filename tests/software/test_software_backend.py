@@ -481,3 +481,13 @@ def test_nothing_secret_shows(backend, imported):
 def test_backends_do_not_pickle_or_copy(backend, leak):
     with pytest.raises(TypeError, match="holds keys"):
         leak(backend)
+
+
+def test_forks_wait_for_calls_into_libcrypto(backend, monkeypatch):
+    from hsmwrap.forkgate import LIBCRYPTO
+
+    seen = []
+    monkeypatch.setattr(backend._sealer, "tag", lambda data: seen.append(LIBCRYPTO._running))
+    backend.seal(b"data")
+    assert seen == [1]
+    assert LIBCRYPTO._running == 0

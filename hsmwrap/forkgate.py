@@ -15,7 +15,10 @@ from contextlib import contextmanager
 
 
 class ForkGate:
-    """Calls pass together; a fork waits until none is under way, and holds new ones back."""
+    """Calls pass together; a fork waits until none is under way, and holds new ones back.
+
+    Calls may be nested in one thread: only the outermost counts.
+    """
 
     def __init__(self) -> None:
         self._reset()
@@ -25,13 +28,18 @@ class ForkGate:
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """For the duration of one call. Not to be nested: a fork in between would wait forever."""
+        """For the duration of one call."""
+        if getattr(self._mine, "inside", False):
+            yield
+            return
         with self._changed:
             self._changed.wait_for(lambda: not self._forking)
             self._running += 1
+        self._mine.inside = True
         try:
             yield
         finally:
+            self._mine.inside = False
             with self._changed:
                 self._running -= 1
                 self._changed.notify_all()
@@ -39,6 +47,7 @@ class ForkGate:
     def _reset(self) -> None:
         """A child starts afresh: of the parent's threads it has none but the one that forked."""
         self._changed = threading.Condition(threading.Lock())
+        self._mine = threading.local()
         self._running = self._forking = 0
 
     def _before(self) -> None:
@@ -51,3 +60,7 @@ class ForkGate:
         self._forking -= 1
         self._changed.notify_all()
         self._changed.release()
+
+
+LIBCRYPTO = ForkGate()
+"""The gate of this process for calls into libcrypto, the distribution's and pyca's own."""
