@@ -38,6 +38,11 @@ from hsmwrap.pkcs11.selection import TokenDescription, TokenSelector, select
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.templates import HsmAttributeMapper
 
+RESTART_TRIES = 3
+RESTART_PAUSE = 0.05
+"""Seconds between two tries. SoftHSM writes the token's file at each login, and another process
+that looks at that moment sees no token, or one without a PIN (measured, forks under load)."""
+
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -279,16 +284,22 @@ class Connection:
         """Restart the module and see whether the HSM token is there again."""
         if self._breaker.state == "open":
             raise HsmUnavailable(f"the HSM is away ({name})")
-        try:
-            self._host.restart(seen, self._settings.session_wait)
-            with self._host.inside(self._settings.session_wait) as (module, generation):
-                self._connect(module, generation)
-        except PKCS11Error as error:
-            self._breaker.failed(code_name(error))
-            raise self._typed(error) from None
-        except HsmUnavailable as error:
-            self._breaker.failed(name)
-            raise HsmUnavailable(f"the HSM is away ({name}): {error}") from None
+        wait = self._settings.session_wait
+        for tries_left in reversed(range(RESTART_TRIES)):
+            try:
+                self._host.restart(seen, wait)
+                with self._host.inside(wait) as (module, generation):
+                    seen = generation
+                    self._connect(module, generation)
+                break
+            except PKCS11Error as error:
+                if not tries_left:
+                    self._breaker.failed(code_name(error))
+                    raise self._typed(error) from None
+            except HsmUnavailable as error:
+                self._breaker.failed(name)
+                raise HsmUnavailable(f"the HSM is away ({name}): {error}") from None
+            time.sleep(RESTART_PAUSE)
         self._breaker.succeeded()
         _log.warning("HSM module restarted", extra={"generation": self._host.generation})
 
@@ -309,10 +320,21 @@ class Connection:
 
     def _open_now(self) -> None:
         try:
-            self.run(lambda _session: None)
+            self._first_call()
         except BaseException:
             self.close()
             raise
+
+    def _first_call(self) -> None:
+        for tries_left in reversed(range(RESTART_TRIES)):
+            try:
+                return self.run(lambda _session: None)
+            except TokenSelectionError:
+                if not tries_left:
+                    raise
+            time.sleep(RESTART_PAUSE)
+            self._host.restart(self._host.generation, self._settings.session_wait)
+        return None
 
     def _connect(self, module: Module, generation: int) -> _Live:
         live = self._live
@@ -337,7 +359,9 @@ class Connection:
             close_quietly(session)
             raise
         pool = SessionPool(
-            lambda: open_worker_session(token, self._mapper), self._settings.sessions
+            lambda: open_worker_session(token, self._mapper),
+            module.is_logged_in,
+            self._settings.sessions,
         )
         return _Live(generation, token, session, pool)
 
@@ -356,7 +380,7 @@ class Connection:
             return
         if self._stopped is not None:
             raise self._stopped
-        flags = session.token.slot.get_token().flags
+        flags = _flags_of(session)
         doubtful = [f.name for f in _DOUBTFUL_PIN if flags & f]
         if doubtful and not self._settings.force_login:
             raise PinError(
@@ -392,9 +416,13 @@ _DOUBTFUL_PIN = (
 )
 
 
+def _flags_of(session: Session) -> TokenFlag:
+    return session.token.slot.get_token().flags
+
+
 def destroy_by_id(pooled: PooledSession, object_id: bytes) -> int:
     """Destroy every object with this CKA_ID; returns how many there were."""
-    found = list(pooled.session.get_objects({Attribute.ID: object_id}))
+    found = pooled.find({Attribute.ID: object_id})
     for each in found:
         each.destroy()
     return len(found)

@@ -143,11 +143,7 @@ class WrappingKeyStore:
         removed: list[str] = []
         failed: list[str] = []
         examined = 0
-        residents = list(
-            pooled.session.get_objects(
-                {Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.TOKEN: True}
-            )
-        )
+        residents = pooled.find({Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.TOKEN: True})
         for key in residents:
             attributes = key.get_attributes([Attribute.LABEL, Attribute.ID])
             expiry = self._expiry(attributes.get(Attribute.LABEL, ""))
@@ -170,11 +166,7 @@ class WrappingKeyStore:
 
     @staticmethod
     def _find_resident(pooled: PooledSession, object_id: bytes) -> Any:
-        found = list(
-            pooled.session.get_objects(
-                {Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.ID: object_id}
-            )
-        )
+        found = pooled.find({Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.ID: object_id})
         if len(found) != 1:
             raise InvalidImportToken("the wrapping key of this import token is gone")
         return found[0]

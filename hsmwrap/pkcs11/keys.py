@@ -132,6 +132,7 @@ class KeySets:
             return known[0]
         number = next((each.number for each in self.list(pooled.session) if each.current), None)
         if number is None:
+            pooled.require_login()
             lost = "lost its trusted" if self._trusted else "has no"
             raise ConfigurationError(
                 f"the HSM token {lost} keys labelled {self._prefix}:…; run `hsmwrap keys init`"
@@ -145,6 +146,7 @@ class KeySets:
         if label not in pooled.objects:
             found = [each for each in self._search(pooled.session, label) if self._counts(each)]
             if len(found) != 1:
+                pooled.require_login()
                 return None
             pooled.objects[label] = found[0].key
         return pooled.objects[label]

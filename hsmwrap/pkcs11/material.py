@@ -109,7 +109,7 @@ class MaterialStore:
     def destroy(self, pooled: PooledSession, ref: KeyRef) -> None:
         """Destroy a key's object, if it has one and it is still there."""
         if ref.custody is Custody.HSM_INTERNAL:
-            for key in _objects(pooled.session, _parse(ref)[1]):
+            for key in _objects(pooled, _parse(ref)[1]):
                 key.destroy()
 
     def object_id_of(self, ref: KeyRef) -> bytes | None:
@@ -183,7 +183,7 @@ class MaterialStore:
 
     @staticmethod
     def _find(pooled: PooledSession, object_id: bytes) -> Any:
-        found = _objects(pooled.session, object_id)
+        found = _objects(pooled, object_id)
         if len(found) != 1:
             raise KeyNotFound("the key object is not in the HSM token (any more)")
         return found[0]
@@ -194,10 +194,8 @@ def create_from(session: Session, material: bytes) -> Unwrap:
     return lambda template: session.create_object({**template, Attribute.VALUE: material})
 
 
-def _objects(session: Session, object_id: bytes) -> list[Any]:
-    return list(
-        session.get_objects({Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.ID: object_id})
-    )
+def _objects(pooled: PooledSession, object_id: bytes) -> list[Any]:
+    return pooled.find({Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.ID: object_id})
 
 
 def _parse(ref: KeyRef) -> tuple[int, bytes]:

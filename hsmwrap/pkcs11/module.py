@@ -22,6 +22,7 @@ from hsmwrap.pkcs11.returncodes import CKR, CryptokiError
 _CKR_OK = 0
 _CKF_OS_LOCKING_OK = 0x2
 _CKU_USER = 1
+_CKS_USER_FUNCTIONS = (1, 3)  # read-only and read-write
 
 
 _OURS: set[str] = set()
@@ -41,6 +42,17 @@ class _InitializeArgs(ctypes.Structure):
     )
 
 
+class _SessionInfo(ctypes.Structure):
+    """CK_SESSION_INFO (PKCS#11 v2.40, 3.3)."""
+
+    _fields_ = (
+        ("slot_id", ctypes.c_ulong),
+        ("state", ctypes.c_ulong),
+        ("flags", ctypes.c_ulong),
+        ("device_error", ctypes.c_ulong),
+    )
+
+
 class _FunctionListHead(ctypes.Structure):
     """The first entries of CK_FUNCTION_LIST; the rest is python-pkcs11's business."""
 
@@ -48,7 +60,12 @@ class _FunctionListHead(ctypes.Structure):
         ("version", ctypes.c_ubyte * 2),
         ("c_initialize", ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.POINTER(_InitializeArgs))),
         ("c_finalize", ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_void_p)),
-        ("_until_c_login", ctypes.c_void_p * 16),
+        ("_until_c_get_session_info", ctypes.c_void_p * 13),
+        (
+            "c_get_session_info",
+            ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.POINTER(_SessionInfo)),
+        ),
+        ("_until_c_login", ctypes.c_void_p * 2),
         (
             "c_login",
             ctypes.CFUNCTYPE(
@@ -157,6 +174,23 @@ class Module(lib):
         code = self._functions.c_login(session.handle, _CKU_USER, secret, len(secret))
         if code not in (_CKR_OK, CKR["USER_ALREADY_LOGGED_IN"]):
             raise CryptokiError("C_Login", code)
+
+    def is_logged_in(self, session: Any) -> bool:
+        """Whether the application is logged in, as far as this session sees.
+
+        Without a login, a search does not fail: it finds no private object. True where it
+        cannot be told (private function tables).
+
+        Raises:
+            PKCS11Error: The session is dead.
+        """
+        if self._functions is None:
+            return True
+        info = _SessionInfo()
+        code = self._functions.c_get_session_info(session.handle, ctypes.byref(info))
+        if code != _CKR_OK:
+            raise CryptokiError("C_GetSessionInfo", code)
+        return info.state in _CKS_USER_FUNCTIONS
 
     def _log_in_by_opening(self, session: Any, pin: str) -> None:
         # Only python-pkcs11 reaches this function table. The session that logs in stays open

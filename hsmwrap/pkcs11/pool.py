@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pkcs11.exceptions import PKCS11Error, SessionCount
+from pkcs11.constants import Attribute
+from pkcs11.exceptions import PKCS11Error, SessionCount, UserNotLoggedIn
 from pkcs11.types import Session, Token
 
 from hsmwrap.errors import HsmResourceExhausted, PoolTimeout
@@ -30,26 +32,63 @@ class PooledSession:
 
     Attributes:
         session: python-pkcs11's session, opened without PIN.
+        is_logged_in: Asks the module whether a login covers the session.
         objects: Objects by label, bound to this session (python-pkcs11 runs an operation on the
             session that an object was found with).
         tainted: Set after any error; the session is then closed instead of pooled.
     """
 
     session: Session
+    is_logged_in: Callable[[Session], bool]
     objects: dict[str, Any] = field(default_factory=dict)
     tainted: bool = False
 
+    def find(self, template: dict[Attribute, Any]) -> list[Any]:
+        """All objects that match.
+
+        Raises:
+            UserNotLoggedIn: Nothing matches, and without a login nothing could.
+            PKCS11Error: The search failed.
+        """
+        found = list(self.session.get_objects(template))
+        if not found:
+            self.require_login()
+        return found
+
+    def require_login(self) -> None:
+        """Tell nothing found from nothing seen.
+
+        Raises:
+            UserNotLoggedIn: Without a login, no private object can be found.
+        """
+        if not self.is_logged_in(self.session):
+            raise UserNotLoggedIn
+
+
+class Ticket:
+    """A place in the queue for a session."""
+
+    __slots__ = ("called", "session", "stale")
+
+    def __init__(self) -> None:
+        self.called = threading.Event()
+        self.session: PooledSession | None = None
+        self.stale = False
+
 
 class PoolState:
-    """The arithmetic of the pool: idle sessions, how many exist, how many there may be."""
+    """The arithmetic of the pool: idle sessions, how many exist, who waits in which order.
+
+    What is given is an idle session, or room to open one (None).
+    """
 
     def __init__(self, size: int) -> None:
         """Start empty, with room for ``size`` sessions."""
         self.closed = False
         self.cap = size
         self.total = 0
-        self.waiting = 0
         self.idle: list[PooledSession] = []
+        self.queue: deque[Ticket] = deque()
 
     @property
     def in_use(self) -> int:
@@ -58,23 +97,35 @@ class PoolState:
 
     @property
     def available(self) -> bool:
-        """Whether :meth:`take` can give something now."""
-        return not self.closed and (bool(self.idle) or self.total < self.cap)
+        """Whether there is something to give."""
+        return bool(self.idle) or self.total < self.cap
 
     def take(self) -> PooledSession | None:
-        """Take an idle session, or room to open one (None); check :attr:`available` first."""
+        """Take an idle session, or room to open one; check :attr:`available` first."""
         if self.idle:
             return self.idle.pop()
         self.total += 1
         return None
 
+    def serve(self) -> None:
+        """Call those whose turn it is.
+
+        First come, first served: a busy thread that gives its session back and asks again must
+        not overtake one that waits.
+        """
+        while self.queue and self.available:
+            ticket = self.queue.popleft()
+            ticket.session = self.take()
+            ticket.called.set()
+
     def give_back(self, session: PooledSession) -> bool:
         """Put a session back; False if it has to be closed, which frees its room."""
-        if session.tainted or self.closed or self.total > self.cap:
+        keep = not (session.tainted or self.closed or self.total > self.cap)
+        if keep:
+            self.idle.append(session)
+        else:
             self.total -= 1
-            return False
-        self.idle.append(session)
-        return True
+        return keep
 
     def failed_to_open(self, *, lower_cap: bool) -> None:
         """Give up room; where the HSM has no more sessions, keep to those that there are."""
@@ -82,19 +133,38 @@ class PoolState:
         if lower_cap and self.total:
             self.cap = self.total
 
+    def close(self) -> list[PooledSession]:
+        """Give nothing any more; returns the idle sessions."""
+        self.closed = True
+        for ticket in self.queue:
+            ticket.stale = True
+            ticket.called.set()
+        self.queue.clear()
+        idle, self.idle = self.idle, []
+        self.total -= len(idle)
+        return idle
+
 
 class SessionPool:
     """Worker sessions of one HSM token, for one generation of the module."""
 
-    def __init__(self, open_session: Callable[[], Session], size: int) -> None:
-        """Take the function that opens a session, and the most sessions there may be."""
+    def __init__(
+        self,
+        open_session: Callable[[], Session],
+        is_logged_in: Callable[[Session], bool],
+        size: int,
+    ) -> None:
+        """Take functions that open and ask a session, and the most sessions there may be."""
         self._open = open_session
+        self._is_logged_in = is_logged_in
         self._state = PoolState(size)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         s = self._state
-        return f"<SessionPool in_use={s.in_use} idle={len(s.idle)} waiting={s.waiting} cap={s.cap}>"
+        return (
+            f"<SessionPool in_use={s.in_use} idle={len(s.idle)} waiting={len(s.queue)} cap={s.cap}>"
+        )
 
     def facts(self) -> dict[str, int]:
         """Numbers for metrics."""
@@ -102,7 +172,7 @@ class SessionPool:
         return {
             "sessions_in_use": s.in_use,
             "sessions_idle": len(s.idle),
-            "sessions_waiting": s.waiting,
+            "sessions_waiting": len(s.queue),
             "sessions_cap": s.cap,
         }
 
@@ -119,7 +189,7 @@ class SessionPool:
             if pooled is not None:
                 return pooled
             try:
-                return PooledSession(self._open())
+                return PooledSession(self._open(), self._is_logged_in)
             except SessionCount:
                 self._failed_to_open(lower_cap=True)
                 if not self._state.total:
@@ -130,9 +200,9 @@ class SessionPool:
 
     def release(self, session: PooledSession) -> None:
         """Put a session back, or close it if it is tainted."""
-        with self._changed:
+        with self._lock:
             kept = self._state.give_back(session)
-            self._changed.notify()
+            self._state.serve()
         if not kept:
             close_quietly(session.session)
 
@@ -150,34 +220,37 @@ class SessionPool:
         self._stop()
 
     def _stop(self) -> list[PooledSession]:
-        with self._changed:
-            idle, self._state.idle = self._state.idle, []
-            self._state.total -= len(idle)
-            self._state.closed = True
-            self._changed.notify_all()
-        return idle
+        with self._lock:
+            return self._state.close()
 
     def _take(self, deadline: float) -> PooledSession | None:
-        with self._changed:
-            self._state.waiting += 1
-            try:
-                left = max(0.0, deadline - time.monotonic())
-                self._changed.wait_for(lambda: self._state.available or self._state.closed, left)
-                if self._state.closed:
-                    raise StalePool
-                if not self._state.available:
-                    raise PoolTimeout(
-                        f"no HSM session became free in time ({self._state.cap} in use); "
-                        "raise 'sessions' or lower the load"
-                    )
+        with self._lock:
+            if self._state.closed:
+                raise StalePool
+            if self._state.available and not self._state.queue:
                 return self._state.take()
-            finally:
-                self._state.waiting -= 1
+            ticket = Ticket()
+            self._state.queue.append(ticket)
+        if not ticket.called.wait(max(0.0, deadline - time.monotonic())):
+            self._give_up(ticket)
+        if ticket.stale:
+            raise StalePool
+        return ticket.session
+
+    def _give_up(self, ticket: Ticket) -> None:
+        with self._lock:
+            if ticket.called.is_set():
+                return  # just in time
+            self._state.queue.remove(ticket)
+        raise PoolTimeout(
+            f"no HSM session became free in time ({self._state.cap} in use); "
+            "raise 'sessions' or lower the load"
+        )
 
     def _failed_to_open(self, *, lower_cap: bool) -> None:
-        with self._changed:
+        with self._lock:
             self._state.failed_to_open(lower_cap=lower_cap)
-            self._changed.notify()
+            self._state.serve()
 
 
 def open_worker_session(token: Token, attribute_mapper: Any) -> Session:

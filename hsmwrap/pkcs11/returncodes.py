@@ -84,7 +84,8 @@ RECOVERY: Mapping[str, Recovery] = MappingProxyType(
         "PIN_LEN_RANGE": _PIN,
         "PIN_LOCKED": _PIN,
         "PIN_EXPIRED": _PIN,
-        "USER_PIN_NOT_INITIALIZED": _PIN,
+        # No PIN was tried. SoftHSM says so of a token that another process is logging in to.
+        "USER_PIN_NOT_INITIALIZED": _DEVICE,
     }
 )
 

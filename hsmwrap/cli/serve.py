@@ -1,0 +1,55 @@
+"""``hsmwrap serve``: the reference KMS behind Alibaba's API (extra ``server``)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hsmwrap.cli.arguments import Subparsers
+from hsmwrap.cli.extras import require_server
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve the reference KMS over HTTP",
+        description="Serve the reference KMS. Prints 'ready http://HOST:PORT' once it listens; "
+        "ends on SIGTERM when the running calls are done, on SIGINT at once.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the TOML configuration")
+    parser.add_argument("--port", type=int, metavar="N", help="instead of the file's; 0: any free")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal ends it.
+
+    Raises:
+        ConfigurationError: The configuration cannot be used, or the extra is not installed.
+    """
+    require_server()
+    from hsmwrap.http.server import Server  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
+
+    config = load_config(args.config)
+    server = Server(
+        lambda: _application(args.config),
+        host=config.host,
+        port=config.port if args.port is None else args.port,
+        workers=args.workers,
+        threads=config.limits.max_threads,
+        shutdown_seconds=config.limits.shutdown_seconds,
+    )
+    return server.run_to_exit()
+
+
+def _application(config: Path | None) -> Any:
+    # Imported in the worker: prometheus_client looks at the environment when it is imported.
+    from hsmwrap.http.app import from_config  # noqa: PLC0415
+
+    return from_config(config)

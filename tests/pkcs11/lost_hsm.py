@@ -1,0 +1,93 @@
+"""Scenarios of an HSM that goes away: lost_hsm.py SCENARIO SHIM_DIRECTORY SETTINGS."""
+
+import contextlib
+import json
+import sys
+import time
+
+from hsmwrap.errors import HsmUnavailable, TokenSelectionError
+from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.testing.faults import FaultShim
+
+
+def unavailable(backend):
+    try:
+        backend.seal(b"data")
+    except HsmUnavailable:
+        return True
+    return False
+
+
+def wait_until_back(backend):
+    for _ in range(1000):
+        if not unavailable(backend):
+            return
+        time.sleep(0.01)
+    raise AssertionError("the backend did not come back")
+
+
+def comes_back(shim, settings, *, sticky=False):
+    backend = Pkcs11Backend.from_settings(settings)
+    seal = backend.seal(b"data")
+    generation = backend.health().facts["generation"]
+    shim.remove_device(sticky=sticky)
+    assert unavailable(backend)
+    before = shim.counters()
+    assert unavailable(backend)  # fails fast: the breaker is open, nothing is called
+    assert shim.counters().calls_since(before) == {}
+    assert not backend.health().ready
+    shim.restore_device()
+    wait_until_back(backend)
+    assert backend.check_seal(b"data", seal)
+    assert backend.health().facts["generation"] > generation
+    assert backend.health().ready
+    backend.close()
+    assert shim.counters().held == (0, 0, 0)
+
+
+def sticky(shim, settings):
+    comes_back(shim, settings, sticky=True)
+
+
+def lazy_start(shim, settings):
+    shim.remove_device()
+    with contextlib.suppress(TokenSelectionError):
+        Pkcs11Backend.from_settings(settings)
+        raise AssertionError("started without an HSM, and nobody asked for that")
+    backend = Pkcs11Backend.from_settings(settings | {"lazy": True})
+    assert not backend.health().ready
+    assert unavailable(backend)
+    shim.restore_device()
+    wait_until_back(backend)
+    backend.close()
+
+
+def logged_out(shim, settings):
+    """Somebody logs the application out: private objects are not refused then, but not found."""
+    backend = Pkcs11Backend.from_settings(settings)
+    capabilities = backend.capabilities()
+    seal = backend.seal(b"data")
+    connection = backend._connection
+    backend._keys._current = None
+    connection.run(log_out)
+    assert backend.check_seal(b"data", seal)
+    assert backend.capabilities() == capabilities
+    assert backend.health().facts["recoveries"]["USER_NOT_LOGGED_IN"] >= 1
+    backend.close()
+
+
+def log_out(pooled):
+    import ctypes
+
+    host = ctypes.CDLL(str(shim.path))
+    pointer = ctypes.POINTER(ctypes.c_void_p)()
+    host.C_GetFunctionList(ctypes.byref(pointer))
+    logout = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)(pointer[1 + 19])
+    assert logout(pooled.session.handle) == 0
+    pooled.tainted = True
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[3])
+    shim = FaultShim(settings["module"], sys.argv[2])
+    globals()[sys.argv[1]](shim, settings | {"module": str(shim.path)})

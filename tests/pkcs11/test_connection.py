@@ -1,0 +1,380 @@
+"""The connection to an HSM token: logins, forks under load, a lost HSM, closing, PIN stops."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hsmwrap import registry
+from hsmwrap.errors import (
+    BackendClosed,
+    ConfigurationError,
+    HsmUnavailable,
+    PinError,
+    PoolTimeout,
+    TokenSelectionError,
+)
+from hsmwrap.pkcs11.breaker import Breaker
+from hsmwrap.pkcs11.connection import Connection
+from hsmwrap.pkcs11.pool import PooledSession, PoolState, Ticket
+from hsmwrap.pkcs11.settings import Pkcs11Settings
+
+FORK = multiprocessing.get_context("fork")
+DEADLINE = 60
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture
+def connect(softhsm):
+    opened = []
+
+    def connects(**more):
+        settings = Pkcs11Settings.from_mapping(softhsm.settings("connection") | more)
+        opened.append(Connection(settings))
+        return opened[-1]
+
+    yield connects
+    for connection in opened:
+        connection.close()
+
+
+def random_bytes(pooled):
+    return pooled.session.generate_random(64)
+
+
+# --- sessions -----------------------------------------------------------------------------------
+
+
+def test_a_session_is_lent_to_one_at_a_time_and_reused(connect):
+    connection = connect(sessions=2)
+    used = []
+
+    def operation(pooled):
+        used.append(pooled.session.handle)
+        return random_bytes(pooled)
+
+    for _ in range(10):
+        connection.run(operation)
+    assert len(set(used)) == 1
+
+
+def test_an_exhausted_pool_times_out(connect):
+    connection = connect(sessions=1, session_wait=0.05)
+
+    def outer(_pooled):
+        thread = threading.Thread(target=inner)
+        thread.start()
+        thread.join()
+
+    def inner():
+        with pytest.raises(PoolTimeout, match="raise 'sessions'"):
+            connection.run(random_bytes)
+        seen.append(True)
+
+    seen = []
+    connection.run(outer)
+    assert seen == [True]
+    assert connection.run(random_bytes)
+
+
+def test_a_session_that_saw_an_error_is_not_used_again(connect):
+    connection = connect(sessions=1)
+    handles = []
+
+    def fails(pooled):
+        handles.append(pooled.session.handle)
+        raise ZeroDivisionError
+
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            connection.run(fails)
+    assert len(set(handles)) == 3
+    assert connection.health()[2]["sessions_in_use"] == 0
+
+
+def test_repr_and_health_show_the_pool(connect):
+    connection = connect(sessions=3)
+    connection.run(random_bytes)
+    assert "generation=" in repr(connection)
+    assert "in_use=0 idle=1 waiting=0 cap=3" in repr(connection)
+    ready, detail, facts = connection.health()
+    assert (ready, detail, facts["breaker"]) == (True, "ready", "closed")
+
+
+def test_pool_arithmetic():
+    state = PoolState(2)
+    assert state.available
+    assert state.take() is None
+    assert state.take() is None
+    assert not state.available
+    session = PooledSession(session=object(), is_logged_in=lambda _: True)
+    assert state.give_back(session)
+    assert state.available
+    assert state.take() is session
+    session.tainted = True
+    assert not state.give_back(session)
+    assert (state.total, state.in_use, state.idle) == (1, 1, [])
+    state.take()
+    state.failed_to_open(lower_cap=True)
+    assert (state.cap, state.total) == (1, 1)
+
+
+def test_sessions_go_to_those_who_wait_in_their_order():
+    state = PoolState(1)
+    state.take()
+    first, second = Ticket(), Ticket()
+    state.queue.extend([first, second])
+    session = PooledSession(session=object(), is_logged_in=lambda _: True)
+    assert state.give_back(session)
+    state.serve()
+    assert (first.called.is_set(), second.called.is_set()) == (True, False)
+    assert first.session is session
+    assert state.close() == []
+    assert second.stale
+
+
+# --- closing ------------------------------------------------------------------------------------
+
+
+def test_closing_waits_for_running_calls_and_refuses_new_ones(connect):
+    connection = connect()
+    inside, may_leave = threading.Event(), threading.Event()
+    results = []
+
+    def operation(pooled):
+        inside.set()
+        may_leave.wait(DEADLINE)
+        return random_bytes(pooled)
+
+    worker = threading.Thread(target=lambda: results.append(connection.run(operation)))
+    worker.start()
+    inside.wait(DEADLINE)
+    closer = threading.Thread(target=connection.close)
+    closer.start()
+    while not connection.closed:
+        time.sleep(0.001)
+    with pytest.raises(BackendClosed):
+        connection.run(random_bytes)
+    assert results == []
+    may_leave.set()
+    closer.join(DEADLINE)
+    worker.join(DEADLINE)
+    assert len(results[0]) == 8
+
+
+# --- forks --------------------------------------------------------------------------------------
+
+
+def test_forks_under_load(connect):
+    """Children that inherit a busy connection work, and so does the parent."""
+    connection = connect(sessions=4)
+    stop, failures, done = threading.Event(), [], [0] * 4
+
+    def load(index):
+        try:
+            while not stop.is_set():
+                connection.run(random_bytes)
+                done[index] += 1
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=load, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    children = []
+    for _ in range(20):
+        child = FORK.Process(target=child_works, args=(connection,))
+        child.start()
+        children.append(child)
+    for child in children:
+        child.join(DEADLINE)
+    before = sum(done)
+    connection.run(random_bytes)
+    while sum(done) == before and not failures:
+        time.sleep(0.001)
+    stop.set()
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert failures == []
+    assert [child.exitcode for child in children] == [0] * 20
+
+
+def child_works(connection):
+    inherited = connection.generation
+    workers = [threading.Thread(target=connection.run, args=(random_bytes,)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(DEADLINE)
+    assert len(connection.run(random_bytes)) == 8
+    assert connection.generation > inherited
+    connection.close()
+
+
+def test_a_child_starts_over_at_its_first_call_only(connect):
+    connection = connect()
+    parent = connection.generation
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        before = connection.generation
+        connection.run(random_bytes)
+        os.write(writer, json.dumps([before, connection.generation]).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        assert json.load(pipe) == [parent, parent + 1]
+    assert connection.generation == parent
+
+
+# --- PINs ---------------------------------------------------------------------------------------
+
+LOCK = """
+import json, sys
+from hsmwrap import registry
+from hsmwrap.errors import PinError
+settings = json.loads(sys.argv[1])
+kind = registry.load("pkcs11")
+tries = []
+for _ in range(int(sys.argv[2])):
+    try:
+        backend = kind.from_settings(settings)
+        backend.seal(b"")
+        tries.append("open")
+        backend.close()
+    except PinError as error:
+        tries.append(str(error))
+print(json.dumps(tries))
+"""
+
+
+def try_to_open(settings, times):
+    command = [sys.executable, "-c", LOCK, json.dumps(settings), str(times)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def wrong_pin(tmp_path, connect):
+    path = tmp_path / "wrong.pin"
+    path.touch(mode=0o600)
+    path.write_text("not-the-pin")
+    yield str(path)
+    connect(force_login=True)  # a right one clears SoftHSM's USER_PIN_COUNT_LOW
+
+
+def test_a_wrong_pin_is_tried_once(softhsm, wrong_pin, tmp_path):
+    """The next backend sees USER_PIN_COUNT_LOW and does not even try."""
+    from hsmwrap.testing.faults import FaultShim
+
+    shim = FaultShim(softhsm.module, tmp_path / "shim")
+    settings = softhsm.settings("connection", module=str(shim.path), pin_file=wrong_pin)
+    first, second = try_to_open(settings | {"lazy": True}, 2)
+    assert "PIN_INCORRECT" in first
+    assert "not trying again" in first
+    assert "USER_PIN_COUNT_LOW" in second
+    assert shim.counters().calls["C_Login"] == 1
+
+
+def test_a_stopped_backend_says_so_and_does_not_log_in_again(softhsm, wrong_pin):
+    code = """
+import json, sys
+from hsmwrap import registry
+from hsmwrap.errors import PinError
+backend = registry.load("pkcs11").from_settings(json.loads(sys.argv[1]))
+texts = []
+for _ in range(3):
+    try:
+        backend.seal(b"")
+    except PinError as error:
+        texts.append(str(error))
+assert len(set(texts)) == 1 and len(texts) == 3, texts
+assert not backend.health().ready
+assert "PIN_INCORRECT" in backend.health().detail
+"""
+    settings = softhsm.settings("connection", pin_file=wrong_pin, lazy=True)
+    subprocess.run([sys.executable, "-c", code, json.dumps(settings)], check=True)
+
+
+@pytest.mark.parametrize("flag", ["USER_PIN_COUNT_LOW", "USER_PIN_FINAL_TRY", "USER_PIN_LOCKED"])
+def test_a_doubtful_pin_is_not_tried_unless_forced(connect, monkeypatch, flag):
+    import pkcs11.types
+    from pkcs11.constants import TokenFlag
+
+    from hsmwrap.pkcs11 import connection as module
+
+    bit = TokenFlag[flag]
+    monkeypatch.setattr(module, "_flags_of", lambda session: bit)
+    with pytest.raises(PinError, match=flag):
+        connect()
+    assert connect(force_login=True).run(random_bytes)
+    assert pkcs11.types
+
+
+# --- which token --------------------------------------------------------------------------------
+
+
+def test_no_match_lists_the_tokens_that_are_there(softhsm):
+    settings = softhsm.settings("connection", token_label="another")
+    with pytest.raises(TokenSelectionError, match="hsmwrap-tests"):
+        registry.open_backend("pkcs11", settings)
+
+
+def test_by_uri(softhsm):
+    bare = softhsm.settings("connection")
+    uri = (
+        f"pkcs11:token={bare['token_label']}?module-path={bare['module']}"
+        f"&pin-source=file:{bare['pin_file']}"
+    )
+    with registry.open_backend("pkcs11", {"uri": uri, "key_prefix": "connection"}) as backend:
+        assert backend.seal(b"")
+
+
+def test_a_token_without_our_keys_names_the_command(softhsm):
+    with (
+        registry.open_backend("pkcs11", softhsm.bare_settings(key_prefix="nothing")) as backend,
+        pytest.raises(ConfigurationError, match="hsmwrap keys init"),
+    ):
+        backend.capabilities()
+
+
+# --- a lost HSM ---------------------------------------------------------------------------------
+
+SCENARIOS = Path(__file__).with_name("lost_hsm.py")
+
+
+@pytest.mark.parametrize("scenario", ["comes_back", "sticky", "lazy_start", "logged_out"])
+def test_lost_hsm(softhsm, tmp_path, scenario):
+    settings = softhsm.settings("connection", initial_backoff=0.05, max_backoff=0.1)
+    command = [sys.executable, SCENARIOS, scenario, tmp_path / "shim", json.dumps(settings)]
+    subprocess.run(command, check=True, timeout=DEADLINE)
+
+
+def test_breaker_backs_off_and_probes_once():
+    now = [0.0]
+    breaker = Breaker(1.0, 4.0, clock=lambda: now[0])
+    breaker.check()
+    for expected in (1.0, 2.0, 4.0, 4.0):
+        breaker.failed("DEVICE_ERROR")
+        assert breaker.state == "open"
+        now[0] += expected - 0.01
+        with pytest.raises(HsmUnavailable, match="DEVICE_ERROR"):
+            breaker.check()
+        now[0] += 0.01
+        assert breaker.state == "half-open"
+        breaker.check()
+        with pytest.raises(HsmUnavailable):
+            breaker.check()
+    breaker.succeeded()
+    assert breaker.state == "closed"
+    breaker.failed("x")
+    now[0] += 1.0
+    breaker.check()
