@@ -1,7 +1,12 @@
 import os
 
 import pytest
+import skips
 from softhsm_token import make_softhsm
+
+
+def pytest_configure(config):
+    skips.register(config)
 
 
 @pytest.fixture(scope="session")
