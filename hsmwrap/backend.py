@@ -382,7 +382,8 @@ class Backend(ABC):
             key_spec: What the material has to become; its length is exact.
             expected_check_value: On a re-import, the check value of the material before.
             object_id: 16 bytes that name the object where custody is HSM_INTERNAL, chosen by the
-                caller so that it can write down its intent first; made here when None.
+                caller so that it can write down its intent first: the reference's ``data`` is
+                then these bytes. Made here when None.
 
         Raises:
             InvalidKeyMaterial: It did not become that key; says nothing more.

@@ -168,7 +168,8 @@ class Pkcs11Backend(Backend):
         )
 
         def operation(pooled: PooledSession) -> bytes:
-            public, _private = self._generate(pooled, spec, template)
+            with pooled.token_writes:
+                public, _private = self._generate(pooled, spec, template)
             try:
                 return _public_key_der(spec, public)
             finally:
@@ -373,13 +374,13 @@ class Pkcs11Backend(Backend):
     def _probe(self, pooled: PooledSession) -> _Token:
         number = self._keys.current(pooled)
         kek = self._keys.require(pooled, Role.WRAPPING_UNWRAP, number)
-        features, trusted = probe(pooled.session), is_trusted(kek)
+        features, trusted = probe(pooled.session, kek), is_trusted(kek)
         custody = report.material_custody(self._settings, features)
         prefix = self._settings.key_prefix
         return _Token(
             features=features,
             trusted=trusted,
-            wrapping=WrappingKeyStore(self._keys, prefix, features.unwrap_template),
+            wrapping=WrappingKeyStore(self._keys, prefix, features),
             material=MaterialStore(self.name, self._keys, prefix, custody, features),
             capabilities=report.capabilities(
                 self._settings, features, self._vendor, trusted=trusted

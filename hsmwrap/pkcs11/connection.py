@@ -202,7 +202,8 @@ class Connection:
         try:
             return self._attempt(operation)
         except _Failure as failure:
-            again = self._recover(failure) and retry
+            collided = leaves is not None and code_name(failure.error) in _COLLISION
+            again = (self._recover(failure) and retry) or collided
             if not again:
                 raise failure.public() from None
         if leaves is not None:
@@ -361,6 +362,7 @@ class Connection:
         pool = SessionPool(
             lambda: open_worker_session(token, self._mapper),
             module.is_logged_in,
+            self._host.token_writes(),
             self._settings.sessions,
         )
         return _Live(generation, token, session, pool)
@@ -409,6 +411,9 @@ class Connection:
         self._orphans = set()
 
 
+# What SoftHSM answers to the creation of a token object when another process does the same. Not
+# tried again blindly: what the first try left is found by its id and destroyed before.
+_COLLISION = frozenset({"GeneralError", "FunctionFailed"})
 _DOUBTFUL_PIN = (
     TokenFlag.USER_PIN_COUNT_LOW,
     TokenFlag.USER_PIN_FINAL_TRY,
@@ -423,8 +428,9 @@ def _flags_of(session: Session) -> TokenFlag:
 def destroy_by_id(pooled: PooledSession, object_id: bytes) -> int:
     """Destroy every object with this CKA_ID; returns how many there were."""
     found = pooled.find({Attribute.ID: object_id})
-    for each in found:
-        each.destroy()
+    with pooled.token_writes:
+        for each in found:
+            each.destroy()
     return len(found)
 
 

@@ -25,7 +25,7 @@ from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken
 from hsmwrap.pkcs11.keys import OPENS, KeySets, Role
 from hsmwrap.pkcs11.pool import PooledSession
-from hsmwrap.pkcs11.probe import MECHANISMS
+from hsmwrap.pkcs11.probe import MECHANISMS, TokenFeatures
 from hsmwrap.pkcs11.returncodes import recovery_of
 from hsmwrap.pkcs11.templates import (
     AES_KEY_WRAP,
@@ -58,7 +58,7 @@ def _guard(*, trusted: bool) -> Template:
     return {Attribute.WRAP_WITH_TRUSTED: True} if trusted else {}
 
 
-def _pinned(algorithm: WrappingAlgorithm, *, trusted: bool) -> Template:
+def _pinned(algorithm: WrappingAlgorithm, becomes: Template) -> Template:
     """What keeps the holder of the PIN from reading a client's ciphertext by C_UnwrapKey.
 
     The outcome is pinned to the intermediate that this backend makes. The mechanism is pinned
@@ -66,7 +66,7 @@ def _pinned(algorithm: WrappingAlgorithm, *, trusted: bool) -> Template:
     al., CRYPTO 2012). A sealed key cannot carry this along (SECURITY.md).
     """
     return {
-        Attribute.UNWRAP_TEMPLATE: NestedTemplate(intermediate(trusted=trusted)),
+        Attribute.UNWRAP_TEMPLATE: NestedTemplate(becomes),
         Attribute.ALLOWED_MECHANISMS: (MECHANISMS[algorithm][0],),
     }
 
@@ -78,17 +78,18 @@ class WrappingKeyStore:
     Attributes:
         keys: The backend's own keys.
         prefix: Label prefix of this backend's objects.
-        unwrap_template: Whether the HSM token honours CKA_UNWRAP_TEMPLATE.
+        features: What the HSM token can do.
     """
 
     keys: KeySets
     prefix: str
-    unwrap_template: bool
+    features: TokenFeatures
 
     def sealing_template(self, role: Role, *, trusted: bool) -> Template:
         """Template to generate a private key with that will be sealed: extractable, no use."""
         idle = {k: (False if v is True and k in _USES else v) for k, v in OPENS[role].items()}
-        return {**idle, Attribute.EXTRACTABLE: True, **_guard(trusted=trusted)}
+        template = {**idle, Attribute.EXTRACTABLE: True, **_guard(trusted=trusted)}
+        return self.features.fit(template)
 
     def resident_template(
         self,
@@ -100,10 +101,10 @@ class WrappingKeyStore:
         trusted: bool,
     ) -> Template:
         """Template to generate a private key with that stays in the HSM token."""
-        pins = self.unwrap_template and role is Role.WRAPPING_UNWRAP
-        extra = _pinned(algorithm, trusted=trusted) if pins else {}
+        becomes = self.features.fit(intermediate(trusted=trusted))
+        pins = _pinned(algorithm, becomes) if role is Role.WRAPPING_UNWRAP else {}
         label = f"{self.prefix}:wrapping:{int(expires_at.timestamp())}"
-        return stored({**OPENS[role], **extra}, object_id, label)
+        return stored(self.features.fit({**OPENS[role], **pins}), object_id, label)
 
     def seal(self, pooled: PooledSession, role: Role, private: Any, number: int) -> PrivateKeyRef:
         """Wrap a freshly generated private key under the key set ``number``."""
@@ -132,7 +133,8 @@ class WrappingKeyStore:
         kek = self.keys.find(pooled, role, number)
         if kek is None:
             raise InvalidImportToken("the key set that sealed this import token was retired")
-        private = kek.unwrap_key(key_data=data, mechanism=AES_KEY_WRAP, **for_unwrap(OPENS[role]))
+        template = for_unwrap(self.features.fit(OPENS[role]))
+        private = kek.unwrap_key(key_data=data, mechanism=AES_KEY_WRAP, **template)
         try:
             yield role, private
         finally:
@@ -151,7 +153,8 @@ class WrappingKeyStore:
                 continue
             examined += 1
             if expiry < now:
-                gone = _destroy(key)
+                with pooled.token_writes:
+                    gone = _destroy(key)
                 (removed if gone else failed).append(attributes[Attribute.ID].hex())
         return ReapReport(examined, tuple(removed), tuple(failed))
 

@@ -28,6 +28,7 @@ from pkcs11.types import Session
 
 from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.pkcs11 import hardening
 from hsmwrap.pkcs11.pool import PooledSession
 from hsmwrap.pkcs11.templates import (
     AES_KEY_WRAP,
@@ -36,6 +37,7 @@ from hsmwrap.pkcs11.templates import (
     Template,
     private_key,
     secret_key,
+    without,
 )
 
 CURRENT_SET_LIFETIME = 60.0
@@ -209,12 +211,32 @@ class KeySets:
         return found.role is Role.SEAL or found.trusted or found.number not in self._trusted
 
     def create(self, session: Session, role: Role, number: int, *, trusted: bool) -> None:
-        """Create one key; a trusted key-encryption key needs the security officer's session."""
+        """Create one key, as hardened as the HSM token can.
+
+        A trusted key-encryption key needs the security officer's session.
+        """
+        try:
+            self._create(session, role, number, trusted=trusted, refused=hardening.NOTHING)
+        except PKCS11Error:
+            refused = hardening.refused_by(session)
+            if not refused:
+                raise
+            self._create(session, role, number, trusted=trusted, refused=refused)
+
+    def _create(
+        self,
+        session: Session,
+        role: Role,
+        number: int,
+        *,
+        trusted: bool,
+        refused: frozenset[Attribute],
+    ) -> None:
         if role is Role.SEAL:
             template, capabilities, key_type = _SEAL_KEY, MechanismFlag.SIGN, KeyType.GENERIC_SECRET
         else:
-            template, key_type = _key_encryption_key(role, trusted=trusted), KeyType.AES
-            capabilities = MechanismFlag.WRAP | MechanismFlag.UNWRAP
+            template = _key_encryption_key(role, trusted=trusted, refused=refused)
+            capabilities, key_type = MechanismFlag.WRAP | MechanismFlag.UNWRAP, KeyType.AES
         session.generate_key(
             key_type,
             256,
@@ -222,7 +244,7 @@ class KeySets:
             label=self.label(role, number),
             store=True,
             capabilities=capabilities,
-            template=template,
+            template=without(template, refused),
         )
 
     def destroy(self, session: Session, number: int) -> int:
@@ -249,14 +271,14 @@ _SEAL_KEY: Template = {
 }
 
 
-def _key_encryption_key(role: Role, *, trusted: bool) -> Template:
+def _key_encryption_key(role: Role, *, trusted: bool, refused: frozenset[Attribute]) -> Template:
     # Imported keys may become token objects. Wrapping keys may not: what was unsealed while the
     # set was there must not outlive its retirement.
     loose = {Attribute.TOKEN} if role in _MATERIAL_ROLES else frozenset()
     opens: Template = {key: value for key, value in OPENS[role].items() if key not in loose}
     template: Template = {
         **_SEAL_KEY,
-        Attribute.UNWRAP_TEMPLATE: NestedTemplate(opens),
+        Attribute.UNWRAP_TEMPLATE: NestedTemplate(without(opens, refused)),
         Attribute.ALLOWED_MECHANISMS: (AES_KEY_WRAP,),
     }
     if trusted:

@@ -28,7 +28,7 @@ from hsmwrap.pkcs11.clientfault import blame
 from hsmwrap.pkcs11.custody import OBJECT_ID_LENGTH, intermediate
 from hsmwrap.pkcs11.keys import OPENS, KeySets, Role, is_trusted
 from hsmwrap.pkcs11.pool import PooledSession
-from hsmwrap.pkcs11.probe import TokenFeatures, wrapped_length
+from hsmwrap.pkcs11.probe import TokenFeatures
 from hsmwrap.pkcs11.templates import AES_KEY_WRAP, Template, for_unwrap, stored
 
 ROLE_OF = {KeySpec.ALIYUN_AES_256: Role.MATERIAL_AES, KeySpec.ALIYUN_SM4: Role.MATERIAL_SM4}
@@ -78,14 +78,16 @@ class MaterialStore:
             InvalidKeyMaterial: Wrong length, or not the same material.
         """
         if not self.features.wraps_secret_keys:
-            return self._make_object(unwrap, key_spec, expected, object_id)
+            return self._make_object(pooled, unwrap, key_spec, expected, object_id)
         number = self.keys.current(pooled)
         blob, check = self._wrap(pooled, unwrap, key_spec, number)
         _require_same(expected, check)
         if self.custody is Custody.HSM_ENCRYPTED_DATABASE:
             return self._sealed_ref(key_spec, number, blob), check
-        role = ROLE_OF[key_spec]
-        self._unseal(pooled, role, number, blob, self._final(key_spec, object_id))
+        kek = self._kek(pooled, ROLE_OF[key_spec], number)
+        arguments = for_unwrap(self.features.fit(self._final(key_spec, object_id)))
+        with pooled.token_writes:
+            kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments)
         return self._object_ref(key_spec, object_id), check
 
     @contextmanager
@@ -109,12 +111,9 @@ class MaterialStore:
     def destroy(self, pooled: PooledSession, ref: KeyRef) -> None:
         """Destroy a key's object, if it has one and it is still there."""
         if ref.custody is Custody.HSM_INTERNAL:
-            for key in _objects(pooled, _parse(ref)[1]):
-                key.destroy()
-
-    def object_id_of(self, ref: KeyRef) -> bytes | None:
-        """CKA_ID of a key's object; None for a sealed blob."""
-        return _parse(ref)[1] if ref.custody is Custody.HSM_INTERNAL else None
+            with pooled.token_writes:
+                for key in _objects(pooled, _parse(ref)[1]):
+                    key.destroy()
 
     # --- with AES key wrap -------------------------------------------------------------------
 
@@ -123,13 +122,13 @@ class MaterialStore:
     ) -> tuple[bytes, bytes]:
         """Return the wrapped material, its length checked, and its AES check value."""
         kek = self._kek(pooled, ROLE_OF[key_spec], number)
-        material = unwrap(intermediate(trusted=is_trusted(kek)))
+        material = unwrap(self.features.fit(intermediate(trusted=is_trusted(kek))))
         try:
             check = _aes_check(material)
             blob = kek.wrap_key(material, mechanism=AES_KEY_WRAP)
         finally:
             material.destroy()
-        if len(blob) != wrapped_length(key_spec.material_length):
+        if len(blob) != self.features.wrapped_lengths[key_spec.material_length]:
             raise InvalidKeyMaterial
         return blob, check
 
@@ -137,8 +136,9 @@ class MaterialStore:
         self, pooled: PooledSession, role: Role, number: int, blob: bytes, template: Template
     ) -> Any:
         kek = self._kek(pooled, role, number)
+        arguments = for_unwrap(self.features.fit(template))
         with blame(KeyNotFound):
-            return kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **for_unwrap(template))
+            return kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments)
 
     def _kek(self, pooled: PooledSession, role: Role, number: int) -> Any:
         kek = self.keys.find(pooled, role, number)
@@ -149,16 +149,25 @@ class MaterialStore:
     # --- without -----------------------------------------------------------------------------
 
     def _make_object(
-        self, unwrap: Unwrap, key_spec: KeySpec, expected: bytes | None, object_id: bytes
+        self,
+        pooled: PooledSession,
+        unwrap: Unwrap,
+        key_spec: KeySpec,
+        expected: bytes | None,
+        object_id: bytes,
     ) -> tuple[KeyRef, bytes]:
-        material = unwrap({**intermediate(trusted=False), Attribute.EXTRACTABLE: False})
+        final = self.features.fit(self._final(key_spec, object_id))
+        material = unwrap(
+            self.features.fit({**intermediate(trusted=False), Attribute.EXTRACTABLE: False})
+        )
         try:
             self._check_length(material, key_spec)
             check = _aes_check(material)
         finally:
             material.destroy()
         _require_same(expected, check)
-        unwrap(self._final(key_spec, object_id))
+        with pooled.token_writes:
+            unwrap(final)
         return self._object_ref(key_spec, object_id), check
 
     def _check_length(self, material: Any, key_spec: KeySpec) -> None:
@@ -174,8 +183,7 @@ class MaterialStore:
         return KeyRef(self.backend, key_spec, Custody.HSM_ENCRYPTED_DATABASE, data)
 
     def _object_ref(self, key_spec: KeySpec, object_id: bytes) -> KeyRef:
-        data = _HEAD.pack(_VERSION, 0) + object_id
-        return KeyRef(self.backend, key_spec, Custody.HSM_INTERNAL, data)
+        return KeyRef(self.backend, key_spec, Custody.HSM_INTERNAL, object_id)
 
     def _final(self, key_spec: KeySpec, object_id: bytes) -> Template:
         label = f"{self.prefix}:material:{key_spec}"
@@ -199,15 +207,17 @@ def _objects(pooled: PooledSession, object_id: bytes) -> list[Any]:
 
 
 def _parse(ref: KeyRef) -> tuple[int, bytes]:
+    if ref.custody is Custody.HSM_INTERNAL:
+        if len(ref.data) != OBJECT_ID_LENGTH:
+            raise KeyNotFound("the key reference names no object")
+        return 0, ref.data
     try:
         version, number = _HEAD.unpack_from(ref.data)
     except struct.error:
         raise KeyNotFound("the key reference does not parse") from None
-    data = ref.data[_HEAD.size :]
-    internal = ref.custody is Custody.HSM_INTERNAL
-    if version != _VERSION or (internal and len(data) != OBJECT_ID_LENGTH):
+    if version != _VERSION:
         raise KeyNotFound("the key reference is not of a version known here")
-    return number, data
+    return number, ref.data[_HEAD.size :]
 
 
 def _aes_check(key: Any) -> bytes:

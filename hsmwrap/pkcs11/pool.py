@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ class PooledSession:
     Attributes:
         session: python-pkcs11's session, opened without PIN.
         is_logged_in: Asks the module whether a login covers the session.
+        token_writes: To be held while token objects are created or destroyed.
         objects: Objects by label, bound to this session (python-pkcs11 runs an operation on the
             session that an object was found with).
         tainted: Set after any error; the session is then closed instead of pooled.
@@ -40,6 +42,7 @@ class PooledSession:
 
     session: Session
     is_logged_in: Callable[[Session], bool]
+    token_writes: AbstractContextManager[Any] = field(default_factory=nullcontext)
     objects: dict[str, Any] = field(default_factory=dict)
     tainted: bool = False
 
@@ -152,11 +155,13 @@ class SessionPool:
         self,
         open_session: Callable[[], Session],
         is_logged_in: Callable[[Session], bool],
+        token_writes: AbstractContextManager[Any],
         size: int,
     ) -> None:
-        """Take functions that open and ask a session, and the most sessions there may be."""
+        """Take what makes a :class:`PooledSession`, and the most sessions there may be."""
         self._open = open_session
         self._is_logged_in = is_logged_in
+        self._token_writes = token_writes
         self._state = PoolState(size)
         self._lock = threading.Lock()
 
@@ -189,7 +194,7 @@ class SessionPool:
             if pooled is not None:
                 return pooled
             try:
-                return PooledSession(self._open(), self._is_logged_in)
+                return PooledSession(self._open(), self._is_logged_in, self._token_writes)
             except SessionCount:
                 self._failed_to_open(lower_cap=True)
                 if not self._state.total:

@@ -21,13 +21,15 @@ from pkcs11.mechanisms import KDF, KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.catalog import WrappingAlgorithm
+from hsmwrap.pkcs11 import hardening
 from hsmwrap.pkcs11.returncodes import recovery_of
 from hsmwrap.pkcs11.templates import (
     AES_KEY_WRAP,
-    NestedTemplate,
+    Template,
     for_unwrap,
     private_key,
     secret_key,
+    without,
 )
 from hsmwrap.sm2.curve import FIELD_BYTES, GX, GY, OID_DER, encode_point
 
@@ -57,65 +59,82 @@ class TokenFeatures:
         unwraps: Algorithms whose ciphertext C_UnwrapKey turns into a key object.
         decrypts: Algorithms that C_Decrypt does natively.
         raw_rsa: CKM_RSA_X_509 decrypts.
-        wraps_secret_keys: CKM_AES_KEY_WRAP_PAD wraps and unwraps AES keys.
-        wraps_rsa: The same for RSA private keys.
+        wrapped_lengths: Length of AES keys of each material length under CKM_AES_KEY_WRAP_PAD, in
+            bytes; empty where the token does not wrap and unwrap them. Not the same everywhere:
+            SoftHSM pads by RFC 5649 (32 becomes 40), NSS by PKCS#7 (48; measured).
+        wraps_rsa: CKM_AES_KEY_WRAP_PAD wraps and unwraps RSA private keys.
         wraps_sm2: The same for SM2 private keys.
         sm2: SM2 key pairs and CKM_ECDH1_DERIVE on them work.
         gcm: CKM_AES_GCM works, additional data and forgery check included.
         ecb: CKM_AES_ECB works (for check values).
         value_length: CKA_VALUE_LEN of an unwrapped key tells its true length.
-        unwrap_template: CKA_UNWRAP_TEMPLATE is honoured.
+        refused: Hardening attributes that the token's keys have to do without.
     """
 
     unwraps: frozenset[WrappingAlgorithm]
     decrypts: frozenset[WrappingAlgorithm]
     raw_rsa: bool
-    wraps_secret_keys: bool
+    wrapped_lengths: Mapping[int, int]
     wraps_rsa: bool
     wraps_sm2: bool
     sm2: bool
     gcm: bool
     ecb: bool
     value_length: bool
-    unwrap_template: bool
+    refused: frozenset[Attribute]
+
+    @property
+    def wraps_secret_keys(self) -> bool:
+        """CKM_AES_KEY_WRAP_PAD wraps and unwraps AES keys."""
+        return bool(self.wrapped_lengths)
+
+    def fit(self, template: Mapping[Attribute, Any]) -> Template:
+        """The template without the attributes that this token refuses."""
+        return without(template, self.refused)
 
 
-def probe(session: Session) -> TokenFeatures:
+def probe(session: Session, key_encryption_key: Any) -> TokenFeatures:
     """Try everything that the backend might want to do.
+
+    Args:
+        session: A session to make session objects in.
+        key_encryption_key: One of the backend's own, for RSA private keys.
 
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
     """
-    prober = _Prober(session)
+    prober = _Prober(session, hardening.missing_on(key_encryption_key))
     try:
-        return prober.run()
+        return prober.run(key_encryption_key)
     finally:
         prober.clean_up()
 
 
 class _Prober:
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, refused: frozenset[Attribute]) -> None:
         self._session = session
+        self._refused = refused
         self._made: list[Any] = []
 
-    def run(self) -> TokenFeatures:
+    def run(self, own: Any) -> TokenFeatures:
         public, private = self._keep_pair(self._rsa_pair())
         client = _public_key(public)
         kek = self._wrapping_key()
         works = self._works
         unwraps = self._working(lambda a: self._unwrap(private, client, a))
+        pinned = works(lambda: self._unwrap_template(own, private))
         return TokenFeatures(
             unwraps=unwraps,
             decrypts=self._working(lambda a: self._decrypt(private, client, a)),
             raw_rsa=works(lambda: self._raw(private, client)),
-            wraps_secret_keys=works(lambda: self._wrap_secret(kek)),
+            wrapped_lengths=self._wrapped_lengths(kek),
             wraps_rsa=works(lambda: self._wrap_private(kek, private, KeyType.RSA)),
             wraps_sm2=works(lambda: self._wrap_sm2(kek)),
             sm2=works(self._sm2),
             gcm=works(self._gcm),
             ecb=works(self._ecb),
             value_length=works(lambda: self._value_length(private, client, sorted(unwraps))),
-            unwrap_template=works(self._unwrap_template),
+            refused=self._refused if pinned else self._refused | {Attribute.UNWRAP_TEMPLATE},
         )
 
     def clean_up(self) -> None:
@@ -153,7 +172,7 @@ class _Prober:
         return self._session.generate_keypair(
             KeyType.RSA,
             2048,
-            capabilities=MechanismFlag.UNWRAP | MechanismFlag.DECRYPT,
+            capabilities=MechanismFlag.UNWRAP | MechanismFlag.DECRYPT | MechanismFlag.ENCRYPT,
             private_template={Attribute.EXTRACTABLE: True},
         )
 
@@ -170,7 +189,7 @@ class _Prober:
     ) -> Any:
         ciphertext = client.encrypt(secrets.token_bytes(length), _padding(algorithm))
         mechanism, parameter = MECHANISMS[algorithm]
-        arguments = for_unwrap(secret_key(KeyType.AES, Attribute.ENCRYPT))
+        arguments = self._for_unwrap(secret_key(KeyType.AES, Attribute.ENCRYPT))
         return self._keep(
             private.unwrap_key(
                 key_data=ciphertext, mechanism=mechanism, mechanism_param=parameter, **arguments
@@ -202,24 +221,36 @@ class _Prober:
         key = self._unwrapped(private, client, algorithms[0], _AES_128)
         return bool(key[Attribute.VALUE_LEN] == _AES_128)
 
-    def _wrap_secret(self, kek: Any) -> bool:
+    def _wrapped_lengths(self, kek: Any) -> Mapping[int, int]:
+        lengths: dict[int, int] = {}
+
+        def measured(length: int) -> bool:
+            lengths[length] = self._wrapped_length(kek, length)
+            return True
+
+        told = all(self._works(partial(measured, length)) for length in (_AES_128, _AES_256))
+        return MappingProxyType(
+            lengths if told and len({*lengths.values()}) == len(lengths) else {}
+        )
+
+    def _wrapped_length(self, kek: Any, length: int) -> int:
         key = self._keep(
             self._session.generate_key(
                 KeyType.AES,
-                256,
+                length * 8,
                 capabilities=MechanismFlag.ENCRYPT,
                 template={Attribute.EXTRACTABLE: True},
             )
         )
         blob = kek.wrap_key(key, mechanism=AES_KEY_WRAP)
-        arguments = for_unwrap(secret_key(KeyType.AES, Attribute.ENCRYPT))
+        arguments = self._for_unwrap(secret_key(KeyType.AES, Attribute.ENCRYPT))
         self._keep(kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments))
-        return len(blob) == wrapped_length(32)
+        return len(blob)
 
     def _wrap_private(self, kek: Any, private: Any, key_type: KeyType) -> bool:
         blob = kek.wrap_key(private, mechanism=AES_KEY_WRAP)
         use = Attribute.UNWRAP if key_type is KeyType.RSA else Attribute.DERIVE
-        arguments = for_unwrap(private_key(key_type, use))
+        arguments = self._for_unwrap(private_key(key_type, use))
         self._keep(kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments))
         return True
 
@@ -258,37 +289,19 @@ class _Prober:
         )
         return len(key.encrypt(bytes(_BLOCK), mechanism=Mechanism.AES_ECB)) == _BLOCK
 
-    def _unwrap_template(self) -> bool:
-        """A key-encryption key that demands SENSITIVE must refuse to unwrap into a readable key."""
-        allowed = secret_key(KeyType.AES, Attribute.ENCRYPT)
-        kek = self._keep(
-            self._session.generate_key(
-                KeyType.AES,
-                256,
-                capabilities=MechanismFlag.WRAP | MechanismFlag.UNWRAP,
-                template={Attribute.UNWRAP_TEMPLATE: NestedTemplate(allowed)},
-            )
-        )
-        key = self._keep(
-            self._session.generate_key(
-                KeyType.AES,
-                256,
-                capabilities=MechanismFlag.ENCRYPT,
-                template={Attribute.EXTRACTABLE: True},
-            )
-        )
-        blob = kek.wrap_key(key, mechanism=AES_KEY_WRAP)
-        weaker = for_unwrap({**allowed, Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True})
+    def _unwrap_template(self, own: Any, private: Any) -> bool:
+        """Our key-encryption key demands SENSITIVE, so it must not unwrap into a readable key."""
+        blob = own.wrap_key(private, mechanism=AES_KEY_WRAP)
+        readable = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
+        weaker = self._for_unwrap({**private_key(KeyType.RSA, Attribute.UNWRAP), **readable})
         return not self._works(
             lambda: bool(
-                self._keep(kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **weaker))
+                self._keep(own.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **weaker))
             )
         )
 
-
-def wrapped_length(length: int) -> int:
-    """Length of a key of ``length`` bytes under AES key wrap with padding (RFC 5649)."""
-    return -(-length // 8) * 8 + 8
+    def _for_unwrap(self, template: Template) -> dict[str, Any]:
+        return for_unwrap(without(template, self._refused))
 
 
 def derive_x(private: Any, point: bytes) -> bytes:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+from pkcs11.constants import Attribute
 
 from hsmwrap.backend import (
     Capabilities,
@@ -17,6 +20,26 @@ from hsmwrap.pkcs11 import rsa
 from hsmwrap.pkcs11.probe import MECHANISMS, TokenFeatures
 from hsmwrap.pkcs11.profiles import VendorSm2
 from hsmwrap.pkcs11.settings import Pkcs11Settings, WrappingCustody
+
+_WEAKER_WITHOUT: Mapping[Attribute, str] = MappingProxyType(
+    {
+        Attribute.UNWRAP_TEMPLATE: (
+            "CKA_UNWRAP_TEMPLATE has no effect on this HSM token: the holder of the PIN can unwrap "
+            "sealed blobs, and clients' ciphertexts, into readable objects."
+        ),
+        Attribute.ALLOWED_MECHANISMS: (
+            "The HSM token has no CKA_ALLOWED_MECHANISMS: the holder of the PIN can use a key with "
+            "every mechanism of its type, weak ones included."
+        ),
+        Attribute.COPYABLE: (
+            "The HSM token has no CKA_COPYABLE: the holder of the PIN can copy keys, and give the "
+            "copies other uses."
+        ),
+        Attribute.MODIFIABLE: (
+            "The HSM token has no CKA_MODIFIABLE: the holder of the PIN can give keys other uses."
+        ),
+    }
+)
 
 
 def capabilities(
@@ -78,16 +101,14 @@ def _wrapping_custody(settings: Pkcs11Settings, *, can_seal: bool) -> Custody | 
 
 
 def _notes(settings: Pkcs11Settings, features: TokenFeatures, *, trusted: bool) -> Iterator[str]:
-    if not features.unwrap_template:
-        yield (
-            "The HSM token ignores CKA_UNWRAP_TEMPLATE: the holder of the PIN can unwrap sealed "
-            "blobs into readable objects."
-        )
+    yield from (
+        note for attribute, note in _WEAKER_WITHOUT.items() if attribute in features.refused
+    )
     if not trusted:
         yield (
             "The key-encryption keys are not CKA_TRUSTED: the holder of the PIN can wrap key "
             "material with a key of their own while it is being imported. `hsmwrap keys rotate` "
-            "with the SO PIN makes trusted ones."
+            "with the SO PIN makes trusted ones, where the HSM token lets its officer do that."
         )
     if not features.wraps_secret_keys:
         yield "The HSM token has no working AES key wrap: imported keys are token objects."

@@ -70,10 +70,15 @@ def path_of(algorithm: WrappingAlgorithm, features: TokenFeatures) -> RsaPath | 
 def generate(session: Session, private_template: Template) -> tuple[Any, Any]:
     """Generate an RSA-2048 pair (e = 65537); returns the public and private key objects.
 
-    The public key is a session object for the host to read, and good for nothing in the token.
+    The public key is a session object for the host to read. It may encrypt, as anybody may: NSS
+    tries a pair that decrypts before it hands it out (measured).
     """
     return session.generate_keypair(
-        KeyType.RSA, 2048, capabilities=0, private_template=private_template
+        KeyType.RSA,
+        2048,
+        capabilities=0,
+        public_template={Attribute.ENCRYPT: True},
+        private_template=private_template,
     )
 
 

@@ -8,7 +8,7 @@ key's CKA_UNWRAP_TEMPLATE attribute by attribute, and one that is left out is a 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,10 @@ def _pack_mechanisms(mechanisms: Iterable[int]) -> bytes:
     return bytes((ctypes.c_ulong * len(values))(*values))
 
 
+def _unpack_mechanisms(packed: bytes) -> tuple[int, ...]:
+    return tuple(memoryview(packed).cast("L"))
+
+
 class HsmAttributeMapper(AttributeMapper):
     """python-pkcs11's attribute packing, and the array attributes that it leaves out."""
 
@@ -63,7 +67,7 @@ class HsmAttributeMapper(AttributeMapper):
             Attribute.LABEL, str.encode, partial(str, encoding="utf-8", errors="replace")
         )
         self.register_handler(Attribute.UNWRAP_TEMPLATE, lambda t: t.packed, bytes)
-        self.register_handler(Attribute.ALLOWED_MECHANISMS, _pack_mechanisms, bytes)
+        self.register_handler(Attribute.ALLOWED_MECHANISMS, _pack_mechanisms, _unpack_mechanisms)
 
 
 USES = (
@@ -124,6 +128,11 @@ def stored(template: Mapping[Attribute, Any], object_id: bytes, label: str) -> T
         Attribute.ID: object_id,
         Attribute.LABEL: label,
     }
+
+
+def without(template: Mapping[Attribute, Any], refused: Container[Attribute]) -> Template:
+    """The same template for an HSM token that does not know the attributes in ``refused``."""
+    return {key: value for key, value in template.items() if key not in refused}
 
 
 def for_unwrap(template: Mapping[Attribute, Any]) -> dict[str, Any]:

@@ -28,7 +28,15 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from hsmwrap.backend import CONTRACT_VERSION, Backend, ImportedKey, KeyRef, Seal, WrappingKey
+from hsmwrap.backend import (
+    CONTRACT_VERSION,
+    Backend,
+    Custody,
+    ImportedKey,
+    KeyRef,
+    Seal,
+    WrappingKey,
+)
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import (
     BackendClosed,
@@ -254,14 +262,16 @@ class BackendConformance:
             pytest.skip("capability: has no objects to count")
         served = backend.capabilities().wrapping[-1]
         conversation = self._converse(backend, served.spec, served.algorithm)
-        before = count_objects()
+        before, object_id = count_objects(), secrets.token_bytes(16)
         imported = backend.unwrap_material(
             conversation.key.private_key,
             conversation.key.algorithm,
             conversation.encrypt(secrets.token_bytes(32)),
             key_spec=KeySpec.ALIYUN_AES_256,
-            object_id=secrets.token_bytes(16),
+            object_id=object_id,
         )
+        if imported.key.custody is Custody.HSM_INTERNAL:
+            assert imported.key.data == object_id
         for _ in range(2):
             backend.destroy_key(imported.key)
         assert count_objects() == before

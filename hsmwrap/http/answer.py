@@ -1,0 +1,80 @@
+"""Answers in the API's two formats, JSON and XML. Every answer carries its RequestId."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+from xml.sax.saxutils import escape
+
+from werkzeug.wrappers import Response
+
+from hsmwrap.errors import HsmwrapError
+
+# alibabacloud-tea-openapi compares the XML type with this very text (measured).
+_CONTENT_TYPE = {"JSON": "application/json;charset=utf-8", "XML": "text/xml;charset=utf-8"}
+_RECOMMEND = "Look for the RequestId in the log of this service."
+
+# XML 1.0, section 2.2: whatever is not a Char cannot be written, not even as a reference.
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_XML_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*", re.ASCII)
+
+
+def success(fields: Mapping[str, Any], request_id: str, format_: str) -> Response:
+    """The answer of an operation: its fields and the RequestId, status 200."""
+    return _response("KMS", {**fields, "RequestId": request_id}, 200, format_)
+
+
+def failure(error: HsmwrapError, request_id: str, host: str, format_: str) -> Response:
+    """The answer of an error: code, message and status are the error's."""
+    fields = {
+        "RequestId": request_id,
+        "HostId": host,
+        "Code": error.code,
+        "Message": error.api_message,
+        "Recommend": _RECOMMEND,
+    }
+    return _response("Error", fields, error.http_status, format_)
+
+
+def page(fields: Mapping[str, Any], request_id: str, status: int) -> Response:
+    """A page that is none of the API's: JSON, with the RequestId."""
+    return _response("Page", {**fields, "RequestId": request_id}, status, "JSON")
+
+
+def _response(root: str, fields: Mapping[str, Any], status: int, format_: str) -> Response:
+    text = to_xml(root, fields) if format_ == "XML" else json.dumps(fields)
+    response = Response(text.encode(), status, content_type=_CONTENT_TYPE[format_])
+    response.headers["x-acs-request-id"] = fields["RequestId"]
+    response.headers["Cache-Control"] = "no-store"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
+
+
+def to_xml(root: str, fields: Mapping[str, Any]) -> str:
+    """An XML document: mappings nest, lists repeat their element, None is left out."""
+    return '<?xml version="1.0" encoding="UTF-8"?>' + "".join(_element(root, fields))
+
+
+def _element(name: str, value: Any) -> Iterator[str]:
+    if not _XML_NAME.fullmatch(name):
+        raise ValueError("a field's name is no XML name")
+    if value is None:
+        return
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _element(name, item)
+        return
+    yield f"<{name}>"
+    if isinstance(value, Mapping):
+        for child, content in value.items():
+            yield from _element(child, content)
+    else:
+        yield _text(value)
+    yield f"</{name}>"
+
+
+def _text(value: Any) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return escape(_NOT_XML.sub("\ufffd", text), {"\r": "&#13;"})

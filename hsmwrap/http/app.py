@@ -1,0 +1,264 @@
+"""The WSGI application: Alibaba's RPC protocol before a KMS.
+
+WSGI, because every call below blocks on an HSM or a database: a thread for each running request is
+the honest model, and gunicorn's ``gthread`` worker brings it together with several processes and
+a shutdown that finishes running calls. Werkzeug reads requests and writes responses.
+
+One request: read → format → Action → signature → Version → KMS → answer → one line in the log.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from werkzeug.wrappers import Request, Response
+
+from hsmwrap.errors import HsmwrapError, InvalidParameter, MissingParameter
+from hsmwrap.http import answer, logs, metrics
+from hsmwrap.http.authentication import authenticate
+from hsmwrap.http.errors import MethodNotAllowed, PathNotFound
+from hsmwrap.http.message import RpcMessage, read_message
+from hsmwrap.http.ports import AccessKeys, Caller, KmsPort, NonceStore
+from hsmwrap.http.signature import Claim, read_claim
+from hsmwrap.kms.errors import InvalidAction
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+API_VERSION = "2016-01-20"
+MAX_BODY = 64 * 1024
+"""Longest accepted body in bytes, unless configured. The longest request of the API is 20 KB."""
+
+_log = logging.getLogger(__name__)
+_FORMATS = {"json": "JSON", "xml": "XML"}
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """What is known of a request so far: enough to answer and log it wherever it ends."""
+
+    host: str
+    path: str
+    request_id: str = field(default_factory=lambda: str(uuid.uuid4()).upper())
+    started: float = field(default_factory=time.perf_counter)
+    format_: str = "JSON"
+    action: str = ""
+    access_key_id: str = ""
+    known_action: bool = False
+
+    def log(self, level: int, code: str, status: int, **more: str) -> None:
+        seconds = time.perf_counter() - self.started
+        metrics.observe(self.action if self.known_action else "unknown", code, seconds)
+        facts: dict[str, Any] = {
+            "request_id": self.request_id,
+            "action": self.action,
+            "access_key_id": self.access_key_id,
+            "code": code,
+            "http_status": status,
+            "milliseconds": round(seconds * 1000, 3),
+            **more,
+        }
+        _log.log(level, "request", extra=facts)
+
+
+class App:
+    """The application, as WSGI calls it. Made by :func:`create_app`."""
+
+    def __init__(
+        self,
+        kms: KmsPort,
+        access_keys: AccessKeys,
+        nonces: NonceStore,
+        *,
+        clock: Callable[[], datetime],
+        max_body: int,
+    ) -> None:
+        self._kms = kms
+        self._access_keys = access_keys
+        self._nonces = nonces
+        self._clock = clock
+        self._max_body = max_body
+        self._pages: Mapping[str, Callable[[str], Response]] = {
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/metrics": self._metrics,
+        }
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer one request."""
+        # As sent: werkzeug's Request.path takes // for /.
+        exchange = _Exchange(environ.get("HTTP_HOST", "")[:255], environ.get("PATH_INFO", ""))
+        response = self._respond(Request(environ), exchange)
+        return response(environ, start_response)
+
+    def _respond(self, request: Request, exchange: _Exchange) -> Response:
+        try:
+            page = self._pages.get(exchange.path)
+            return self._page(request, page, exchange) if page else self._call(request, exchange)
+        except HsmwrapError as error:
+            return _failed(error, exchange)
+        except Exception as error:  # noqa: BLE001 (the border: the client gets InternalFailure)
+            return _failed(_internal(error), exchange)
+
+    # --- the API
+
+    def _call(self, request: Request, exchange: _Exchange) -> Response:
+        if exchange.path != "/":
+            raise PathNotFound("only / is served")
+        _require_method(request, "GET", "POST")
+        message = read_message(request, self._max_body)
+        exchange.format_ = _FORMATS.get(message.parameters.get("Format", "").lower(), "JSON")
+        caller, action = self._admit(message, exchange)
+        _require_common(message)
+        fields = self._execute(action, message, caller, exchange)
+        exchange.log(logging.INFO, "OK", 200)
+        return answer.success(fields, exchange.request_id, exchange.format_)
+
+    def _admit(self, message: RpcMessage, exchange: _Exchange) -> tuple[Caller, str]:
+        """Authenticate; the caller and the action and version that were signed."""
+        if not (message.parameters.get("Action") or message.headers.get("x-acs-action")):
+            raise MissingParameter("Action")
+        claim = read_claim(message)
+        exchange.action, exchange.access_key_id = _named(claim.action), _named(claim.access_key_id)
+        try:
+            key = authenticate(claim, self._access_keys, self._nonces, self._clock())
+        except HsmwrapError as error:
+            self._kms.record_refusal(
+                exchange.action, exchange.access_key_id, exchange.request_id, error.code
+            )
+            raise
+        _require_signed(claim)
+        return key.caller(), claim.action
+
+    def _execute(
+        self, action: str, message: RpcMessage, caller: Caller, exchange: _Exchange
+    ) -> dict[str, Any]:
+        exchange.known_action = True
+        try:
+            return self._kms.execute(action, message.own_parameters, caller, exchange.request_id)
+        except InvalidAction:
+            exchange.known_action = False
+            raise
+
+    # --- the pages for machines that look after this one
+
+    def _page(
+        self, request: Request, page: Callable[[str], Response], exchange: _Exchange
+    ) -> Response:
+        _require_method(request, "GET", "HEAD")
+        _log.debug("page", extra={"request_id": exchange.request_id, "path": exchange.path})
+        return page(exchange.request_id)
+
+    def _healthz(self, request_id: str) -> Response:
+        return answer.page({"Status": "alive"}, request_id, 200)
+
+    def _readyz(self, request_id: str) -> Response:
+        health = self._kms.health()
+        if health.ready:
+            return answer.page({"Status": "ready"}, request_id, 200)
+        _log.warning("not ready", extra={"request_id": request_id, "parts": dict(health.parts)})
+        return answer.page({"Status": "not ready"}, request_id, 503)
+
+    def _metrics(self, request_id: str) -> Response:
+        response = Response(metrics.render(), 200, content_type=metrics.CONTENT_TYPE)
+        response.headers["x-acs-request-id"] = request_id
+        return response
+
+
+def create_app(
+    kms: KmsPort,
+    access_keys: AccessKeys,
+    nonces: NonceStore,
+    *,
+    clock: Callable[[], datetime] = _utc_now,
+    max_body: int = MAX_BODY,
+) -> App:
+    """Put the protocol before a KMS.
+
+    Args:
+        kms: Runs the operations.
+        access_keys: Who may sign.
+        nonces: Shared by all processes that serve these access keys.
+        clock: Returns the current aware time.
+        max_body: Longest accepted request body in bytes.
+    """
+    return App(kms, access_keys, nonces, clock=clock, max_body=max_body)
+
+
+def from_config(path: Path | None) -> App:
+    """Open the KMS that a configuration describes; it closes when the process ends.
+
+    Raises:
+        ConfigurationError: What has to be changed, in words.
+    """
+    # Only a real server needs them, and what they import.
+    from hsmwrap.kms.config import load_config  # noqa: PLC0415
+    from hsmwrap.kms.opening import open_kms  # noqa: PLC0415
+
+    config = load_config(path)
+    logs.configure()
+    kms = open_kms(config)
+    atexit.register(kms.close)
+    return create_app(kms, kms.access_keys, kms.nonces, max_body=config.limits.max_request_bytes)
+
+
+def from_environment() -> App:
+    """For gunicorn's own command line; the configuration file is ``HSMWRAP_CONFIG``.
+
+    ``gunicorn -k hsmwrap.http.worker.KmsWorker 'hsmwrap.http.app:from_environment()'``. Other
+    workers serve as well, but log the text of requests that do not parse.
+    """
+    path = os.environ.get("HSMWRAP_CONFIG")
+    return from_config(Path(path) if path else None)
+
+
+def _require_method(request: Request, *methods: str) -> None:
+    if request.method not in methods:
+        raise MethodNotAllowed(f"only {' and '.join(methods)} are served here")
+
+
+def _require_signed(claim: Claim) -> None:
+    if not claim.action:
+        raise MissingParameter("Action")
+    if not claim.version:
+        raise MissingParameter("Version")
+    if claim.version != API_VERSION:
+        raise InvalidParameter("Version", f"only {API_VERSION} is served")
+
+
+def _require_common(message: RpcMessage) -> None:
+    if message.parameters.get("Format", "json").lower() not in _FORMATS:
+        raise InvalidParameter("Format", "has to be JSON or XML")
+
+
+def _named(text: str) -> str:
+    """``text`` if it may be a name, else nothing: what was not verified is not written down."""
+    return text if _NAME.fullmatch(text) else ""
+
+
+def _failed(error: HsmwrapError, exchange: _Exchange) -> Response:
+    broken = error.http_status >= 500 and not error.retryable  # noqa: PLR2004 (5xx is ours)
+    more = logs.describe(error) if broken else {"detail": str(error)}
+    exchange.log(logging.ERROR if broken else logging.INFO, error.code, error.http_status, **more)
+    return answer.failure(error, exchange.request_id, exchange.host, exchange.format_)
+
+
+def _internal(error: Exception) -> HsmwrapError:
+    wrapped = HsmwrapError("unexpected")
+    wrapped.__cause__ = error
+    return wrapped

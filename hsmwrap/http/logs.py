@@ -1,0 +1,60 @@
+"""Structured logs: one JSON object a line, with the fields that ``extra`` gave.
+
+An exception is described by its type and by where it happened, never by its text: foreign texts
+quote parameters (SQLAlchemy's do).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from datetime import UTC, datetime
+from typing import Any
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time (UTC), level, logger, message, then the record's own fields."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {n: v for n, v in vars(record).items() if n not in _STANDARD}
+        if record.exc_info and record.exc_info[1]:
+            line |= describe(record.exc_info[1])
+        return json.dumps(line, default=str)
+
+
+def configure(level: int = logging.INFO) -> None:
+    """Send what hsmwrap logs to stderr as JSON. A second call changes nothing."""
+    logger = logging.getLogger("hsmwrap")
+    if any(isinstance(h.formatter, JsonFormatter) for h in logger.handlers):
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+def describe(error: BaseException) -> dict[str, str]:
+    """Types and places of an exception and its causes, without any text of theirs."""
+    chain = [error]
+    while (cause := _cause(chain[-1])) and cause not in chain:
+        chain.append(cause)
+    return {
+        "exception": " <- ".join(f"{type(e).__module__}.{type(e).__qualname__}" for e in chain),
+        "traceback": "".join(line for e in chain for line in traceback.format_tb(e.__traceback__)),
+    }
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)

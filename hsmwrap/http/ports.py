@@ -1,0 +1,46 @@
+"""What the HTTP layer asks of the KMS behind it; :mod:`hsmwrap.kms` fits, and so can another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Protocol
+
+from hsmwrap.kms.access import AccessKeys, Caller
+
+
+class Health(Protocol):
+    """The answer to "can calls succeed now?"."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether backends and database can serve."""
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """The state part by part, for the operator's log."""
+
+
+class KmsPort(Protocol):
+    """The KMS, as far as requests go. Called from several threads at a time."""
+
+    def execute(
+        self, action: str, parameters: Mapping[str, str], caller: Caller, request_id: str
+    ) -> dict[str, Any]:
+        """Run an operation; raise a :class:`hsmwrap.errors.HsmwrapError` that is the answer."""
+
+    def record_refusal(self, action: str, access_key_id: str, request_id: str, code: str) -> None:
+        """Audit a request that the protocol refused in the name of an access key."""
+
+    def health(self) -> Health:
+        """Report the state without waiting for a lost HSM."""
+
+
+class NonceStore(Protocol):
+    """Nonces that were used; shared by all processes that serve the same access keys."""
+
+    def use(self, access_key_id: str, nonce: str, expires_at: datetime) -> bool:
+        """Use the nonce, atomically; False if it was used before and is not over."""
+
+
+__all__ = ["AccessKeys", "Caller", "Health", "KmsPort", "NonceStore"]

@@ -1,0 +1,107 @@
+"""The application under gunicorn: processes, threads, limits, graceful shutdown.
+
+Each worker process opens the KMS for itself, after the fork. On SIGTERM a worker stops accepting,
+finishes its running calls (at most ``shutdown_seconds``) and closes the KMS.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gunicorn.app.base import BaseApplication
+
+_KEEP_ALIVE_SECONDS = 30
+_BOOT_SECONDS = 120
+_LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"json": {"()": "hsmwrap.http.logs.JsonFormatter"}},
+    "handlers": {
+        "stderr": {
+            "class": "logging.StreamHandler",
+            "formatter": "json",
+            "stream": "ext://sys.stderr",
+        }
+    },
+    "root": {"handlers": []},
+    "loggers": {"gunicorn.error": {"handlers": ["stderr"], "level": "INFO", "propagate": False}},
+}
+
+
+class Server(BaseApplication):
+    """A gunicorn server that is configured from here and from nowhere else."""
+
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        *,
+        host: str,
+        port: int,
+        workers: int = 1,
+        threads: int = 16,
+        shutdown_seconds: float = 30,
+    ) -> None:
+        """Prepare a server; :meth:`run_to_exit` runs it.
+
+        Args:
+            load: Makes the WSGI application, once in each worker process.
+            host: Address to listen on.
+            port: Port to listen on; 0 takes a free one.
+            workers: Processes.
+            threads: Threads of each process: its running calls.
+            shutdown_seconds: How long running calls may take to finish at shutdown.
+        """
+        self._load = load
+        self._options = {
+            "bind": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            "workers": workers,
+            "threads": threads,
+            "worker_class": "hsmwrap.http.worker.KmsWorker",
+            "graceful_timeout": max(1, round(shutdown_seconds)),
+            "timeout": _BOOT_SECONDS,
+            "keepalive": _KEEP_ALIVE_SECONDS,
+            "limit_request_line": sys.maxsize,  # capped by the worker
+            "control_socket_disable": True,
+            "logconfig_dict": _LOGGING,
+            "post_worker_init": _announce,
+        }
+        if workers > 1:
+            self._share_metrics()
+        super().__init__()
+
+    def load_config(self) -> None:
+        """Hand the options to gunicorn (its hook)."""
+        for name, value in self._options.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Any:
+        """Make the application (gunicorn's hook, in the worker)."""
+        return self._load()
+
+    def run_to_exit(self) -> int:
+        """Serve until a signal ends it; the exit code. Workers return from here as well."""
+        try:
+            self.run()
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else 1
+        return 0
+
+    def _share_metrics(self) -> None:
+        """Let the workers add up their metrics, before prometheus_client is imported."""
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            directory = Path(tempfile.mkdtemp(prefix="hsmwrap-metrics-"))
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
+            self._options["on_exit"] = lambda _arbiter: shutil.rmtree(directory)
+
+
+def _announce(worker: Any) -> None:
+    """Say on stdout that the server listens and that the application is up, once."""
+    if worker.age == 1:
+        host, port = worker.sockets[0].getsockname()[:2]
+        print(f"ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)  # noqa: T201 (callers wait for this line)

@@ -1,0 +1,209 @@
+"""What a request claims by its signature, read and checked for form; nothing is verified here.
+
+Two schemes: version 1 (HMAC-SHA1, in the parameters) and ACS3 (HMAC-SHA-256 or HMAC-SM3, in the
+headers). :mod:`hsmwrap.http.authentication` verifies the claim.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.hmac import HMAC
+
+from hsmwrap.errors import InvalidParameter
+from hsmwrap.http import canonical
+from hsmwrap.http.errors import IncompleteSignature
+from hsmwrap.http.message import RpcMessage
+
+SENSITIVE = frozenset({"CiphertextBlob", "EncryptedKeyMaterial", "ImportToken", "Plaintext"})
+"""Parameters whose values never leave this process: not in a log, not in an error message."""
+
+Mac = Callable[[bytes, bytes], str]
+"""Secret and text in, signature out, as it is written in a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Who signed what, when: as the request says.
+
+    Attributes:
+        access_key_id: The access key that is said to have signed.
+        timestamp: When, as written.
+        nonce: What makes the request unique.
+        action: API action that was signed; empty: none.
+        version: API version that was signed; empty: none.
+        string_to_sign: The server's own string to sign; None: what was signed is not what came.
+        disclosed: ``string_to_sign`` without the values of sensitive parameters.
+        signature: As received.
+        mac: Makes the signature that it should be.
+    """
+
+    access_key_id: str
+    timestamp: str
+    nonce: str
+    action: str
+    version: str
+    string_to_sign: str | None = field(repr=False)
+    disclosed: str = field(repr=False)
+    signature: str = field(repr=False)
+    mac: Mac = field(repr=False)
+
+    def is_signed_with(self, secret: str) -> bool:
+        """Whether the signature is the one that ``secret`` makes, in constant time."""
+        if self.string_to_sign is None:
+            return False
+        # latin-1: ACS3 signs header bytes, which WSGI hands over in this guise.
+        right = self.mac(secret.encode(), self.string_to_sign.encode("latin-1"))
+        return hmac.compare_digest(right.encode(), self.signature.encode())
+
+
+def read_claim(message: RpcMessage) -> Claim:
+    """Read the claim of either scheme.
+
+    Raises:
+        IncompleteSignature: A piece is missing, malformed or not signed.
+        InvalidParameter: A signature method or version that is not served.
+    """
+    if "authorization" in message.headers:
+        return _read_acs3(message)
+    return _read_v1(message)
+
+
+# --- version 1 --------------------------------------------------------------------------------
+
+_V1_NEEDED = ("AccessKeyId", "Signature", "SignatureNonce", "Timestamp")
+_V1_FIXED = {"SignatureMethod": "HMAC-SHA1", "SignatureVersion": "1.0", "SignatureType": ""}
+
+
+def _read_v1(message: RpcMessage) -> Claim:
+    parameters = message.parameters
+    _require(parameters, _V1_NEEDED)
+    for name, only in _V1_FIXED.items():
+        if parameters.get(name, only) != only:
+            raise InvalidParameter(name, f"only {only!r} is served")
+    signature = parameters.pop("Signature")
+    shown = {n: "***" if n in SENSITIVE else v for n, v in parameters.items()}
+    return Claim(
+        access_key_id=parameters["AccessKeyId"],
+        timestamp=parameters["Timestamp"],
+        nonce=parameters["SignatureNonce"],
+        action=parameters.get("Action", ""),
+        version=parameters.get("Version", ""),
+        string_to_sign=canonical.v1_string_to_sign(message.method, parameters),
+        disclosed=canonical.v1_string_to_sign(message.method, shown),
+        signature=signature,
+        mac=_hmac_sha1,
+    )
+
+
+def _hmac_sha1(secret: bytes, text: bytes) -> str:
+    return base64.b64encode(hmac.digest(secret + b"&", text, "sha1")).decode("ascii")
+
+
+# --- ACS3 -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Suite:
+    digest: Callable[[bytes], str]
+    mac: Mac
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _hmac_sha256(secret: bytes, text: bytes) -> str:
+    return hmac.digest(secret, text, "sha256").hex()
+
+
+def _sm3(data: bytes) -> str:
+    digest = hashes.Hash(hashes.SM3())
+    digest.update(data)
+    return digest.finalize().hex()
+
+
+def _hmac_sm3(secret: bytes, text: bytes) -> str:
+    mac = HMAC(secret, hashes.SM3())
+    mac.update(text)
+    return mac.finalize().hex()
+
+
+_SUITES: Mapping[str, _Suite] = {
+    "ACS3-HMAC-SHA256": _Suite(_sha256, _hmac_sha256),
+    "ACS3-HMAC-SM3": _Suite(_sm3, _hmac_sm3),
+}
+_AUTHORIZATION = re.compile(
+    r"(?P<algorithm>ACS3-[A-Z0-9-]+) +Credential=(?P<access_key_id>[^,\s]+), *"
+    r"SignedHeaders=(?P<signed>[a-z0-9_;-]+), *Signature=(?P<signature>[0-9a-f]{64})",
+    re.ASCII,
+)
+_ACS3_NEEDED = (
+    "host",
+    "x-acs-action",
+    "x-acs-content-sha256",
+    "x-acs-date",
+    "x-acs-signature-nonce",
+    "x-acs-version",
+)
+
+
+def _read_acs3(message: RpcMessage) -> Claim:
+    authorization = _AUTHORIZATION.fullmatch(message.headers["authorization"])
+    if authorization is None:
+        raise IncompleteSignature("the Authorization header is malformed")
+    suite = _SUITES.get(authorization["algorithm"])
+    if suite is None:
+        raise IncompleteSignature(f"the signature algorithm is none of {', '.join(_SUITES)}")
+    headers = _signed_headers(message, authorization["signed"].split(";"))
+    body_digest = suite.digest(message.body)
+    string_to_sign = _acs3_string_to_sign(
+        authorization["algorithm"], suite, message, headers, body_digest
+    )
+    body_is_signed = hmac.compare_digest(
+        headers["x-acs-content-sha256"].encode(), body_digest.encode()
+    )
+    return Claim(
+        access_key_id=authorization["access_key_id"],
+        timestamp=headers["x-acs-date"],
+        nonce=headers["x-acs-signature-nonce"],
+        action=headers["x-acs-action"],
+        version=headers["x-acs-version"],
+        string_to_sign=string_to_sign if body_is_signed else None,
+        disclosed=string_to_sign,
+        signature=authorization["signature"],
+        mac=suite.mac,
+    )
+
+
+def _acs3_string_to_sign(
+    algorithm: str, suite: _Suite, message: RpcMessage, headers: Mapping[str, str], digest: str
+) -> str:
+    request = canonical.acs3_request(message.method, message.query, headers.items(), digest)
+    return f"{algorithm}\n{suite.digest(request.encode('latin-1'))}"
+
+
+def _signed_headers(message: RpcMessage, names: list[str]) -> dict[str, str]:
+    """Header values by name, in signed order: sorted, complete, and all of them there."""
+    needed = {n for n in message.headers if n.startswith("x-acs-")} | set(_ACS3_NEEDED)
+    if message.body:
+        needed.add("content-type")
+    _require(message.headers, _ACS3_NEEDED)
+    unsigned = sorted(needed - set(names))
+    if unsigned:
+        raise IncompleteSignature(f"{unsigned[0]} is not among the signed headers")
+    if not message.headers.keys() >= set(names):
+        raise IncompleteSignature("a signed header is missing")
+    return {name: message.headers[name].strip() for name in sorted(names)}
+
+
+def _require(found: Mapping[str, str], names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not found.get(name)]
+    if missing:
+        raise IncompleteSignature(f"{missing[0]} is missing")

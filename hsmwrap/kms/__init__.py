@@ -1,0 +1,44 @@
+"""The reference KMS: the smallest honest example of embedding hsmwrap (extra ``server``).
+
+:class:`Kms` runs the operations of the KMS API 2016-01-20 on a database and the backends;
+``hsmwrap.http`` puts the wire protocol before :meth:`Kms.execute`.
+"""
+
+from __future__ import annotations
+
+from hsmwrap.kms.access import AccessKey, AccessKeys, Caller, Grant, Permissions, StaticAccessKeys
+from hsmwrap.kms.config import ServerConfig, load_config
+from hsmwrap.kms.errors import (
+    AccessKeyNotFound,
+    InvalidAction,
+    NoPermission,
+    RejectedDisabled,
+    RejectedPendingDeletion,
+    RejectedPendingImport,
+    StateModifiedFailed,
+    UnsupportedAlias,
+)
+from hsmwrap.kms.opening import open_kms
+from hsmwrap.kms.service import Kms, KmsHealth
+
+__all__ = [
+    "AccessKey",
+    "AccessKeyNotFound",
+    "AccessKeys",
+    "Caller",
+    "Grant",
+    "InvalidAction",
+    "Kms",
+    "KmsHealth",
+    "NoPermission",
+    "Permissions",
+    "RejectedDisabled",
+    "RejectedPendingDeletion",
+    "RejectedPendingImport",
+    "ServerConfig",
+    "StateModifiedFailed",
+    "StaticAccessKeys",
+    "UnsupportedAlias",
+    "load_config",
+    "open_kms",
+]

@@ -1,0 +1,203 @@
+"""Access keys and what they may do: deny by default.
+
+A permission is a list of grants; a grant names actions and keys by shell patterns. What no grant
+allows is forbidden.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol
+
+from hsmwrap.errors import ConfigurationError
+
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Actions that are allowed on keys, both as shell patterns.
+
+    Attributes:
+        actions: Patterns of API actions (``Decrypt``, ``Generate*``, ``*``).
+        keys: Patterns of key ids. Actions without a key (CreateKey, ListKeys) need ``*`` itself.
+    """
+
+    actions: tuple[str, ...]
+    keys: tuple[str, ...] = ("*",)
+
+    def allows(self, action: str, key_id: str | None) -> bool:
+        """Whether this grant covers ``action`` on ``key_id`` (None: an action without a key)."""
+        if not any(fnmatchcase(action, pattern) for pattern in self.actions):
+            return False
+        return "*" in self.keys or (
+            key_id is not None and any(fnmatchcase(key_id, pattern) for pattern in self.keys)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """What an access key may do; empty, it may do nothing."""
+
+    grants: tuple[Grant, ...] = ()
+
+    @classmethod
+    def everything(cls) -> Permissions:
+        """Each action on each key."""
+        return cls((Grant(("*",)),))
+
+    def allows(self, action: str, key_id: str | None) -> bool:
+        """Whether some grant covers ``action`` on ``key_id`` (None: an action without a key)."""
+        return any(grant.allows(action, key_id) for grant in self.grants)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, once the protocol has authenticated them.
+
+    Attributes:
+        access_key_id: The access key that signed the request.
+        permissions: What it may do.
+    """
+
+    access_key_id: str
+    permissions: Permissions
+
+
+@dataclass(frozen=True, slots=True)
+class AccessKey:
+    """An access key: its id, the secret that signs requests, and what it may do."""
+
+    access_key_id: str
+    secret: str = field(repr=False)
+    permissions: Permissions
+
+    def caller(self) -> Caller:
+        """The caller that a request signed with this key stands for."""
+        return Caller(self.access_key_id, self.permissions)
+
+
+class AccessKeys(Protocol):
+    """Where access keys are looked up."""
+
+    def lookup(self, access_key_id: str) -> AccessKey | None:
+        """Return the access key of this id, or None."""
+
+
+class StaticAccessKeys:
+    """Access keys that are known from the start."""
+
+    def __init__(self, access_keys: Iterable[AccessKey]) -> None:
+        """Take the access keys."""
+        self._by_id = {key.access_key_id: key for key in access_keys}
+
+    def lookup(self, access_key_id: str) -> AccessKey | None:
+        """Return the access key of this id, or None."""
+        return self._by_id.get(access_key_id)
+
+
+class FileAccessKeys:
+    """Access keys in a TOML file that only its owner may read; read again when it changes.
+
+    ::
+
+        [[access_key]]
+        id = "backup-service"
+        secret = "…"
+        allow = [{ actions = ["Encrypt", "GenerateDataKey"], keys = ["*"] }]
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the file.
+
+        Raises:
+            ConfigurationError: It is not there, is open to others, or does not parse.
+        """
+        self._path = path
+        self._lock = threading.Lock()
+        self._stamp: tuple[int, int] | None = None
+        self._keys = StaticAccessKeys(())
+        self._refresh()
+
+    def lookup(self, access_key_id: str) -> AccessKey | None:
+        """Return the access key of this id, or None."""
+        with self._lock:
+            self._refresh()
+            return self._keys.lookup(access_key_id)
+
+    def _refresh(self) -> None:
+        try:
+            status = self._path.stat()
+            stamp = (status.st_mtime_ns, status.st_ino)
+            if stamp != self._stamp:
+                document = tomllib.loads(read_private(self._path).decode())
+                self._keys, self._stamp = StaticAccessKeys(parse_access_keys(document)), stamp
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigurationError(f"access keys: {self._path}: {type(error).__name__}") from None
+
+
+def read_private(path: Path) -> bytes:
+    """What is in a file that only its owner may read.
+
+    Raises:
+        ConfigurationError: It cannot be read, or is open to others.
+    """
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_mode & _OTHERS:
+                raise ConfigurationError(f"{path} holds secrets: chmod 600 it")
+            return file.read()
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None
+
+
+def parse_access_keys(document: Mapping[str, Any]) -> list[AccessKey]:
+    """Read the access keys of a parsed file.
+
+    Raises:
+        ConfigurationError: A key is missing, unknown or of the wrong kind; no value is quoted.
+    """
+    try:
+        _only(document, "access_key")
+        keys = [_access_key(entry) for entry in document.get("access_key", [])]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"access keys: wrong or missing entry: {error}") from None
+    if len({key.access_key_id for key in keys}) != len(keys):
+        raise ConfigurationError("access keys: an id is there twice")
+    return keys
+
+
+def _access_key(entry: Mapping[str, Any]) -> AccessKey:
+    _only(entry, "id", "secret", "allow")
+    grants = tuple(_grant(grant) for grant in entry.get("allow", []))
+    return AccessKey(_text(entry["id"]), _text(entry["secret"]), Permissions(grants))
+
+
+def _grant(entry: Mapping[str, Any]) -> Grant:
+    _only(entry, "actions", "keys")
+    return Grant(_texts(entry["actions"]), _texts(entry.get("keys", ["*"])))
+
+
+def _only(entry: Mapping[str, Any], *known: str) -> None:
+    unknown = sorted(set(entry) - set(known))
+    if unknown:
+        raise ConfigurationError(f"access keys: {unknown[0]!r} is none of {', '.join(known)}")
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list):
+        raise TypeError("actions and keys are lists")
+    return tuple(_text(value) for value in values)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError("a text is missing or empty")
+    return value

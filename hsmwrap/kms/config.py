@@ -1,0 +1,150 @@
+"""Configuration: one TOML file, and environment variables that outrank it.
+
+A variable is named ``HSMWRAP_SERVER_`` and the key in capitals, with ``__`` between the levels
+(``HSMWRAP_SERVER_LIMITS__MAX_REQUEST_BYTES``). A key or variable that nothing reads is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from hsmwrap.backend import Exposure
+from hsmwrap.catalog import ManagedHsm, ProtectionLevel
+from hsmwrap.errors import ConfigurationError
+from hsmwrap.policy import Deployment
+
+ENV_PREFIX = "HSMWRAP_SERVER_"
+
+_STRICT = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class BackendConfig(BaseModel):
+    """The backend of one protection level: the plug-in's name and its own settings."""
+
+    model_config = _STRICT
+
+    plugin: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class LimitsConfig(BaseModel):
+    """How much is taken from a client at once."""
+
+    model_config = _STRICT
+
+    max_request_bytes: int = Field(default=65_536, ge=4_096)
+    max_threads: int = Field(default=16, ge=1)
+    database_pool_size: int = Field(default=16, ge=1)
+    shutdown_seconds: float = Field(default=30, ge=0)
+
+
+class ServerConfig(BaseSettings):
+    """Everything that a KMS server is told.
+
+    Attributes:
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        database_url: SQLAlchemy URL of SQLite or PostgreSQL (``postgresql+psycopg://…``).
+        backends: The backend of each protection level.
+        region: Alibaba region id, for ARNs and the policy.
+        managed_hsm: Class of the managed HSM; None: what the region has.
+        dedicated: True for a dedicated KMS instance.
+        account_id: Account id in ARNs.
+        token_lifetime: Validity of import tokens (seconds or ISO 8601).
+        single_use: True makes import tokens single-use.
+        required_exposure: ``in_hsm`` refuses HSM-level imports through the host.
+        access_key_file: TOML file of access keys, mode 600; None: the embedder brings them.
+        audit_file: The audit log.
+        audit_key_file: File with the HMAC key of the audit log's chain, mode 600; None: SHA-256.
+        audit_sync: True waits for the disk with each line.
+        sweep_interval: Pause between sweeps; 0 switches the sweeper off.
+        limits: How much is taken from a client at once.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8443, ge=0, le=65_535)
+    database_url: SecretStr = SecretStr("sqlite:///hsmwrap.db")
+    backends: dict[ProtectionLevel, BackendConfig]
+    region: str = "cn-hangzhou"
+    managed_hsm: ManagedHsm | None = None
+    dedicated: bool = False
+    account_id: str = Field(default="1000000000000000", pattern=r"^[0-9]{1,20}$")
+    token_lifetime: timedelta = Field(default=timedelta(hours=24), gt=timedelta(0))
+    single_use: bool = False
+    required_exposure: Exposure | None = None
+    access_key_file: Path | None = None
+    audit_file: Path = Path("audit.log")
+    audit_key_file: Path | None = None
+    audit_sync: bool = False
+    sweep_interval: timedelta = Field(default=timedelta(seconds=60), ge=timedelta(0))
+    limits: LimitsConfig = LimitsConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 (the hook's signature)
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 (the hook's signature)
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 (the hook's signature)
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Let the environment outrank what the file (given as arguments) says."""
+        return env_settings, init_settings
+
+    def deployment(self) -> Deployment:
+        """Where this runs, for the policy."""
+        if self.managed_hsm is None:
+            return Deployment.of_region(self.region, dedicated=self.dedicated)
+        return Deployment(self.managed_hsm, dedicated=self.dedicated)
+
+
+def load_config(path: Path | None = None) -> ServerConfig:
+    """Read the file, then the environment.
+
+    Raises:
+        ConfigurationError: Each key that is unknown, missing or wrong is listed; no value is.
+    """
+    _refuse_unknown_variables(os.environ)
+    try:
+        return ServerConfig(**read_file(path))
+    except ValidationError as error:
+        lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigurationError("configuration: " + "; ".join(lines)) from None
+
+
+def read_file(path: Path | None) -> dict[str, Any]:
+    """The parsed TOML file; empty without one.
+
+    Raises:
+        ConfigurationError: It cannot be read or does not parse.
+    """
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"configuration: {path}: {error}") from None
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    known = set(ServerConfig.model_fields)
+    for name in environ:
+        key = name.removeprefix(ENV_PREFIX).lower().split("__")[0]
+        if name.upper().startswith(ENV_PREFIX) and key not in known:
+            raise ConfigurationError(f"configuration: nothing reads {name}")

@@ -1,0 +1,120 @@
+"""What all operations share: database, backends, import service, clock; and a key's row, settled.
+
+A row is settled when material whose time is over has been taken out. Every operation settles the
+row that it looks at, so expiry is on time whether or not a sweeper runs; so is deletion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy.orm import Session
+
+from hsmwrap.backend import Backend, KeyRef
+from hsmwrap.catalog import ProtectionLevel
+from hsmwrap.errors import KeyNotFound, UnsupportedProtectionLevel
+from hsmwrap.imports import ImportService
+from hsmwrap.kms.database import Database
+from hsmwrap.kms.objects import Objects, doom
+from hsmwrap.kms.schema import Key
+from hsmwrap.kms.states import KeyState
+from hsmwrap.policy import Deployment
+
+
+def no_step(_name: str) -> None:
+    """The step hook of production: nothing happens between the steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """The parts of a KMS.
+
+    Attributes:
+        database: Where the rows are.
+        backends: The backend of each protection level.
+        deployment: Where this runs, for the policy.
+        imports: The import service over the same backends.
+        objects: Keeps the backends' objects in step with the rows.
+        clock: Returns the current aware time.
+        arn_prefix: What comes before the key id in an ARN.
+        step: Called with the name of each step that a crash could fall behind; for tests.
+    """
+
+    database: Database
+    backends: Mapping[ProtectionLevel, Backend]
+    deployment: Deployment
+    imports: ImportService
+    objects: Objects
+    clock: Callable[[], datetime]
+    arn_prefix: str
+    step: Callable[[str], None] = no_step
+
+    def backend_for(self, level: ProtectionLevel) -> Backend:
+        """The backend of a protection level.
+
+        Raises:
+            UnsupportedProtectionLevel: None is configured.
+        """
+        backend = self.backends.get(level)
+        if backend is None:
+            raise UnsupportedProtectionLevel("no-backend", f"no backend is configured for {level}")
+        return backend
+
+    def current(self, key_id: str) -> Key:
+        """The settled row of a key, detached.
+
+        Raises:
+            KeyNotFound: There is no such key.
+        """
+        with self.database.read() as transaction:
+            key = _find(transaction, key_id, self.clock())
+        if not _is_over(key, self.clock()):
+            return key
+        with self.database.write() as transaction:
+            key = lock_settled(transaction, key_id, self.clock())
+        self.objects.destroy_due(self.clock())
+        return key
+
+    def expire(self, key_id: str, now: datetime) -> bool:
+        """Take material out that is over at ``now``; False if there is none (any more)."""
+        with self.database.write() as transaction:
+            key = transaction.get(Key, key_id, with_for_update=True)
+            if key is None or not _is_over(key, now):
+                return False
+            remove_material(transaction, key, now)
+        return True
+
+
+def lock_settled(transaction: Session, key_id: str, now: datetime) -> Key:
+    """The settled row of a key; other writers stay off it until the transaction ends.
+
+    Raises:
+        KeyNotFound: There is no such key.
+    """
+    key = _find(transaction, key_id, now, lock=True)
+    if _is_over(key, now):
+        remove_material(transaction, key, now)
+    return key
+
+
+def remove_material(transaction: Session, key: Key, now: datetime) -> None:
+    """Take the material out of a locked row and doom its object; the check value stays."""
+    if key.reference is not None:
+        doom(transaction, KeyRef.from_bytes(key.reference), now)
+    key.reference = key.exposure = key.material_expires_at = None
+    if key.state is not KeyState.PENDING_DELETION:
+        key.state = KeyState.PENDING_IMPORT
+
+
+def _find(transaction: Session, key_id: str, now: datetime, *, lock: bool = False) -> Key:
+    key = transaction.get(Key, key_id, with_for_update=lock)
+    # Past its date a key is gone, also where the sweeper has not come by yet.
+    if key is None or (key.deletion_at is not None and key.deletion_at <= now):
+        raise KeyNotFound("there is no key of this id")
+    return key
+
+
+def _is_over(key: Key, now: datetime) -> bool:
+    return key.material_expires_at is not None and key.material_expires_at <= now

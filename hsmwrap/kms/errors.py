@@ -1,0 +1,73 @@
+"""Errors of the reference KMS, with the API's codes, statuses and messages.
+
+They extend :mod:`hsmwrap.errors`: whoever handles :class:`~hsmwrap.errors.HsmwrapError` (its
+``code``, ``http_status`` and ``api_message``) handles these as well.
+"""
+
+from __future__ import annotations
+
+from hsmwrap.errors import HsmwrapError
+
+
+class InvalidAction(HsmwrapError):
+    """The API has no such operation."""
+
+    code = "InvalidAction.NotFound"
+    http_status = 404
+    _api_message = "Specified api is not found, please check your url and method."
+
+
+class NoPermission(HsmwrapError):
+    """The access key may not do this to this key; whether the key exists is not said."""
+
+    code = "Forbidden.NoPermission"
+    http_status = 403
+    _api_message = "This operation is forbidden by permission system."
+
+
+class AccessKeyNotFound(HsmwrapError):
+    """There is no such access key."""
+
+    code = "InvalidAccessKeyId.NotFound"
+    http_status = 404
+    _api_message = "The AccessKey ID provided does not exist in our records."
+
+
+class UnsupportedAlias(HsmwrapError):
+    """An alias was given where only a key id or ARN serves; this KMS keeps no aliases."""
+
+    code = "Unsupported.Alias"
+    http_status = 400
+    _api_message = "Alias is not valid for this api."
+
+
+class StateModifiedFailed(HsmwrapError):
+    """The key's state does not allow this change."""
+
+    code = "Rejected.StateModifiedFailed"
+    http_status = 409
+    _api_message = "Keystate modified failed."
+
+
+class RejectedDisabled(HsmwrapError):
+    """The key is disabled: enable it first."""
+
+    code = "Rejected.Disabled"
+    http_status = 409
+    _api_message = "The request was rejected because the key state is Disabled."
+
+
+class RejectedPendingDeletion(HsmwrapError):
+    """The key is about to be deleted: cancel that first."""
+
+    code = "Rejected.PendingDeletion"
+    http_status = 409
+    _api_message = "The request was rejected because the key state is PendingDeletion."
+
+
+class RejectedPendingImport(HsmwrapError):
+    """The key has no material: import it first."""
+
+    code = "Rejected.PendingImport"
+    http_status = 409
+    _api_message = "The request was rejected because the key state is PendingImport."

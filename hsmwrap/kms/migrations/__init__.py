@@ -1,0 +1,1 @@
+"""Schema migrations of the reference KMS (alembic); run by ``Database.migrate``."""

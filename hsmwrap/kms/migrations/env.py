@@ -1,0 +1,14 @@
+"""What alembic runs: the migrations, inside the transaction that the caller opened."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from hsmwrap.kms.schema import Row
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=Row.metadata,
+    transactional_ddl=True,
+)
+context.run_migrations()

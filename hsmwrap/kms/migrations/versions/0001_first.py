@@ -1,0 +1,66 @@
+"""The first schema."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001"
+down_revision = None
+
+
+def upgrade() -> None:
+    """Make the tables."""
+    _make_keys()
+    op.create_table(
+        "doomed_objects",
+        sa.Column("reference", sa.LargeBinary(), nullable=False),
+        sa.Column("due_at", sa.BigInteger(), nullable=False),
+        sa.Column("condemned", sa.Boolean(), nullable=False),
+        sa.PrimaryKeyConstraint("reference"),
+    )
+    op.create_index("ix_doomed_objects_due_at", "doomed_objects", ["due_at"])
+    op.create_table(
+        "used_once",
+        sa.Column("digest", sa.LargeBinary(32), nullable=False),
+        sa.Column("expires_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("digest"),
+    )
+    op.create_index("ix_used_once_expires_at", "used_once", ["expires_at"])
+    op.create_table(
+        "audit_anchors",
+        sa.Column("log", sa.String(512), nullable=False),
+        sa.Column("sequence", sa.BigInteger(), nullable=False),
+        sa.Column("digest", sa.String(64), nullable=False),
+        sa.PrimaryKeyConstraint("log"),
+    )
+
+
+def downgrade() -> None:
+    """Drop the tables."""
+    for table in ("audit_anchors", "used_once", "doomed_objects", "keys"):
+        op.drop_table(table)
+
+
+def _make_keys() -> None:
+    op.create_table(
+        "keys",
+        sa.Column("key_id", sa.String(36), nullable=False),
+        sa.Column("version_id", sa.String(36), nullable=False),
+        sa.Column("arn", sa.String(255), nullable=False),
+        sa.Column("key_spec", sa.String(32), nullable=False),
+        sa.Column("origin", sa.String(32), nullable=False),
+        sa.Column("protection_level", sa.String(32), nullable=False),
+        sa.Column("state", sa.String(32), nullable=False),
+        sa.Column("description", sa.Text(), nullable=False),
+        sa.Column("creator", sa.String(255), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("deletion_at", sa.BigInteger(), nullable=True),
+        sa.Column("material_expires_at", sa.BigInteger(), nullable=True),
+        sa.Column("check_value", sa.LargeBinary(), nullable=True),
+        sa.Column("reference", sa.LargeBinary(), nullable=True),
+        sa.Column("exposure", sa.String(32), nullable=True),
+        sa.PrimaryKeyConstraint("key_id"),
+    )
+    for column in ("created_at", "deletion_at", "material_expires_at"):
+        op.create_index(f"ix_keys_{column}", "keys", [column])

@@ -1,0 +1,1 @@
+"""Migrations, oldest first; a released one never changes."""

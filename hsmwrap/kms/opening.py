@@ -1,0 +1,114 @@
+"""From a configuration to a running KMS."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hsmwrap.backend import Backend
+from hsmwrap.catalog import ProtectionLevel
+from hsmwrap.errors import ConfigurationError
+from hsmwrap.imports import KeySource, generate_inline
+from hsmwrap.kms.access import AccessKeys, FileAccessKeys, read_private
+from hsmwrap.kms.audit import AuditLog
+from hsmwrap.kms.config import ServerConfig
+from hsmwrap.kms.database import Database
+from hsmwrap.kms.service import Kms
+from hsmwrap.registry import open_backend
+
+_MIN_AUDIT_KEY = 32
+
+
+def open_kms(
+    config: ServerConfig,
+    *,
+    access_keys: AccessKeys | None = None,
+    key_source: KeySource = generate_inline,
+) -> Kms:
+    """Open backends and database, migrate the schema, recover, start the sweeper.
+
+    Args:
+        config: The configuration.
+        access_keys: Instead of the configuration's file of access keys.
+        key_source: Where wrapping keys come from.
+
+    Raises:
+        ConfigurationError: Something that the configuration names cannot be used.
+        HsmwrapError: A backend or the database does not open; nothing is left open.
+    """
+    with ExitStack() as opened:
+        backends = _open_backends(config, opened)
+        database = open_database(config)
+        opened.callback(database.close)
+        database.migrate()
+        kms = Kms(
+            database,
+            backends,
+            config.deployment(),
+            access_keys=access_keys or _access_keys(config),
+            audit_log=open_audit_log(config),
+            arn_prefix=f"acs:kms:{config.region}:{config.account_id}:key/",
+            token_lifetime=config.token_lifetime,
+            single_use=config.single_use,
+            required_exposure=config.required_exposure,
+            key_source=key_source,
+            sweep_seconds=config.sweep_interval.total_seconds() or None,
+        )
+        opened.pop_all()
+        return kms
+
+
+def open_database(config: ServerConfig) -> Database:
+    """The database that the configuration names; nothing is connected or migrated yet.
+
+    Raises:
+        ConfigurationError: The URL is not one of SQLite or PostgreSQL.
+    """
+    url = config.database_url.get_secret_value()
+    return Database(url, pool_size=config.limits.database_pool_size)
+
+
+def open_audit_log(config: ServerConfig) -> AuditLog:
+    """The audit log that the configuration names.
+
+    Raises:
+        ConfigurationError: Its key file cannot be read, or is open to others.
+    """
+    return AuditLog(
+        config.audit_file,
+        lambda: datetime.now(UTC),
+        audit_key(config.audit_key_file),
+        config.audit_sync,
+    )
+
+
+def audit_key(path: Path | None) -> bytes | None:
+    """The HMAC key in a file; None without one.
+
+    Raises:
+        ConfigurationError: The file cannot be read, is open to others, or is too short.
+    """
+    if path is None:
+        return None
+    key = read_private(path)
+    if len(key) < _MIN_AUDIT_KEY:
+        raise ConfigurationError(f"{path}: an audit key has at least {_MIN_AUDIT_KEY} bytes")
+    return key
+
+
+def _access_keys(config: ServerConfig) -> AccessKeys:
+    if config.access_key_file is None:
+        raise ConfigurationError("access_key_file: say where the access keys are")
+    return FileAccessKeys(config.access_key_file)
+
+
+def _open_backends(config: ServerConfig, opened: ExitStack) -> dict[ProtectionLevel, Backend]:
+    backends: dict[ProtectionLevel, Backend] = {}
+    for level, wanted in config.backends.items():
+        same = next((b for known, b in backends.items() if config.backends[known] == wanted), None)
+        if same is None:
+            same = open_backend(wanted.plugin, wanted.settings)
+            opened.callback(same.close)
+        backends[level] = same
+    return backends

@@ -1,0 +1,175 @@
+"""Parameters of API requests: text in, typed values out."""
+
+from __future__ import annotations
+
+import binascii
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from hsmwrap.catalog import KeySpec, Origin, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.errors import (
+    InvalidCiphertext,
+    InvalidImportToken,
+    InvalidParameter,
+    KeyNotFound,
+    MissingParameter,
+)
+from hsmwrap.kms.blobs import CiphertextBlob
+from hsmwrap.kms.errors import UnsupportedAlias
+
+MAX_PLAINTEXT = 6144
+"""Longest plaintext of Encrypt, in bytes."""
+_MAX_CONTEXT = 8192
+_MAX_UNIX = 253_402_300_799  # the last second of 9999, where datetime ends
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # PostgreSQL keeps neither NUL nor surrogates
+_DIGITS = re.compile(r"[0-9]{1,20}")
+_KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+Parser = Callable[[str, str], Any]
+"""Takes the parameter's name and text; returns the value, or raises InvalidParameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of an operation.
+
+    Attributes:
+        parse: Makes the value.
+        required: True where the operation cannot do without. An empty text counts as absent.
+        default: The value when absent.
+    """
+
+    parse: Parser
+    required: bool = False
+    default: Any = None
+
+
+def parse(known: Mapping[str, Parameter], given: Mapping[str, str]) -> dict[str, Any]:
+    """The values of all ``known`` parameters.
+
+    Raises:
+        InvalidParameter: One is not known here, or its value is wrong.
+        MissingParameter: A required one is absent.
+    """
+    for name in given:
+        if name not in known:
+            raise InvalidParameter(name, f"not a parameter of this operation: {', '.join(known)}")
+    return {name: _value(name, one, given.get(name)) for name, one in known.items()}
+
+
+def _value(name: str, parameter: Parameter, text: str | None) -> Any:
+    if text:
+        return parameter.parse(name, text)
+    if parameter.required:
+        raise MissingParameter(name)
+    return parameter.default
+
+
+def key_id(_name: str, text: str) -> str:
+    """A key id. An ARN of this KMS was made one before; one of another KMS names no key here."""
+    if text.startswith("alias/") or ":alias/" in text:
+        raise UnsupportedAlias("give the key id; this KMS keeps no aliases")
+    if not _KEY_ID.fullmatch(text):
+        raise KeyNotFound("there is no key of this id")
+    return text
+
+
+def binary(name: str, text: str) -> bytes:
+    """Bytes in base64 (RFC 4648, section 4)."""
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        raise InvalidParameter(name, "is not base64") from None
+
+
+def plaintext(name: str, text: str) -> bytes:
+    """Bytes in base64, at most :data:`MAX_PLAINTEXT`."""
+    value = binary(name, text)
+    if len(value) > MAX_PLAINTEXT:
+        raise InvalidParameter(name, f"has more than {MAX_PLAINTEXT} bytes")
+    return value
+
+
+def import_token(name: str, text: str) -> bytes:
+    """An import token in base64; what is not base64 is no token of ours."""
+    try:
+        return binary(name, text)
+    except InvalidParameter:
+        raise InvalidImportToken("the import token is not base64") from None
+
+
+def ciphertext_blob(name: str, text: str) -> CiphertextBlob:
+    """A CiphertextBlob in base64."""
+    try:
+        return CiphertextBlob.from_bytes(binary(name, text))
+    except InvalidParameter:
+        raise InvalidCiphertext from None
+
+
+def integer(low: int, high: int) -> Parser:
+    """A whole number in decimal, from ``low`` to ``high``."""
+
+    def parse_integer(name: str, text: str) -> int:
+        if not _DIGITS.fullmatch(text) or not low <= int(text) <= high:
+            raise InvalidParameter(name, f"is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse_integer
+
+
+def unix_time(name: str, text: str) -> datetime | None:
+    """Seconds since 1970; 0: None."""
+    seconds = integer(0, _MAX_UNIX)(name, text)
+    return datetime.fromtimestamp(seconds, UTC) if seconds else None
+
+
+def choice(*known: str) -> Parser:
+    """One of these words."""
+
+    def parse_choice(name: str, text: str) -> str:
+        if text not in known:
+            raise InvalidParameter(name, f"is none of {', '.join(known)}")
+        return text
+
+    return parse_choice
+
+
+def words(limit: int) -> Parser:
+    """Text of at most ``limit`` characters."""
+
+    def parse_words(name: str, text: str) -> str:
+        if len(text) > limit or _UNSTORABLE.search(text):
+            raise InvalidParameter(name, f"is not text of at most {limit} characters")
+        return text
+
+    return parse_words
+
+
+def member(
+    enum: type[KeySpec | Origin | ProtectionLevel | WrappingAlgorithm | WrappingKeySpec],
+) -> Parser:
+    """A member of one of the catalogue's enums."""
+    return lambda _name, text: enum.parse(text)
+
+
+def encryption_context(name: str, text: str) -> dict[str, str]:
+    """A JSON object of strings; a name that comes twice is refused."""
+    if len(text) > _MAX_CONTEXT:
+        raise InvalidParameter(name, f"has more than {_MAX_CONTEXT} characters")
+    try:
+        context = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
+        raise InvalidParameter(name, "is not a JSON object with unique names") from None
+    if not isinstance(context, dict) or not all(isinstance(v, str) for v in context.values()):
+        raise InvalidParameter(name, "is not a JSON object of strings")
+    return context
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name comes twice")
+    return dict(pairs)

@@ -1,0 +1,221 @@
+"""The KMS: one entry for API requests, and the typed operations beneath it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Self
+
+from hsmwrap.backend import Backend, Exposure
+from hsmwrap.catalog import ProtectionLevel
+from hsmwrap.errors import HsmwrapError, ServiceUnavailable
+from hsmwrap.imports import TOKEN_LIFETIME, ImportService, KeySource, generate_inline
+from hsmwrap.kms import anchors
+from hsmwrap.kms.access import AccessKeys, Caller
+from hsmwrap.kms.api import OPERATIONS, Operations, Request
+from hsmwrap.kms.audit import AuditEntry, AuditLog
+from hsmwrap.kms.core import Core, no_step
+from hsmwrap.kms.database import Database
+from hsmwrap.kms.errors import InvalidAction, NoPermission
+from hsmwrap.kms.objects import LEASE, Objects
+from hsmwrap.kms.once import NonceStore, OnceStore, UsedImportTokens
+from hsmwrap.kms.parameters import parse
+from hsmwrap.kms.sweeper import Sweep, Sweeper
+from hsmwrap.policy import Deployment
+
+SYSTEM = "system"
+"""The access key id of the KMS itself in the audit log."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class KmsHealth:
+    """Whether the KMS can serve, part by part (``database``, ``backend HSM`` …)."""
+
+    ready: bool
+    parts: Mapping[str, str]
+
+
+@dataclass(slots=True)
+class _Audited:
+    """What is known of a request so far."""
+
+    key_id: str | None
+    outcome: str = "ok"
+
+
+class Kms:
+    """A KMS on a database and backends. Safe to share between threads, and after ``fork()``.
+
+    Attributes:
+        access_keys: Where the protocol looks up access keys.
+        nonces: Where the protocol marks nonces as used.
+        operations: The typed operations, without permissions and audit.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        backends: Mapping[ProtectionLevel, Backend],
+        deployment: Deployment,
+        *,
+        access_keys: AccessKeys,
+        audit_log: AuditLog,
+        arn_prefix: str = "acs:kms:cn-hangzhou:1000000000000000:key/",
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        token_lifetime: timedelta = TOKEN_LIFETIME,
+        single_use: bool = False,
+        required_exposure: Exposure | None = None,
+        key_source: KeySource = generate_inline,
+        import_lease: timedelta = LEASE,
+        sweep_seconds: float | None = None,
+        step: Callable[[str], None] = no_step,
+    ) -> None:
+        """Put the KMS together, recover what a crash left, and start the sweeper.
+
+        Args:
+            database: Where the rows are; its schema is up to date. The KMS closes it.
+            backends: The backend of each protection level. The KMS closes them.
+            deployment: Where this runs, for the policy.
+            access_keys: Where the protocol looks up access keys.
+            audit_log: Where each operation leaves a line.
+            arn_prefix: What comes before the key id in an ARN.
+            clock: Returns the current aware time.
+            token_lifetime: Validity of import tokens.
+            single_use: True makes import tokens single-use, on all processes of the database.
+            required_exposure: ``Exposure.IN_HSM`` refuses HSM-level imports through the host.
+            key_source: Where wrapping keys come from.
+            import_lease: How long an import may take before others take it for dead.
+            sweep_seconds: Pause between sweeps; None: only :meth:`sweep` sweeps.
+            step: Called with the name of each step that a crash could fall behind; for tests.
+
+        Raises:
+            UnsupportedProtectionLevel: A backend may not serve the level that it is given for.
+        """
+        self.access_keys = access_keys
+        self._database = database
+        self._backends = dict(backends)
+        self._audit_log = audit_log
+        self._clock = clock
+        self._arn_prefix = arn_prefix
+        once = OnceStore(database, clock)
+        self.nonces = NonceStore(once)
+        imports = ImportService(
+            backends,
+            deployment,
+            clock=clock,
+            token_lifetime=token_lifetime,
+            required_exposure=required_exposure,
+            used_tokens=UsedImportTokens(once) if single_use else None,
+            key_source=key_source,
+        )
+        by_name = {backend.name: backend for backend in backends.values()}
+        objects = Objects(database, by_name, clock, import_lease, step)
+        core = Core(database, self._backends, deployment, imports, objects, clock, arn_prefix, step)
+        self.operations = Operations(core)
+        self._sweep = Sweep(core, once, self._audit_own, self._anchor)
+        self.sweep()
+        self._sweeper = Sweeper(self.sweep, sweep_seconds) if sweep_seconds else None
+
+    def execute(
+        self, action: str, parameters: Mapping[str, str], caller: Caller, request_id: str
+    ) -> dict[str, Any]:
+        """Run an API request: validate, check the permission, run, audit.
+
+        Args:
+            action: The API's action (``CreateKey``).
+            parameters: The operation's own parameters as texts, the protocol's common ones
+                (Action, Version, Format, Signature…) taken out.
+            caller: Who signed the request.
+            request_id: The id that the answer, the log and the audit log carry.
+
+        Returns:
+            The answer's fields, RequestId included; JSON-able.
+
+        Raises:
+            HsmwrapError: ``code``, ``http_status`` and ``api_message`` are the answer.
+        """
+        named = self._without_arn(parameters)
+        with self._audited(action, named.get("KeyId"), caller, request_id) as audited:
+            operation = OPERATIONS.get(action)
+            if operation is None:
+                raise InvalidAction("the API has no such action")
+            request = Request(parse(operation.parameters, named), caller.access_key_id)
+            audited.key_id = request.key_id
+            if not caller.permissions.allows(action, request.key_id):
+                raise NoPermission(f"{caller.access_key_id} may not {action} this key")
+            fields = operation.run(self.operations, request)
+            audited.key_id = request.key_id or fields.get("KeyMetadata", {}).get("KeyId")
+        return fields | {"RequestId": request_id}
+
+    def record_refusal(self, action: str, access_key_id: str, request_id: str, code: str) -> None:
+        """Audit a request that the protocol refused (bad signature, unknown access key)."""
+        self._audit_log.append(AuditEntry(request_id, access_key_id, action, None, code))
+
+    def sweep(self, now: datetime | None = None) -> None:
+        """Do what is due: expired material, keys to be deleted, orphans, old nonces."""
+        self._sweep(now or self._clock())
+
+    def health(self) -> KmsHealth:
+        """Report the state without waiting for a lost HSM."""
+        parts, ready = {}, True
+        for level, backend in self._backends.items():
+            health = backend.health()
+            parts[f"backend {level}"] = health.detail
+            ready = ready and health.ready
+        try:
+            self._database.ping()
+            parts["database"] = "ready"
+        except ServiceUnavailable as error:
+            parts["database"], ready = str(error), False
+        return KmsHealth(ready, parts)
+
+    def close(self) -> None:
+        """Stop the sweeper, close backends and database. Safe to call again."""
+        if self._sweeper is not None:
+            self._sweeper.stop()
+        for backend in self._backends.values():
+            backend.close()
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def _without_arn(self, parameters: Mapping[str, str]) -> Mapping[str, str]:
+        key_id = parameters.get("KeyId", "")
+        if not key_id.startswith(self._arn_prefix):
+            return parameters
+        return {**parameters, "KeyId": key_id.removeprefix(self._arn_prefix)}
+
+    @contextmanager
+    def _audited(
+        self, action: str, key_id: str | None, caller: Caller, request_id: str
+    ) -> Iterator[_Audited]:
+        audited = _Audited(key_id)
+        try:
+            yield audited
+        except HsmwrapError as error:
+            audited.outcome = error.code
+            raise
+        except BaseException:
+            audited.outcome = HsmwrapError.code
+            raise
+        finally:
+            self._audit_log.append(
+                AuditEntry(
+                    request_id, caller.access_key_id, action, audited.key_id, audited.outcome
+                )
+            )
+
+    def _audit_own(self, action: str, key_id: str) -> None:
+        self._audit_log.append(AuditEntry("", SYSTEM, action, key_id, "ok"))
+
+    def _anchor(self) -> None:
+        anchors.remember(self._database, self._audit_log)

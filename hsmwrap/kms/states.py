@@ -1,0 +1,73 @@
+"""Key states, and what each operation may do in them, as data.
+
+Source: Alibaba Cloud KMS, "Impact of CMK states on API operations". Not documented there and
+decided here: material imported into a Disabled key leaves it Disabled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+
+from hsmwrap.errors import HsmwrapError
+from hsmwrap.kms.errors import (
+    RejectedDisabled,
+    RejectedPendingDeletion,
+    RejectedPendingImport,
+    StateModifiedFailed,
+)
+
+
+class KeyState(StrEnum):
+    """The state of a CMK, in the API's spelling."""
+
+    ENABLED = "Enabled"
+    DISABLED = "Disabled"
+    PENDING_DELETION = "PendingDeletion"
+    PENDING_IMPORT = "PendingImport"
+
+
+_Answers = Mapping[KeyState, type[HsmwrapError]]
+
+_ALWAYS: _Answers = MappingProxyType({})
+_USE: _Answers = MappingProxyType(
+    {
+        KeyState.DISABLED: RejectedDisabled,
+        KeyState.PENDING_DELETION: RejectedPendingDeletion,
+        KeyState.PENDING_IMPORT: RejectedPendingImport,
+    }
+)
+_NOT_PENDING_DELETION: _Answers = MappingProxyType({KeyState.PENDING_DELETION: StateModifiedFailed})
+_ONLY_USABLE: _Answers = MappingProxyType(
+    dict.fromkeys((KeyState.PENDING_DELETION, KeyState.PENDING_IMPORT), StateModifiedFailed)
+)
+_ONLY_PENDING_DELETION: _Answers = MappingProxyType(
+    dict.fromkeys(
+        (KeyState.ENABLED, KeyState.DISABLED, KeyState.PENDING_IMPORT), StateModifiedFailed
+    )
+)
+
+STATE_MATRIX: Mapping[str, _Answers] = MappingProxyType(
+    {
+        "DescribeKey": _ALWAYS,
+        "GetParametersForImport": _ALWAYS,
+        "ImportKeyMaterial": _NOT_PENDING_DELETION,
+        "DeleteKeyMaterial": _ALWAYS,
+        "Encrypt": _USE,
+        "Decrypt": _USE,
+        "GenerateDataKey": _USE,
+        "EnableKey": _ONLY_USABLE,
+        "DisableKey": _ONLY_USABLE,
+        "ScheduleKeyDeletion": _NOT_PENDING_DELETION,
+        "CancelKeyDeletion": _ONLY_PENDING_DELETION,
+    }
+)
+"""Operation → state → the error that answers; a state that is not listed allows the operation."""
+
+
+def require(operation: str, state: KeyState) -> None:
+    """Raise the error of :data:`STATE_MATRIX`, if there is one."""
+    error = STATE_MATRIX[operation].get(state)
+    if error is not None:
+        raise error(f"{operation} is not possible while the key is {state}")

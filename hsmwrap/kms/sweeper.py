@@ -1,0 +1,119 @@
+"""The sweeper: what is due happens, also when nobody asks.
+
+Expired material goes from the row and the token, keys whose date has come are deleted, doomed
+objects and expired wrapping keys are destroyed, used nonces are forgotten. Each kind of work is
+done whatever becomes of the others: an absent HSM must not keep material in the database.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from weakref import WeakSet
+
+from sqlalchemy import select
+from sqlalchemy.sql.elements import ColumnElement
+
+from hsmwrap.errors import HsmwrapError
+from hsmwrap.kms.core import Core
+from hsmwrap.kms.lifecycle import KeyLifecycle
+from hsmwrap.kms.once import OnceStore
+from hsmwrap.kms.schema import Key
+
+_log = logging.getLogger(__name__)
+
+
+class Sweep:
+    """One round of due work; any number of processes may sweep at once."""
+
+    def __init__(
+        self,
+        core: Core,
+        once: OnceStore,
+        audit: Callable[[str, str], None],
+        anchor: Callable[[], None],
+    ) -> None:
+        """Take the parts of the KMS, who audits (action, key id), and who anchors the log."""
+        self._core = core
+        self._lifecycle = KeyLifecycle(core)
+        self._once = once
+        self._audit = audit
+        self._anchor = anchor
+
+    def __call__(self, now: datetime) -> None:
+        """Do what is due at ``now``; what fails is logged, and due again next time."""
+        backends = {id(backend): backend for backend in self._core.backends.values()}.values()
+        work: tuple[Callable[[], object], ...] = (
+            lambda: self._expire_material(now),
+            lambda: self._delete_keys(now),
+            lambda: self._core.objects.destroy_due(now),
+            lambda: self._once.purge(now),
+            *(lambda backend=backend: backend.reap(now) for backend in backends),
+            self._anchor,
+        )
+        for part in work:
+            try:
+                part()
+            except HsmwrapError as error:
+                _log.warning("sweep failed in part", extra={"code": error.code, "why": str(error)})
+
+    def _expire_material(self, now: datetime) -> None:
+        for key_id in self._keys(Key.material_expires_at <= now):
+            if self._core.expire(key_id, now):
+                self._audit("ExpireKeyMaterial", key_id)
+
+    def _delete_keys(self, now: datetime) -> None:
+        for key_id in self._keys(Key.deletion_at <= now):
+            if self._lifecycle.delete_due(key_id, now):
+                self._audit("DeleteKey", key_id)
+
+    def _keys(self, due: ColumnElement[bool]) -> Iterable[str]:
+        with self._core.database.read() as transaction:
+            return transaction.scalars(select(Key.key_id).where(due)).all()
+
+
+class Sweeper:
+    """A thread that sweeps at intervals; in a child after ``fork()`` it starts anew."""
+
+    def __init__(self, sweep: Callable[[], None], seconds: float) -> None:
+        """Start the thread."""
+        self._sweep = sweep
+        self._seconds = seconds
+        self._start()
+        _SWEEPERS.add(self)
+
+    def _start(self) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="hsmwrap-sweeper", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            try:
+                self._sweep()
+            except Exception:  # noqa: BLE001 (the thread has to outlive whatever it meets)
+                _log.exception("sweep failed")
+
+    def start_again(self) -> None:
+        """Start the thread that a fork did not bring along, unless it was stopped."""
+        if not self._stop.is_set():
+            self._start()
+
+    def stop(self) -> None:
+        """Let the running sweep finish, then stop. Safe to call again."""
+        self._stop.set()
+        self._thread.join()
+
+
+_SWEEPERS: WeakSet[Sweeper] = WeakSet()
+
+
+def _start_again_in_the_child() -> None:
+    for sweeper in list(_SWEEPERS):
+        sweeper.start_again()
+
+
+os.register_at_fork(after_in_child=_start_again_in_the_child)

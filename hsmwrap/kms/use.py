@@ -1,0 +1,104 @@
+"""Use of a key: encrypt, decrypt, generate data keys."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from hsmwrap.backend import Backend, KeyRef
+from hsmwrap.errors import HsmError, KeyNotFound
+from hsmwrap.kms.blobs import CiphertextBlob, additional_data
+from hsmwrap.kms.core import Core
+from hsmwrap.kms.schema import Key
+from hsmwrap.kms.states import require
+
+_Use = Callable[[Backend, KeyRef], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Encrypted:
+    """A ciphertext, and the key and version that made it."""
+
+    key: Key
+    ciphertext_blob: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Decrypted:
+    """A plaintext, and the key and version that it was encrypted under."""
+
+    key: Key
+    plaintext: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DataKey:
+    """A data key, in plaintext and encrypted."""
+
+    encrypted: Encrypted
+    plaintext: bytes = field(repr=False)
+
+
+class KeyUse:
+    """The operations with a key.
+
+    Each raises KeyNotFound for an unknown key id, Rejected… in a state that is not Enabled,
+    UnsupportedOperation where the backend can keep such keys but not use them, and
+    ServiceUnavailable while the backend is away.
+    """
+
+    def __init__(self, core: Core) -> None:
+        """Take the parts of the KMS."""
+        self._core = core
+
+    def encrypt(self, key_id: str, plaintext: bytes, context: Mapping[str, str]) -> Encrypted:
+        """Encrypt bytes, bound to an encryption context."""
+        return self._encrypt("Encrypt", key_id, plaintext, context)
+
+    def decrypt(self, blob: CiphertextBlob, context: Mapping[str, str]) -> Decrypted:
+        """Decrypt what :meth:`encrypt` or :meth:`generate_data_key` made.
+
+        Raises:
+            InvalidCiphertext: It does not decrypt under its key and this context.
+        """
+        bound_to = additional_data(blob.key_id, context)
+        key, plaintext = self._use(
+            "Decrypt",
+            blob.key_id,
+            lambda backend, key: backend.decrypt(key, blob.ciphertext, bound_to),
+        )
+        return Decrypted(key, plaintext)
+
+    def generate_data_key(self, key_id: str, length: int, context: Mapping[str, str]) -> DataKey:
+        """Make ``length`` random bytes, and encrypt them bound to an encryption context."""
+        plaintext = secrets.token_bytes(length)
+        return DataKey(self._encrypt("GenerateDataKey", key_id, plaintext, context), plaintext)
+
+    def _encrypt(
+        self, operation: str, key_id: str, plaintext: bytes, context: Mapping[str, str]
+    ) -> Encrypted:
+        def use(backend: Backend, key: KeyRef) -> bytes:
+            return backend.encrypt(key, plaintext, additional_data(key_id, context))
+
+        key, ciphertext = self._use(operation, key_id, use)
+        return Encrypted(key, CiphertextBlob(key_id, ciphertext).to_bytes())
+
+    def _use(self, operation: str, key_id: str, use: _Use) -> tuple[Key, bytes]:
+        key, reference = self._usable(operation, key_id)
+        backend = self._core.backend_for(key.protection_level)
+        try:
+            return key, use(backend, KeyRef.from_bytes(reference))
+        except KeyNotFound:
+            # A re-import or a deletion may have taken the object away since the row was read.
+            key, replaced_by = self._usable(operation, key_id)
+            if replaced_by == reference:
+                raise HsmError(f"the material of key {key_id} is not in its backend") from None
+            return key, use(backend, KeyRef.from_bytes(replaced_by))
+
+    def _usable(self, operation: str, key_id: str) -> tuple[Key, bytes]:
+        key = self._core.current(key_id)
+        require(operation, key.state)
+        if key.reference is None:
+            raise HsmError(f"key {key_id} is {key.state} without material")
+        return key, key.reference

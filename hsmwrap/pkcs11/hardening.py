@@ -1,0 +1,83 @@
+"""Attributes that harden a key beyond its uses, and which of them an HSM token knows.
+
+Older and simpler tokens refuse some of them; then keys are made without, and the capability
+report says what is weaker. Session objects do not tell: NSS gives them any attribute and refuses
+it for token objects (measured). So this is tried on token objects when a key set is made, and
+the key-encryption keys that come of it tell every process later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from pkcs11.constants import Attribute, MechanismFlag
+from pkcs11.exceptions import PKCS11Error
+from pkcs11.mechanisms import KeyType
+from pkcs11.types import Session
+
+from hsmwrap.pkcs11.returncodes import recovery_of
+from hsmwrap.pkcs11.templates import AES_KEY_WRAP, NestedTemplate, Template, secret_key
+
+NOTHING: frozenset[Attribute] = frozenset()
+_READABLE: Mapping[Attribute, Any] = MappingProxyType(
+    {
+        Attribute.COPYABLE: False,
+        Attribute.MODIFIABLE: False,
+        Attribute.ALLOWED_MECHANISMS: (AES_KEY_WRAP,),
+    }
+)
+_NESTED = NestedTemplate(secret_key(KeyType.AES))
+_HARDENING: Template = {**_READABLE, Attribute.UNWRAP_TEMPLATE: _NESTED}
+
+
+def refused_by(session: Session) -> frozenset[Attribute]:
+    """Try each attribute on a token object, which is destroyed at once.
+
+    Raises:
+        PKCS11Error: The HSM token does not even make the plain object.
+    """
+    _make_and_destroy(session, {})
+    return frozenset(a for a, value in _HARDENING.items() if _refuses(session, {a: value}))
+
+
+def _refuses(session: Session, template: Template) -> bool:
+    """Whether it says so twice, and makes the plain object in between.
+
+    The return code does not tell: p11-kit's client answers DEVICE_ERROR to CKA_UNWRAP_TEMPLATE
+    (measured), which elsewhere means that the HSM is gone.
+    """
+    for _ in range(2):
+        try:
+            _make_and_destroy(session, template)
+        except PKCS11Error:
+            _make_and_destroy(session, {})
+        else:
+            return False
+    return True
+
+
+def _make_and_destroy(session: Session, template: Template) -> None:
+    # Public, so that the security officer can make it too.
+    session.generate_key(
+        KeyType.AES,
+        256,
+        store=True,
+        capabilities=MechanismFlag.WRAP | MechanismFlag.UNWRAP,
+        template={Attribute.PRIVATE: False, **template},
+    ).destroy()
+
+
+def missing_on(key_encryption_key: Any) -> frozenset[Attribute]:
+    """Attributes that the key was made without; CKA_UNWRAP_TEMPLATE cannot be read (measured)."""
+    return frozenset(a for a in _READABLE if not _has(key_encryption_key, a))
+
+
+def _has(key: Any, attribute: Attribute) -> bool:
+    try:
+        return bool(key[attribute] == _READABLE[attribute])
+    except PKCS11Error as error:
+        if recovery_of(error) is not None:
+            raise
+        return False

@@ -1,0 +1,7 @@
+import pytest
+from http_fakes import Bench
+
+
+@pytest.fixture
+def bench():
+    return Bench()

@@ -1,0 +1,66 @@
+"""Serves a KMS that is none, under gunicorn: ``gunicorn_fake.py WORKERS DIRECTORY``.
+
+A call of the action Wait leaves the file ``started`` and returns when the file ``release`` is
+there.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+class WaitingKms:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def execute(self, action, parameters, caller, request_id):
+        if action == "Wait":
+            (self._directory / "started").touch()
+            while not (self._directory / "release").exists():
+                time.sleep(0.01)
+        return {"Length": sum(map(len, parameters.values()))}
+
+    def record_refusal(self, action, access_key_id, request_id, code):
+        pass
+
+    def health(self):
+        raise ConnectionError("secret-host")
+
+
+class AnyNonce:
+    def use(self, access_key_id, nonce, expires_at):
+        return True
+
+
+def load(directory: Path):
+    from http_fakes import ACCESS_KEY
+
+    from hsmwrap.http import logs
+    from hsmwrap.http.app import create_app
+    from hsmwrap.kms.access import StaticAccessKeys
+
+    if (directory / "broken").exists():
+        raise RuntimeError("this application does not load")
+    logs.configure()
+    return create_app(
+        WaitingKms(directory),
+        StaticAccessKeys([ACCESS_KEY]),
+        AnyNonce(),
+        clock=lambda: datetime.now(UTC),
+    )
+
+
+def main() -> int:
+    from hsmwrap.http.server import Server
+
+    workers, directory = int(sys.argv[1]), Path(sys.argv[2])
+    return Server(
+        lambda: load(directory), host="127.0.0.1", port=0, workers=workers, threads=4
+    ).run_to_exit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""A server in a process of its own, as an operator runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DEADLINE = 60
+READY = re.compile(r"ready http://127\.0\.0\.1:(\d+)\n")
+
+
+class Process:
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.log = log
+        environment = {n: v for n, v in os.environ.items() if n != "PROMETHEUS_MULTIPROC_DIR"}
+        with log.open("wb") as stderr:
+            self.popen = subprocess.Popen(
+                [sys.executable, *command],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=environment,
+            )
+        line = self.popen.stdout.readline()
+        ready = READY.fullmatch(line)
+        if ready is None:
+            self.stop()
+            raise AssertionError(f"not ready: {line!r}\n{self.log_text()}")
+        self.port = int(ready[1])
+
+    def log_text(self) -> str:
+        return self.log.read_text()
+
+    def terminate(self) -> None:
+        self.popen.send_signal(signal.SIGTERM)
+
+    def stop(self) -> int:
+        """End it; the exit code. What it printed after its first line has to be nothing."""
+        self.terminate()
+        try:
+            rest, _ = self.popen.communicate(timeout=DEADLINE)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.communicate()
+            raise
+        assert rest == ""
+        return self.popen.returncode
+
+    def exchange(self, raw: bytes) -> bytes:
+        """Send bytes, and read until the server closes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE) as connection:
+            connection.sendall(raw)
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@contextmanager
+def running(command: list[str], log: Path) -> Iterator[Process]:
+    process = Process(command, log)
+    try:
+        yield process
+    finally:
+        if process.popen.poll() is None:
+            process.stop()

@@ -1,0 +1,163 @@
+"""Under gunicorn, over raw sockets: what never reaches the application, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from gunicorn_runner import DEADLINE, Process, running
+from rpc_signing import v1_query
+
+FAKE = str(Path(__file__).with_name("gunicorn_fake.py"))
+UUID = r"[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}"
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("fake")
+    with running([FAKE, "1", str(directory)], directory / "log") as process:
+        yield process
+
+
+def get(query: str, path: str = "/") -> bytes:
+    return f"GET {path}?{query} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode()
+
+
+def signed(action: str, **parameters: str) -> str:
+    return v1_query(action=action, at=datetime.now(UTC), **parameters)
+
+
+def post(body: bytes, framing: str) -> bytes:
+    head = (
+        f"POST / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n{framing}\r\n"
+        "Content-Type: application/x-www-form-urlencoded\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def parse(answer: bytes) -> tuple[int, dict]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status = int(head.split()[1])
+    assert b"Content-Type: application/json" in head
+    assert int(re.search(rb"(?i)content-length: (\d+)", head)[1]) == len(body)
+    return status, json.loads(body)
+
+
+def assert_refused(process: Process, raw: bytes, status: int, code: str) -> None:
+    """The API's error, with its RequestId in the log, and no text of the request there."""
+    found, fields = parse(process.exchange(raw))
+    assert (found, fields["Code"]) == (status, code)
+    assert re.fullmatch(UUID, fields["RequestId"])
+    assert f'"request_id": "{fields["RequestId"]}"' in process.log_text()
+    assert "SECRET" not in process.log_text()
+
+
+def test_answers(fake):
+    status, fields = parse(fake.exchange(get(signed("Encrypt", Plaintext="SECRET"))))
+    assert (status, fields["Length"]) == (200, 6)
+
+
+def test_long_request_lines(fake):
+    """Encrypt takes 6 KiB: 8192 base64 characters, some of which take three in a query."""
+    query = signed("Encrypt", Plaintext="/" * 3000)
+    assert 9000 < len(query) < 16000
+    assert parse(fake.exchange(get(query)))[1]["Length"] == 3000
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "code"),
+    [
+        (get("Action=SECRET" + "a" * 16384), 414, "RequestLineTooLong"),
+        (b"SECRET\r\n\r\n", 400, "MalformedRequest"),
+        (b"GET / HTTP/9.1\r\nHost: SECRET\r\n\r\n", 400, "MalformedRequest"),
+        (b"GET / HTTP/1.1\r\nSECRET\r\n\r\n", 400, "MalformedRequest"),
+        (b"GET / HTTP/1.1\r\nX: SECRET" + b"a" * 9000 + b"\r\n\r\n", 431, "HeadersTooLarge"),
+        (b"GET / HTTP/1.1\r\n" + b"X: SECRET\r\n" * 200 + b"\r\n", 431, "HeadersTooLarge"),
+        (b"GET / HTTP/1.1\r\nAuthorization: SECRET\r\n\r\n", 400, "MissingParameter"),
+        (get("", "/SECRET"), 404, "InvalidPath.NotFound"),
+        (get("", "/readyz"), 500, "InternalFailure"),
+        (post(b"A=SECRET", "Content-Length: 70000"), 413, "RequestTooLarge"),
+        (post(b"A=SECRET", "Content-Length: 20"), 400, "InvalidParameter"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused_requests(fake, raw, status, code):
+    assert_refused(fake, raw, status, code)
+
+
+@pytest.mark.parametrize(
+    "chunk", [b"zz\r\nSECRET\r\n", b"8\r\nA=SE", b"-1\r\n", b"8;" + b"S" * 9000]
+)
+def test_broken_chunks(fake, chunk):
+    assert_refused(fake, post(chunk, "Transfer-Encoding: chunked"), 400, "InvalidParameter")
+
+
+@pytest.mark.parametrize(
+    ("length", "status", "code"),
+    [(0x10000, 400, "MissingParameter"), (0x10001, 413, "RequestTooLarge")],
+)
+def test_chunked_bodies_are_limited(fake, length, status, code):
+    body = f"{length:x}\r\n".encode() + b"A" * length + b"\r\n0\r\n\r\n"
+    assert_refused(fake, post(body, "Transfer-Encoding: chunked"), status, code)
+
+
+def test_the_log_is_json(fake):
+    fake.exchange(get(signed("Encrypt")))
+    assert all(json.loads(line) for line in fake.log_text().splitlines())
+
+
+def test_shutdown_finishes_running_calls(tmp_path):
+    with running([FAKE, "1", str(tmp_path)], tmp_path / "log") as process:
+        answers = []
+        call = threading.Thread(
+            target=lambda: answers.append(process.exchange(get(signed("Wait"))))
+        )
+        call.start()
+        wait_for(tmp_path / "started")
+        process.terminate()
+        wait_for_text(process, "Handling signal: term")
+        (tmp_path / "release").touch()
+        call.join(DEADLINE)
+        assert parse(answers[0])[0] == 200
+        assert process.stop() == 0
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def wait_for_text(process: Process, text: str, times: int = 1) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while process.log_text().count(text) < times:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_an_application_that_does_not_load_is_never_ready(tmp_path):
+    (tmp_path / "broken").touch()
+    with pytest.raises(AssertionError, match="does not load"):
+        Process([FAKE, "1", str(tmp_path)], tmp_path / "log")
+
+
+def test_metrics_of_all_workers(tmp_path):
+    """Even of those that are gone: their successors answer here."""
+    pytest.importorskip("prometheus_client")
+    with running([FAKE, "2", str(tmp_path)], tmp_path / "log") as process:
+        for _ in range(20):
+            process.exchange(get(signed("Encrypt")))
+        wait_for_text(process, "Booting worker", times=2)
+        for pid in re.findall(r"Booting worker with pid: (\d+)", process.log_text()):
+            os.kill(int(pid), signal.SIGTERM)
+        wait_for_text(process, "Worker exiting", times=2)
+        text = process.exchange(get("", "/metrics")).decode()
+    assert 'hsmwrap_http_requests_total{action="Encrypt",code="OK"} 20.0' in text

@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from io import BytesIO
+from xml.etree import ElementTree as ET
+
+import pytest
+from rpc_signing import acs3_headers, encode_all, v1_parameters, v1_query, v1_signature
+
+from hsmwrap import errors
+from hsmwrap.http import answer, logs, metrics
+from hsmwrap.http.message import MAX_PARAMETERS
+from hsmwrap.kms.errors import InvalidAction, NoPermission, RejectedDisabled
+
+UUID = re.compile(r"[0-9A-F]{8}(-[0-9A-F]{4}){3}-[0-9A-F]{12}")
+
+
+def code(response):
+    return response.get_json()["Code"]
+
+
+# --- answers
+
+
+def test_success_is_the_answer_with_the_request_id(bench):
+    response = bench.get(v1_query())
+    (_, _, _, request_id) = bench.kms.calls[0]
+    assert UUID.fullmatch(request_id)
+    assert response.get_json() == {"KeyId": "k-1", "RequestId": request_id}
+    assert response.headers["Content-Type"] == "application/json;charset=utf-8"
+    assert response.headers["x-acs-request-id"] == request_id
+    assert response.headers["Cache-Control"] == "no-store"
+
+
+@pytest.mark.parametrize("spelling", ["XML", "xml"])
+def test_success_in_xml(bench, spelling):
+    bench.kms.answer = {
+        "PageNumber": 1,
+        "Truncated": False,
+        "Keys": {"Key": [{"KeyId": "a"}, {"KeyId": "b & <c>"}]},
+        "DeleteDate": None,
+    }
+    response = bench.get(v1_query(Format=spelling))
+    root = ET.fromstring(response.data)
+    assert root.tag == "KMS"
+    assert [child.tag for child in root] == ["PageNumber", "Truncated", "Keys", "RequestId"]
+    assert root.findtext("Truncated") == "false"
+    assert [key.findtext("KeyId") for key in root.findall("Keys/Key")] == ["a", "b & <c>"]
+    assert response.headers["Content-Type"] == "text/xml;charset=utf-8"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.InvalidKeyMaterial(),
+        errors.ExpiredImportToken("old"),
+        errors.InvalidParameter("WrappingKeySpec", "RSA_1 is none"),
+        NoPermission("no"),
+        RejectedDisabled("no"),
+        errors.KeyNotFound("gone"),
+        errors.HsmUnavailable("away"),
+        errors.HsmError("CKR_GENERAL_ERROR"),
+    ],
+    ids=lambda error: error.code,
+)
+@pytest.mark.parametrize("format_", ["JSON", "XML"])
+def test_error_answers(bench, error, format_):
+    bench.kms.answer = error
+    response = bench.get(v1_query(Format=format_))
+    if format_ == "JSON":
+        fields = response.get_json()
+    else:
+        root = ET.fromstring(response.data)
+        assert root.tag == "Error"
+        fields = {child.tag: child.text for child in root}
+    assert list(fields) == ["RequestId", "HostId", "Code", "Message", "Recommend"]
+    assert response.status_code == error.http_status
+    assert (fields["Code"], fields["Message"]) == (error.code, error.api_message)
+    assert fields["RequestId"] == bench.kms.calls[0][3]
+    assert fields["HostId"] == "localhost"
+
+
+@pytest.mark.parametrize(
+    "text", ["a\0b", "\x0b", "\ud800", "\ufffe", "]]>", "\r\n", "<&>\"'", "漢"]
+)
+def test_xml_takes_any_text(text):
+    document = answer.to_xml("KMS", {"Description": text}).encode()
+    found = ET.fromstring(document).findtext("Description")
+    assert found == re.sub("[\0\x0b\ud800\ufffe]", "\ufffd", text)
+
+
+def test_unknown_format_is_said_in_json(bench):
+    response = bench.get(v1_query(Format="YAML"))
+    assert code(response) == "InvalidParameter"
+    assert '"Format"' in response.get_json()["Message"]
+
+
+def test_common_parameters_do_not_reach_the_kms(bench):
+    bench.get(v1_query(RegionId="cn-hangzhou", SecurityToken="t", KeyId="k", Blank=""))
+    assert bench.kms.calls[0][1] == {"KeyId": "k", "Blank": ""}
+
+
+# --- order: what an unauthenticated request learns
+
+
+def test_missing_action_comes_first(bench):
+    for response in (bench.get(), bench.post(data={"KeyId": "k"})):
+        assert (response.status_code, code(response)) == (400, "MissingParameter")
+        assert '"Action"' in response.get_json()["Message"]
+
+
+def test_unsigned_requests_learn_nothing_of_actions_versions_and_formats(bench):
+    answers = {
+        code(bench.get(f"Action={action}&Version={version}&Format={format_}"))
+        for action in ("DescribeKey", "Nonsense")
+        for version in ("2016-01-20", "1")
+        for format_ in ("JSON", "YAML")
+    }
+    assert answers == {"IncompleteSignature"}
+
+
+def test_action_of_v1_is_the_signed_one(bench):
+    """The older SDK sends the header too, and does not sign it."""
+    parameters = v1_parameters()
+    del parameters["Action"]
+    signed = encode_all({**parameters, "Signature": v1_signature("GET", parameters)})
+    response = bench.get(signed, headers={"x-acs-action": "DeleteKeyMaterial"})
+    assert code(response) == "MissingParameter"
+    assert bench.kms.calls == []
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted"), [("", "MissingParameter"), ("2016-01-21", "InvalidParameter")]
+)
+def test_version(bench, version, wanted):
+    response = bench.get(v1_query(Version=version))
+    assert code(response) == wanted
+    assert '"Version"' in response.get_json()["Message"]
+
+
+def test_refused_signatures_are_audited(bench):
+    parameters = v1_parameters(action="Decrypt")
+    bench.get(encode_all({**parameters, "Signature": "wrong"}))
+    ((action, access_key_id, request_id, why),) = bench.kms.refusals
+    assert (action, access_key_id, why) == ("Decrypt", "testid", "SignatureDoesNotMatch")
+    assert UUID.fullmatch(request_id)
+
+
+def test_the_audit_gets_no_text_that_is_no_name(bench):
+    parameters = v1_parameters("evil\naction", AccessKeyId="evil\nid")
+    bench.get(encode_all({**parameters, "Signature": "wrong"}))
+    assert bench.kms.refusals[0][:2] == ("", "")
+
+
+# --- ambiguity and limits
+
+
+def test_a_parameter_twice(bench):
+    query = v1_query(KeyId="k-1")
+    for response in (
+        bench.get(f"{query}&KeyId=k-2"),
+        bench.post(query, data={"KeyId": "k-1"}),
+        bench.post(query, data=b"A=1&A=1", content_type="application/x-www-form-urlencoded"),
+    ):
+        assert code(response) == "InvalidParameter"
+    assert bench.kms.calls == []
+
+
+@pytest.mark.parametrize("query", ["Action=%ff", "Action=\xff", "a&" * (MAX_PARAMETERS + 1)])
+def test_undecodable_query(bench, query):
+    response = bench.client.get("/", environ_overrides={"QUERY_STRING": query})
+    assert code(response) == "InvalidParameter"
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x", ""])
+def test_only_forms_are_bodies(bench, kind):
+    response = bench.post(v1_query("POST"), data=b"{}", content_type=kind)
+    assert code(response) == "InvalidParameter"
+    assert "Content-Type" in response.get_json()["Message"]
+
+
+def test_body_limit(bench):
+    body = b"A=" + b"a" * 65535
+    response = bench.post(data=body, content_type="application/x-www-form-urlencoded")
+    assert (response.status_code, code(response)) == (413, "RequestTooLarge")
+    response = bench.post(data=body[:-1], content_type="application/x-www-form-urlencoded")
+    assert code(response) == "MissingParameter"
+
+
+def test_body_that_breaks_off(bench):
+    response = bench.client.post(
+        "/",
+        input_stream=BytesIO(b"A=b"),
+        content_type="application/x-www-form-urlencoded",
+        environ_overrides={"CONTENT_LENGTH": "10"},
+    )
+    assert code(response) == "InvalidParameter"
+
+
+@pytest.mark.parametrize("path", ["/kms", "/healthz/", "//", "/%2e%2e"])
+def test_other_paths(bench, path):
+    response = bench.get(v1_query(), path=path)
+    assert (response.status_code, code(response)) == (404, "InvalidPath.NotFound")
+    assert UUID.fullmatch(response.get_json()["RequestId"])
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"])
+@pytest.mark.parametrize("path", ["/", "/healthz"])
+def test_other_methods(bench, method, path):
+    response = bench.client.open(path, method=method)
+    assert (response.status_code, code(response)) == (405, "UnsupportedHTTPMethod")
+
+
+# --- what breaks
+
+
+class Leaky(Exception):
+    pass
+
+
+def test_unexpected_exceptions(bench, caplog):
+    secret = "UExBSU4"
+    bench.kms.answer = Leaky(f"[parameters: {secret}]")
+    bench.kms.answer.__cause__ = ValueError(secret)
+    with caplog.at_level(logging.DEBUG):
+        response = bench.get(v1_query(Plaintext=secret))
+    assert (response.status_code, code(response)) == (500, "InternalFailure")
+    assert response.get_json()["Message"] == "Internal Failure."
+    (record,) = (r for r in caplog.records if r.name.startswith("hsmwrap"))
+    line = logs.JsonFormatter().format(record)
+    assert record.levelno == logging.ERROR
+    assert record.request_id == response.get_json()["RequestId"]
+    assert "Leaky <- builtins.ValueError" in record.exception
+    assert "in execute" in record.traceback
+    assert secret not in line
+
+
+def test_a_backend_that_is_away_is_no_error_of_ours(bench, caplog):
+    bench.kms.answer = errors.HsmUnavailable("the HSM is away")
+    with caplog.at_level(logging.DEBUG):
+        assert bench.get(v1_query()).status_code == 503
+    assert [r.levelname for r in caplog.records if r.name.startswith("hsmwrap")] == ["INFO"]
+
+
+# --- logs
+
+SECRETS = {
+    "Plaintext": "PLAINTEXT-VALUE",
+    "EncryptedKeyMaterial": "MATERIAL-VALUE",
+    "ImportToken": "TOKEN-VALUE",
+    "CiphertextBlob": "CIPHERTEXT-VALUE",
+}
+
+
+def test_every_request_is_one_line_without_secrets(bench, caplog):
+    with caplog.at_level(logging.DEBUG):
+        answers = [
+            bench.get(v1_query(**SECRETS)),
+            bench.post(encode_all(SECRETS), headers=acs3_headers(query=SECRETS)),
+            bench.get(encode_all({**v1_parameters(**SECRETS), "Signature": "SIGNATURE-VALUE"})),
+            bench.get(encode_all(SECRETS)),
+            bench.get(path="/nowhere"),
+        ]
+    lines = [logs.JsonFormatter().format(r) for r in caplog.records if r.message == "request"]
+    for line, response in zip(lines, answers, strict=True):
+        assert json.loads(line)["request_id"] == response.get_json()["RequestId"]
+        assert json.loads(line)["http_status"] == response.status_code
+    assert not [s for s in (*SECRETS.values(), "SIGNATURE-VALUE", "testsecret") if s in caplog.text]
+    assert not [s for s in (*SECRETS.values(), "SIGNATURE", "testsecret") if s in "".join(lines)]
+
+
+def test_log_fields(bench, caplog):
+    with caplog.at_level(logging.INFO):
+        bench.get(v1_query(action="Encrypt"))
+    line = json.loads(logs.JsonFormatter().format(caplog.records[-1]))
+    assert (line["action"], line["access_key_id"], line["code"]) == ("Encrypt", "testid", "OK")
+    assert line["level"] == "INFO"
+    assert line["milliseconds"] >= 0
+
+
+def test_configure_once(monkeypatch):
+    logger = logging.getLogger("hsmwrap")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", logger.propagate)
+    monkeypatch.setattr(logger, "level", logger.level)
+    logs.configure()
+    logs.configure()
+    assert len(logger.handlers) == 1
+    assert logger.handlers[0].stream is sys.stderr
+
+
+# --- the pages
+
+
+def test_healthz(bench):
+    bench.kms.state.ready = False
+    response = bench.get(path="/healthz")
+    assert (response.status_code, response.get_json()["Status"]) == (200, "alive")
+
+
+def test_readyz(bench):
+    assert bench.get(path="/readyz").status_code == 200
+    bench.kms.state.ready = False
+    response = bench.get(path="/readyz")
+    assert (response.status_code, response.get_json()["Status"]) == (503, "not ready")
+    assert "secret-host" not in response.text
+
+
+@pytest.mark.skipif(not metrics.AVAILABLE, reason="needs the extra 'metrics'")
+def test_metrics(bench):
+    bench.get(v1_query(action="CancelKeyDeletion"))
+    bench.kms.answer = InvalidAction("no such action")
+    bench.get(v1_query(action="Nonsense"))
+    bench.get(encode_all({**v1_parameters("Forged"), "Signature": "x"}))
+    text = bench.get(path="/metrics").text
+    assert 'hsmwrap_http_requests_total{action="CancelKeyDeletion",code="OK"}' in text
+    assert 'hsmwrap_http_request_seconds_count{action="CancelKeyDeletion"}' in text
+    assert 'action="unknown",code="InvalidAction.NotFound"' in text
+    assert "Nonsense" not in text
+    assert "Forged" not in text
+
+
+def test_metrics_without_the_library(bench, monkeypatch):
+    monkeypatch.setattr(metrics, "AVAILABLE", False)
+    response = bench.get(path="/metrics")
+    assert response.status_code == 404
+    assert "prometheus_client" in response.get_json()["Message"]
+    assert bench.get(v1_query()).status_code == 200

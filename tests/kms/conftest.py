@@ -1,0 +1,82 @@
+import pytest
+from kms_fakes import Client, Clock, FileObjectsBackend, build_kms
+
+from hsmwrap.software import SoftwareBackend
+from hsmwrap.software.keyring_file import KeyringFile
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request, tmp_path):
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/kms.db"
+    return request.getfixturevalue("postgres_cluster").new_database()
+
+
+@pytest.fixture
+def sqlite_url(tmp_path):
+    return f"sqlite:///{tmp_path}/kms.db"
+
+
+@pytest.fixture
+def keyring_file(tmp_path):
+    path = tmp_path / "keyring.json"
+    KeyringFile(path).create()
+    return path
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def open_backend(tmp_path, keyring_file):
+    """Opens a backend of either custody on the same keys, as another process would."""
+
+    def opened(custody="HsmInternal"):
+        if custody == "HsmInternal":
+            return FileObjectsBackend(keyring_file, tmp_path / "objects")
+        return SoftwareBackend.from_settings(
+            {"keyring_file": str(keyring_file), "serve_hsm_level": True}
+        )
+
+    return opened
+
+
+@pytest.fixture(params=["HsmInternal", "HsmEncryptedDatabase"])
+def custody(request):
+    return request.param
+
+
+@pytest.fixture
+def open_kms(database_url, open_backend, tmp_path, clock):
+    """Opens a KMS on the test's database; several of them are as several processes."""
+    opened = []
+
+    def opens(custody="HsmInternal", **more):
+        more = {"clock": clock} | more
+        kms = build_kms(database_url, open_backend(custody), tmp_path / "audit.log", **more)
+        opened.append(kms)
+        return kms
+
+    yield opens
+    for kms in opened:
+        kms.close()
+
+
+@pytest.fixture
+def kms(open_kms):
+    return open_kms()
+
+
+@pytest.fixture
+def client(kms):
+    return Client(kms)
+
+
+@pytest.fixture
+def objects(open_backend):
+    """Counts the backend's objects."""
+    backend = open_backend()
+    yield lambda: len(backend.objects())
+    backend.close()

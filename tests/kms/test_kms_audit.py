@@ -1,0 +1,320 @@
+"""The audit log: one chained line per operation, and what verify finds."""
+
+import json
+import multiprocessing
+import threading
+import time
+from datetime import UTC, datetime
+
+import pytest
+from kms_fakes import AES_MATERIAL, Client
+
+from hsmwrap.cli import audit as audit_command
+from hsmwrap.errors import HsmwrapError
+from hsmwrap.kms import Caller, Permissions, anchors, audit
+from hsmwrap.kms.audit import Anchor, AuditEntry, AuditFailed, AuditLog, verify
+
+KEY = bytes(range(32))
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def entry(number):
+    return AuditEntry(f"r{number}", "someone", "Encrypt", "k", "ok")
+
+
+@pytest.fixture(params=[None, KEY], ids=["sha256", "hmac"])
+def key(request):
+    return request.param
+
+
+@pytest.fixture
+def log(tmp_path, key):
+    log = AuditLog(tmp_path / "a.log", lambda: NOW, key)
+    for number in range(6):
+        log.append(entry(number))
+    return log
+
+
+def rewrite(log, change):
+    lines = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(b"".join(change(lines)))
+
+
+def lines_at_fault(report):
+    return [problem.line for problem in report.problems]
+
+
+def test_whole_log(log, key):
+    report = verify(log.path, key, (log.head(),))
+    assert (report.ok, report.lines, report.problems) == (True, 6, ())
+    assert report.head == log.head()
+    assert report.head.sequence == 6
+    assert log.path.stat().st_mode & 0o777 == 0o600
+    first = json.loads(log.path.read_text().splitlines()[0])
+    digest = first.pop("digest")
+    assert first == {
+        "sequence": 1,
+        "time": "2030-01-01T00:00:00.000+00:00",
+        "request_id": "r0",
+        "access_key_id": "someone",
+        "action": "Encrypt",
+        "key_id": "k",
+        "outcome": "ok",
+    }
+    assert len(digest) == 64
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_changed_line(log, key, at):
+    def change(lines):
+        lines[at] = lines[at].replace(b'"ok"', b'"no"')
+        return lines
+
+    rewrite(log, change)
+    assert lines_at_fault(verify(log.path, key)) == [at + 1]
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_removed_line(log, key, at):
+    rewrite(log, lambda lines: lines[:at] + lines[at + 1 :])
+    report = verify(log.path, key)
+    assert set(lines_at_fault(report)) == {at + 1}
+    assert len(report.problems) == 2
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_reordered_lines(log, key, at):
+    rewrite(log, lambda lines: [*lines[:at], lines[at + 1], lines[at], *lines[at + 2 :]])
+    assert at + 1 in lines_at_fault(verify(log.path, key))
+
+
+def test_repeated_line(log, key):
+    rewrite(log, lambda lines: [*lines, lines[-1]])
+    assert set(lines_at_fault(verify(log.path, key))) == {7}
+
+
+def test_inserted_line(log, key):
+    rewrite(log, lambda lines: [*lines[:3], b"{}\n", *lines[3:]])
+    assert lines_at_fault(verify(log.path, key)) == [4]
+
+
+@pytest.mark.parametrize(
+    "other_form", [b'{"sequence": 1}\n', b"x\n", b"[]\n", b'{"digest":1,"sequence":1}\n', b"\xff\n"]
+)
+def test_line_of_another_form(log, key, other_form):
+    rewrite(log, lambda lines: [other_form, *lines[1:]])
+    assert lines_at_fault(verify(log.path, key))[0] == 1
+
+
+def test_end_cut_off_shows_only_by_an_anchor(log, key):
+    anchor = log.head()
+    rewrite(log, lambda lines: lines[:4])
+    assert verify(log.path, key).ok
+    report = verify(log.path, key, (anchor,))
+    assert [str(problem) for problem in report.problems] == [
+        "line 4: the log ends without line 6, which it had"
+    ]
+
+
+def test_new_chain_shows_by_an_anchor(log, key):
+    anchor = log.head()
+    log.path.unlink()
+    for number in range(9):
+        log.append(entry(number + 100))
+    assert verify(log.path, key).ok
+    assert not verify(log.path, key, (anchor,)).ok
+
+
+def test_new_chain_cannot_be_made_without_the_key(log):
+    forged = AuditLog(log.path.with_suffix(".forged"), lambda: NOW, bytes(32))
+    forged.append(entry(0))
+    assert not verify(forged.path, KEY).ok
+    assert not verify(forged.path).ok
+
+
+def test_empty_log(tmp_path, key):
+    (tmp_path / "e.log").touch()
+    assert verify(tmp_path / "e.log", key).ok
+    assert not verify(tmp_path / "e.log", key, (Anchor(1, "x"),)).ok
+
+
+def test_torn_last_line_is_cut_off(log, key, caplog):
+    log.path.write_bytes(log.path.read_bytes() + b'{"sequence":7,"ti')
+    log.append(entry(7))
+    assert verify(log.path, key).ok
+    assert verify(log.path, key).lines == 7
+    assert "torn" in caplog.text
+
+
+@pytest.mark.parametrize("foreign", [b"root:x:0:0\n", b"something else", b"x" * 100_000])
+def test_another_file_is_not_touched(tmp_path, key, foreign):
+    path = tmp_path / "other"
+    path.write_bytes(foreign)
+    with pytest.raises(AuditFailed):
+        AuditLog(path, lambda: NOW, key).append(entry(0))
+    assert path.read_bytes() == foreign
+
+
+def test_longest_lines(tmp_path, key):
+    log = AuditLog(tmp_path / "long.log", lambda: NOW, key, sync=True)
+    for _ in range(3):
+        log.append(AuditEntry(*["\U0001f511" * 1000] * 5))
+    assert verify(log.path, key).ok
+
+
+def _append(path, name):
+    log = AuditLog(path, lambda: NOW)
+    for number in range(50):
+        log.append(AuditEntry(f"{name}-{number}", name, "Encrypt", None, "ok"))
+
+
+def test_processes_and_threads_append_to_one_file(tmp_path):
+    path = tmp_path / "shared.log"
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_append, args=(path, f"p{i}")) for i in range(2)]
+    workers += [threading.Thread(target=_append, args=(path, f"t{i}")) for i in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    report = verify(path)
+    assert (report.ok, report.lines) == (True, 250)
+
+
+def test_appending_is_one_at_a_time(tmp_path, monkeypatch):
+    line = audit._line
+
+    def slow(*arguments):
+        time.sleep(0.001)
+        return line(*arguments)
+
+    # Others get their chance between reading the last line and writing the next.
+    monkeypatch.setattr(audit, "_line", slow)
+    path = tmp_path / "shared.log"
+    threads = [threading.Thread(target=_append, args=(path, f"t{i}")) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verify(path).ok
+
+
+def test_each_operation_leaves_a_line_without_secrets(open_kms, clock, tmp_path):
+    kms = open_kms()
+    client = Client(kms)
+    key_id = client.create(Description="do-not-log-me")
+    parameters = client.parameters(key_id)
+    client.import_material(
+        key_id, AES_MATERIAL, parameters, KeyMaterialExpireUnix=clock.unix(days=1)
+    )
+    blob = client.usable(key_id)
+    nobody = Client(kms, Caller("nobody", Permissions()))
+    for call in (
+        lambda: nobody.state(key_id),
+        lambda: client("Nothing"),
+        lambda: client("DescribeKey", Colour="red"),
+        lambda: client.state("unknown"),
+    ):
+        with pytest.raises(HsmwrapError):
+            call()
+    kms.record_refusal("Encrypt", "stranger", "r-1", "SignatureDoesNotMatch")
+    client("ScheduleKeyDeletion", KeyId=key_id, PendingWindowInDays="7")
+    clock.advance(days=7)
+    kms.sweep()
+    text = (tmp_path / "audit.log").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [(e["access_key_id"], e["action"], e["key_id"], e["outcome"]) for e in lines] == [
+        ("admin", "CreateKey", key_id, "ok"),
+        ("admin", "GetParametersForImport", key_id, "ok"),
+        ("admin", "ImportKeyMaterial", key_id, "ok"),
+        ("admin", "Encrypt", key_id, "ok"),
+        ("admin", "Decrypt", key_id, "ok"),
+        ("nobody", "DescribeKey", key_id, "Forbidden.NoPermission"),
+        ("admin", "Nothing", None, "InvalidAction.NotFound"),
+        ("admin", "DescribeKey", None, "InvalidParameter"),
+        ("admin", "DescribeKey", "unknown", "Forbidden.KeyNotFound"),
+        ("stranger", "Encrypt", None, "SignatureDoesNotMatch"),
+        ("admin", "ScheduleKeyDeletion", key_id, "ok"),
+        ("system", "ExpireKeyMaterial", key_id, "ok"),
+        ("system", "DeleteKey", key_id, "ok"),
+    ]
+    assert lines[0]["request_id"] == "admin-1"
+    for secret in ("do-not-log-me", parameters["ImportToken"], blob, "aGVsbG8"):
+        assert secret not in text
+    assert verify(tmp_path / "audit.log").ok
+
+
+def test_unforeseen_failure_is_audited_and_passed_on(client, tmp_path):
+    def fails(*_arguments, **_more):
+        raise ZeroDivisionError
+
+    client.kms._backends["HSM"].generate_wrapping_key = fails
+    key_id = client.create()
+    with pytest.raises(ZeroDivisionError):
+        client.parameters(key_id)
+    assert json.loads((tmp_path / "audit.log").read_text().splitlines()[-1])["outcome"] == (
+        "InternalFailure"
+    )
+
+
+def test_nothing_is_answered_without_an_audit_log(client, tmp_path):
+    (tmp_path / "audit.log").unlink()
+    (tmp_path / "audit.log").mkdir()
+    with pytest.raises(AuditFailed):
+        client("ListKeys")
+
+
+def test_database_remembers_the_end(open_kms, tmp_path, caplog):
+    kms = open_kms()
+    client = Client(kms)
+    for _ in range(4):
+        client("ListKeys")
+    kms.sweep()
+    path = tmp_path / "audit.log"
+    (anchor,) = anchors.remembered(kms._database, path)
+    assert anchor == kms._audit_log.head()
+    rewrite(kms._audit_log, lambda lines: lines[:2])
+    kms.sweep()
+    assert "shorter than it was" in caplog.text
+    assert anchors.remembered(kms._database, path) == (anchor,)
+    assert not verify(path, None, (anchor,)).ok
+
+
+class TestCommand:
+    def run(self, capsys, *arguments):
+        import argparse
+
+        parser = argparse.ArgumentParser()
+        audit_command.add_parser(parser.add_subparsers())
+        args = parser.parse_args(["audit", "verify", *map(str, arguments)])
+        return args.run(args), capsys.readouterr().out
+
+    def test_file(self, log, key, tmp_path, capsys):
+        key_file = tmp_path / "audit.key"
+        key_file.write_bytes(key or b"")
+        key_file.chmod(0o600)
+        arguments = ["--file", log.path, *(["--key-file", key_file] if key else [])]
+        code, out = self.run(capsys, *arguments)
+        assert (code, "6 lines, whole; whether the end was cut off" in out) == (0, True)
+        rewrite(log, lambda lines: lines[1:])
+        code, out = self.run(capsys, *arguments, "--json")
+        found = json.loads(out)
+        assert (code, found["ok"], found["lines"]) == (1, False, 5)
+        assert found["problems"][0]["line"] == 1
+
+    def test_config(self, open_kms, database_url, tmp_path, capsys):
+        kms = open_kms()
+        Client(kms)("ListKeys")
+        Client(kms)("ListKeys")
+        kms.sweep()
+        config = tmp_path / "server.toml"
+        config.write_text(
+            f'database_url = "{database_url}"\naudit_file = "{tmp_path}/audit.log"\n'
+            '[backends.HSM]\nplugin = "software"\n'
+        )
+        code, out = self.run(capsys, "--config", config)
+        assert (code, out) == (0, f"{tmp_path}/audit.log: 2 lines, whole\n")
+        rewrite(kms._audit_log, lambda lines: lines[:1])
+        code, out = self.run(capsys, "--config", config)
+        assert code == 1
+        assert "ends without line 2" in out

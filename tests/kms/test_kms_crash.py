@@ -1,0 +1,122 @@
+"""kill -9 at each step of everything that makes or destroys objects: whole or not at all."""
+
+import json
+import signal
+
+import pytest
+from kms_fakes import AES_MATERIAL, Client, import_request, run_elsewhere
+from sqlalchemy import text
+
+from hsmwrap.kms.objects import LEASE
+
+INTENT, IMPORTED, COMMITTED = "intent written", "material imported", "row committed"
+CONDEMNED, DESTROYED = "object condemned", "object destroyed"
+
+# Scenario → its steps, and from which step on it has happened.
+SCENARIOS = {
+    "first import": ([INTENT, IMPORTED, COMMITTED], COMMITTED),
+    "re-import": ([INTENT, IMPORTED, COMMITTED, CONDEMNED, DESTROYED], COMMITTED),
+    "refused import": ([INTENT, CONDEMNED, DESTROYED], None),
+    "delete material": ([COMMITTED, CONDEMNED, DESTROYED], COMMITTED),
+    "delete key": ([CONDEMNED, DESTROYED], CONDEMNED),
+    "own material": ([INTENT, IMPORTED, COMMITTED], COMMITTED),
+}
+
+
+def prepare(client, scenario):
+    """Put the key into the state before; the key's id and the crasher's request."""
+    key_id = client.create()
+    request = import_request(client.parameters(key_id), AES_MATERIAL)
+    if scenario not in ("first import", "own material"):
+        client("ImportKeyMaterial", **request)
+    if scenario == "delete key":
+        client("ScheduleKeyDeletion", KeyId=key_id, PendingWindowInDays="7")
+    if scenario == "refused import":
+        request = import_request(client.parameters(key_id), bytes(32))
+    return key_id, {
+        "first import": ("ImportKeyMaterial", request),
+        "re-import": ("ImportKeyMaterial", request),
+        "refused import": ("ImportKeyMaterial", request),
+        "delete material": ("DeleteKeyMaterial", {"KeyId": key_id}),
+        "delete key": (None, {}),
+        "own material": ("CreateKey", {"ProtectionLevel": "HSM"}),
+    }[scenario]
+
+
+@pytest.fixture
+def crash(database_url, keyring_file, tmp_path):
+    def run(scenario, request, die_at):
+        action, parameters = request
+        settings = {"keyring_file": str(keyring_file), "directory": str(tmp_path / "objects")}
+        arguments = {
+            "url": database_url,
+            "backend": ("file", settings),
+            "audit_file": str(tmp_path / "audit.log"),
+            "die_at": die_at,
+            "sweep_days": 7 if scenario == "delete key" else 0,
+            "action": action,
+            "parameters": parameters,
+        }
+        return run_elsewhere(arguments)
+
+    return run
+
+
+def keys_and_doomed(kms):
+    with kms._database.read() as transaction:
+        rows = transaction.execute(text("SELECT reference FROM keys")).all()
+        doomed = transaction.execute(text("SELECT count(*) FROM doomed_objects")).scalar()
+    return len(rows), sum(reference is not None for (reference,) in rows), doomed
+
+
+def check_outcome(client, scenario, key_id, happened):
+    keys, _, _ = keys_and_doomed(client.kms)
+    if scenario == "delete key":
+        assert keys == 0
+    elif scenario == "own material":
+        assert keys == (2 if happened else 1)
+    elif scenario == "delete material":
+        assert client.state(key_id) == ("PendingImport" if happened else "Enabled")
+    else:
+        enabled = happened or scenario in ("re-import", "refused import")
+        assert client.state(key_id) == ("Enabled" if enabled else "PendingImport")
+        if enabled:
+            client.usable(key_id)
+        # What crashed can be done again at once, not only after the lease.
+        client.import_material(key_id)
+        client.usable(key_id)
+
+
+CASES = [(name, step) for name, (steps, _) in SCENARIOS.items() for step in steps]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}, {case[1]}")
+def test_killed_at(open_kms, clock, objects, crash, case):
+    scenario, die_at = case
+    steps, commit = SCENARIOS[scenario]
+    happened = commit is not None and steps.index(die_at) >= steps.index(commit)
+    before = open_kms()
+    key_id, request = prepare(Client(before), scenario)
+    before.close()
+    died = crash(scenario, request, die_at)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    client = Client(open_kms())
+    check_outcome(client, scenario, key_id, happened)
+    clock.advance(seconds=LEASE.total_seconds())
+    if scenario == "delete key":
+        clock.advance(days=7)
+    client.kms.sweep()
+    _, with_material, doomed = keys_and_doomed(client.kms)
+    assert (objects(), doomed) == (with_material, 0)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_steps_are_all_listed(open_kms, crash, scenario):
+    before = open_kms()
+    _, request = prepare(Client(before), scenario)
+    before.close()
+    done = crash(scenario, request, None)
+    if scenario == "refused import":
+        assert "InvalidKeyMaterial" in done.stderr
+    else:
+        assert json.loads(done.stdout) == SCENARIOS[scenario][0], done.stderr

@@ -1,0 +1,152 @@
+"""The database: migrations, transactions, what is (not) in it, and its absence."""
+
+import base64
+import json
+import threading
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from kms_fakes import AES_MATERIAL, Client
+from sqlalchemy import text
+
+from hsmwrap.errors import ServiceUnavailable
+from hsmwrap.kms.blobs import CiphertextBlob
+from hsmwrap.kms.database import Database
+from hsmwrap.kms.schema import Row
+
+
+@pytest.fixture
+def database(database_url):
+    database = Database(database_url, sync=False)
+    yield database
+    database.close()
+
+
+def test_migrations_make_the_schema(database):
+    database.migrate()
+    database.migrate()
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Row.metadata) == []
+
+
+def test_processes_migrate_at_once(database_url):
+    databases = [Database(database_url, sync=False) for _ in range(4)]
+    failed = []
+
+    def migrate(database):
+        try:
+            database.migrate()
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    threads = [threading.Thread(target=migrate, args=(database,)) for database in databases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    for database in databases:
+        with database.read() as transaction:
+            assert transaction.execute(text("SELECT count(*) FROM keys")).scalar() == 0
+        database.close()
+
+
+def test_write_is_whole_or_nothing(database):
+    database.migrate()
+    insert = text("INSERT INTO audit_anchors VALUES ('a', 1, 'd')")
+
+    def fail():
+        with database.write() as transaction:
+            transaction.execute(insert)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    with database.write() as transaction:
+        assert transaction.execute(text("SELECT * FROM audit_anchors")).all() == []
+        transaction.execute(insert)
+    with database.read() as transaction:
+        assert len(transaction.execute(text("SELECT * FROM audit_anchors")).all()) == 1
+
+
+def test_settings_of_sqlite(sqlite_url):
+    database = Database(sqlite_url)
+    with database.read() as transaction:
+        pragmas = ("journal_mode", "foreign_keys", "synchronous", "busy_timeout")
+        values = [transaction.execute(text(f"PRAGMA {name}")).scalar() for name in pragmas]
+    database.close()
+    assert values == ["wal", 1, 2, 10_000]
+
+
+def test_sqlite_writers_take_turns(sqlite_url):
+    database = Database(sqlite_url, sync=False)
+    database.migrate()
+    with database.write() as transaction:
+        transaction.execute(text("INSERT INTO audit_anchors VALUES ('a', 0, 'd')"))
+
+    def count_up():
+        for _ in range(25):
+            with database.write() as transaction:
+                value = transaction.execute(text("SELECT sequence FROM audit_anchors")).scalar()
+                transaction.execute(text(f"UPDATE audit_anchors SET sequence = {value + 1}"))
+
+    threads = [threading.Thread(target=count_up) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with database.read() as transaction:
+        assert transaction.execute(text("SELECT sequence FROM audit_anchors")).scalar() == 100
+    database.close()
+
+
+def test_absent_database(tmp_path):
+    database = Database(f"sqlite:///{tmp_path}/no/such/directory/kms.db")
+    with pytest.raises(ServiceUnavailable):
+        database.ping()
+    postgres = Database(f"postgresql+psycopg://kms:pass-word@/kms?host={tmp_path}")
+    with pytest.raises(ServiceUnavailable) as caught:
+        postgres.ping()
+    assert "pass-word" not in str(caught.value) + repr(postgres)
+    database.close()
+    postgres.close()
+
+
+def test_health_without_a_database(open_kms, tmp_path, monkeypatch):
+    kms = open_kms()
+    absent = Database(f"sqlite:///{tmp_path}/no/such/directory/kms.db")
+    monkeypatch.setattr(kms, "_database", absent)
+    health = kms.health()
+    monkeypatch.undo()
+    assert not health.ready
+    assert health.parts["database"].startswith("the database cannot answer")
+
+
+def test_no_plaintext_in_the_database(open_kms, custody):
+    client = Client(open_kms(custody))
+    key_id = client.create()
+    client.import_material(key_id, AES_MATERIAL)
+    data_key = client("GenerateDataKey", KeyId=key_id)
+    rows = []
+    with client.kms._database.read() as transaction:
+        for table in Row.metadata.tables:
+            rows += transaction.execute(text(f"SELECT * FROM {table}")).all()
+    everything = b"|".join(
+        bytes(value) if isinstance(value, bytes | memoryview) else json.dumps(value).encode()
+        for row in rows
+        for value in row
+    )
+    assert key_id.encode() in everything
+    for secret in (AES_MATERIAL, base64.b64decode(data_key["Plaintext"])):
+        for form in (secret, secret.hex().encode(), base64.b64encode(secret)):
+            assert form not in everything
+
+
+def test_blob_round_trip():
+    blob = CiphertextBlob("8a8e3a5f-0000-4000-8000-000000000000", b"ciphertext")
+    raw = blob.to_bytes()
+    assert raw[0] == 1
+    assert CiphertextBlob.from_bytes(raw) == blob

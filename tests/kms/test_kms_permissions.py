@@ -1,0 +1,186 @@
+"""Permissions deny by default; access keys come from a private file."""
+
+import pytest
+from kms_fakes import ADMIN, AES_MATERIAL, Client
+
+from hsmwrap.errors import ConfigurationError, HsmwrapError
+from hsmwrap.kms import AccessKey, Caller, Grant, NoPermission, Permissions
+from hsmwrap.kms.access import FileAccessKeys
+from hsmwrap.kms.api import OPERATIONS
+
+UNKNOWN_KEY = "8a8e3a5f-0000-4000-8000-000000000000"
+NEEDED = {
+    "GetParametersForImport": {
+        "WrappingKeySpec": "RSA_2048",
+        "WrappingAlgorithm": "RSAES_OAEP_SHA_256",
+    },
+    "ImportKeyMaterial": {"EncryptedKeyMaterial": "aGVsbG8=", "ImportToken": "aGVsbG8="},
+    "Encrypt": {"Plaintext": "aGVsbG8="},
+    "ScheduleKeyDeletion": {"PendingWindowInDays": "7"},
+}
+
+
+def caller(*grants):
+    return Caller("limited", Permissions(grants))
+
+
+@pytest.fixture
+def key(kms):
+    admin = Client(kms)
+    key_id = admin.create()
+    admin.import_material(key_id, AES_MATERIAL)
+    return key_id, admin.usable(key_id)
+
+
+def requests(key_id, blob):
+    for action in OPERATIONS:
+        if action == "Decrypt":
+            yield action, {"CiphertextBlob": blob}
+        elif action in ("CreateKey", "ListKeys"):
+            yield action, {}
+        else:
+            yield action, {"KeyId": key_id} | NEEDED.get(action, {})
+
+
+def answers(kms, who, key_id, blob):
+    """Each action → whether it was allowed (whatever became of it then)."""
+    client, allowed = Client(kms, who), {}
+    for action, parameters in requests(key_id, blob):
+        try:
+            client(action, **parameters)
+            allowed[action] = True
+        except HsmwrapError as error:
+            allowed[action] = error.code != "Forbidden.NoPermission"
+    return allowed
+
+
+@pytest.mark.parametrize(
+    "grants",
+    [
+        (),
+        (Grant(()),),
+        (Grant(("*",), ()),),
+        (Grant(("*",), (UNKNOWN_KEY,)),),
+        (
+            Grant(
+                ("describekey", "KMS:*"),
+            ),
+        ),
+    ],
+)
+def test_nothing_is_allowed(kms, key, grants):
+    assert not any(answers(kms, caller(*grants), *key).values())
+
+
+def test_everything_is_allowed(kms, key):
+    assert all(answers(kms, ADMIN, *key).values())
+
+
+def test_some_actions_on_some_keys(kms, key):
+    key_id, _ = key
+    grants = (Grant(("Encrypt", "De*"), (f"{key_id[:8]}*",)), Grant(("ListKeys",)))
+    allowed = {action for action, yes in answers(kms, caller(*grants), *key).items() if yes}
+    assert allowed == {"Encrypt", "Decrypt", "DescribeKey", "DeleteKeyMaterial", "ListKeys"}
+
+
+def test_decrypt_needs_permission_for_the_key_of_the_blob(kms, key):
+    key_id, blob = key
+    other = Client(kms).create()
+    with pytest.raises(NoPermission) as caught:
+        Client(kms, caller(Grant(("*",), (other,))))("Decrypt", CiphertextBlob=blob)
+    assert caught.value.http_status == 403
+    Client(kms, caller(Grant(("*",), (key_id,))))("Decrypt", CiphertextBlob=blob)
+
+
+def test_denial_does_not_tell_whether_a_key_exists(kms, key):
+    client = Client(kms, caller())
+    texts = set()
+    for key_id in (key[0], UNKNOWN_KEY):
+        with pytest.raises(NoPermission) as caught:
+            client("DescribeKey", KeyId=key_id)
+        texts.add(str(caught.value) + caught.value.api_message)
+    assert len(texts) == 1
+
+
+def test_arn_does_not_go_around_patterns(kms, key):
+    arn = f"acs:kms:cn-hangzhou:1000000000000000:key/{key[0]}"
+    with pytest.raises(NoPermission):
+        Client(kms, caller(Grant(("*",), ("acs:*",))))("DescribeKey", KeyId=arn)
+
+
+FILE = """
+[[access_key]]
+id = "backup"
+secret = "s3cret-value"
+allow = [{ actions = ["Encrypt"], keys = ["8a*"] }, { actions = ["ListKeys"] }]
+
+[[access_key]]
+id = "nobody"
+secret = "other"
+"""
+
+
+@pytest.fixture
+def access_file(tmp_path):
+    path = tmp_path / "access.toml"
+    path.write_text(FILE)
+    path.chmod(0o600)
+    return path
+
+
+def test_access_key_file(access_file):
+    keys = FileAccessKeys(access_file)
+    backup = keys.lookup("backup")
+    assert backup == AccessKey(
+        "backup",
+        "s3cret-value",
+        Permissions((Grant(("Encrypt",), ("8a*",)), Grant(("ListKeys",), ("*",)))),
+    )
+    assert "s3cret" not in repr(backup) + repr(keys) + repr(backup.caller())
+    assert keys.lookup("nobody").permissions == Permissions()
+    assert keys.lookup("missing") is None
+
+
+def test_access_key_file_is_read_again(access_file):
+    keys = FileAccessKeys(access_file)
+    replacement = access_file.with_suffix(".new")
+    replacement.write_text('[[access_key]]\nid = "fresh"\nsecret = "x"\n')
+    replacement.chmod(0o600)
+    replacement.replace(access_file)
+    assert keys.lookup("backup") is None
+    assert keys.lookup("fresh")
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+def test_access_key_file_must_be_private(access_file, mode):
+    access_file.chmod(mode)
+    with pytest.raises(ConfigurationError, match="chmod 600"):
+        FileAccessKeys(access_file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not toml",
+        "[[access_keys]]\n",
+        '[[access_key]]\nid = "a"\n',
+        '[[access_key]]\nid = "a"\nsecret = ""\n',
+        '[[access_key]]\nid = "a"\nsecret = 7\n',
+        '[[access_key]]\nid = "a"\nsecret = "hush-hush"\nallow = "all"\n',
+        '[[access_key]]\nid = "a"\nsecret = "hush-hush"\nallow = [{ keys = ["*"] }]\n',
+        '[[access_key]]\nid = "a"\nsecret = "hush-hush"\nallow = [{ actions = "*" }]\n',
+        '[[access_key]]\nid = "a"\nsecret = "hush-hush"\ndeny = []\n',
+        'access_key = "hush-hush"\n',
+        '[[access_key]]\nid = "a"\nsecret = "hush-hush"\n' * 2,
+    ],
+)
+def test_access_key_file_errors_quote_no_secret(access_file, text):
+    access_file.write_text(text)
+    with pytest.raises(ConfigurationError) as caught:
+        FileAccessKeys(access_file)
+    assert "hush-hush" not in str(caught.value)
+
+
+def test_access_key_file_that_is_missing(tmp_path):
+    with pytest.raises(ConfigurationError):
+        FileAccessKeys(tmp_path / "none")

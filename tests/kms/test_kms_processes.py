@@ -1,0 +1,121 @@
+"""Several KMS on one database and one set of keys, as several processes are; and real forks."""
+
+import multiprocessing
+import threading
+import warnings
+from datetime import timedelta
+
+import pytest
+from kms_fakes import AES_MATERIAL, Client
+
+from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
+from hsmwrap.kms import RejectedPendingImport
+
+
+def test_parameters_of_one_are_honoured_by_the_other(open_kms, custody):
+    one, other = Client(open_kms(custody)), Client(open_kms(custody))
+    key_id = one.create()
+    parameters = one.parameters(key_id)
+    one.kms.close()
+    other.import_material(key_id, parameters=parameters)
+    blob = other.usable(key_id)
+    third = Client(open_kms(custody))
+    assert third("Decrypt", CiphertextBlob=blob)["Plaintext"] == "aGVsbG8="
+
+
+def test_deletion_by_one_is_seen_by_the_other(open_kms, objects):
+    one, other = Client(open_kms()), Client(open_kms())
+    key_id = one.create()
+    one.import_material(key_id)
+    other("DeleteKeyMaterial", KeyId=key_id)
+    with pytest.raises(RejectedPendingImport):
+        one.usable(key_id)
+    assert objects() == 0
+
+
+def test_nonces_hold_across(open_kms, clock):
+    one, other = open_kms().nonces, open_kms().nonces
+    soon = clock() + timedelta(minutes=15)
+    assert one.use("a", "n", soon)
+    assert not other.use("a", "n", soon)
+    assert other.use("b", "n", soon)
+    assert other.use("a", "n2", soon)
+    # The parts do not run into each other.
+    assert one.use("ab", "c", soon)
+    assert one.use("a", "bc", soon)
+
+
+def test_nonces_are_forgotten_when_they_are_over(open_kms, clock):
+    kms = open_kms()
+    assert kms.nonces.use("a", "n", clock() + timedelta(minutes=15))
+    clock.advance(minutes=15)
+    assert kms.nonces.use("a", "n", clock() + timedelta(minutes=15))
+    assert not kms.nonces.use("a", "n", clock() + timedelta(minutes=15))
+    clock.advance(minutes=15)
+    kms.sweep()
+    with kms._database.read() as transaction:
+        assert transaction.connection().exec_driver_sql("SELECT * FROM used_once").all() == []
+
+
+def test_one_nonce_is_used_once_by_many_threads(open_kms, clock):
+    stores = [open_kms().nonces, open_kms().nonces]
+    soon, won = clock() + timedelta(minutes=15), []
+    start = threading.Barrier(8)
+
+    def use(store):
+        start.wait()
+        won.append(store.use("a", "n", soon))
+
+    threads = [threading.Thread(target=use, args=(stores[i % 2],)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == [False] * 7 + [True]
+
+
+def test_single_use_holds_across(open_kms):
+    one, other = Client(open_kms(single_use=True)), Client(open_kms(single_use=True))
+    key_id = one.create()
+    parameters = one.parameters(key_id)
+    # A failed import gives the token back.
+    with pytest.raises(InvalidKeyMaterial):
+        one.import_material(key_id, b"short", parameters)
+    other.import_material(key_id, AES_MATERIAL, parameters)
+    for client in (one, other):
+        with pytest.raises(InvalidImportToken):
+            client.import_material(key_id, AES_MATERIAL, parameters)
+    one.import_material(key_id)
+
+
+def _use_in_child(client, key_id, blob, answers):
+    try:
+        client.usable(key_id)
+        answers.put(client("Decrypt", CiphertextBlob=blob)["Plaintext"])
+    except BaseException as error:
+        answers.put(repr(error))
+        raise
+
+
+def test_children_after_fork_use_what_they_inherit(open_kms):
+    client = Client(open_kms("HsmEncryptedDatabase", sweep_seconds=3600))
+    key_id = client.create()
+    client.import_material(key_id)
+    blob = client.usable(key_id)
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    children = [
+        context.Process(target=_use_in_child, args=(client, key_id, blob, answers))
+        for _ in range(4)
+    ]
+    with warnings.catch_warnings():
+        # From Python 3.12 on forking beside threads warns; it is what is tested here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for child in children:
+            child.start()
+            client.usable(key_id)
+    for child in children:
+        child.join(60)
+    assert [answers.get() for _ in children] == ["aGVsbG8="] * 4
+    assert [child.exitcode for child in children] == [0] * 4
+    client.usable(key_id)

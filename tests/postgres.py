@@ -1,0 +1,78 @@
+"""A private PostgreSQL cluster of the distribution's package, in a temporary directory.
+
+It listens on a Unix socket in that directory alone, so it needs no port and nobody else reaches
+it. PostgreSQL refuses to run as root: then it runs as ``postgres``, or ``nobody``.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import uuid
+from pathlib import Path
+
+import psycopg
+
+_CANDIDATES = ("postgres", "nobody")
+
+
+def binaries() -> Path | None:
+    """The newest installed version's programs, or None."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
+    return found[-1].parent if found else None
+
+
+class PrivateCluster:
+    """Runs for the length of a ``with`` block."""
+
+    def __init__(self):
+        self._bin = binaries()
+        # Not pytest's own: a socket's path is at most 107 bytes, and the user has to reach it.
+        self._home = Path(tempfile.mkdtemp(prefix="hsmwrap-pg-"))
+        self._as_user = self._give_away() if os.geteuid() == 0 else []
+
+    def __enter__(self):
+        data = self._home / "data"
+        self._run("initdb", "-D", data, "-U", "hsmwrap", "-A", "trust", "-N", "-E", "UTF8",
+                  "--locale=C.UTF-8")  # fmt: skip
+        settings = f"-k {self._home} -c listen_addresses= -c fsync=off -c max_connections=200"
+        self._run("pg_ctl", "-D", data, "-w", "-l", self._home / "log", "-o", settings, "start")
+        return self
+
+    def __exit__(self, *_exc):
+        try:
+            self._run("pg_ctl", "-D", self._home / "data", "-m", "immediate", "-w", "stop")
+        finally:
+            shutil.rmtree(self._home)
+
+    def url(self, database):
+        return f"postgresql+psycopg://hsmwrap@/{database}?host={self._home}"
+
+    def new_database(self):
+        """Make an empty database and return its URL."""
+        name = f"t{uuid.uuid4().hex}"
+        with psycopg.connect(
+            host=str(self._home), user="hsmwrap", dbname="postgres", autocommit=True
+        ) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+    def _give_away(self):
+        known = {entry.pw_name: entry for entry in pwd.getpwall()}
+        user = next(known[name] for name in _CANDIDATES if name in known)
+        os.chown(self._home, user.pw_uid, user.pw_gid)
+        return ["runuser", "-u", user.pw_name, "--"]
+
+    def _run(self, program, *arguments):
+        command = [*self._as_user, str(self._bin / program), *map(str, arguments)]
+        # To files: the server would keep a pipe open for ever.
+        with tempfile.TemporaryFile() as output:
+            done = subprocess.run(
+                command, cwd="/", stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                check=False,
+            )  # fmt: skip
+            output.seek(0)
+            assert done.returncode == 0, output.read().decode(errors="replace")
