@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 from hsmwrap import registry
@@ -16,7 +18,8 @@ A backend seals import tokens, wrapping keys and imported keys under keys of its
 in sets. The newest set is current; older ones open what they sealed until they are retired.
 The settings come from options, or from HSMWRAP_PKCS11_MODULE, HSMWRAP_TOKEN_LABEL,
 HSMWRAP_PIN_FILE and HSMWRAP_SO_PIN_FILE. With the security officer's PIN the key-encryption keys
-of an HSM token become CKA_TRUSTED, and nothing else can wrap what they wrap.
+of an HSM token become CKA_TRUSTED, and nothing else can wrap what they wrap. `reap` removes
+resident wrapping keys whose import tokens have expired, whichever process made them.
 """
 
 _ENVIRONMENT = {
@@ -36,11 +39,11 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "keys",
-        help="make, rotate, retire or list a backend's own keys",
+        help="make, rotate, retire or list a backend's own keys; reap expired wrapping keys",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=("init", "rotate", "retire", "list"))
+    parser.add_argument("action", choices=("init", "rotate", "retire", "list", "reap"))
     parser.add_argument("key_id", nargs="?", help="the key set to retire")
     parser.add_argument("--backend", default="pkcs11", help="default: pkcs11")
     parser.add_argument("--so-pin-file", help="file with the security officer's PIN")
@@ -61,8 +64,24 @@ def run(args: argparse.Namespace) -> int:
         backend.rotate_keys(settings, so_pin_file=so_pin_file)
     elif args.action == "retire":
         backend.retire_keys(settings, args.key_id or "")
+    elif args.action == "reap":
+        return _reap(args, settings)
     _print(backend.list_keys(settings), as_json=args.json)
     return 0
+
+
+def _reap(args: argparse.Namespace, settings: dict[str, Any]) -> int:
+    """Remove expired wrapping keys; the exit code is 1 if one could not be removed."""
+    with registry.open_backend(args.backend, settings) as backend:
+        report = backend.reap(datetime.now(UTC))
+    if args.json:
+        print(tables.to_json(asdict(report)))
+    else:
+        print(
+            f"{report.examined} resident wrapping keys: {len(report.removed)} expired and "
+            f"removed, {len(report.failed)} could not be removed"
+        )
+    return 1 if report.failed else 0
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

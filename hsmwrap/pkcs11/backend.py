@@ -6,7 +6,7 @@ import hmac
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, ClassVar, Self
 
 from pkcs11 import GCMParams
@@ -33,7 +33,7 @@ from hsmwrap.errors import (
     InvalidKeyMaterial,
     UnsupportedOperation,
 )
-from hsmwrap.pkcs11 import admin, report, rsa, sm2
+from hsmwrap.pkcs11 import admin, reaper, report, rsa, sm2
 from hsmwrap.pkcs11.clientfault import blame
 from hsmwrap.pkcs11.connection import Connection, destroy_by_id
 from hsmwrap.pkcs11.custody import WrappingKeyStore, new_object_id, parse_ref
@@ -71,7 +71,7 @@ class Pkcs11Backend(Backend):
         self._vendor = profile(settings.profile)
         self._keys = KeySets(settings.key_prefix)
         self._probed: _Token | None = None
-        self._connection = Connection(settings)
+        self._connection = Connection(settings, make_room=self._make_room)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -351,8 +351,11 @@ class Pkcs11Backend(Backend):
     def reap(self, now: datetime) -> ReapReport:
         """Destroy expired resident wrapping keys of all processes, and our own leftovers."""
         self._connection.destroy_orphans()
-        wrapping = self._token().wrapping
-        return self._connection.run(lambda pooled: wrapping.reap(pooled, now))
+        prefix = self._settings.key_prefix
+        return self._connection.run(lambda pooled: reaper.reap(pooled, prefix, now))
+
+    def _make_room(self, pooled: PooledSession) -> None:
+        reaper.reap(pooled, self._settings.key_prefix, datetime.now(UTC))
 
     def health(self) -> Health:
         """State of the connection; never waits for the HSM."""

@@ -12,7 +12,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -81,8 +82,16 @@ class _Failure(Exception):
 class Connection:
     """One HSM token, shared by all threads of a backend."""
 
-    def __init__(self, settings: Pkcs11Settings) -> None:
+    def __init__(
+        self,
+        settings: Pkcs11Settings,
+        make_room: Callable[[PooledSession], None] = lambda _pooled: None,
+    ) -> None:
         """Load the module and log in; with ``settings.lazy`` at the first call instead.
+
+        Args:
+            settings: Which module, token and PIN; how many sessions.
+            make_room: Called when the HSM has no memory left.
 
         Raises:
             ConfigurationError: The module cannot be loaded.
@@ -92,6 +101,7 @@ class Connection:
         """
         self.recoveries: Counter[str] = Counter()
         self._settings = settings
+        self._make_room = make_room
         self._gate = Gate("PKCS#11 backend")
         self._breaker = Breaker(settings.initial_backoff, settings.max_backoff)
         self._mapper = HsmAttributeMapper()
@@ -262,6 +272,9 @@ class Connection:
             self._log_in_again(failure)
         elif recovery.remedy is Remedy.RESTART:
             self._restart(failure.generation, name)
+        elif recovery.remedy is Remedy.REAP:
+            with suppress(_Failure, HsmwrapError):
+                self._attempt(self._make_room)
         elif recovery.remedy is Remedy.STOP:
             self._stop(name)
         return recovery.retry
@@ -347,7 +360,8 @@ class Connection:
                 return live
             if live is not None:
                 live.pool.abandon()
-            self._live = self._log_in_anew(module, generation)
+            with _connecting():
+                self._live = self._log_in_anew(module, generation)
             self._was_live = True
             return self._live
 
@@ -419,6 +433,17 @@ _DOUBTFUL_PIN = (
     TokenFlag.USER_PIN_FINAL_TRY,
     TokenFlag.USER_PIN_LOCKED,
 )
+
+
+@contextmanager
+def _connecting() -> Iterator[None]:
+    """An HSM that cannot be connected to is away, whatever it answers."""
+    try:
+        yield
+    except PKCS11Error as error:
+        if recovery_of(error) is not None:
+            raise
+        raise CryptokiError(code_name(error), CKR["TOKEN_NOT_PRESENT"]) from None
 
 
 def _flags_of(session: Session) -> TokenFlag:

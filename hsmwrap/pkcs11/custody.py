@@ -13,20 +13,19 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType
 
-from hsmwrap.backend import Custody, PrivateKeyRef, ReapReport
+from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken
+from hsmwrap.pkcs11 import reaper
 from hsmwrap.pkcs11.keys import OPENS, KeySets, Role
 from hsmwrap.pkcs11.pool import PooledSession
 from hsmwrap.pkcs11.probe import MECHANISMS, TokenFeatures
-from hsmwrap.pkcs11.returncodes import recovery_of
 from hsmwrap.pkcs11.templates import (
     AES_KEY_WRAP,
     NestedTemplate,
@@ -103,7 +102,7 @@ class WrappingKeyStore:
         """Template to generate a private key with that stays in the HSM token."""
         becomes = self.features.fit(intermediate(trusted=trusted))
         pins = _pinned(algorithm, becomes) if role is Role.WRAPPING_UNWRAP else {}
-        label = f"{self.prefix}:wrapping:{int(expires_at.timestamp())}"
+        label = reaper.label(self.prefix, expires_at)
         return stored(self.features.fit({**OPENS[role], **pins}), object_id, label)
 
     def seal(self, pooled: PooledSession, role: Role, private: Any, number: int) -> PrivateKeyRef:
@@ -140,33 +139,6 @@ class WrappingKeyStore:
         finally:
             private.destroy()
 
-    def reap(self, pooled: PooledSession, now: datetime) -> ReapReport:
-        """Destroy resident wrapping keys whose label says that they expired before ``now``."""
-        removed: list[str] = []
-        failed: list[str] = []
-        examined = 0
-        residents = pooled.find({Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.TOKEN: True})
-        for key in residents:
-            attributes = key.get_attributes([Attribute.LABEL, Attribute.ID])
-            expiry = self._expiry(attributes.get(Attribute.LABEL, ""))
-            if expiry is None:
-                continue
-            examined += 1
-            if expiry < now:
-                with pooled.token_writes:
-                    gone = _destroy(key)
-                (removed if gone else failed).append(attributes[Attribute.ID].hex())
-        return ReapReport(examined, tuple(removed), tuple(failed))
-
-    def _expiry(self, label: str) -> datetime | None:
-        prefix, _, seconds = label.rpartition(":")
-        if prefix != f"{self.prefix}:wrapping":
-            return None
-        try:
-            return datetime.fromtimestamp(int(seconds), UTC)
-        except (ValueError, OverflowError, OSError):
-            return None  # somebody else's idea of a label
-
     @staticmethod
     def _find_resident(pooled: PooledSession, object_id: bytes) -> Any:
         found = pooled.find({Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.ID: object_id})
@@ -196,13 +168,3 @@ def parse_ref(ref: PrivateKeyRef) -> tuple[Role, int, bytes]:
 def new_object_id() -> bytes:
     """A fresh CKA_ID: 16 random bytes."""
     return secrets.token_bytes(OBJECT_ID_LENGTH)
-
-
-def _destroy(key: Any) -> bool:
-    try:
-        key.destroy()
-    except PKCS11Error as error:
-        if recovery_of(error) is not None:
-            raise
-        return False
-    return True

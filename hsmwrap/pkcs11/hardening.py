@@ -8,6 +8,7 @@ the key-encryption keys that come of it tell every process later.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -59,10 +60,12 @@ def _refuses(session: Session, template: Template) -> bool:
 
 
 def _make_and_destroy(session: Session, template: Template) -> None:
-    # Public, so that the security officer can make it too.
+    # Public, so that the security officer can make it too; with an id, as NSS replaces a key by
+    # another of its id (measured).
     session.generate_key(
         KeyType.AES,
         256,
+        id=secrets.token_bytes(16),
         store=True,
         capabilities=MechanismFlag.WRAP | MechanismFlag.UNWRAP,
         template={Attribute.PRIVATE: False, **template},

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -114,13 +115,8 @@ class KeySets:
         self._current: tuple[int, float] | None = None
         self._trusted: frozenset[int] = frozenset()
 
-    @property
-    def marker(self) -> bytes:
-        """CKA_ID that all keys of all sets share."""
-        return f"{self._prefix}:keys".encode()
-
     def label(self, role: Role, number: int) -> str:
-        """CKA_LABEL of one key."""
+        """CKA_LABEL of one key, and CKA_ID: NSS replaces a key by another of its id (measured)."""
         return f"{self._prefix}:{role}:{number}"
 
     def current(self, pooled: PooledSession) -> int:
@@ -187,11 +183,12 @@ class KeySets:
         ]
 
     def _search(self, session: Session, label: str | None = None) -> Iterator[_Found]:
-        """Keys with our marker, a label of ours, and the attributes that :meth:`create` gives."""
-        wanted: Template = {Attribute.ID: self.marker, Attribute.TOKEN: True}
+        """Keys with a label of ours, or this one, and the attributes that :meth:`create` gives."""
+        wanted: list[Template] = [{Attribute.WRAP: True}, {Attribute.SIGN: True}]
         if label is not None:
-            wanted[Attribute.LABEL] = label
-        for key in session.get_objects(wanted):
+            wanted = [{Attribute.LABEL: label}]
+        stored: Template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.TOKEN: True}
+        for key in chain.from_iterable(session.get_objects(stored | each) for each in wanted):
             attributes = key.get_attributes([Attribute.LABEL, Attribute.TRUSTED, *_TELLTALE])
             named = self._parse(attributes.get(Attribute.LABEL, ""))
             if named is not None and _made_here(named[0], attributes):
@@ -240,7 +237,7 @@ class KeySets:
         session.generate_key(
             key_type,
             256,
-            id=self.marker,
+            id=self.label(role, number).encode(),
             label=self.label(role, number),
             store=True,
             capabilities=capabilities,
@@ -249,11 +246,11 @@ class KeySets:
 
     def destroy(self, session: Session, number: int) -> int:
         """Destroy a key set; returns the number of keys destroyed."""
-        labels = {self.label(role, number) for role in Role}
+        labels = [self.label(role, number) for role in Role]
         found = [
             key
-            for key in session.get_objects({Attribute.ID: self.marker})
-            if key[Attribute.LABEL] in labels
+            for label in labels
+            for key in session.get_objects({Attribute.LABEL: label, Attribute.TOKEN: True})
         ]
         for key in found:
             key.destroy()

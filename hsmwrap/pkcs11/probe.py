@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
@@ -48,6 +48,7 @@ MECHANISMS: Mapping[WrappingAlgorithm, tuple[Mechanism, Any]] = MappingProxyType
 )
 """Mechanism and parameter of each RSA wrapping algorithm."""
 
+_T = TypeVar("_T")
 _AES_128, _AES_256, _BLOCK = 16, 32, 16
 
 
@@ -127,7 +128,7 @@ class _Prober:
             unwraps=unwraps,
             decrypts=self._working(lambda a: self._decrypt(private, client, a)),
             raw_rsa=works(lambda: self._raw(private, client)),
-            wrapped_lengths=self._wrapped_lengths(kek),
+            wrapped_lengths=self._try(lambda: self._wrapped_lengths(kek), {}),
             wraps_rsa=works(lambda: self._wrap_private(kek, private, KeyType.RSA)),
             wraps_sm2=works(lambda: self._wrap_sm2(kek)),
             sm2=works(self._sm2),
@@ -147,13 +148,16 @@ class _Prober:
                     raise
 
     @staticmethod
-    def _works(attempt: Callable[[], bool]) -> bool:
+    def _try(attempt: Callable[[], _T], otherwise: _T) -> _T:
         try:
             return attempt()
         except PKCS11Error as error:
             if recovery_of(error) is not None:
                 raise
-            return False
+            return otherwise
+
+    def _works(self, attempt: Callable[[], bool]) -> bool:
+        return self._try(attempt, otherwise=False)
 
     def _working(
         self, attempt: Callable[[WrappingAlgorithm], bool]
@@ -222,16 +226,8 @@ class _Prober:
         return bool(key[Attribute.VALUE_LEN] == _AES_128)
 
     def _wrapped_lengths(self, kek: Any) -> Mapping[int, int]:
-        lengths: dict[int, int] = {}
-
-        def measured(length: int) -> bool:
-            lengths[length] = self._wrapped_length(kek, length)
-            return True
-
-        told = all(self._works(partial(measured, length)) for length in (_AES_128, _AES_256))
-        return MappingProxyType(
-            lengths if told and len({*lengths.values()}) == len(lengths) else {}
-        )
+        lengths = {length: self._wrapped_length(kek, length) for length in (_AES_128, _AES_256)}
+        return lengths if lengths[_AES_128] != lengths[_AES_256] else {}
 
     def _wrapped_length(self, kek: Any, length: int) -> int:
         key = self._keep(

@@ -9,6 +9,7 @@ from pkcs11 import Attribute
 from hsmwrap.kms.objects import LEASE
 from hsmwrap.registry import open_backend
 
+
 @pytest.fixture(params=["HsmInternal", "HsmEncryptedDatabase"])
 def settings(request, softhsm):
     return softhsm.settings("kms", material_custody=request.param)
