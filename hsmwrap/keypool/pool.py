@@ -1,0 +1,309 @@
+"""The pool: threads that fill the stocks, callers that take from them.
+
+Stocks change under one lock, by the small steps of :class:`hsmwrap.keypool.stock.Stock`; the
+backend is called outside it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from typing import Self
+from weakref import WeakSet
+
+from hsmwrap.backend import Backend, PrivateKeyRef, WrappingKey
+from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.errors import BackendClosed, PinError, ServiceUnavailable, UnsupportedOperation
+from hsmwrap.imports import generate_inline
+from hsmwrap.keypool.settings import Pair, PoolSettings
+from hsmwrap.keypool.stock import LONGEST_PAUSE, Made, PairFacts, Stock
+
+_log = logging.getLogger(__name__)
+
+
+class KeyPool:
+    """Hands out wrapping key pairs that were made ahead; safe to share between threads.
+
+    Its threads start with the first call, or :meth:`prepare`, in a process and in each child that
+    it forks. Close it before its backends: a closed backend discards nothing.
+    """
+
+    def __init__(
+        self,
+        settings: PoolSettings | None = None,
+        *,
+        clock: Callable[[], datetime] | None = None,
+        timer: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start with nothing.
+
+        Args:
+            settings: How much is made ahead.
+            clock: Returns the current aware time; for expiry and age.
+            timer: Returns seconds from any origin that only go up; for the backoff.
+        """
+        self._settings = settings or PoolSettings()
+        self._clock = clock or _utc_now
+        self._timer = timer
+        self._closed = False
+        self._stocks: dict[tuple[int, WrappingKeySpec, WrappingAlgorithm], Stock] = {}
+        self._given_up: set[int] = set()
+        self._reset()
+        _POOLS.add(self)
+
+    def __call__(
+        self,
+        backend: Backend,
+        spec: WrappingKeySpec,
+        algorithm: WrappingAlgorithm,
+        expires_at: datetime,
+    ) -> WrappingKey:
+        """Return a pair that nobody else was or will be given.
+
+        Raises:
+            HsmwrapError: There is none, and making one failed: as
+                :meth:`Backend.generate_wrapping_key`.
+        """
+        key = None
+        if self._pools(spec, algorithm):
+            key = self._take(backend, spec, algorithm, expires_at)
+        return key or self._make_inline(backend, spec, algorithm, expires_at)
+
+    def __repr__(self) -> str:
+        levels = ", ".join(f"{f.backend}/{f.algorithm}={f.level}" for f in self.facts())
+        return f"<KeyPool {'closed' if self._closed else 'open'} {levels or 'empty'}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def prepare(self, backend: Backend, pairs: Iterable[Pair]) -> None:
+        """Start making these kinds now, where the settings pool them; touches no HSM itself."""
+        with self._changed:
+            for spec, algorithm in pairs:
+                if self._pools(spec, algorithm):
+                    self._stock(backend, spec, algorithm)
+            self._start()
+            self._changed.notify_all()
+
+    def facts(self) -> list[PairFacts]:
+        """The numbers of each kind, for metrics."""
+        with self._changed:
+            return [stock.facts() for stock in self._stocks.values()]
+
+    def close(self) -> None:
+        """Stop the threads and discard what they made; from then on pairs are made inline.
+
+        Waits for a pair that is being made. Resident pairs that a lost HSM keeps from being
+        destroyed are left for the reaper; that is logged, not raised. Safe to call again.
+        """
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            threads = tuple(self._threads)
+        for thread in threads:
+            thread.join()
+        with self._changed:
+            stocks = tuple(self._stocks.values())
+            for stock in stocks:
+                stock.drop_all()
+        for stock in stocks:
+            self._discard_rest(stock)
+
+    # --- for the callers ---------------------------------------------------------------------
+
+    def _pools(self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm) -> bool:
+        pairs = self._settings.pairs
+        wanted = pairs is None or (spec, algorithm) in pairs
+        return wanted and self._settings.high_water > 0 and not self._closed
+
+    def _take(
+        self,
+        backend: Backend,
+        spec: WrappingKeySpec,
+        algorithm: WrappingAlgorithm,
+        expires_at: datetime,
+    ) -> WrappingKey | None:
+        now = self._clock()
+        # While the HSM is away, a pair given out would be lost with the call that then fails.
+        usable = backend.health().ready
+        with self._changed:
+            stock = self._stock(backend, spec, algorithm)
+            key = stock.take(expires_at if usable else _NEVER, now)
+            self._start()
+            if stock.needy or stock.laden:
+                self._changed.notify_all()
+            return key
+
+    def _make_inline(
+        self,
+        backend: Backend,
+        spec: WrappingKeySpec,
+        algorithm: WrappingAlgorithm,
+        expires_at: datetime,
+    ) -> WrappingKey:
+        key = generate_inline(backend, spec, algorithm, expires_at)
+        stock = self._stocks.get((id(backend), spec, algorithm))
+        if stock is not None and stock.failures:
+            with self._changed:
+                stock.worked()
+                self._changed.notify_all()
+        return key
+
+    def _stock(
+        self, backend: Backend, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
+    ) -> Stock:
+        key = (id(backend), spec, algorithm)
+        if key not in self._stocks:
+            stopped = id(backend) in self._given_up
+            self._stocks[key] = Stock(backend, spec, algorithm, self._settings, stopped=stopped)
+        return self._stocks[key]
+
+    # --- in the background -------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Start the threads that a process lacks; without them pairs are made inline."""
+        if self._closed or not self._stocks or self._threads:
+            return
+        with suppress(RuntimeError):  # no thread to be had, or the interpreter is shutting down
+            for _ in range(self._settings.threads):
+                thread = threading.Thread(target=self._work, name="hsmwrap-keypool", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+
+    def _work(self) -> None:
+        while (job := self._next_job()) is not None:
+            job()
+
+    def _next_job(self) -> Callable[[], object] | None:
+        """Wait for something to do; None once the pool is closed."""
+        while True:
+            now, tick = self._clock(), self._timer()
+            with self._changed:
+                if self._closed:
+                    return None
+                if job := self._pick(now, tick):
+                    return job
+                pauses = [stock.pause(now, tick) for stock in self._stocks.values()]
+                self._changed.wait(min(pauses, default=LONGEST_PAUSE))
+
+    def _pick(self, now: datetime, tick: float) -> Callable[[], object] | None:
+        """Take on what is due: discard first, then the kind of which there is least."""
+        if self._closed:
+            return None
+        for stock in self._stocks.values():
+            stock.drop_aged(now)
+        due = [stock for stock in self._stocks.values() if stock.resume_at <= tick]
+        for stock in due:
+            if stock.laden:
+                return partial(self._discard, stock, stock.doomed.popleft())
+        needy = min((s for s in due if s.needy), key=lambda s: s.level, default=None)
+        if needy is None:
+            return None
+        needy.making += 1
+        return partial(self._make, needy)
+
+    def _make(self, stock: Stock) -> None:
+        made_at = self._clock()
+        lasts = self._settings.max_age + self._settings.token_lifetime
+        # Whole seconds: that is what the label of a resident key holds.
+        expires_at = (made_at + lasts).replace(microsecond=0)
+        try:
+            key = stock.backend.generate_wrapping_key(
+                stock.spec, stock.algorithm, expires_at=expires_at
+            )
+        except Exception as error:  # noqa: BLE001  # the thread outlives whatever a plug-in raises
+            self._failed(stock, error, making=1)
+            return
+        with self._changed:
+            stock.put(Made(key, made_at, expires_at))
+            self._changed.notify_all()
+
+    def _discard(self, stock: Stock, private_key: PrivateKeyRef) -> bool:
+        """Destroy a resident key; False if the backend is away or was given up."""
+        try:
+            stock.backend.discard_wrapping_key(private_key)
+        except Exception as error:  # noqa: BLE001  # as in _make
+            away = isinstance(error, (ServiceUnavailable, PinError))
+            self._failed(stock, error, again=private_key if away else None)
+            return not away
+        return True
+
+    def _discard_rest(self, stock: Stock) -> None:
+        while stock.laden and self._discard(stock, stock.doomed.popleft()):
+            pass
+        if stock.doomed:
+            left = {"left_for_the_reaper": len(stock.doomed)}
+            _log.warning("key-pair pool: not discarded", extra=stock.described() | left)
+
+    def _failed(
+        self,
+        stock: Stock,
+        error: Exception,
+        *,
+        making: int = 0,
+        again: PrivateKeyRef | None = None,
+    ) -> None:
+        """Back off or give up; ``making`` came to nothing, ``again`` is to be discarded later."""
+        tick = self._timer()
+        with self._changed:
+            stock.making -= making
+            if again is not None:
+                stock.doomed.append(again)
+            pause = stock.failed(tick)
+            for each in self._ended_by(error, stock):
+                each.stopped = True
+            self._changed.notify_all()
+        # The type alone: what a plug-in writes into a text is not known here.
+        what = {"error": type(error).__name__, "stopped": stock.stopped, "backoff_seconds": pause}
+        _log.warning("key-pair pool: the backend failed", extra=stock.described() | what)
+
+    def _ended_by(self, error: Exception, stock: Stock) -> list[Stock]:
+        """The kinds that are not tried again: a second PIN error may lock the HSM token."""
+        if isinstance(error, (BackendClosed, PinError)):
+            self._given_up.add(id(stock.backend))
+            return [each for each in self._stocks.values() if each.backend is stock.backend]
+        return [stock] if isinstance(error, UnsupportedOperation) else []
+
+    # --- forks -------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        """Start over, as in a child: nobody holds the lock, no thread runs, the stocks are empty.
+
+        The keys stay the parent's: nothing is discarded.
+        """
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._stocks = {key: stock.emptied() for key, stock in self._stocks.items()}
+
+
+_NEVER = datetime.max.replace(tzinfo=UTC)
+_POOLS: WeakSet[KeyPool] = WeakSet()
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _reset_in_child() -> None:
+    for pool in list(_POOLS):
+        pool._reset()  # noqa: SLF001  # the hook is part of the class, but must not keep it alive
+
+
+def _close_at_exit() -> None:
+    # Daemon threads inside a PKCS#11 module while the process takes it down would crash it.
+    for pool in list(_POOLS):
+        pool.close()
+
+
+os.register_at_fork(after_in_child=_reset_in_child)
+atexit.register(_close_at_exit)

@@ -1,0 +1,221 @@
+"""Prometheus metrics of backends and key-pair pools (extra ``metrics``).
+
+Counted as it happens: operations by outcome and their latency, by a :class:`PrometheusObserver`
+given to :func:`hsmwrap.observe.observed`. Read when somebody scrapes: what backends say of their
+health and pools of their stocks, by a :class:`FactsCollector`.
+
+One process: everything is in one registry. Several, under ``PROMETHEUS_MULTIPROC_DIR`` (set
+before this module is imported): operations and latencies are those of all processes together;
+facts are those of the process that answers, and say so by the label ``pid``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from hsmwrap.backend import Backend
+from hsmwrap.errors import ConfigurationError
+from hsmwrap.keypool import KeyPool
+from hsmwrap.observe import Operation
+
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, generate_latest
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.multiprocess import MultiProcessCollector
+    from prometheus_client.registry import Collector
+except ImportError:
+    raise ConfigurationError(
+        "metrics need the extra 'metrics' (prometheus_client is missing): "
+        "pip install 'hsmwrap[metrics]'"
+    ) from None
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""What :func:`render` returns."""
+
+_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+_LABELS = ("backend", "operation", "spec", "algorithm", "key_spec", "outcome")
+# Sealing takes 0.1 ms, an RSA pair 25 to 250 ms, a lost HSM seconds.
+_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+# prometheus_client's own locks do not survive a fork by another thread; this one does.
+_UPDATING = threading.Lock()
+os.register_at_fork(
+    before=_UPDATING.acquire,
+    after_in_parent=_UPDATING.release,
+    after_in_child=_UPDATING.release,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Instruments:
+    operations: Counter
+    seconds: Histogram
+
+
+@functools.cache
+def _instruments(registry: CollectorRegistry) -> _Instruments:
+    return _Instruments(
+        Counter(
+            "hsmwrap_backend_operations",
+            "Calls of a backend by outcome (ok, or the error's name).",
+            _LABELS,
+            registry=registry,
+        ),
+        Histogram(
+            "hsmwrap_backend_operation_seconds",
+            "Time that a call of a backend took, whatever its outcome.",
+            ("backend", "operation"),
+            registry=registry,
+            buckets=_BUCKETS,
+        ),
+    )
+
+
+class PrometheusObserver:
+    """An :data:`hsmwrap.observe.Observer` that counts and times; one serves any backends."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        """Count in ``registry``; a second observer on the same one adds to the same metrics."""
+        self._instruments = _instruments(registry)
+
+    def __call__(self, operation: Operation) -> None:
+        """Count one call."""
+        o = operation
+        labels = (o.backend, o.name, o.spec or "", o.algorithm or "", o.key_spec or "", o.outcome)
+        with _UPDATING:
+            self._instruments.operations.labels(*labels).inc()
+            self._instruments.seconds.labels(o.backend, o.name).observe(o.seconds)
+
+
+_BACKEND_GAUGES: Mapping[str, str] = MappingProxyType(
+    {
+        "sessions_in_use": "HSM sessions lent to running calls.",
+        "sessions_idle": "HSM sessions open and idle.",
+        "sessions_waiting": "Calls that wait for an HSM session.",
+        "sessions_cap": "Most HSM sessions that the pool opens.",
+        "in_flight": "Calls inside the backend.",
+        "generation": "Number of the PKCS#11 module's present life in this process.",
+        "orphans": "Objects of failed calls that could not be destroyed yet.",
+    }
+)
+"""Facts of :meth:`Backend.health` that become gauges, where a backend has them."""
+
+_BREAKER_STATES = ("closed", "half-open", "open")
+
+_POOL_GAUGES: Mapping[str, str] = MappingProxyType(
+    {
+        "level": "Wrapping key pairs ready.",
+        "stopped": "1 where making pairs ahead was given up.",
+    }
+)
+_POOL_COUNTERS: Mapping[str, str] = MappingProxyType(
+    {
+        "hits": "Calls that were given a ready pair.",
+        "misses": "Calls for which no pair was ready.",
+        "generated": "Pairs made ahead.",
+        "discarded": "Pairs that nobody was given.",
+        "errors": "Calls of the backend that failed in the background.",
+    }
+)
+
+
+class FactsCollector(Collector):
+    """Reads the health of backends and the stocks of pools when somebody scrapes."""
+
+    def __init__(self, backends: Iterable[Backend], pools: Iterable[KeyPool] = ()) -> None:
+        """Take what to read; a backend that is given twice is read once.
+
+        Raises:
+            ConfigurationError: Two backends have the same name, so that their numbers would mix.
+        """
+        self._backends = tuple({id(backend): backend for backend in backends}.values())
+        self._pools = tuple(pools)
+        names = [backend.name for backend in self._backends]
+        if len(set(names)) < len(names):
+            raise ConfigurationError(f"backends with the same name cannot be told apart: {names}")
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics now."""
+        yield from self._of_backends()
+        yield from self._of_pools()
+
+    def describe(self) -> list[Metric]:
+        """Nothing: a registry that asks at registration must not read the health yet."""
+        return []
+
+    def _of_backends(self) -> Iterator[Metric]:
+        health = {backend.name: backend.health() for backend in self._backends}
+        ready = _gauge("hsmwrap_backend_ready", "1 where calls can succeed.", "backend")
+        breaker = _gauge("hsmwrap_backend_breaker", "1 at the breaker's state.", "backend", "state")
+        recoveries = _counter(
+            "hsmwrap_backend_recoveries", "Recoveries by return code.", "backend", "ckr"
+        )
+        for name, state in health.items():
+            _add(ready, state.ready, name)
+            if "breaker" in state.facts:
+                for each in _BREAKER_STATES:
+                    _add(breaker, each == state.facts["breaker"], name, each)
+            for ckr, count in state.facts.get("recoveries", {}).items():
+                _add(recoveries, count, name, ckr)
+        yield from (ready, breaker, recoveries)
+        for fact, text in _BACKEND_GAUGES.items():
+            gauge = _gauge(f"hsmwrap_backend_{fact}", text, "backend")
+            for name, state in health.items():
+                if fact in state.facts:
+                    _add(gauge, state.facts[fact], name)
+            yield gauge
+
+    def _of_pools(self) -> Iterator[Metric]:
+        kinds = [kind for pool in self._pools for kind in pool.facts()]
+        labels = ("backend", "spec", "algorithm")
+        families = [
+            (make(f"hsmwrap_keypool_{fact}", text, *labels), fact)
+            for make, table in ((_gauge, _POOL_GAUGES), (_counter, _POOL_COUNTERS))
+            for fact, text in table.items()
+        ]
+        for family, fact in families:
+            for kind in kinds:
+                _add(family, getattr(kind, fact), kind.backend, kind.spec, kind.algorithm)
+            yield family
+
+
+def render(*collectors: Collector) -> bytes:
+    """Everything in the text format: what was counted, then what ``collectors`` read now.
+
+    Collectors that are given here need not be in a registry, and must not be in the default one.
+    """
+    counted = REGISTRY
+    if _MULTIPROCESS in os.environ:
+        counted = CollectorRegistry()
+        MultiProcessCollector(counted)  # type: ignore[no-untyped-call]  # the library's
+    read = CollectorRegistry()
+    for collector in collectors:
+        read.register(collector)
+    with _UPDATING:
+        text = generate_latest(counted)
+    return text + generate_latest(read)
+
+
+_Family = GaugeMetricFamily | CounterMetricFamily
+
+
+def _gauge(name: str, text: str, *labels: str) -> _Family:
+    return GaugeMetricFamily(name, text, labels=_named(labels))
+
+
+def _counter(name: str, text: str, *labels: str) -> _Family:
+    return CounterMetricFamily(name, text, labels=_named(labels))
+
+
+def _add(family: _Family, value: float, *labels: str) -> None:
+    where = [str(os.getpid())] if _MULTIPROCESS in os.environ else []
+    family.add_metric([*labels, *where], value)
+
+
+def _named(labels: tuple[str, ...]) -> tuple[str, ...]:
+    return (*labels, "pid") if _MULTIPROCESS in os.environ else labels

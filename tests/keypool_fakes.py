@@ -1,0 +1,220 @@
+"""A backend that counts what it is asked, a pool without threads, and a fork that answers."""
+
+import os
+import pickle
+import signal
+import threading
+import warnings
+from datetime import UTC, datetime, timedelta
+
+from hsmwrap.backend import (
+    Backend,
+    Capabilities,
+    Custody,
+    Health,
+    ImportedKey,
+    KeyRef,
+    PrivateKeyRef,
+    ReapReport,
+    Seal,
+    WrappingKey,
+)
+from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.keypool import KeyPool
+
+NOW = datetime(2030, 1, 1, 12, 0, 0, 250_000, tzinfo=UTC)
+DAY = timedelta(hours=24)
+OAEP = (WrappingKeySpec.RSA_2048, WrappingAlgorithm.RSAES_OAEP_SHA_256)
+PKCS1 = (WrappingKeySpec.RSA_2048, WrappingAlgorithm.RSAES_PKCS1_V1_5)
+SM2 = (WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE)
+
+
+class FakeBackend(Backend):
+    """Numbers its pairs; ``fail`` raises next, ``permits`` holds generation back."""
+
+    contract_version = 1
+
+    def __init__(self, name="fake", custody=Custody.HSM_INTERNAL):
+        self._name = name
+        self.custody = custody
+        self.numbers = itertools.count()
+        self.asked = []
+        self.alive = set()
+        self.discards = 0
+        self.fail = None
+        self.ready = True
+        self.permits = None
+        self.entered = threading.Event()
+        self.facts = {}
+
+    @classmethod
+    def from_settings(cls, settings):
+        return cls()
+
+    @property
+    def name(self):
+        return self._name
+
+    def capabilities(self):
+        return Capabilities(self._name, frozenset(ProtectionLevel), (), ())
+
+    def generate_wrapping_key(self, spec, algorithm, *, expires_at):
+        self.asked.append((spec, algorithm, expires_at))
+        self.entered.set()
+        if self.permits is not None:
+            self.permits.acquire()
+        if self.fail is not None:
+            raise self.fail
+        data = b"%d" % next(self.numbers)
+        self.alive.add(data)
+        return WrappingKey(spec, algorithm, b"public " + data, PrivateKeyRef(self.custody, data))
+
+    def discard_wrapping_key(self, private_key):
+        self.discards += 1
+        if self.fail is not None:
+            raise self.fail
+        self.alive.discard(private_key.data)
+
+    def unwrap_material(
+        self,
+        private_key,
+        algorithm,
+        encrypted_material,
+        *,
+        key_spec,
+        expected_check_value=None,
+        object_id=None,
+    ):
+        key = KeyRef(self._name, key_spec, Custody.HSM_INTERNAL, object_id or b"object")
+        return ImportedKey(key, expected_check_value or b"\x01check", "host")
+
+    def encrypt(self, key, plaintext, additional_data=b""):
+        return additional_data + plaintext
+
+    def decrypt(self, key, ciphertext, additional_data=b""):
+        return ciphertext.removeprefix(additional_data)
+
+    def destroy_key(self, key):
+        if self.fail is not None:
+            raise self.fail
+
+    def seal(self, data):
+        return Seal("1", data[:32])
+
+    def check_seal(self, data, seal):
+        return seal == self.seal(data)
+
+    def reap(self, now):
+        return ReapReport(examined=len(self.alive))
+
+    def health(self):
+        return Health(self.ready, "fake", self.facts)
+
+    def close(self):
+        self.ready = False
+
+
+class ManualClock:
+    """Wall clock and timer that stand still until they are moved."""
+
+    def __init__(self):
+        self.now = NOW
+        self.tick = 1000.0
+
+    def move(self, delta):
+        self.now += delta
+        self.tick += delta.total_seconds()
+
+
+class ManualPool(KeyPool):
+    """A pool whose background work is done when the test says so."""
+
+    def __init__(self, settings=None):
+        self.time = ManualClock()
+        super().__init__(settings, clock=lambda: self.time.now, timer=lambda: self.time.tick)
+
+    def _start(self):
+        """No threads."""
+
+    def work(self):
+        """Do everything that is due now; returns how much there was."""
+        done = 0
+        while (job := self._pick(self.time.now, self.time.tick)) is not None:
+            job()
+            done += 1
+        return done
+
+    def take(self, backend, pair=OAEP, lasts=DAY):
+        return self(backend, *pair, self.time.now.replace(microsecond=0) + lasts)
+
+    def fact(self, pair=OAEP):
+        return next(f for f in self.facts() if (f.spec, f.algorithm) == pair)
+
+
+def wait_for(pool, condition):
+    """Wait until a pool's numbers are so; it announces each change."""
+    with pool._changed:
+        assert pool._changed.wait_for(lambda: condition(pool), 60), pool
+
+
+class Child:
+    """A forked child that runs a function; :meth:`result` waits for it."""
+
+    def __init__(self, function):
+        self._reading, writing = os.pipe()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of fork beside threads; that is what is tested.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pid = os.fork()
+        if not self._pid:
+            os.close(self._reading)
+            _answer(function, writing)
+        os.close(writing)
+
+    def result(self):
+        with os.fdopen(self._reading, "rb") as pipe:
+            answer = pipe.read()
+        _, status = os.waitpid(self._pid, 0)
+        assert status == 0, f"the child died: {status}"
+        outcome, result = pickle.loads(answer)
+        assert outcome == "returned", result
+        return result
+
+
+def _answer(function, writing):
+    signal.alarm(60)  # a deadlocked child dies and fails the test
+    try:
+        answer = ("returned", function())
+    except BaseException as error:  # told to the parent
+        answer = ("raised", repr(error))
+    try:
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(pickle.dumps(answer))
+    finally:
+        os._exit(0)
+
+
+EVERY_CALL = {
+    "capabilities": lambda b: b.capabilities(),
+    "generate_wrapping_key": lambda b: b.generate_wrapping_key(*OAEP, expires_at=NOW),
+    "discard_wrapping_key": lambda b: b.discard_wrapping_key(_PRIVATE),
+    "unwrap_material": lambda b: b.unwrap_material(
+        _PRIVATE,
+        OAEP[1],
+        b"secret ciphertext",
+        key_spec=KeySpec.ALIYUN_SM4,
+        expected_check_value=b"expected",
+        object_id=b"o" * 16,
+    ),
+    "encrypt": lambda b: b.encrypt(_KEY, b"secret plaintext", b"aad"),
+    "decrypt": lambda b: b.decrypt(_KEY, b"aadsecret ciphertext", b"aad"),
+    "destroy_key": lambda b: b.destroy_key(_KEY),
+    "seal": lambda b: b.seal(b"d" * 40),
+    "check_seal": lambda b: b.check_seal(b"d" * 40, Seal("1", b"d" * 32)),
+    "reap": lambda b: b.reap(NOW),
+    "close": lambda b: b.close(),
+}
+"""Each call of the contract that is observed, with arguments that name themselves."""
+
+_PRIVATE = PrivateKeyRef(Custody.HSM_INTERNAL, b"secret private")
+_KEY = KeyRef("fake", KeySpec.ALIYUN_AES_256, Custody.HSM_INTERNAL, b"secret key")

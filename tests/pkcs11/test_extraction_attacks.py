@@ -1,0 +1,444 @@
+"""The known attacks on PKCS#11 (Clulow 2003; Bortolozzo et al. 2010; Bardou et al. 2012), played.
+
+Each fails against what the backend makes, and succeeds against a naive key.
+"""
+
+import secrets
+
+import pytest
+from attacker import (
+    ACTION_PROHIBITED,
+    AES,
+    KEY_FUNCTION_NOT_PERMITTED,
+    KWP,
+    OAEP1,
+    OAEP256,
+    PKCS1,
+    RESIDENT,
+    SEALED,
+    SHA1_OAEP,
+    SM2,
+    Scenes,
+    issue,
+    readable,
+)
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from pkcs11 import exceptions as ck
+from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.mechanisms import KDF, KeyType, Mechanism
+
+from hsmwrap.pkcs11 import material as material_module
+from hsmwrap.pkcs11.custody import WrappingKeyStore, intermediate
+from hsmwrap.pkcs11.keys import OPENS, Role
+
+SECRET, PRIVATE = ObjectClass.SECRET_KEY, ObjectClass.PRIVATE_KEY
+SEALED_ROLES = (
+    Role.WRAPPING_UNWRAP,
+    Role.WRAPPING_DECRYPT,
+    Role.MATERIAL_AES,
+    Role.MATERIAL_SM4,
+)
+RSA_SECRETS = (
+    Attribute.PRIVATE_EXPONENT,
+    Attribute.PRIME_1,
+    Attribute.PRIME_2,
+    Attribute.EXPONENT_1,
+    Attribute.EXPONENT_2,
+    Attribute.COEFFICIENT,
+)
+IV = bytes(16)
+
+
+@pytest.fixture(scope="module")
+def scenes(softhsm):
+    made = Scenes(softhsm)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def attacker(scenes):
+    yield scenes.attacker
+    scenes.attacker.clean_up()
+
+
+@pytest.fixture(params=[True, False], ids=["trusted", "untrusted"])
+def trusted(request):
+    return request.param
+
+
+@pytest.fixture(params=[SEALED, RESIDENT])
+def scene(scenes, trusted, request):
+    return scenes.get(trusted, request.param)
+
+
+@pytest.fixture
+def sealed(scenes, trusted):
+    return scenes.get(trusted, SEALED)
+
+
+@pytest.fixture
+def resident(scenes, trusted):
+    return scenes.get(trusted, RESIDENT)
+
+
+# --- unwrapping a sealed blob ---------------------------------------------------------------------
+
+
+def test_a_blob_under_a_naive_key_unwraps_into_a_readable_object(attacker):
+    target, value = attacker.known_key(EXTRACTABLE=True)
+    kek = attacker.naive_key()
+    blob = kek.wrap_key(target, mechanism=KWP)
+    assert attacker.unwrap(kek, blob, readable(SECRET, KeyType.AES))[Attribute.VALUE] == value
+    _, private = attacker.naive_pair(EXTRACTABLE=True)
+    blob = kek.wrap_key(private, mechanism=KWP)
+    read = attacker.unwrap(kek, blob, readable(PRIVATE, KeyType.RSA))
+    assert all(read[name] for name in RSA_SECRETS)
+
+
+@pytest.mark.parametrize("role", SEALED_ROLES)
+def test_a_blob_does_not_unwrap_into_a_readable_object(sealed, attacker, role):
+    asked = OPENS[role]
+    wanted = readable(asked[Attribute.CLASS], asked[Attribute.KEY_TYPE])
+    for template in (wanted, asked | wanted):
+        with attacker.refused(ck.TemplateInconsistent):
+            attacker.unwrap(sealed.kek(role), sealed.blob(role), template)
+
+
+@pytest.mark.parametrize("role", SEALED_ROLES)
+def test_a_blob_unwraps_with_no_attribute_changed_or_left_out(sealed, attacker, role):
+    """Sensitive, extractable, copyable, modifiable, private, and each use; one at a time."""
+    kek, blob, asked = sealed.kek(role), sealed.blob(role), OPENS[role]
+    attacker.unwrap(kek, blob, asked).destroy()
+    keeps = {Attribute.CLASS, Attribute.KEY_TYPE, Attribute.TOKEN}
+    for name in asked.keys() - keeps:
+        with attacker.refused(ck.TemplateInconsistent):
+            attacker.unwrap(kek, blob, asked | {name: not asked[name]})
+        if name is not Attribute.PRIVATE:  # SoftHSM's default, and python-pkcs11's, is true
+            with attacker.refused(ck.TemplateInconsistent):
+                attacker.unwrap(kek, blob, {k: v for k, v in asked.items() if k is not name})
+    bare = {name: asked[name] for name in keeps}
+    with attacker.refused(ck.TemplateInconsistent):
+        attacker.unwrap(kek, blob, bare)
+
+
+@pytest.mark.parametrize("role", SEALED_ROLES)
+def test_a_blob_does_not_unwrap_as_another_kind_of_key(sealed, attacker, role):
+    kek, blob, asked = sealed.kek(role), sealed.blob(role), OPENS[role]
+    kinds = [(SECRET, kind) for kind in (KeyType.AES, KeyType.DES3, KeyType.GENERIC_SECRET)]
+    kinds += [(PRIVATE, KeyType.RSA), (PRIVATE, KeyType.EC)]
+    kinds.remove((asked[Attribute.CLASS], asked[Attribute.KEY_TYPE]))
+    for object_class, key_type in kinds:
+        changed = {Attribute.CLASS: object_class, Attribute.KEY_TYPE: key_type}
+        with attacker.refused(ck.TemplateInconsistent):
+            attacker.unwrap(kek, blob, asked | changed)
+
+
+@pytest.mark.parametrize("role", [Role.WRAPPING_UNWRAP, Role.WRAPPING_DECRYPT])
+def test_an_unsealed_wrapping_key_cannot_be_stored(sealed, attacker, role):
+    """Or it would outlive the retirement of the key set."""
+    with attacker.refused(ck.TemplateInconsistent):
+        stored = OPENS[role] | {Attribute.TOKEN: True}
+        attacker.unwrap(sealed.kek(role), sealed.blob(role), stored)
+
+
+@pytest.mark.parametrize("role", SEALED_ROLES)
+def test_no_other_role_opens_a_blob(sealed, attacker, role):
+    for other in OPENS.keys() - {role}:
+        with attacker.refused(ck.GeneralError):
+            attacker.unwrap(sealed.kek(other), sealed.blob(role), OPENS[other])
+
+
+# --- decrypting a sealed blob ---------------------------------------------------------------------
+
+
+def unwrapped_by_ecb(key, blob):
+    """RFC 3394, section 2.2.2, with C_Decrypt by AES-ECB as the block cipher."""
+    a, *r = (blob[at : at + 8] for at in range(0, len(blob), 8))
+    for step in range(6 * len(r), 0, -1):
+        at = (step - 1) % len(r)
+        mixed = (int.from_bytes(a, "big") ^ step).to_bytes(8, "big") + r[at]
+        plain = key.decrypt(mixed, mechanism=Mechanism.AES_ECB)
+        a, r[at] = plain[:8], plain[8:]
+    return b"".join(r)
+
+
+def test_a_naive_key_decrypts_what_it_wrapped(attacker):
+    target, value = attacker.known_key(EXTRACTABLE=True)
+    kek = attacker.naive_key()
+    assert unwrapped_by_ecb(kek, kek.wrap_key(target, mechanism=KWP)) == value
+
+
+@pytest.mark.parametrize("role", SEALED_ROLES)
+def test_a_key_encryption_key_only_wraps_and_unwraps(sealed, attacker, role):
+    kek, blob = sealed.kek(role), sealed.blob(role)
+    with attacker.refused(KEY_FUNCTION_NOT_PERMITTED):
+        unwrapped_by_ecb(kek, blob)
+    for mechanism, parameter in ((Mechanism.AES_CBC, IV), (Mechanism.AES_CBC_PAD, IV), (KWP, None)):
+        with attacker.refused(KEY_FUNCTION_NOT_PERMITTED):
+            kek.decrypt(blob, mechanism=mechanism, mechanism_param=parameter)
+        with attacker.refused(KEY_FUNCTION_NOT_PERMITTED):
+            kek.encrypt(blob, mechanism=mechanism, mechanism_param=parameter)
+    with attacker.refused(KEY_FUNCTION_NOT_PERMITTED):
+        kek.sign(blob, mechanism=Mechanism.AES_CMAC)
+    own, _ = attacker.known_key(EXTRACTABLE=True)
+    for mechanism, parameter in ((Mechanism.AES_CBC, IV), (Mechanism.AES_KEY_WRAP, None)):
+        with attacker.refused(ck.MechanismInvalid):
+            kek.wrap_key(own, mechanism=mechanism, mechanism_param=parameter)
+
+
+# --- wrapping, copying, changing, reading ---------------------------------------------------------
+
+
+def ways_to_wrap(attacker):
+    """Keys of one's own, secret and public, by every mechanism that the token wraps with."""
+    own, _ = attacker.known_key()
+    public, _ = attacker.naive_pair()
+    return (
+        (own, KWP, None),
+        (own, Mechanism.AES_KEY_WRAP, None),
+        (own, Mechanism.AES_CBC, IV),
+        (public, Mechanism.RSA_PKCS, None),
+        (public, Mechanism.RSA_PKCS_OAEP, SHA1_OAEP),
+    )
+
+
+def test_a_naive_key_can_be_wrapped_copied_changed_and_read(attacker):
+    naive, value = attacker.known_key(EXTRACTABLE=True, SENSITIVE=True)
+    assert attacker.stolen(naive) == value
+    for own, mechanism, parameter in ways_to_wrap(attacker):
+        assert own.wrap_key(naive, mechanism=mechanism, mechanism_param=parameter)
+    naive[Attribute.LABEL] = "mine"
+    naive.copy({Attribute.DECRYPT: True, Attribute.TOKEN: True}).destroy()
+    open_key, value = attacker.known_key(EXTRACTABLE=True, SENSITIVE=False)
+    assert open_key[Attribute.VALUE] == value
+
+
+def test_nothing_that_the_backend_keeps_can_be_wrapped(scene, attacker):
+    keks = [(scene.kek(role), KWP, None) for role in SEALED_ROLES]
+    with scene.everything() as targets:
+        for own, mechanism, parameter in (*ways_to_wrap(attacker), *keks):
+            for target in targets:
+                with attacker.refused(ck.KeyUnextractable):
+                    own.wrap_key(target, mechanism=mechanism, mechanism_param=parameter)
+
+
+def test_nothing_that_the_backend_keeps_can_be_copied(scene, attacker):
+    weaker = ({}, {Attribute.TOKEN: True}, {Attribute.SENSITIVE: False}, {Attribute.DECRYPT: True})
+    with scene.everything() as targets:
+        for target in targets:
+            for template in weaker:
+                with attacker.refused(ACTION_PROHIBITED):
+                    target.copy(template)
+
+
+CHANGES = {
+    Attribute.SENSITIVE: False,
+    Attribute.EXTRACTABLE: True,
+    Attribute.WRAP_WITH_TRUSTED: False,
+    Attribute.MODIFIABLE: True,
+    Attribute.COPYABLE: True,
+    Attribute.TRUSTED: True,
+    Attribute.ENCRYPT: True,
+    Attribute.DECRYPT: True,
+    Attribute.SIGN: True,
+    Attribute.WRAP: True,
+    Attribute.UNWRAP: True,
+    Attribute.DERIVE: True,
+    Attribute.LABEL: "mine",
+    Attribute.ID: b"mine",
+    Attribute.ALLOWED_MECHANISMS: (Mechanism.AES_ECB,),
+}
+
+
+def test_nothing_that_the_backend_keeps_can_be_changed(scene, attacker):
+    with scene.everything() as targets:
+        for target in targets:
+            for name, value in CHANGES.items():
+                with attacker.refused(ACTION_PROHIBITED):
+                    target[name] = value
+
+
+def test_nothing_that_the_backend_keeps_can_be_read(scene, attacker):
+    with scene.everything() as targets:
+        for target in targets:
+            rsa = target[Attribute.KEY_TYPE] is KeyType.RSA
+            for name in RSA_SECRETS if rsa else (Attribute.VALUE,):
+                with attacker.refused(ck.AttributeSensitive):
+                    target[name]
+
+
+# --- a key in transit: it has to be extractable until it is sealed --------------------------------
+
+
+@pytest.fixture
+def trusted_scene(scenes):
+    return scenes.get(True, SEALED)
+
+
+def test_a_wrapping_key_that_is_being_sealed_cannot_be_wrapped(
+    trusted_scene, attacker, monkeypatch
+):
+    seal, seen = WrappingKeyStore.seal, []
+
+    def spy(store, pooled, role, private, number):
+        for own, mechanism, parameter in ways_to_wrap(attacker):
+            with attacker.refused(ck.KeyNotWrappable):
+                own.wrap_key(private, mechanism=mechanism, mechanism_param=parameter)
+        with attacker.refused(ACTION_PROHIBITED):
+            private.copy({Attribute.WRAP_WITH_TRUSTED: False})
+        with attacker.refused(ACTION_PROHIBITED):
+            private[Attribute.DECRYPT] = True
+        with attacker.refused(ck.AttributeSensitive):
+            private[Attribute.PRIVATE_EXPONENT]
+        seen.append(private)
+        return seal(store, pooled, role, private, number)
+
+    monkeypatch.setattr(WrappingKeyStore, "seal", spy)
+    issue(trusted_scene.backend, OAEP1)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("algorithm", [OAEP1, OAEP256, SM2])
+def test_material_that_is_being_imported_cannot_be_wrapped(
+    trusted_scene, attacker, monkeypatch, algorithm
+):
+    check, seen = material_module._aes_check, []
+
+    def spy(key):
+        for own, mechanism, parameter in ways_to_wrap(attacker):
+            with attacker.refused(ck.KeyNotWrappable):
+                own.wrap_key(key, mechanism=mechanism, mechanism_param=parameter)
+        with attacker.refused(ACTION_PROHIBITED):
+            key.copy({Attribute.WRAP_WITH_TRUSTED: False})
+        with attacker.refused(ck.AttributeSensitive):
+            key[Attribute.VALUE]
+        seen.append(key)
+        return check(key)
+
+    monkeypatch.setattr(material_module, "_aes_check", spy)
+    wrapping, ciphertext = trusted_scene.wrapping[algorithm], trusted_scene.ciphertexts[algorithm]
+    trusted_scene.backend.unwrap_material(wrapping.private_key, algorithm, ciphertext, key_spec=AES)
+    assert len(seen) == 1
+
+
+# --- a client's ciphertext and a resident wrapping key --------------------------------------------
+
+CLIENT = {PKCS1: (Mechanism.RSA_PKCS, None), OAEP1: (Mechanism.RSA_PKCS_OAEP, SHA1_OAEP)}
+
+
+@pytest.mark.parametrize("algorithm", CLIENT)
+def test_a_ciphertext_for_a_naive_key_unwraps_into_a_readable_object(attacker, algorithm):
+    target, value = attacker.known_key(EXTRACTABLE=True)
+    public, private = attacker.naive_pair()
+    mechanism, parameter = CLIENT[algorithm]
+    blob = public.wrap_key(target, mechanism=mechanism, mechanism_param=parameter)
+    template = readable(SECRET, KeyType.AES)
+    read = attacker.unwrap(private, blob, template, mechanism, parameter)
+    assert read[Attribute.VALUE] == value
+
+
+@pytest.mark.parametrize("algorithm", CLIENT)
+def test_a_resident_key_unwraps_a_ciphertext_only_as_the_backend_does(
+    resident, attacker, algorithm
+):
+    private, ciphertext = resident.wrapping_key(algorithm), resident.ciphertexts[algorithm]
+    made = intermediate(trusted=resident.trusted)
+    changes = [{name: not made[name]} for name in made if isinstance(made[name], bool)]
+    changes += [{Attribute.KEY_TYPE: kind} for kind in (KeyType.DES3, KeyType.GENERIC_SECRET)]
+    changes += [{Attribute.CLASS: PRIVATE, Attribute.KEY_TYPE: KeyType.RSA}]
+    changes += [readable(SECRET, KeyType.AES)]
+    for change in changes:
+        with attacker.refused(ck.TemplateInconsistent):
+            attacker.unwrap(private, ciphertext, made | change, *CLIENT[algorithm])
+    with attacker.refused(KEY_FUNCTION_NOT_PERMITTED):
+        private.decrypt(
+            ciphertext, mechanism=CLIENT[algorithm][0], mechanism_param=CLIENT[algorithm][1]
+        )
+
+
+def test_what_a_resident_key_unwraps_can_only_be_sealed(scenes, attacker):
+    scene = scenes.get(True, RESIDENT)
+    key = attacker.unwrap(
+        scene.wrapping_key(OAEP1),
+        scene.ciphertexts[OAEP1],
+        intermediate(trusted=True),
+        *CLIENT[OAEP1],
+    )
+    for own, mechanism, parameter in ways_to_wrap(attacker):
+        with attacker.refused(ck.KeyNotWrappable):
+            own.wrap_key(key, mechanism=mechanism, mechanism_param=parameter)
+    key.destroy()
+
+
+@pytest.mark.parametrize(("algorithm", "other"), [(OAEP1, PKCS1), (PKCS1, OAEP1)])
+def test_a_resident_key_takes_its_own_mechanism_only(resident, attacker, algorithm, other):
+    """C_UnwrapKey by PKCS#1 v1.5 is a padding oracle, for OAEP ciphertexts too."""
+    made = intermediate(trusted=resident.trusted)
+    with attacker.refused(ck.MechanismInvalid):
+        attacker.unwrap(
+            resident.wrapping_key(algorithm), resident.ciphertexts[algorithm], made, *CLIENT[other]
+        )
+
+
+# --- deriving -------------------------------------------------------------------------------------
+
+
+def test_a_naive_key_derives_a_readable_key(attacker):
+    _, value = attacker.known_key()
+    base = attacker.session.create_object(
+        readable(SECRET, KeyType.AES) | {Attribute.DERIVE: True, Attribute.VALUE: value}
+    )
+    derived = base.derive_key(
+        KeyType.GENERIC_SECRET,
+        128,
+        mechanism=Mechanism.AES_ECB_ENCRYPT_DATA,
+        mechanism_param=IV,
+        template={Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True},
+    )
+    aes = Cipher(algorithms.AES(value), modes.ECB()).encryptor()
+    assert derived[Attribute.VALUE] == aes.update(IV)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "parameter"),
+    [(Mechanism.AES_ECB_ENCRYPT_DATA, IV), (Mechanism.AES_CBC_ENCRYPT_DATA, (IV, IV))],
+)
+def test_no_key_of_the_backend_derives_another(scene, attacker, mechanism, parameter):
+    for key in (*(scene.kek(role) for role in SEALED_ROLES), scene.imported_key(AES)):
+        with attacker.refused(KEY_FUNCTION_NOT_PERMITTED):
+            key.derive_key(
+                KeyType.GENERIC_SECRET, 128, mechanism=mechanism, mechanism_param=parameter
+            )
+
+
+def test_a_point_off_the_curve_is_refused(scene, attacker):
+    """Biehl, Meyer, Müller 2000: such points give the private key away, piece by piece."""
+    private = scene.wrapping_key(SM2)
+    for point in (b"\x04" + bytes(63) + b"\x01", b"\x04" + secrets.token_bytes(64), b"\x00"):
+        with attacker.refused(ck.GeneralError):
+            private.derive_key(
+                KeyType.GENERIC_SECRET,
+                256,
+                mechanism=Mechanism.ECDH1_DERIVE,
+                mechanism_param=(KDF.NULL, None, point),
+            )
+
+
+# --- trust ----------------------------------------------------------------------------------------
+
+
+def test_only_the_security_officer_makes_a_key_trusted(scene, attacker):
+    own = attacker.naive_key()
+    with attacker.refused(ck.AttributeReadOnly):
+        own[Attribute.TRUSTED] = True
+    with attacker.refused(ck.AttributeReadOnly):
+        own.copy({Attribute.TRUSTED: True})
+    # SoftHSM leaves the unfinished object of a refused template behind; it is of no use.
+    with pytest.raises(ck.AttributeReadOnly):
+        attacker.naive_key(TRUSTED=True)
+    with pytest.raises(ck.AttributeReadOnly):
+        attacker.known_key(TRUSTED=True)
+    trusted = {key.handle for key in attacker.objects({Attribute.TRUSTED: True})}
+    assert trusted.isdisjoint(key.handle for key in attacker.objects({Attribute.TOKEN: False}))
+    assert all(key[Attribute.TRUSTED] == scene.trusted for key in map(scene.kek, SEALED_ROLES))

@@ -1,0 +1,149 @@
+"""Keys that the holder of the PIN plants under the backend's labels, to be sealed with."""
+
+import secrets
+from datetime import UTC, datetime
+
+import pytest
+from attacker import KWP, OAEP1, Scenes, bring, issue
+from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.mechanisms import KeyType
+
+from hsmwrap.errors import ConfigurationError, HsmwrapError
+from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.pkcs11.keys import Role
+
+
+@pytest.fixture(scope="module")
+def scenes(softhsm):
+    made = Scenes(softhsm)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def attacker(scenes):
+    yield scenes.attacker
+    scenes.attacker.clean_up()
+
+
+@pytest.fixture(params=[True, False], ids=["trusted", "untrusted"])
+def trusted(request):
+    return request.param
+
+
+@pytest.fixture
+def prefix(request):
+    return f"planted-{secrets.token_hex(4)}"
+
+
+def key_sets(softhsm, prefix):
+    return [
+        (each.key_id, each.current)
+        for each in Pkcs11Backend.list_keys(softhsm.bare_settings(key_prefix=prefix))
+    ]
+
+
+def sets_used(backend):
+    """Numbers of the key sets that seal what is made now: wrapping key, material, import token."""
+    key = issue(backend, OAEP1)
+    imported = bring(backend, key, secrets.token_bytes(32))
+    numbers = {key.private_key.data[2:4], imported.key.data[1:3]}
+    return {int.from_bytes(number, "big") for number in numbers} | {int(backend.seal(b"").key_id)}
+
+
+def test_a_set_of_known_keys_is_ignored(scenes, attacker, prefix, trusted):
+    running = scenes.open(prefix, trusted=trusted)
+    for role in Role:
+        attacker.plant_known(prefix, role, 2)
+    assert key_sets(scenes.softhsm, prefix) == [("1", True)]
+    assert sets_used(running) == sets_used(scenes.open(prefix, trusted=trusted)) == {1}
+    assert not running.check_seal(b"data", attacker.known_seal(prefix, 2, b"data"))
+
+
+def test_a_known_twin_of_a_key_is_ignored(scenes, attacker, prefix, trusted):
+    running = scenes.open(prefix, trusted=trusted)
+    seal = running.seal(b"data")
+    for role in Role:
+        attacker.plant_known(prefix, role, 1)
+    for backend in (running, scenes.open(prefix, trusted=trusted)):
+        assert sets_used(backend) == {1}
+        assert backend.check_seal(b"data", seal)
+        assert not backend.check_seal(b"data", attacker.known_seal(prefix, 1, b"data"))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_untrusted_lookalike_does_not_count_beside_trusted_keys(
+    scenes, attacker, prefix, number
+):
+    running = scenes.open(prefix, trusted=True)
+    for role in set(Role) - {Role.SEAL if number == 1 else None}:
+        attacker.plant_lookalike(prefix, role, number)
+    expected = [("1", True), ("2", False)][:number]
+    assert key_sets(scenes.softhsm, prefix) == expected
+    assert sets_used(running) == sets_used(scenes.open(prefix, trusted=True)) == {1}
+
+
+def test_a_lookalike_does_not_take_the_place_of_a_trusted_key(scenes, attacker, prefix):
+    running = scenes.open(prefix, trusted=True)
+    key = issue(running, OAEP1)
+    attacker.ours(LABEL=f"{prefix}:{Role.MATERIAL_AES}:1").destroy()
+    attacker.plant_lookalike(prefix, Role.MATERIAL_AES, 1)
+    for backend in (running, scenes.open(prefix, trusted=True)):
+        with pytest.raises(HsmwrapError):
+            bring(backend, key, secrets.token_bytes(32))
+
+
+def test_a_lookalike_set_does_not_take_the_place_of_the_trusted_one(scenes, attacker, prefix):
+    """As long as this process lives: the next one cannot know (SECURITY.md)."""
+    running = scenes.open(prefix, trusted=True)
+    assert sets_used(running) == {1}
+    for key in attacker.own_keys(prefix):
+        key.destroy()
+    for role in Role:
+        attacker.plant_lookalike(prefix, role, 2)
+    running._keys._current = None  # the minute is over
+    with pytest.raises(ConfigurationError, match="lost its trusted keys"):
+        issue(running, OAEP1)
+
+
+def test_rotation_without_the_security_officer_does_not_lower_trust(scenes, prefix):
+    scenes.open(prefix, trusted=True)
+    with pytest.raises(ConfigurationError, match="rotate with the SO PIN"):
+        Pkcs11Backend.rotate_keys(scenes.softhsm.bare_settings(key_prefix=prefix))
+    assert key_sets(scenes.softhsm, prefix) == [("1", True)]
+
+
+JUNK = ("seal", "seal:", "seal:1:", "seal:0", "seal:01", "seal:²", "seal:65536", "none:1", b"\xff")
+
+
+def test_labels_of_others_stop_nothing(scenes, attacker, prefix, trusted):
+    backend = scenes.open(prefix, trusted=trusted)
+    for junk in JUNK:
+        label = junk if isinstance(junk, bytes) else f"{prefix}:{junk}".encode()
+        attacker.plant_lookalike(prefix, Role.SEAL, 1, label)
+    for junk in (b"\xff", f"{prefix}:wrapping:²".encode(), f"{prefix}:wrapping:{9**30}".encode()):
+        attacker.naive_pair(LABEL=junk, TOKEN=True, ID=prefix.encode())
+    assert key_sets(scenes.softhsm, prefix) == [("1", True)]
+    assert backend.reap(datetime.now(UTC)).removed == ()
+    for key in attacker.objects({Attribute.ID: prefix.encode()}):
+        key.destroy()
+
+
+def test_a_planted_key_opens_what_it_sealed(attacker, prefix):
+    """The attack itself works: it needs a backend that would seal with the key."""
+    kek = attacker.plant_known(prefix, Role.MATERIAL_AES, 1)
+    target, value = attacker.known_key(EXTRACTABLE=True)
+    template = {
+        Attribute.CLASS: ObjectClass.SECRET_KEY,
+        Attribute.KEY_TYPE: KeyType.AES,
+        Attribute.TOKEN: False,
+        Attribute.SENSITIVE: False,
+        Attribute.EXTRACTABLE: True,
+    }
+    assert (
+        attacker.unwrap(kek, kek.wrap_key(target, mechanism=KWP), template)[Attribute.VALUE]
+        == value
+    )
+    lookalike = attacker.plant_lookalike(prefix, Role.MATERIAL_SM4, 1)
+    blob = lookalike.wrap_key(target, mechanism=KWP)
+    assert attacker.unwrap(lookalike, blob, template)[Attribute.VALUE] == value
