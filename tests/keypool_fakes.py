@@ -1,5 +1,6 @@
 """A backend that counts what it is asked, a pool without threads, and a fork that answers."""
 
+import itertools
 import os
 import pickle
 import signal

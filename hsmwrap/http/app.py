@@ -87,7 +87,9 @@ class App:
         *,
         clock: Callable[[], datetime],
         max_body: int,
+        collect: Callable[[], bytes],
     ) -> None:
+        self._collect = collect
         self._kms = kms
         self._access_keys = access_keys
         self._nonces = nonces
@@ -175,7 +177,7 @@ class App:
         return answer.page({"Status": "not ready"}, request_id, 503)
 
     def _metrics(self, request_id: str) -> Response:
-        response = Response(metrics.render(), 200, content_type=metrics.CONTENT_TYPE)
+        response = Response(self._collect(), 200, content_type=metrics.CONTENT_TYPE)
         response.headers["x-acs-request-id"] = request_id
         return response
 
@@ -187,6 +189,7 @@ def create_app(
     *,
     clock: Callable[[], datetime] = _utc_now,
     max_body: int = MAX_BODY,
+    collect: Callable[[], bytes] = metrics.render,
 ) -> App:
     """Put the protocol before a KMS.
 
@@ -196,8 +199,9 @@ def create_app(
         nonces: Shared by all processes that serve these access keys.
         clock: Returns the current aware time.
         max_body: Longest accepted request body in bytes.
+        collect: Returns the metrics in Prometheus' text format.
     """
-    return App(kms, access_keys, nonces, clock=clock, max_body=max_body)
+    return App(kms, access_keys, nonces, clock=clock, max_body=max_body, collect=collect)
 
 
 def from_config(path: Path | None) -> App:
@@ -212,9 +216,15 @@ def from_config(path: Path | None) -> App:
 
     config = load_config(path)
     logs.configure()
-    kms = open_kms(config)
+    kms = open_kms(config, observer=metrics.observer())
     atexit.register(kms.close)
-    return create_app(kms, kms.access_keys, kms.nonces, max_body=config.limits.max_request_bytes)
+    return create_app(
+        kms,
+        kms.access_keys,
+        kms.nonces,
+        max_body=config.limits.max_request_bytes,
+        collect=lambda: metrics.render(*kms.watched()),
+    )
 
 
 def from_environment() -> App:

@@ -7,14 +7,16 @@ several workers the library adds the workers up in ``PROMETHEUS_MULTIPROC_DIR``.
 from __future__ import annotations
 
 import functools
-import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hsmwrap.backend import Backend
 from hsmwrap.http.errors import MetricsUnavailable
+from hsmwrap.keypool import KeyPool
+from hsmwrap.observe import Observer
 
 try:
     import prometheus_client
-    from prometheus_client.multiprocess import MultiProcessCollector
 except ImportError:  # the extra is not installed
     AVAILABLE = False
 else:
@@ -49,16 +51,23 @@ def observe(action: str, code: str, seconds: float) -> None:
         instruments.seconds.labels(action).observe(seconds)
 
 
-def render() -> bytes:
-    """All metrics in the text format.
+def observer() -> Observer | None:
+    """Counts the calls of backends; None without the library."""
+    if not AVAILABLE:
+        return None
+    from hsmwrap.metrics import PrometheusObserver  # noqa: PLC0415 (the extra may be absent)
+
+    return PrometheusObserver()
+
+
+def render(backends: Iterable[Backend] = (), pools: Iterable[KeyPool] = ()) -> bytes:
+    """All metrics in the text format: this layer's, and those of backends and key-pair pools.
 
     Raises:
         MetricsUnavailable: prometheus_client is not installed.
     """
     if not AVAILABLE:
         raise MetricsUnavailable("prometheus_client is not installed")
-    registry = prometheus_client.REGISTRY
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        registry = prometheus_client.CollectorRegistry()
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # the library's
-    return prometheus_client.generate_latest(registry)
+    from hsmwrap.metrics import FactsCollector, render  # noqa: PLC0415 (the extra may be absent)
+
+    return render(FactsCollector(backends, pools))

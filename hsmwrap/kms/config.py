@@ -66,6 +66,7 @@ class ServerConfig(BaseSettings):
         audit_key_file: File with the HMAC key of the audit log's chain, mode 600; None: SHA-256.
         audit_sync: True waits for the disk with each line.
         sweep_interval: Pause between sweeps; 0 switches the sweeper off.
+        key_pool: Wrapping key pairs of each kind that are made ahead; 0: none.
         limits: How much is taken from a client at once.
     """
 
@@ -93,6 +94,7 @@ class ServerConfig(BaseSettings):
     audit_key_file: Path | None = None
     audit_sync: bool = False
     sweep_interval: timedelta = Field(default=timedelta(seconds=60), ge=timedelta(0))
+    key_pool: int = Field(default=0, ge=0, le=10_000)
     limits: LimitsConfig = LimitsConfig()
 
     @classmethod

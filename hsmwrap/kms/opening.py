@@ -9,12 +9,13 @@ from pathlib import Path
 from hsmwrap.backend import Backend
 from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.errors import ConfigurationError
-from hsmwrap.imports import KeySource, generate_inline
+from hsmwrap.keypool import KeyPool, PoolSettings
 from hsmwrap.kms.access import AccessKeys, FileAccessKeys, read_private
 from hsmwrap.kms.audit import AuditLog
 from hsmwrap.kms.config import ServerConfig
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.service import Kms
+from hsmwrap.observe import Observer, observed
 from hsmwrap.registry import open_backend
 
 _MIN_AUDIT_KEY = 32
@@ -24,21 +25,23 @@ def open_kms(
     config: ServerConfig,
     *,
     access_keys: AccessKeys | None = None,
-    key_source: KeySource = generate_inline,
+    observer: Observer | None = None,
 ) -> Kms:
     """Open backends and database, migrate the schema, recover, start the sweeper.
 
     Args:
         config: The configuration.
         access_keys: Instead of the configuration's file of access keys.
-        key_source: Where wrapping keys come from.
+        observer: Told of each call of a backend.
 
     Raises:
         ConfigurationError: Something that the configuration names cannot be used.
         HsmwrapError: A backend or the database does not open; nothing is left open.
     """
     with ExitStack() as opened:
-        backends = _open_backends(config, opened)
+        backends = _open_backends(config, observer, opened)
+        key_pool = KeyPool(PoolSettings(config.key_pool, config.key_pool // 2))
+        opened.callback(key_pool.close)
         database = open_database(config)
         opened.callback(database.close)
         database.migrate()
@@ -52,7 +55,7 @@ def open_kms(
             token_lifetime=config.token_lifetime,
             single_use=config.single_use,
             required_exposure=config.required_exposure,
-            key_source=key_source,
+            key_pool=key_pool,
             sweep_seconds=config.sweep_interval.total_seconds() or None,
         )
         opened.pop_all()
@@ -103,12 +106,15 @@ def _access_keys(config: ServerConfig) -> AccessKeys:
     return FileAccessKeys(config.access_key_file)
 
 
-def _open_backends(config: ServerConfig, opened: ExitStack) -> dict[ProtectionLevel, Backend]:
+def _open_backends(
+    config: ServerConfig, observer: Observer | None, opened: ExitStack
+) -> dict[ProtectionLevel, Backend]:
     backends: dict[ProtectionLevel, Backend] = {}
     for level, wanted in config.backends.items():
         same = next((b for known, b in backends.items() if config.backends[known] == wanted), None)
         if same is None:
             same = open_backend(wanted.plugin, wanted.settings)
             opened.callback(same.close)
+            same = observed(same, observer) if observer else same
         backends[level] = same
     return backends

@@ -12,7 +12,8 @@ from typing import Any, Self
 from hsmwrap.backend import Backend, Exposure
 from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
-from hsmwrap.imports import TOKEN_LIFETIME, ImportService, KeySource, generate_inline
+from hsmwrap.imports import TOKEN_LIFETIME, ImportService, generate_inline
+from hsmwrap.keypool import KeyPool
 from hsmwrap.kms import anchors
 from hsmwrap.kms.access import AccessKeys, Caller
 from hsmwrap.kms.api import OPERATIONS, Operations, Request
@@ -70,7 +71,7 @@ class Kms:
         token_lifetime: timedelta = TOKEN_LIFETIME,
         single_use: bool = False,
         required_exposure: Exposure | None = None,
-        key_source: KeySource = generate_inline,
+        key_pool: KeyPool | None = None,
         import_lease: timedelta = LEASE,
         sweep_seconds: float | None = None,
         step: Callable[[str], None] = no_step,
@@ -88,7 +89,7 @@ class Kms:
             token_lifetime: Validity of import tokens.
             single_use: True makes import tokens single-use, on all processes of the database.
             required_exposure: ``Exposure.IN_HSM`` refuses HSM-level imports through the host.
-            key_source: Where wrapping keys come from.
+            key_pool: Makes wrapping key pairs ahead; None: one per call. The KMS closes it.
             import_lease: How long an import may take before others take it for dead.
             sweep_seconds: Pause between sweeps; None: only :meth:`sweep` sweeps.
             step: Called with the name of each step that a crash could fall behind; for tests.
@@ -99,6 +100,7 @@ class Kms:
         self.access_keys = access_keys
         self._database = database
         self._backends = dict(backends)
+        self._key_pool = key_pool
         self._audit_log = audit_log
         self._clock = clock
         self._arn_prefix = arn_prefix
@@ -111,7 +113,7 @@ class Kms:
             token_lifetime=token_lifetime,
             required_exposure=required_exposure,
             used_tokens=UsedImportTokens(once) if single_use else None,
-            key_source=key_source,
+            key_source=key_pool or generate_inline,
         )
         by_name = {backend.name: backend for backend in backends.values()}
         objects = Objects(database, by_name, clock, import_lease, step)
@@ -174,10 +176,17 @@ class Kms:
             parts["database"], ready = str(error), False
         return KmsHealth(ready, parts)
 
+    def watched(self) -> tuple[tuple[Backend, ...], tuple[KeyPool, ...]]:
+        """Backends and key-pair pools, for metrics."""
+        pools = () if self._key_pool is None else (self._key_pool,)
+        return tuple(self._backends.values()), pools
+
     def close(self) -> None:
-        """Stop the sweeper, close backends and database. Safe to call again."""
+        """Stop sweeper and key-pair pool, close backends and database. Safe to call again."""
         if self._sweeper is not None:
             self._sweeper.stop()
+        if self._key_pool is not None:
+            self._key_pool.close()
         for backend in self._backends.values():
             backend.close()
         self._database.close()
