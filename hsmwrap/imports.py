@@ -16,6 +16,7 @@ import secrets
 import threading
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
@@ -32,8 +33,10 @@ from hsmwrap.catalog import (
 from hsmwrap.errors import (
     CombinationRefused,
     ExpiredImportToken,
+    HsmwrapError,
     InvalidImportToken,
     InvalidParameter,
+    ServiceUnavailable,
     UnsupportedOrigin,
     UnsupportedProtectionLevel,
 )
@@ -56,6 +59,9 @@ class Cmk:
         origin: Only EXTERNAL takes imports.
         check_value: Check value of the material imported before; None before the first import.
             A re-import has to match it.
+
+    Raises:
+        InvalidParameter: The key id is empty, too long, or no text that UTF-8 can carry.
     """
 
     key_id: str
@@ -63,6 +69,14 @@ class Cmk:
     protection_level: ProtectionLevel
     origin: Origin = Origin.EXTERNAL
     check_value: bytes | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        try:
+            fits = 0 < len(self.key_id.encode()) <= tokens.MAX_CMK_ID_LENGTH
+        except UnicodeEncodeError:
+            fits = False
+        if not fits:
+            raise InvalidParameter("KeyId", f"takes 1 to {tokens.MAX_CMK_ID_LENGTH} bytes of UTF-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +106,7 @@ class ImportParameters:
             "KeyId": self.key_id,
             "ImportToken": base64.b64encode(self.import_token).decode("ascii"),
             "PublicKey": base64.b64encode(self.public_key).decode("ascii"),
-            "TokenExpireTime": self.expires_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "TokenExpireTime": self.expires_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
 
 
@@ -201,7 +215,9 @@ class ImportService:
             UnsupportedProtectionLevel: A backend may not serve the level that it is given for.
         """
         for level, backend in backends.items():
-            _require_level(backend, level)
+            # One that is away for now is asked again by every call that needs to know.
+            with suppress(ServiceUnavailable):
+                _require_level(backend, level)
         self._backends = dict(backends)
         self._deployment = deployment
         self._clock = clock
@@ -259,6 +275,8 @@ class ImportService:
             InvalidParameter: The expiry is not in the future.
             InvalidImportToken: Changed, of another CMK or backend, or used up.
             ExpiredImportToken: Authentic, but too old.
+            CombinationRefused: The token's algorithm is not served here any more, or not with the
+                required exposure.
             InvalidKeyMaterial: The ciphertext did not become the key; never says why.
             ServiceUnavailable: The backend is away for now.
         """
@@ -267,6 +285,7 @@ class ImportService:
             raise InvalidParameter("KeyMaterialExpireUnix", "is in the past; 0 means never")
         backend = self._backend_of(cmk)
         claims = self._open_token(backend, cmk, import_token)
+        self._require_capability(backend, cmk, claims.spec, claims.algorithm)
         with _SingleUse(self._used_tokens, claims):
             imported = backend.unwrap_material(
                 claims.private_key,
@@ -290,6 +309,7 @@ class ImportService:
     def _require_capability(
         self, backend: Backend, cmk: Cmk, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
     ) -> None:
+        _require_level(backend, cmk.protection_level)
         capabilities = backend.capabilities()
         wrapping = capabilities.wrapping_for(spec, algorithm)
         if wrapping is None or capabilities.key_for(cmk.key_spec) is None:
@@ -316,7 +336,7 @@ class ImportService:
             claims = _claims(cmk, backend.name, key, expires_at)
             token = tokens.encode(claims, backend.seal)
         except BaseException:
-            backend.discard_wrapping_key(key.private_key)
+            _discard(backend, key)
             raise
         _log_event("issued parameters for import", cmk, backend, claims.token_id)
         return ImportParameters(cmk.key_id, spec, algorithm, key.public_key, token, expires_at)
@@ -345,11 +365,12 @@ class _SingleUse:
         self._claims = claims
 
     def __enter__(self) -> None:
-        if self._used and not self._used.claim(self._claims.token_id, self._claims.expires_at):
+        used, claims = self._used, self._claims
+        if used is not None and not used.claim(claims.token_id, claims.expires_at):
             raise InvalidImportToken("the import token was used before, and is single-use here")
 
     def __exit__(self, exc_type: object, *_exc: object) -> None:
-        if self._used and exc_type is not None:
+        if self._used is not None and exc_type is not None:
             self._used.release(self._claims.token_id)
 
 
@@ -367,6 +388,15 @@ def _require_level(backend: Backend, level: ProtectionLevel) -> None:
         raise UnsupportedProtectionLevel(
             "backend-level", f"backend {backend.name} serves {listed}, not {level}"
         )
+
+
+def _discard(backend: Backend, key: WrappingKey) -> None:
+    """Destroy a key that nobody will get; where that fails, it is reaped when it expires."""
+    try:
+        backend.discard_wrapping_key(key.private_key)
+    except HsmwrapError as error:
+        extra = {"backend": backend.name, "error": type(error).__name__}
+        _log.warning("could not discard a wrapping key", extra=extra)
 
 
 def _claims(

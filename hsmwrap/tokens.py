@@ -29,10 +29,14 @@ TOKEN_VERSION = 1
 TOKEN_ID_LENGTH = 16
 MAX_TOKEN_LENGTH = 4096
 """Longest token accepted, in bytes; a sealed RSA-2048 private key makes about 1,400."""
+MAX_CMK_ID_LENGTH = 255
+"""Longest CMK id that fits, in bytes of UTF-8."""
 
 _TAG_LENGTH = 32
+_DIGEST_LENGTH = 32
+_MAX_KEY_ID_LENGTH = 255
 _HEAD = struct.Struct(">BB")
-_FIXED = struct.Struct(f">{TOKEN_ID_LENGTH}sQBBBB32s")
+_FIXED = struct.Struct(f">{TOKEN_ID_LENGTH}sQBBBB{_DIGEST_LENGTH}s")
 _LENGTH1 = struct.Struct(">B")
 _LENGTH2 = struct.Struct(">H")
 
@@ -81,11 +85,13 @@ def encode(claims: ImportTokenClaims, seal: Callable[[bytes], Seal]) -> bytes:
     """Serialise and authenticate ``claims``; ``seal`` is the backend's.
 
     Raises:
-        ValueError: A claim does not fit its field (CMK id over 255 bytes, for example).
+        ValueError: A claim or the seal does not fit its field (CMK id over 255 bytes, for example).
     """
     body = _encode_body(claims)
     tag = seal(_sealed_bytes(body))
     key_id = tag.key_id.encode("ascii")
+    if len(key_id) > _MAX_KEY_ID_LENGTH or len(tag.tag) != _TAG_LENGTH:
+        raise ValueError("the backend's seal does not fit an import token")
     token = _HEAD.pack(TOKEN_VERSION, len(key_id)) + key_id + body + tag.tag
     if len(token) > MAX_TOKEN_LENGTH:
         raise ValueError(f"an import token of {len(token)} bytes exceeds {MAX_TOKEN_LENGTH}")
@@ -127,6 +133,7 @@ def _open_envelope(token: bytes) -> tuple[bytes, Seal]:
 
 
 def _encode_body(claims: ImportTokenClaims) -> bytes:
+    _require_exact(claims)
     try:
         fixed = _FIXED.pack(
             claims.token_id,
@@ -145,6 +152,15 @@ def _encode_body(claims: ImportTokenClaims) -> bytes:
         )
     except struct.error as error:
         raise ValueError(f"a claim does not fit the import token: {error}") from None
+
+
+def _require_exact(claims: ImportTokenClaims) -> None:
+    # struct cuts and fills bytes to a field's length without a word, and int() cuts seconds.
+    lengths = len(claims.token_id), len(claims.public_key_sha256)
+    if lengths != (TOKEN_ID_LENGTH, _DIGEST_LENGTH):
+        raise ValueError("the token id has 16 bytes and the public key's SHA-256 has 32")
+    if claims.expires_at.tzinfo is None or claims.expires_at.microsecond:
+        raise ValueError("the expiry is an aware time in whole seconds")
 
 
 def _decode_body(body: bytes) -> ImportTokenClaims:

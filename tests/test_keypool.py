@@ -32,7 +32,9 @@ def backend():
 
 @pytest.fixture
 def pool():
-    return ManualPool(SMALL)
+    manual = ManualPool(SMALL)
+    yield manual
+    pool_module._POOLS.discard(manual)  # some close in vain, and would again at exit
 
 
 @pytest.fixture

@@ -1,108 +1,186 @@
-"""The key-pair pool over a real HSM token: resident pairs, forks, and a process that is killed."""
+"""The pool on a real token: sealed RSA and resident SM2 pairs, forks, kills, two processes."""
 
+import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
-from keypool_fakes import OAEP, SM2, Child, wait_for
+from keypool_fakes import DAY, OAEP, SM2, Child, wait_for
 
 from hsmwrap import registry
+from hsmwrap.backend import Custody
+from hsmwrap.catalog import KeySpec, ProtectionLevel
+from hsmwrap.imports import Cmk, ImportService
 from hsmwrap.keypool import KeyPool, PoolSettings
+from hsmwrap.pkcs11.connection import Connection
+from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.policy import Deployment
+from hsmwrap.testing.clients import openssl_encrypt
 
-DAY = timedelta(hours=24)
-SETTINGS = PoolSettings(pairs=(SM2,), high_water=3, low_water=1)
+SETTINGS = PoolSettings(high_water=4, low_water=2)
+RESIDENT = SETTINGS.max_age + SETTINGS.token_lifetime
+SECOND = timedelta(seconds=1)
+HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+
+@pytest.fixture(scope="module")
+def settings(softhsm):
+    return softhsm.settings("keypool")
 
 
 @pytest.fixture
-def backend(softhsm):
-    with registry.open_backend("pkcs11", softhsm.settings("keypool")) as backend:
-        backend.reap(datetime.now(UTC) + 9 * DAY)
+def backend(settings):
+    with registry.open_backend("pkcs11", settings) as backend:
+        backend.capabilities()  # the probe's objects have come and gone before anybody counts
         yield backend
+        backend.reap(_now() + 10 * DAY)
 
 
-def resident(backend):
-    """How many resident pairs there are; removes none."""
-    return backend.reap(datetime(2000, 1, 1, tzinfo=UTC)).examined
+@pytest.fixture
+def count_objects(softhsm, backend):
+    connection = Connection(Pkcs11Settings.from_mapping(softhsm.bare_settings()))
+    yield lambda: connection.run(lambda pooled: len(list(pooled.session.get_objects())))
+    connection.close()
 
 
-def take(pool, backend):
-    return pool(backend, *SM2, datetime.now(UTC) + DAY)
-
-
-def fill(pool, backend):
-    pool.prepare(backend, [SM2])
-    wait_for(pool, lambda p: p.facts()[0].level == SETTINGS.high_water)
-
-
-def test_close_leaves_only_what_was_given_away(backend):
+@pytest.fixture
+def pool(backend):
     with KeyPool(SETTINGS) as pool:
-        fill(pool, backend)
-        key = take(pool, backend)
-    assert resident(backend) == 1
-    backend.discard_wrapping_key(key.private_key)
-    assert resident(backend) == 0
+        pool.prepare(backend, [OAEP, SM2])
+        yield pool
 
 
-def test_a_pair_lasts_as_long_as_its_import_token(backend):
-    with KeyPool(SETTINGS) as pool:
-        fill(pool, backend)
-        take(pool, backend)
-    assert backend.reap(datetime.now(UTC) + DAY).removed == ()
-    assert len(backend.reap(datetime.now(UTC) + 9 * DAY).removed) == 1
+def _now():
+    return datetime.now(UTC)
 
 
-def test_parent_and_children_never_share_a_pair(backend):
-    with KeyPool(SETTINGS) as pool:
-        fill(pool, backend)
-
-        def child():
-            keys = [take(pool, backend).public_key for _ in range(4)]
-            pool.close()
-            return keys
-
-        children = [Child(child) for _ in range(3)]
-        keys = [take(pool, backend).public_key for _ in range(4)]
-        for each in children:
-            keys += each.result()
-    assert len(set(keys)) == 16
+def _full(pool):
+    return [facts.level for facts in pool.facts()] == [4] * len(pool.facts())
 
 
-def test_an_empty_pool_generates_inline(backend):
-    with KeyPool(PoolSettings(high_water=0)) as pool:
-        assert len(pool(backend, *OAEP, datetime.now(UTC) + DAY).public_key) == 294
-        assert pool.facts() == []
+def _take(pool, backend, pair=SM2):
+    return pool(backend, *pair, _now() + DAY)
 
 
-KILLED = """
-import json, sys, time
-from hsmwrap import registry
-from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.keypool import KeyPool, PoolSettings
-pair = WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE
-pool = KeyPool(PoolSettings(pairs=(pair,), high_water=3, low_water=1))
-pool.prepare(registry.open_backend("pkcs11", json.loads(sys.argv[1])), [pair])
-while pool.facts()[0].level < 3:
-    time.sleep(0.01)
-print("full", flush=True)
-time.sleep(60)
-"""
-
-
-def test_what_a_killed_process_made_is_reaped_once_it_has_expired(backend, softhsm):
-    import json
-
-    settings = json.dumps(softhsm.settings("keypool"))
+@contextmanager
+def other_process(settings, count):
+    """A process with a pool of its own; yields it and the public keys that it took."""
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, settings], stdout=subprocess.PIPE, text=True
+        [sys.executable, HERE / "keypool_process.py", json.dumps(settings), str(count)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"},
     )
     with process:
-        assert process.stdout.readline() == "full\n"
-        os.kill(process.pid, signal.SIGKILL)
-    assert resident(backend) == 3
-    assert backend.reap(datetime.now(UTC) + DAY).removed == ()
-    assert len(backend.reap(datetime.now(UTC) + 9 * DAY).removed) == 3
+        lines = [process.stdout.readline().strip() for _ in range(count + 1)]
+        assert lines.pop() == "full"
+        yield process, lines
+
+
+def test_sealed_pairs_leave_nothing_and_resident_ones_are_discarded_at_close(
+    pool, backend, count_objects
+):
+    wait_for(pool, _full)
+    filled = count_objects()
+    sealed, resident = (_take(pool, backend, pair).private_key for pair in (OAEP, SM2))
+    assert [facts.hits for facts in pool.facts()] == [1, 1]
+    assert sealed.custody is Custody.HSM_ENCRYPTED_DATABASE
+    assert resident.custody is Custody.HSM_INTERNAL
+    pool.close()
+    assert count_objects() == filled - 3  # of four SM2 pairs, the one that was taken stays
+    backend.discard_wrapping_key(resident)
+    assert count_objects() == filled - 4
+    assert backend.reap(_now() + 10 * DAY).examined == 0
+
+
+@pytest.mark.parametrize("pair", [OAEP, SM2])
+def test_a_pooled_pair_imports_like_any_other(pool, backend, pair):
+    wait_for(pool, _full)
+    service = ImportService({ProtectionLevel.HSM: backend}, Deployment(), key_source=pool)
+    cmk = Cmk("key-1", KeySpec.ALIYUN_AES_256, ProtectionLevel.HSM)
+    parameters = service.get_parameters_for_import(cmk, *pair)
+    assert sum(facts.hits for facts in pool.facts()) == 1
+    ciphertext = openssl_encrypt(pair[1], parameters.public_key, secrets.token_bytes(32))
+    key = service.import_key_material(cmk, ciphertext, parameters.import_token).imported.key
+    assert backend.decrypt(key, backend.encrypt(key, b"message")) == b"message"
+
+
+def test_no_pair_twice_in_children_of_a_process_whose_pool_is_being_filled(
+    pool, backend, count_objects
+):
+    before = count_objects()
+
+    def child():
+        with backend, pool:
+            taken = [_take(pool, backend) for _ in range(6)]
+            wait_for(pool, lambda p: p.facts()[1].level == 4)
+            assert pool.facts()[1].hits + pool.facts()[1].misses == 6
+            pool.close()
+            for key in taken:
+                backend.discard_wrapping_key(key.private_key)
+        return [key.public_key for key in taken]
+
+    taken, children = [], []
+    for _ in range(4):
+        taken.append(_take(pool, backend))
+        children.append(Child(child))
+    theirs = [key for each in children for key in each.result()]
+    taken += [_take(pool, backend) for _ in range(6)]
+    ours = [key.public_key for key in taken]
+    assert len({*ours, *theirs}) == len(ours) + len(theirs) == 10 + 24
+    for key in taken:  # what the parent had is still there: no child discarded it
+        assert backend.reap(_now()).removed == ()
+        backend.discard_wrapping_key(key.private_key)
+    pool.close()
+    assert count_objects() <= before
+
+
+def test_a_child_takes_nothing_of_the_parents_pairs_along(pool, backend, count_objects):
+    wait_for(pool, _full)
+    filled = count_objects()
+    assert Child(pool.close).result() is None
+    assert count_objects() == filled
+    assert _take(pool, backend).private_key
+    assert pool.facts()[1].hits == 1
+
+
+def test_pairs_of_a_killed_process_are_reaped_when_they_expire(settings, backend, count_objects):
+    before = count_objects()
+    started = _now()
+    with other_process(settings, 0) as (process, _):
+        process.send_signal(signal.SIGKILL)
+    assert count_objects() == before + 4
+    assert backend.reap(started + RESIDENT - SECOND).removed == ()
+    assert len(backend.reap(_now() + RESIDENT + SECOND).removed) == 4
+    assert count_objects() == before
+
+
+def test_two_processes_never_give_the_same_pair(settings, backend, pool, count_objects):
+    wait_for(pool, _full)
+    with other_process(settings, 10) as (one, ones), other_process(settings, 10) as (two, twos):
+        ours = [_take(pool, backend).public_key.hex() for _ in range(10)]
+        assert len({*ours, *ones, *twos}) == 30
+        one.stdin.close()
+        two.stdin.close()
+        assert (one.wait(60), two.wait(60)) == (0, 0)
+    pool.close()
+    assert backend.reap(_now()).examined == 30  # what was given out; nobody left a pooled pair
+
+
+def test_close_after_the_backend_leaves_the_pairs_to_the_reaper(settings, count_objects, caplog):
+    before = count_objects()
+    closed = registry.open_backend("pkcs11", settings)
+    pool = KeyPool(SETTINGS)
+    pool.prepare(closed, [SM2])
+    wait_for(pool, _full)
+    closed.close()
+    pool.close()
+    assert caplog.records[-1].left_for_the_reaper == 4
+    assert count_objects() == before + 4

@@ -1,9 +1,16 @@
 """Trace hooks and metrics: everything is told, nothing is changed, nothing secret leaks."""
 
+import os
 import secrets
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from keypool_fakes import OAEP, FakeBackend, ManualPool
+from keypool_fakes import EVERY_CALL, OAEP, Child, FakeBackend, ManualPool
 from prometheus_client import CollectorRegistry
 
 from hsmwrap import metrics, registry
@@ -36,6 +43,27 @@ def test_every_method_of_the_contract_is_passed_on():
     wrapper = type(observed(FakeBackend(), print))
     missing = contract - QUIET - {"contract_version"} - set(vars(wrapper))
     assert missing == set()
+
+
+@pytest.mark.parametrize("name", EVERY_CALL)
+def test_every_call_is_passed_on_unchanged_and_told(name, told):
+    call = EVERY_CALL[name]
+    assert call(observed(FakeBackend(), told.append)) == call(FakeBackend())
+    (operation,) = told
+    assert (operation.name, operation.backend, operation.outcome) == (name, "fake", OK)
+    assert "secret" not in repr(operation)
+
+
+def test_every_observed_call_is_among_those():
+    contract = {name for name in vars(Backend) if not name.startswith("_")}
+    assert contract - QUIET - {"contract_version"} == set(EVERY_CALL)
+
+
+def test_an_observed_backend_is_no_plug_in(backend):
+    wrapper = observed(backend, print)
+    with pytest.raises(TypeError, match="open the backend itself"):
+        type(wrapper).from_settings({})
+    assert repr(wrapper).startswith("<observed <SoftwareBackend")
 
 
 def test_a_whole_import_is_told_in_order(backend, told):
@@ -146,3 +174,82 @@ def test_the_pkcs11_backend_s_facts_are_all_exported(softhsm):
 def test_two_backends_of_one_name_are_refused():
     with pytest.raises(ConfigurationError, match="told apart"):
         metrics.FactsCollector([FakeBackend(), FakeBackend()])
+
+
+def test_a_fork_waits_for_the_update_of_another_thread():
+    """A child that inherited one of prometheus_client's locks would hang in its first update."""
+    counted = CollectorRegistry()
+    observer = metrics.PrometheusObserver(counted)
+    watched = observed(FakeBackend(), observer)
+    inside, finished = threading.Event(), threading.Event()
+
+    def update(_seconds):
+        inside.set()
+        time.sleep(0.05)  # time for a fork that does not wait
+        finished.set()
+
+    def count():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(observer._instruments.seconds.labels("fake", "seal"), "observe", update)
+            watched.seal(b"data")
+
+    def child():
+        watched.reap(None)
+        return finished.is_set()
+
+    with ThreadPoolExecutor(1) as other:
+        other.submit(count)
+        assert inside.wait(60)
+        assert Child(child).result()
+
+
+def test_processes_are_added_up_and_facts_name_theirs(tmp_path):
+    lines = run_alone(MULTIPROCESS, PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
+    labels = 'algorithm="",backend="fake",key_spec="",operation="seal",outcome="ok",spec=""'
+    assert f"hsmwrap_backend_operations_total{{{labels}}} 3.0" in lines
+    pid = lines[0]
+    assert f'hsmwrap_backend_ready{{backend="fake",pid="{pid}"}} 1.0' in lines
+
+
+MULTIPROCESS = """
+import os
+from keypool_fakes import Child, FakeBackend
+from hsmwrap import metrics
+from hsmwrap.observe import observed
+fake = FakeBackend()
+watched = observed(fake, metrics.PrometheusObserver())
+watched.seal(b"parent")
+for _ in range(2):
+    Child(lambda: watched.seal(b"child")).result()
+print(os.getpid())
+print(metrics.render(metrics.FactsCollector([fake])).decode())
+"""
+
+
+def test_without_the_library_the_error_names_the_extra():
+    (line,) = run_alone(WITHOUT_THE_LIBRARY)
+    assert "pip install 'hsmwrap[metrics]'" in line
+
+
+WITHOUT_THE_LIBRARY = """
+import sys
+sys.modules["prometheus_client"] = None
+from hsmwrap.errors import ConfigurationError
+try:
+    import hsmwrap.metrics
+except ConfigurationError as error:
+    print(error)
+"""
+
+
+def run_alone(script, **environment):
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        env=os.environ | environment | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()

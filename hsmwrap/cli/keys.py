@@ -30,7 +30,15 @@ _ENVIRONMENT = {
     "keyring_file": "HSMWRAP_KEYRING_FILE",
 }
 _OPTIONS = {
-    "pkcs11": ("uri", "module", "token_label", "token_serial", "pin_file", "key_prefix"),
+    "pkcs11": (
+        "uri",
+        "module",
+        "library_parameters",
+        "token_label",
+        "token_serial",
+        "pin_file",
+        "key_prefix",
+    ),
     "software": ("keyring_file",),
 }
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Self
 
-from pkcs11 import GCMParams
 from pkcs11.mechanisms import Mechanism
 
 from hsmwrap import backend as contract
@@ -37,6 +36,7 @@ from hsmwrap.pkcs11 import admin, reaper, report, rsa, sm2
 from hsmwrap.pkcs11.clientfault import blame
 from hsmwrap.pkcs11.connection import Connection, destroy_by_id
 from hsmwrap.pkcs11.custody import WrappingKeyStore, new_object_id, parse_ref
+from hsmwrap.pkcs11.gcm import AesGcm
 from hsmwrap.pkcs11.keys import KeySets, Role, is_trusted
 from hsmwrap.pkcs11.material import MaterialStore, Unwrap, create_from
 from hsmwrap.pkcs11.pin import PinFile
@@ -55,6 +55,7 @@ class _Token:
 
     features: TokenFeatures
     trusted: bool
+    gcm: AesGcm
     wrapping: WrappingKeyStore
     material: MaterialStore
     capabilities: Capabilities
@@ -265,14 +266,8 @@ class Pkcs11Backend(Backend):
         """Encrypt inside the HSM token by AES-256-GCM with a random nonce."""
         nonce = secrets.token_bytes(contract.NONCE_LENGTH)
 
-        def operation(obj: Any) -> bytes:
-            return bytes(
-                obj.encrypt(
-                    plaintext,
-                    mechanism=Mechanism.AES_GCM,
-                    mechanism_param=_gcm(nonce, additional_data),
-                )
-            )
+        def operation(gcm: AesGcm, obj: Any) -> bytes:
+            return gcm.encrypt(obj, nonce, plaintext, additional_data)
 
         return bytes([contract.MESSAGE_VERSION]) + nonce + self._use(key, operation)
 
@@ -284,19 +279,13 @@ class Pkcs11Backend(Backend):
             raise InvalidCiphertext
         nonce, sealed = ciphertext[1:_MESSAGE_HEAD], ciphertext[_MESSAGE_HEAD:]
 
-        def operation(obj: Any) -> bytes:
-            with blame(InvalidCiphertext):
-                return bytes(
-                    obj.decrypt(
-                        sealed,
-                        mechanism=Mechanism.AES_GCM,
-                        mechanism_param=_gcm(nonce, additional_data),
-                    )
-                )
+        def operation(gcm: AesGcm, obj: Any) -> bytes:
+            with blame(obj, error=InvalidCiphertext):
+                return gcm.decrypt(obj, nonce, sealed, additional_data)
 
         return self._use(key, operation)
 
-    def _use(self, key: KeyRef, operation: Callable[[Any], bytes]) -> bytes:
+    def _use(self, key: KeyRef, operation: Callable[[AesGcm, Any], bytes]) -> bytes:
         token = self._token()
         capability = token.capabilities.key_for(key.key_spec)
         if capability is None or not capability.usable:
@@ -306,7 +295,7 @@ class Pkcs11Backend(Backend):
 
         def in_session(pooled: PooledSession) -> bytes:
             with token.material.opened(pooled, key) as obj:
-                return operation(obj)
+                return operation(token.gcm, obj)
 
         return self._connection.run(in_session)
 
@@ -377,12 +366,14 @@ class Pkcs11Backend(Backend):
     def _probe(self, pooled: PooledSession) -> _Token:
         number = self._keys.current(pooled)
         kek = self._keys.require(pooled, Role.WRAPPING_UNWRAP, number)
-        features, trusted = probe(pooled.session, kek), is_trusted(kek)
+        gcm = AesGcm(self._settings.module)
+        features, trusted = probe(pooled.session, kek, gcm), is_trusted(kek)
         custody = report.material_custody(self._settings, features)
         prefix = self._settings.key_prefix
         return _Token(
             features=features,
             trusted=trusted,
+            gcm=gcm,
             wrapping=WrappingKeyStore(self._keys, prefix, features),
             material=MaterialStore(self.name, self._keys, prefix, custody, features),
             capabilities=report.capabilities(
@@ -403,7 +394,3 @@ def _public_key_der(spec: WrappingKeySpec, public: Any) -> bytes:
     if spec is WrappingKeySpec.RSA_2048:
         return rsa.public_key_der(public)
     return sm2.public_key_der(public)
-
-
-def _gcm(nonce: bytes, additional_data: bytes) -> GCMParams:
-    return GCMParams(nonce, additional_data, contract.TAG_LENGTH * 8)

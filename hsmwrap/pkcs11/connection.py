@@ -19,10 +19,20 @@ from typing import Any, TypeVar
 from weakref import WeakSet
 
 from pkcs11.constants import Attribute, TokenFlag
-from pkcs11.exceptions import PKCS11Error, TokenNotPresent, TokenNotRecognised
-from pkcs11.types import Session, Token
+from pkcs11.exceptions import PKCS11Error, SessionHandleInvalid, TokenNotPresent, TokenNotRecognised
+from pkcs11.types import Object, Session, Token
 
-from hsmwrap.errors import HsmError, HsmUnavailable, HsmwrapError, PinError, TokenSelectionError
+from hsmwrap.errors import (
+    HsmError,
+    HsmUnavailable,
+    HsmwrapError,
+    InvalidCiphertext,
+    InvalidImportToken,
+    InvalidKeyMaterial,
+    KeyNotFound,
+    PinError,
+    TokenSelectionError,
+)
 from hsmwrap.gate import Gate
 from hsmwrap.pkcs11.breaker import Breaker
 from hsmwrap.pkcs11.host import ModuleHost
@@ -160,10 +170,17 @@ class Connection:
         with self._gate.enter():
             if self._stopped is not None:
                 raise self._stopped
+            begun = False
+
+            def begin(pooled: PooledSession) -> _T:
+                nonlocal begun
+                begun = True
+                return operation(pooled)
+
             try:
-                return self._run(operation, retry=retry, leaves=leaves)
+                return self._run(begin, retry=retry, leaves=leaves)
             except BaseException:
-                if leaves is not None:
+                if leaves is not None and begun:
                     self._clear_up(leaves)
                 raise
 
@@ -195,9 +212,18 @@ class Connection:
             self._released = True
             live, self._live = self._live, None
         if live is not None and live.generation == self._host.generation:
-            live.pool.close()
-            close_quietly(live.login_session)
+            self._close_sessions(live)
         self._host.release()
+
+    def _close_sessions(self, live: _Live) -> None:
+        # Inside: another backend of this process may be restarting the module.
+        with (
+            suppress(PKCS11Error, HsmUnavailable),
+            self._host.inside(self._settings.session_wait) as (_module, generation),
+        ):
+            if generation == live.generation:
+                live.pool.close()
+                close_quietly(live.login_session)
 
     def destroy_orphans(self) -> None:
         """Try again to destroy objects that failed operations left while the HSM was away."""
@@ -211,13 +237,16 @@ class Connection:
     ) -> _T:
         try:
             return self._attempt(operation)
+        except _CLIENT_S_FAULT:
+            # Nobody is blamed for what does not happen twice: where python-pkcs11 reads an
+            # attribute, it turns every return code into FUNCTION_FAILED (measured).
+            if not (retry and self._cleared(leaves)):
+                raise
         except _Failure as failure:
             collided = leaves is not None and code_name(failure.error) in _COLLISION
             again = (self._recover(failure) and retry) or collided
-            if not again:
+            if not (again and self._cleared(leaves)):
                 raise failure.public() from None
-        if leaves is not None:
-            self._clear_up(leaves)
         try:
             return self._attempt(operation)
         except _Failure as failure:
@@ -254,6 +283,18 @@ class Connection:
         session = pool.acquire(deadline)
         try:
             return operation(session)
+        except _CLIENT_S_FAULT:
+            session.tainted = True
+            # Before the client is blamed: SoftHSM answers GENERAL_ERROR to a key operation that
+            # lost its login, as it does to a bad ciphertext.
+            session.require_login()
+            raise
+        except AttributeError as error:
+            session.tainted = True
+            if isinstance(error.obj, Object):
+                # python-pkcs11 made an object whose attributes it could not read: no methods.
+                raise SessionHandleInvalid from None
+            raise
         except BaseException:
             session.tainted = True
             raise
@@ -280,19 +321,19 @@ class Connection:
         return recovery.retry
 
     def _log_in_again(self, failure: _Failure) -> None:
-        with self._host.inside(self._settings.session_wait) as (module, generation), self._lock:
-            live = self._live
-            if live is None or live.generation != generation or live.logins != failure.logins:
-                return  # somebody else did
-            try:
-                # The session that kept the login may be the one that died.
-                session = open_worker_session(live.token, self._mapper)
-                self._log_in(module, session)
-            except PKCS11Error as error:
-                raise self._typed(error) from None
-            old, live.login_session = live.login_session, session
-            live.logins += 1
-        close_quietly(old)
+        with self._host.inside(self._settings.session_wait) as (module, generation):
+            with self._lock:
+                live = self._live
+                if live is None or live.generation != generation or live.logins != failure.logins:
+                    return  # somebody else did
+                try:
+                    # The session that kept the login may be the one that died.
+                    session = self._open_logged_in(module, live.token)
+                except PKCS11Error as error:
+                    raise self._typed(error) from None
+                old, live.login_session = live.login_session, session
+                live.logins += 1
+            close_quietly(old)  # inside: after a restart its handle may be another session's
 
     def _restart(self, seen: int, name: str) -> None:
         """Restart the module and see whether the HSM token is there again."""
@@ -367,12 +408,7 @@ class Connection:
 
     def _log_in_anew(self, module: Module, generation: int) -> _Live:
         token = self._find_token(module)
-        session = open_worker_session(token, self._mapper)
-        try:
-            self._log_in(module, session)
-        except BaseException:
-            close_quietly(session)
-            raise
+        session = self._open_logged_in(module, token)
         pool = SessionPool(
             lambda: open_worker_session(token, self._mapper),
             module.is_logged_in,
@@ -380,6 +416,15 @@ class Connection:
             self._settings.sessions,
         )
         return _Live(generation, token, session, pool)
+
+    def _open_logged_in(self, module: Module, token: Token) -> Session:
+        session = open_worker_session(token, self._mapper)
+        try:
+            self._log_in(module, session)
+        except BaseException:
+            close_quietly(session)
+            raise
+        return session
 
     def _find_token(self, module: Module) -> Token:
         try:
@@ -407,15 +452,23 @@ class Connection:
 
     # --- leftovers ---------------------------------------------------------------------------
 
-    def _clear_up(self, object_id: bytes) -> None:
-        """Destroy whatever has this id; if that fails now, remember it for later."""
+    def _cleared(self, leaves: bytes | None) -> bool:
+        """Whether a second try may begin.
+
+        What the first one left would be destroyed later by its id, and the second's with it.
+        """
+        return leaves is None or self._clear_up(leaves)
+
+    def _clear_up(self, object_id: bytes) -> bool:
+        """Destroy whatever has this id; if that fails now, remember it and return False."""
         self._orphans.add(object_id)
         try:
             self._attempt(lambda pooled: destroy_by_id(pooled, object_id))
         except (_Failure, HsmwrapError):
             _log.warning("left for the reaper", extra={"object_id": object_id.hex()})
-            return
+            return False
         self._orphans.discard(object_id)
+        return True
 
     def reset_after_fork(self) -> None:
         """Start over in a child: locks that nobody holds, no handle of the parent's."""
@@ -425,6 +478,7 @@ class Connection:
         self._orphans = set()
 
 
+_CLIENT_S_FAULT = (InvalidCiphertext, InvalidImportToken, InvalidKeyMaterial, KeyNotFound)
 # What SoftHSM answers to the creation of a token object when another process does the same. Not
 # tried again blindly: what the first try left is found by its id and destroyed before.
 _COLLISION = frozenset({"GeneralError", "FunctionFailed"})

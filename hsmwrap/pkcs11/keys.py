@@ -142,9 +142,9 @@ class KeySets:
         """The key object of this session, or None when there is no such key (any more)."""
         label = self.label(role, number)
         if label not in pooled.objects:
-            found = [each for each in self._search(pooled.session, label) if self._counts(each)]
+            present = pooled.certain(lambda: list(self._search(pooled.session, label)))
+            found = [each for each in present if self._counts(each)]
             if len(found) != 1:
-                pooled.require_login()
                 return None
             pooled.objects[label] = found[0].key
         return pooled.objects[label]

@@ -137,7 +137,7 @@ class MaterialStore:
     ) -> Any:
         kek = self._kek(pooled, role, number)
         arguments = for_unwrap(self.features.fit(template))
-        with blame(KeyNotFound):
+        with blame(kek, error=KeyNotFound):
             return kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments)
 
     def _kek(self, pooled: PooledSession, role: Role, number: int) -> Any:
@@ -222,7 +222,7 @@ def _parse(ref: KeyRef) -> tuple[int, bytes]:
 
 def _aes_check(key: Any) -> bytes:
     # Fails for material that is no AES key: SoftHSM made an object of it all the same.
-    with blame():
+    with blame(key):
         value = bytes(key.encrypt(checkvalue.CHECK_BLOCK, mechanism=Mechanism.AES_ECB))
     return bytes([checkvalue.METHOD_AES_ECB]) + value
 

@@ -72,6 +72,22 @@ class _FunctionListHead(ctypes.Structure):
                 ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong
             ),
         ),
+        ("_until_c_encrypt_init", ctypes.c_void_p * 10),
+        (
+            "c_encrypt_init",
+            ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong),
+        ),
+        (
+            "c_encrypt",
+            ctypes.CFUNCTYPE(
+                ctypes.c_ulong,
+                ctypes.c_ulong,
+                ctypes.c_char_p,
+                ctypes.c_ulong,
+                ctypes.c_void_p,
+                ctypes.POINTER(ctypes.c_ulong),
+            ),
+        ),
     )
 
 
@@ -108,7 +124,7 @@ class Module(lib):
             library_parameters: String for ``pReserved`` (NSS softokn needs its configdir there).
         """
         self._parameters = library_parameters.encode() if library_parameters else None
-        self._functions = _shared_function_list(path)
+        self._functions = shared_function_list(path)
         self.os_locking = self._functions is not None
         self.owned = False
         self._path = path
@@ -134,7 +150,9 @@ class Module(lib):
         refuses that, so there the inherited copy is finalised first.
         """
         if self._functions is None:
-            super().finalize()  # p11-kit notices the new process itself
+            # p11-kit has noticed the new process and says so; python-pkcs11 has to hear it.
+            with contextlib.suppress(PKCS11Error):
+                super().finalize()
             super().initialize()
             return
         _OURS.discard(self._path)
@@ -209,7 +227,7 @@ class Module(lib):
         return self._path in _OURS
 
 
-def _shared_function_list(path: str) -> Any:
+def shared_function_list(path: str) -> Any:
     """The module's function list if every caller gets the same one, else None (field note 2)."""
     library = ctypes.CDLL(path)
     get = library.C_GetFunctionList

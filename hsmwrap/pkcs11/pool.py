@@ -7,20 +7,30 @@ what users of other pools complain about), and closing takes its session objects
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from pkcs11.constants import Attribute
-from pkcs11.exceptions import PKCS11Error, SessionCount, UserNotLoggedIn
+from pkcs11.exceptions import (
+    PKCS11Error,
+    SessionClosed,
+    SessionCount,
+    SessionHandleInvalid,
+    UserNotLoggedIn,
+)
 from pkcs11.types import Session, Token
 
 from hsmwrap.errors import HsmResourceExhausted, PoolTimeout
+
+CAP_LIFETIME = 2.0
+"""Seconds until the HSM, which had no more sessions, is asked again whether it has."""
+
+_T = TypeVar("_T")
 
 
 class StalePool(Exception):
@@ -53,9 +63,18 @@ class PooledSession:
             UserNotLoggedIn: Nothing matches, and without a login nothing could.
             PKCS11Error: The search failed.
         """
-        found = list(self.session.get_objects(template))
+        return self.certain(lambda: list(self.session.get_objects(template)))
+
+    def certain(self, search: Callable[[], list[_T]]) -> list[_T]:
+        """What ``search`` finds; nothing only if it finds nothing in a session with a login.
+
+        Raises:
+            UserNotLoggedIn: It finds nothing, and without a login nothing could be found.
+        """
+        found = search()
         if not found:
             self.require_login()
+            found = search()  # somebody may have logged in again between the two
         return found
 
     def require_login(self) -> None:
@@ -88,7 +107,7 @@ class PoolState:
     def __init__(self, size: int) -> None:
         """Start empty, with room for ``size`` sessions."""
         self.closed = False
-        self.cap = size
+        self.size = self.cap = size
         self.total = 0
         self.idle: list[PooledSession] = []
         self.queue: deque[Ticket] = deque()
@@ -136,6 +155,11 @@ class PoolState:
         if lower_cap and self.total:
             self.cap = self.total
 
+    def restore_cap(self) -> None:
+        """Let there be as many sessions as were asked for again."""
+        self.cap = self.size
+        self.serve()
+
     def close(self) -> list[PooledSession]:
         """Give nothing any more; returns the idle sessions."""
         self.closed = True
@@ -163,6 +187,8 @@ class SessionPool:
         self._is_logged_in = is_logged_in
         self._token_writes = token_writes
         self._state = PoolState(size)
+        self._cap_ends = 0.0
+        self._unclosed: list[Session] = []
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -191,6 +217,7 @@ class SessionPool:
         """
         while True:
             pooled = self._take(deadline)
+            self._close_unclosed()
             if pooled is not None:
                 return pooled
             try:
@@ -209,12 +236,13 @@ class SessionPool:
             kept = self._state.give_back(session)
             self._state.serve()
         if not kept:
-            close_quietly(session.session)
+            self._discard(session.session)
 
     def close(self) -> None:
         """Close the idle sessions and open no more; those on loan are closed as they come back."""
         for pooled in self._stop():
-            close_quietly(pooled.session)
+            self._discard(pooled.session)
+        self._close_unclosed()
 
     def abandon(self) -> None:
         """Forget all sessions without closing them: the module that knew them was restarted.
@@ -232,6 +260,8 @@ class SessionPool:
         with self._lock:
             if self._state.closed:
                 raise StalePool
+            if self._state.cap < self._state.size and time.monotonic() >= self._cap_ends:
+                self._state.restore_cap()
             if self._state.available and not self._state.queue:
                 return self._state.take()
             ticket = Ticket()
@@ -255,7 +285,21 @@ class SessionPool:
     def _failed_to_open(self, *, lower_cap: bool) -> None:
         with self._lock:
             self._state.failed_to_open(lower_cap=lower_cap)
+            self._cap_ends = time.monotonic() + CAP_LIFETIME
             self._state.serve()
+
+    def _discard(self, session: Session) -> None:
+        """Close a session; one that does not close is tried again at the next loan."""
+        if not close_quietly(session):
+            with self._lock:
+                self._unclosed.append(session)
+
+    def _close_unclosed(self) -> None:
+        if self._unclosed:
+            with self._lock:
+                unclosed, self._unclosed = self._unclosed, []
+            for session in unclosed:
+                self._discard(session)
 
 
 def open_worker_session(token: Token, attribute_mapper: Any) -> Session:
@@ -263,7 +307,12 @@ def open_worker_session(token: Token, attribute_mapper: Any) -> Session:
     return token.open(rw=True, attribute_mapper=attribute_mapper)
 
 
-def close_quietly(session: Session) -> None:
-    """Close a session whose HSM may be gone; there is nothing more to do about it then."""
-    with contextlib.suppress(PKCS11Error):
+def close_quietly(session: Session) -> bool:
+    """Close a session whose HSM may be gone; False if the session may still be there."""
+    try:
         session.close()
+    except (SessionHandleInvalid, SessionClosed):
+        return True
+    except PKCS11Error:
+        return False
+    return True

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from pkcs11 import MGF, GCMParams
+from pkcs11 import MGF
 from pkcs11.constants import Attribute, MechanismFlag
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KDF, KeyType, Mechanism
@@ -22,6 +22,8 @@ from pkcs11.types import Session
 
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.pkcs11 import hardening
+from hsmwrap.pkcs11.clientfault import read
+from hsmwrap.pkcs11.gcm import AesGcm
 from hsmwrap.pkcs11.returncodes import recovery_of
 from hsmwrap.pkcs11.templates import (
     AES_KEY_WRAP,
@@ -94,19 +96,20 @@ class TokenFeatures:
         return without(template, self.refused)
 
 
-def probe(session: Session, key_encryption_key: Any) -> TokenFeatures:
+def probe(session: Session, key_encryption_key: Any, gcm: AesGcm) -> TokenFeatures:
     """Try everything that the backend might want to do.
 
     Args:
         session: A session to make session objects in.
         key_encryption_key: One of the backend's own, for RSA private keys.
+        gcm: How the backend will use imported keys.
 
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
     """
     prober = _Prober(session, hardening.missing_on(key_encryption_key))
     try:
-        return prober.run(key_encryption_key)
+        return prober.run(key_encryption_key, gcm)
     finally:
         prober.clean_up()
 
@@ -117,7 +120,7 @@ class _Prober:
         self._refused = refused
         self._made: list[Any] = []
 
-    def run(self, own: Any) -> TokenFeatures:
+    def run(self, own: Any, gcm: AesGcm) -> TokenFeatures:
         public, private = self._keep_pair(self._rsa_pair())
         client = _public_key(public)
         kek = self._wrapping_key()
@@ -132,7 +135,7 @@ class _Prober:
             wraps_rsa=works(lambda: self._wrap_private(kek, private, KeyType.RSA)),
             wraps_sm2=works(lambda: self._wrap_sm2(kek)),
             sm2=works(self._sm2),
-            gcm=works(self._gcm),
+            gcm=works(lambda: self._gcm(gcm)),
             ecb=works(self._ecb),
             value_length=works(lambda: self._value_length(private, client, sorted(unwraps))),
             refused=self._refused if pinned else self._refused | {Attribute.UNWRAP_TEMPLATE},
@@ -267,16 +270,13 @@ class _Prober:
     def _sm2(self) -> bool:
         return len(derive_x(self._sm2_pair()[1], encode_point(GX, GY))) == FIELD_BYTES
 
-    def _gcm(self) -> bool:
+    def _gcm(self, gcm: AesGcm) -> bool:
         capabilities = MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT
         key = self._keep(self._session.generate_key(KeyType.AES, 256, capabilities=capabilities))
         nonce, message = secrets.token_bytes(12), secrets.token_bytes(24)
-        good, other = GCMParams(nonce, b"a", 128), GCMParams(nonce, b"b", 128)
-        sealed = key.encrypt(message, mechanism=Mechanism.AES_GCM, mechanism_param=good)
-        opened = key.decrypt(sealed, mechanism=Mechanism.AES_GCM, mechanism_param=good)
-        forged = self._works(
-            lambda: bool(key.decrypt(sealed, mechanism=Mechanism.AES_GCM, mechanism_param=other))
-        )
+        sealed = gcm.encrypt(key, nonce, message, b"a")
+        opened = gcm.decrypt(key, nonce, sealed, b"a")
+        forged = self._works(lambda: bool(gcm.decrypt(key, nonce, sealed, b"b")))
         return bool(opened == message) and not forged
 
     def _ecb(self) -> bool:
@@ -314,7 +314,7 @@ def derive_x(private: Any, point: bytes) -> bytes:
         template={Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True},
     )
     try:
-        return bytes(derived[Attribute.VALUE])
+        return bytes(read(derived, Attribute.VALUE))
     finally:
         derived.destroy()
 

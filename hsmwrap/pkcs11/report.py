@@ -114,6 +114,8 @@ def _notes(settings: Pkcs11Settings, features: TokenFeatures, *, trusted: bool) 
         yield "The HSM token has no working AES key wrap: imported keys are token objects."
     if not features.gcm:
         yield "The HSM token has no working AES-GCM: imported keys can be kept but not used."
+    if not features.sm2:
+        yield "The HSM token serves no SM2: no key pairs on its curve, or no ECDH with them."
     yield "Aliyun_SM4 keys are kept as generic secrets and cannot encrypt on this HSM token."
     if settings.wrapping_custody is WrappingCustody.SEALED and not features.wraps_sm2:
         yield "The HSM token cannot seal SM2 keys and the configuration forbids resident ones."

@@ -102,7 +102,7 @@ def unwrap(
     """
     _require_length(ciphertext)
     mechanism, parameter = MECHANISMS[algorithm]
-    with blame():
+    with blame(private):
         return private.unwrap_key(
             key_data=ciphertext,
             mechanism=mechanism,
@@ -122,11 +122,11 @@ def decrypt(
     _require_length(ciphertext)
     if native:
         mechanism, parameter = MECHANISMS[algorithm]
-        with blame():
+        with blame(private):
             return bytes(
                 private.decrypt(ciphertext, mechanism=mechanism, mechanism_param=parameter)
             )
-    with blame():
+    with blame(private):
         encoded = private.decrypt(ciphertext, mechanism=Mechanism.RSA_X_509)
     return oaep.decode(bytes(encoded).rjust(MODULUS_BYTES, b"\0"), _OAEP_HASH[algorithm])
 

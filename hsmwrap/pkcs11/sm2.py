@@ -67,8 +67,8 @@ def decrypt(private: Any, ciphertext: Sm2Ciphertext, vendor: VendorSm2 | None) -
     """
     if vendor is not None and vendor.decrypt is not None:
         raw = ciphertext.to_der() if vendor.form is CiphertextForm.DER else ciphertext.to_c1c3c2()
-        with blame():
+        with blame(private):
             return bytes(private.decrypt(raw, mechanism=vendor.decrypt))
-    with blame():
+    with blame(private):
         x2 = derive_x(private, ciphertext.c1)
     return decrypt_with_x2(ciphertext, x2)

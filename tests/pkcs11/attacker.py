@@ -282,7 +282,9 @@ class Scene:
 
     def own_keys(self):
         """The backend's own keys."""
-        return self.attacker.own_keys(self.prefix)
+        found = self.attacker.own_keys(self.prefix)
+        assert len(found) == len(Role)
+        return found
 
     def blob(self, role):
         """A sealed blob that this role's key-encryption key opens."""

@@ -1,0 +1,35 @@
+"""The conformance kit over one backend that stays open from test to test."""
+
+import pytest
+
+from hsmwrap import registry
+from hsmwrap.testing.conformance import BackendConformance
+
+
+class KeptOpen(BackendConformance):
+    """A PKCS#11 backend, opened once for the class; the test that closes it gets its own."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def settings(cls):
+        raise NotImplementedError
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def kept(cls, settings):
+        with registry.open_backend("pkcs11", settings) as backend:
+            yield backend
+
+    @pytest.fixture
+    def backend(self, request, settings, kept):
+        if request.node.originalname != "test_everything_is_closed_after_close":
+            yield kept
+            return
+        with registry.open_backend("pkcs11", settings) as backend:
+            yield backend
+
+    @pytest.fixture
+    def count_objects(self, backend):
+        backend.capabilities()  # the probe makes session objects of its own
+        connection = backend._connection
+        return lambda: connection.run(lambda pooled: len(list(pooled.session.get_objects())))

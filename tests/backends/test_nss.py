@@ -1,0 +1,84 @@
+"""NSS softokn under the conformance kit: a token that differs from SoftHSM where it can.
+
+It unwraps OAEP with SHA-256 itself and knows the length of what it unwrapped; it has no SM2 and
+no officer who could make trusted keys, pads key wrap by PKCS#7, and ignores CKA_UNWRAP_TEMPLATE.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from kept_open import KeptOpen
+from nss_token import LABEL, make_nss
+
+from hsmwrap import registry
+from hsmwrap.backend import Custody, Exposure
+from hsmwrap.catalog import KeySpec, WrappingAlgorithm
+
+
+@pytest.fixture(scope="module")
+def nss(tmp_path_factory):
+    return make_nss(tmp_path_factory.mktemp("nss"))
+
+
+class _Nss(KeptOpen):
+    def check_report(self, backend, custody):
+        report = backend.capabilities()
+        rsa = [a for a in WrappingAlgorithm if a is not WrappingAlgorithm.SM2PKE]
+        assert [(w.algorithm, w.exposure, w.custody) for w in report.wrapping] == [
+            (algorithm, Exposure.IN_HSM, custody) for algorithm in rsa
+        ]
+        assert {k.custody for k in report.keys} == {custody}
+        assert report.key_for(KeySpec.ALIYUN_AES_256).usable
+
+
+class TestNssSealed(_Nss):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def settings(cls, nss):
+        return nss.settings_with_keys("sealed")
+
+    def test_material_never_leaves_the_token(self, backend):
+        self.check_report(backend, Custody.HSM_ENCRYPTED_DATABASE)
+
+    def test_the_report_says_what_is_weaker(self, backend):
+        notes = " ".join(backend.capabilities().notes)
+        weaker = ("UNWRAP_TEMPLATE", "ALLOWED_MECHANISMS", "COPYABLE", "TRUSTED")
+        assert [name for name in weaker if f"CKA_{name}" not in notes] == []
+        assert "CKA_MODIFIABLE" not in notes
+
+
+class TestNssResident(_Nss):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def settings(cls, nss):
+        return nss.settings_with_keys(
+            "resident", wrapping_custody="resident", material_custody="HsmInternal"
+        )
+
+    def test_material_never_leaves_the_token(self, backend):
+        self.check_report(backend, Custody.HSM_INTERNAL)
+
+
+def test_the_command_makes_keys(nss):
+    """In another process, on a database that this one may have open."""
+    options = {
+        "--module": nss.module,
+        "--library-parameters": nss.parameters,
+        "--token-label": LABEL,
+        "--pin-file": nss.pin_file,
+        "--key-prefix": "command",
+    }
+    words = [word for option in options.items() for word in option]
+    done = subprocess.run(
+        [sys.executable, "-m", "hsmwrap.cli", "keys", "init", *words, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (made,) = json.loads(done.stdout)["key_sets"]
+    assert made["current"]
+    with registry.open_backend("pkcs11", nss.settings("command")) as backend:
+        assert backend.check_seal(b"data", backend.seal(b"data"))

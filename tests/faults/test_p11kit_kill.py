@@ -1,0 +1,110 @@
+"""The HSM in another process, killed under load: p11-kit's server in front of SoftHSM.
+
+Measured with p11-kit 0.24: a dead server is DEVICE_ERROR at once, for every call. C_Finalize and
+C_Initialize then succeed without a server too, but no slot lists a token until both are called
+again with a server there. So the backend's own recovery brings it back, in the same process.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from p11kit_server import p11kit_server
+from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.mechanisms import Mechanism
+from softhsm_token import make_softhsm
+
+from hsmwrap import checkvalue
+from hsmwrap.backend import Custody
+from hsmwrap.errors import HsmUnavailable
+from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.testing.soak import TICK, Arena, Plan, Soak
+
+KILLS = 5
+
+
+@pytest.fixture
+def server(tmp_path):
+    token = make_softhsm(tmp_path / "token", label="killed")
+    with p11kit_server(token, tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def backend(server):
+    settings = server.settings_with_keys("kill", initial_backoff=0.02, max_backoff=0.1)
+    with Pkcs11Backend.from_settings(settings) as opened:
+        yield opened
+
+
+@pytest.fixture
+def soak(backend):
+    return Soak([Arena(backend)], Plan(seconds=0, seed=1, threads=8))
+
+
+def test_killed_and_restarted_under_load(server, backend, soak):
+    before, generation = token_objects(backend), backend._connection.generation
+    with soak.load():
+        for _ in range(KILLS):
+            everybody(soak, "succeeded", 2)
+            kill(server)
+            everybody(soak, "failed", 2)  # nobody hangs until the server is back
+            server.start()
+        everybody(soak, "succeeded", 2)
+    assert soak.tally.wrong == []
+    assert set(soak.tally.refused) == {"HsmUnavailable"}
+    assert backend._connection.generation >= generation + KILLS
+    assert soak.open_books() == []
+    assert token_objects(backend) - before == soak.objects()
+    assert [held for held in soak.arenas[0].held if not is_there(backend, held)] == []
+    soak.clear_up()
+    assert token_objects(backend) == before
+
+
+def test_started_without_a_server(server):
+    settings = server.settings_with_keys("lazy", initial_backoff=0.0, max_backoff=0.0)
+    kill(server)
+    with Pkcs11Backend.from_settings(settings | {"lazy": True}) as backend:
+        with pytest.raises(HsmUnavailable):
+            backend.seal(b"data")
+        assert not backend.health().ready
+        server.start()
+        assert backend.seal(b"data")
+        assert backend.health().ready
+
+
+def everybody(soak, what, more):
+    """Wait until each thread has done that so many times more; the soak watches for deadlocks."""
+    aims = [getattr(worker, what) + more for worker in soak.workers]
+    while any(getattr(w, what) < aim for w, aim in zip(soak.workers, aims, strict=True)):
+        soak.rest(TICK)
+
+
+def kill(server):
+    """SIGKILL the server and what it has forked for its connections, which would live on."""
+    pid = server._process.pid
+    os.kill(pid, signal.SIGSTOP)  # no more forks
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    server.kill()
+
+
+def token_objects(backend):
+    return backend._connection.run(lambda pooled: len(pooled.find({Attribute.TOKEN: True})))
+
+
+def is_there(backend, held):
+    """Whether the object that the reference names is the key that was imported."""
+    assert held.key.custody is Custody.HSM_INTERNAL
+    object_id = backend._token().material.object_id_of(held.key)
+    template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.ID: object_id}
+
+    def check(pooled):
+        (key,) = pooled.find(template)
+        if len(held.material) != 32:
+            return True  # an SM4 key is kept, and good for nothing here
+        value = key.encrypt(checkvalue.CHECK_BLOCK, mechanism=Mechanism.AES_ECB)
+        return checkvalue.check_value(held.material)[1:] == value
+
+    return backend._connection.run(check)

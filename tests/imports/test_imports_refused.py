@@ -1,0 +1,255 @@
+"""What is refused before anything is generated or unwrapped, and tokens of others."""
+
+import itertools
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+from importing import (
+    AES,
+    HSM,
+    MATERIAL,
+    OAEP1,
+    OAEP256,
+    PKCS1,
+    SM2PKE,
+    SOFTWARE,
+    Clock,
+    Desk,
+    open_pkcs11,
+    open_software,
+    wrap,
+)
+from spy_backend import SpyBackend
+
+from hsmwrap import policy, tokens
+from hsmwrap.backend import Exposure
+from hsmwrap.catalog import (
+    ManagedHsm,
+    Origin,
+    ProtectionLevel,
+    WrappingAlgorithm,
+    WrappingKeySpec,
+)
+from hsmwrap.errors import (
+    CombinationRefused,
+    HsmUnavailable,
+    InvalidImportToken,
+    InvalidParameter,
+    MissingParameter,
+    UnsupportedOrigin,
+    UnsupportedProtectionLevel,
+)
+from hsmwrap.imports import Cmk, ImportService
+from hsmwrap.policy import Deployment
+
+# --- policy and refusals before anything is generated -------------------------------------------
+
+
+DEPLOYMENTS = [
+    Deployment(managed_hsm, dedicated=dedicated)
+    for managed_hsm in ManagedHsm
+    for dedicated in (False, True)
+]
+_BY_POLICY = (CombinationRefused, UnsupportedProtectionLevel)
+PRODUCT = list(itertools.product(WrappingKeySpec, WrappingAlgorithm, ProtectionLevel, Origin))
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=str)
+@pytest.mark.parametrize("required", [None, *Exposure])
+@pytest.mark.parametrize("exposure", Exposure)
+def test_nothing_is_generated_for_what_is_refused(deployment, required, exposure):
+    for spec, algorithm, level, origin in PRODUCT:
+        desk = Desk(SpyBackend(exposure))
+        service = desk.service(deployment=deployment, required_exposure=required)
+        demand = level is HSM and (required, exposure) == (Exposure.IN_HSM, Exposure.HOST)
+        allowed = policy.check(spec, algorithm, level, deployment).allowed
+        allowed = allowed and origin is Origin.EXTERNAL and not demand
+        refusal = UnsupportedOrigin if origin is not Origin.EXTERNAL else _BY_POLICY
+        expected = nullcontext() if allowed else pytest.raises(refusal)
+        with expected:
+            service.get_parameters_for_import(desk.cmk(level=level, origin=origin), spec, algorithm)
+        assert desk.backend.calls == (["generate", "seal"] if allowed else [])
+
+
+@pytest.mark.parametrize(
+    ("spec", "algorithm", "error"),
+    [
+        ("RSA_4096", "RSAES_OAEP_SHA_256", InvalidParameter),
+        ("RSA_2048", "RSAES_OAEP_SHA_512", InvalidParameter),
+        ("rsa_2048", "RSAES_OAEP_SHA_256", InvalidParameter),
+        ("", "RSAES_OAEP_SHA_256", MissingParameter),
+        ("RSA_2048", None, MissingParameter),
+    ],
+)
+def test_unknown_words_generate_nothing(spied, spec, algorithm, error):
+    with pytest.raises(error):
+        spied.service().get_parameters_for_import(spied.cmk(), spec, algorithm)
+    assert spied.backend.calls == []
+
+
+def test_words_are_taken_as_the_api_spells_them(spied):
+    service = spied.service()
+    for spec in ("EC_SM2", "SM2"):
+        parameters = service.get_parameters_for_import(spied.cmk(), spec, "SM2PKE")
+        assert (parameters.spec, parameters.algorithm) == (WrappingKeySpec.EC_SM2, SM2PKE)
+
+
+@pytest.mark.parametrize("missing", ["wrapping", "keys"])
+def test_what_the_backend_does_not_serve_generates_nothing(spied, missing):
+    spied.backend.report = replace(spied.backend.report, **{missing: ()})
+    with pytest.raises(CombinationRefused) as caught:
+        spied.issue(OAEP1)
+    assert caught.value.rule == "backend-capability"
+    assert spied.backend.calls == []
+
+
+@pytest.mark.parametrize("key_id", ["", "x" * 256, "é" * 128, "\ud800"])
+def test_a_key_id_that_no_token_can_carry_is_refused(key_id):
+    with pytest.raises(InvalidParameter) as caught:
+        Cmk(key_id, AES, HSM)
+    assert caught.value.name == "KeyId"
+
+
+def test_the_longest_key_id_fits(any_desk):
+    cmk = any_desk.cmk("é" * 127 + "x")
+    parameters = any_desk.issue(OAEP1, cmk)
+    any_desk.bring_in(parameters, wrap(parameters, MATERIAL[AES]), cmk)
+
+
+def test_imports_need_origin_external(spied):
+    parameters = spied.issue(OAEP1)
+    with pytest.raises(UnsupportedOrigin):
+        spied.bring_in(parameters, b"", spied.cmk(origin=Origin.ALIYUN_KMS))
+    assert "unwrap" not in spied.backend.calls
+
+
+# --- the protection level decides the backend ---------------------------------------------------
+
+
+def test_each_level_has_its_own_backend():
+    clock, both = Clock(), {level: SpyBackend(levels=[level]) for level in ProtectionLevel}
+    service = ImportService(both, Deployment(), clock=clock)
+    for level, backend in both.items():
+        parameters = service.get_parameters_for_import(Cmk("k", AES, level), "RSA_2048", OAEP1)
+        service.import_key_material(Cmk("k", AES, level), b"", parameters.import_token)
+        assert backend.calls == ["generate", "seal", "unwrap"]
+        backend.calls.clear()
+    assert [backend.calls for backend in both.values()] == [[], []]
+
+
+def test_a_level_without_a_backend_is_refused_and_never_served_by_another():
+    backend = SpyBackend()
+    service = ImportService({SOFTWARE: backend}, Deployment())
+    with pytest.raises(UnsupportedProtectionLevel):
+        service.get_parameters_for_import(Cmk("k", AES, HSM), "RSA_2048", OAEP1)
+    with pytest.raises(UnsupportedProtectionLevel):
+        service.import_key_material(Cmk("k", AES, HSM), b"", b"")
+    assert backend.calls == []
+
+
+def test_a_backend_that_may_not_serve_a_level_is_refused_for_it(backends):
+    with pytest.raises(UnsupportedProtectionLevel, match="serves HSM, not SOFTWARE"):
+        ImportService({SOFTWARE: backends("pkcs11")}, Deployment())
+    with open_software(serve_hsm_level=False) as plain, pytest.raises(UnsupportedProtectionLevel):
+        ImportService({HSM: plain}, Deployment())
+
+
+def test_a_service_starts_while_its_hsm_is_away_and_asks_later():
+    backend = SpyBackend(levels=[SOFTWARE])
+    backend.failing["capabilities"] = HsmUnavailable("away")
+    service = ImportService({HSM: backend}, Deployment())
+    cmk = Cmk("k", AES, HSM)
+    with pytest.raises(HsmUnavailable):
+        service.get_parameters_for_import(cmk, "RSA_2048", OAEP1)
+    backend.failing.clear()
+    with pytest.raises(UnsupportedProtectionLevel):
+        service.get_parameters_for_import(cmk, "RSA_2048", OAEP1)
+    assert backend.calls == []
+
+
+# --- exposure -----------------------------------------------------------------------------------
+
+
+def test_demanding_in_hsm_refuses_what_softhsm_does_in_the_host(desk_of):
+    desk = desk_of("pkcs11")
+    before = desk.count()
+    service = desk.service(required_exposure=Exposure.IN_HSM)
+    for algorithm in (OAEP256, SM2PKE):
+        with pytest.raises(CombinationRefused) as caught:
+            desk.issue(algorithm, service=service)
+        assert (caught.value.rule, caught.value.name) == ("exposure", "WrappingAlgorithm")
+    assert desk.count() == before
+    for algorithm in (PKCS1, OAEP1):
+        parameters = desk.issue(algorithm, service=service)
+        result = desk.bring_in(parameters, wrap(parameters, MATERIAL[AES]), service=service)
+        assert result.imported.exposure is Exposure.IN_HSM
+
+
+def test_demanding_in_hsm_refuses_tokens_issued_before_as_well(any_desk):
+    parameters = any_desk.issue(OAEP256)
+    ciphertext = wrap(parameters, MATERIAL[AES])
+    with pytest.raises(CombinationRefused):
+        any_desk.bring_in(
+            parameters, ciphertext, service=any_desk.service(required_exposure=Exposure.IN_HSM)
+        )
+    any_desk.bring_in(parameters, ciphertext)
+
+
+def test_exposure_is_demanded_of_hsm_level_only(backends):
+    with open_software() as backend:
+        desk = Desk(backend)
+        service = desk.service(required_exposure=Exposure.IN_HSM)
+        assert desk.issue(OAEP256, desk.cmk(level=SOFTWARE), service)
+
+
+# --- tokens of others ---------------------------------------------------------------------------
+
+
+def test_a_token_of_another_cmk(any_desk):
+    parameters = any_desk.issue(OAEP1)
+    ciphertext = wrap(parameters, MATERIAL[AES])
+    with pytest.raises(InvalidImportToken, match="another CMK"):
+        any_desk.bring_in(parameters, ciphertext, any_desk.cmk("cmk-2"))
+
+
+def test_a_token_of_another_protection_level(desk_of):
+    desk = desk_of("software")
+    for level, other in ((SOFTWARE, HSM), (HSM, SOFTWARE)):
+        parameters = desk.issue(OAEP1, desk.cmk(level=level))
+        with pytest.raises(InvalidImportToken):
+            desk.bring_in(parameters, wrap(parameters, MATERIAL[AES]), desk.cmk(level=other))
+
+
+OTHERS = [
+    ("software", "pkcs11"),
+    ("pkcs11", "software"),
+    ("pkcs11", "other name"),
+    ("other name", "pkcs11"),
+    ("pkcs11", "other prefix"),
+    ("other prefix", "pkcs11"),
+]
+
+
+@pytest.mark.parametrize(("issuer", "other"), OTHERS, ids="-to-".join)
+@pytest.mark.parametrize("algorithm", [OAEP1, SM2PKE])
+def test_a_token_of_another_backend(desk_of, issuer, other, algorithm):
+    parameters = desk_of(issuer).issue(algorithm)
+    foreign = desk_of(other)
+    before = foreign.count()
+    with pytest.raises(InvalidImportToken):
+        foreign.bring_in(parameters, wrap(parameters, MATERIAL[AES]))
+    assert foreign.count() == before
+
+
+def test_backends_of_one_key_set_are_told_apart_by_the_token_and_not_the_seal(desk_of):
+    token = desk_of("pkcs11").issue(SM2PKE).import_token
+    assert tokens.decode(token, desk_of("other name").backend.check_seal).backend == "pkcs11"
+
+
+def test_another_service_over_the_same_keys_honours_the_token(desk_of, softhsm):
+    first = desk_of("pkcs11")
+    parameters = first.issue(SM2PKE)
+    with open_pkcs11(softhsm, "imports") as backend:
+        second = Desk(backend, clock=first.clock)
+        assert second.bring_in(parameters, wrap(parameters, MATERIAL[AES])).imported.key

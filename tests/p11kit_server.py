@@ -1,0 +1,87 @@
+"""A token in another process: p11-kit's server in front of SoftHSM, p11-kit's client before us."""
+
+import os
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from softhsm_token import SoftHsm
+
+from hsmwrap.pkcs11 import Pkcs11Backend
+
+NO_P11_KIT = "capability: p11-kit's server and client module are not installed"
+ADDRESS = "P11_KIT_SERVER_ADDRESS"
+_PLACES = ("lib/*/pkcs11/p11-kit-client.so", "lib64/pkcs11/p11-kit-client.so")
+_SERVERS = ("libexec/p11-kit/p11-kit-server", "lib/p11-kit/p11-kit-server")
+_START = 20
+
+
+class P11KitServer:
+    """Serves one SoftHSM token on a socket; the process can be killed and started again."""
+
+    def __init__(self, token: SoftHsm, socket: Path) -> None:
+        self.token = token
+        self.socket = socket
+        self.module = _find(_PLACES)
+        self._process = None
+        if self.module is None or _find(_SERVERS) is None or shutil.which("p11-kit") is None:
+            pytest.skip(NO_P11_KIT)
+
+    @property
+    def address(self):
+        """For the client module, which reads it at C_Initialize."""
+        return f"unix:path={self.socket}"
+
+    def settings(self, prefix="hsmwrap", **more):
+        return self.token.bare_settings(key_prefix=prefix, **more) | {"module": self.module}
+
+    def settings_with_keys(self, prefix, **more):
+        """Settings for a backend with keys of its own, made through the client."""
+        settings = self.settings(prefix, **more)
+        if not Pkcs11Backend.list_keys(settings):
+            Pkcs11Backend.initialise_keys(settings)
+        return settings
+
+    def start(self):
+        self.socket.unlink(missing_ok=True)
+        command = ["p11-kit", "server", "-f", "-n", self.socket, "--provider", self.token.module]
+        label = self.token.environment["HSMWRAP_TOKEN_LABEL"]
+        self._process = subprocess.Popen(
+            [*command, f"pkcs11:token={label}"],
+            env=os.environ | self.token.environment,
+            stdout=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + _START
+        while not self.socket.exists():
+            assert self._process.poll() is None, "p11-kit server ended at once"
+            assert time.monotonic() < deadline, "p11-kit server makes no socket"
+            time.sleep(0.01)
+
+    def kill(self):
+        """SIGKILL, as a crash would; does nothing to a server that is gone."""
+        self._process.kill()
+        self._process.wait()
+
+
+@contextmanager
+def p11kit_server(token: SoftHsm, directory: Path):
+    """A running server, which this process's environment points to."""
+    server = P11KitServer(token, directory / "socket")
+    server.start()
+    before = os.environ.get(ADDRESS)
+    os.environ[ADDRESS] = server.address
+    try:
+        yield server
+    finally:
+        os.environ.pop(ADDRESS)
+        if before is not None:
+            os.environ[ADDRESS] = before
+        server.kill()
+
+
+def _find(places):
+    found = (path for place in places for path in sorted(Path("/usr").glob(place)))
+    return next(map(str, found), None)

@@ -1,0 +1,292 @@
+import hmac
+from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from importing import flip
+
+from hsmwrap import tokens
+from hsmwrap.backend import Custody, PrivateKeyRef, Seal
+from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.errors import InvalidImportToken
+from hsmwrap.software import KeyringFile, SoftwareBackend
+from hsmwrap.tokens import MAX_CMK_ID_LENGTH, MAX_TOKEN_LENGTH, ImportTokenClaims
+
+KEY = b"a seal key that only the tests have"
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+EXAMPLE = ImportTokenClaims(
+    token_id=bytes(range(16)),
+    cmk_id="cmk-1",
+    spec=WrappingKeySpec.RSA_2048,
+    algorithm=WrappingAlgorithm.RSAES_OAEP_SHA_256,
+    protection_level=ProtectionLevel.HSM,
+    backend="pkcs11",
+    public_key_sha256=bytes(range(32)),
+    expires_at=NOW,
+    private_key=PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, b"private key"),
+)
+
+
+def sized_text(alphabet, longest):
+    return st.text(alphabet, max_size=longest).filter(lambda t: len(t.encode()) <= longest)
+
+
+unicode = st.characters(exclude_categories=["Cs"])
+ascii_text = st.characters(codec="ascii")
+END_OF_2999 = 32503679999
+offsets = st.integers(-14 * 60, 14 * 60).map(lambda m: timezone(timedelta(minutes=m)))
+any_claims = st.builds(
+    ImportTokenClaims,
+    token_id=st.binary(min_size=16, max_size=16),
+    cmk_id=sized_text(unicode, MAX_CMK_ID_LENGTH),
+    spec=st.sampled_from(WrappingKeySpec),
+    algorithm=st.sampled_from(WrappingAlgorithm),
+    protection_level=st.sampled_from(ProtectionLevel),
+    backend=sized_text(ascii_text, 32),
+    public_key_sha256=st.binary(min_size=32, max_size=32),
+    expires_at=st.builds(datetime.fromtimestamp, st.integers(0, END_OF_2999), offsets),
+    private_key=st.builds(PrivateKeyRef, st.sampled_from(Custody), st.binary(max_size=1500)),
+)
+
+
+def seal(data, key_id="7"):
+    return Seal(key_id, hmac.digest(KEY, data, "sha256"))
+
+
+def check_seal(data, given_seal):
+    return given_seal.key_id == "7" and hmac.compare_digest(seal(data).tag, given_seal.tag)
+
+
+def refused(token, check=check_seal):
+    try:
+        tokens.decode(token, check)
+    except InvalidImportToken:
+        return True
+    return False
+
+
+def forged(body):
+    """A token of any body under the right key: what a newer or broken hsmwrap could issue."""
+    tag = seal(b"hsmwrap import token\x01" + body).tag
+    return b"\x01\x017" + body + tag
+
+
+# --- round trip ---------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(any_claims)
+def test_round_trip(claims):
+    token = tokens.encode(claims, seal)
+    assert len(token) <= MAX_TOKEN_LENGTH
+    assert tokens.decode(token, check_seal) == claims
+
+
+@settings(deadline=None)
+@given(any_claims)
+def test_one_encoding(claims):
+    token = tokens.encode(claims, seal)
+    assert tokens.encode(tokens.decode(token, check_seal), seal) == token
+
+
+@settings(deadline=None)
+@given(any_claims, any_claims)
+def test_different_claims_have_different_tokens(left, right):
+    assert (tokens.encode(left, seal) == tokens.encode(right, seal)) == (left == right)
+
+
+def test_the_documented_layout():
+    body = (
+        bytes(range(16))
+        + int(NOW.timestamp()).to_bytes(8)
+        + bytes([0, 2, 1, 1])
+        + bytes(range(32))
+        + b"\x05cmk-1"
+        + b"\x06pkcs11"
+        + b"\x00\x0bprivate key"
+    )
+    assert tokens.encode(EXAMPLE, seal) == forged(body)
+
+
+def test_a_claim_that_does_not_fit_is_refused_and_not_cut():
+    wrong = {
+        "token_id": [b"", bytes(15), bytes(17)],
+        "public_key_sha256": [b"", bytes(31), bytes(33)],
+        "cmk_id": ["x" * 256, "é" * 128, "\ud800"],
+        "backend": ["x" * 256, "é"],
+        "expires_at": [
+            NOW.replace(microsecond=1),
+            NOW.replace(tzinfo=None),
+            datetime(1969, 12, 31, tzinfo=UTC),
+        ],
+        "private_key": [
+            PrivateKeyRef(Custody.HSM_INTERNAL, bytes(1 << 16)),
+            PrivateKeyRef(Custody.HSM_INTERNAL, bytes(MAX_TOKEN_LENGTH)),
+        ],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            claims = replace(EXAMPLE, **{name: value})
+            with pytest.raises(ValueError):
+                pytest.fail(f"{name}: {tokens.encode(claims, seal)!r}")
+
+
+@pytest.mark.parametrize(
+    "unfit",
+    [Seal("7" * 256, bytes(32)), Seal("é", bytes(32)), Seal("7", bytes(31)), Seal("7", b"")],
+)
+def test_a_seal_that_does_not_fit_is_refused(unfit):
+    with pytest.raises(ValueError):
+        tokens.encode(EXAMPLE, lambda _data: unfit)
+
+
+# --- changes ------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=20)
+@given(any_claims)
+def test_every_changed_bit_is_refused(claims):
+    token = tokens.encode(claims, seal)
+    assert not refused(token)
+    assert [bit for bit in range(8 * len(token)) if not refused(flip(token, bit))] == []
+
+
+@settings(deadline=None)
+@given(any_claims, st.binary(min_size=1, max_size=40))
+def test_every_cut_and_extension_is_refused(claims, extra):
+    token = tokens.encode(claims, seal)
+    assert all(refused(token[:length]) for length in range(len(token)))
+    assert all(refused(token[length:]) for length in range(1, len(token)))
+    assert refused(token + extra)
+    assert refused(extra + token)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=3000))
+def test_random_bytes_are_refused(data):
+    assert refused(data)
+    assert refused(b"\x01\x017" + data)
+
+
+@settings(deadline=None)
+@given(any_claims, any_claims)
+def test_spliced_tokens_are_refused(left, right):
+    one, other = tokens.encode(left, seal), tokens.encode(right, seal)
+    mixed = one[:-32] + other[-32:]
+    assert refused(mixed) == (mixed not in {one, other})
+
+
+@pytest.mark.parametrize("length", [MAX_TOKEN_LENGTH + 1, 1 << 20])
+def test_huge_input_is_refused_before_any_seal_is_computed(length):
+    token = tokens.encode(EXAMPLE, seal)
+    assert refused(token.ljust(length, b"\0"), check=None)
+
+
+@pytest.mark.parametrize("version", [0, 2, 3, 127, 255])
+def test_other_versions_are_refused_even_where_the_seal_would_hold(version):
+    token = tokens.encode(EXAMPLE, seal)
+    assert refused(bytes([version]) + token[1:], check=lambda *_: True)
+
+
+def test_the_seal_is_for_import_tokens_of_this_version_only():
+    sealed = []
+    tokens.encode(EXAMPLE, lambda data: sealed.append(data) or seal(data))
+    assert sealed[0].startswith(b"hsmwrap import token\x01")
+
+
+def test_the_body_is_not_looked_at_before_the_seal(monkeypatch):
+    monkeypatch.setattr(tokens, "_decode_body", lambda body: pytest.fail("looked"))
+    assert refused(flip(tokens.encode(EXAMPLE, seal), 100))
+
+
+def test_an_unknown_seal_key_is_refused():
+    assert refused(tokens.encode(EXAMPLE, lambda data: seal(data, key_id="8")))
+
+
+# --- authentic bodies that do not parse ---------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=300))
+def test_authentic_bytes_are_refused_unless_they_are_the_one_encoding(body):
+    token = forged(body)
+    try:
+        claims = tokens.decode(token, check_seal)
+    except InvalidImportToken:
+        return
+    assert tokens.encode(claims, seal) == token
+
+
+@settings(deadline=None)
+@given(any_claims, st.data())
+def test_authentic_changes_are_refused_or_other_claims(claims, data):
+    body = tokens.encode(claims, seal)[3:-32]
+    changed = flip(body, data.draw(st.integers(0, 8 * len(body) - 1)))
+    try:
+        other = tokens.decode(forged(changed), check_seal)
+    except InvalidImportToken:
+        return
+    assert other != claims
+    assert tokens.encode(other, seal) == forged(changed)
+
+
+@pytest.mark.parametrize(
+    ("position", "name"), [(24, "spec"), (25, "algorithm"), (26, "level"), (27, "custody")]
+)
+def test_unknown_codes_are_refused(position, name):
+    body = bytearray(tokens.encode(EXAMPLE, seal)[3:-32])
+    body[position] = 4
+    assert refused(forged(bytes(body))), name
+
+
+def test_an_expiry_beyond_all_years_is_refused():
+    body = tokens.encode(EXAMPLE, seal)[3:-32]
+    for expiry in (1 << 40, 1 << 63, (1 << 64) - 1):
+        assert refused(forged(body[:16] + expiry.to_bytes(8) + body[24:])), expiry
+
+
+# --- what it shows ------------------------------------------------------------------------------
+
+
+def test_the_private_key_does_not_show():
+    hidden = replace(EXAMPLE, private_key=PrivateKeyRef(Custody.HSM_INTERNAL, b"SECRET-BLOB"))
+    assert "SECRET-BLOB" not in repr(hidden) + repr(hidden.private_key)
+    assert len(fields(hidden)) == 9
+
+
+# --- rotation of the seal key -------------------------------------------------------------------
+
+
+@pytest.fixture
+def keyring(tmp_path):
+    file = KeyringFile(tmp_path / "keyring.json")
+    file.create()
+    return file
+
+
+@pytest.fixture
+def backend(tmp_path, keyring):
+    with SoftwareBackend.from_settings({"keyring_file": str(tmp_path / "keyring.json")}) as opened:
+        yield opened
+
+
+def test_tokens_survive_a_rotation_but_not_the_retirement_of_their_seal_key(backend, keyring):
+    old_id = keyring.read().current
+    old = tokens.encode(EXAMPLE, backend.seal)
+    keyring.rotate()
+    new = tokens.encode(EXAMPLE, backend.seal)
+    assert old != new
+    assert old[2:10] == old_id.encode()
+    for token in (old, new):
+        assert tokens.decode(token, backend.check_seal) == EXAMPLE
+    keyring.retire(old_id)
+    assert refused(old, backend.check_seal)
+    assert tokens.decode(new, backend.check_seal) == EXAMPLE
+
+
+def test_a_token_under_another_seal_key_s_id_is_refused(backend, keyring):
+    old = tokens.encode(EXAMPLE, backend.seal)
+    new_id = keyring.rotate().current.encode()
+    assert refused(old[:2] + new_id + old[10:], backend.check_seal)
