@@ -39,9 +39,7 @@ class SkipList:
             self.skipped.append((report.nodeid, reason))
 
     def unexpected(self):
-        return [
-            skip for skip in self.skipped if not any(e.matches(*skip) for e in self.expected)
-        ]
+        return [skip for skip in self.skipped if not any(e.matches(*skip) for e in self.expected)]
 
     def lost(self):
         """Entries that every machine should show and this whole run did not."""

@@ -34,7 +34,6 @@ from typing import Any
 from pkcs11.constants import Attribute
 from pkcs11.exceptions import PKCS11Error
 
-from hsmwrap.backend import Custody
 from hsmwrap.errors import ServiceUnavailable
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.connection import Connection
