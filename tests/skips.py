@@ -73,6 +73,8 @@ def expected_skips():
 
 def register(config):
     """Watch this run; a run of a selection cannot tell what is lost."""
-    selected = config.option.keyword or config.option.markexpr or config.option.lf
+    selected = (
+        config.option.keyword or config.option.markexpr or config.getoption("lf", default=False)
+    )
     whole = not selected and config.args_source is not config.ArgsSource.ARGS
     config.pluginmanager.register(SkipList(expected_skips(), whole_run=whole), "skip-list")

@@ -70,7 +70,7 @@ class Pkcs11Backend(Backend):
         """Connect to the HSM token; see :class:`Connection` for the errors."""
         self._settings = settings
         self._vendor = profile(settings.profile)
-        self._keys = KeySets(settings.key_prefix)
+        self._keys = KeySets(settings.key_prefix, must_be_trusted=settings.require_trusted_keys)
         self._probed: _Token | None = None
         self._connection = Connection(settings, make_room=self._make_room)
 

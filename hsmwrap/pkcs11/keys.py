@@ -109,9 +109,10 @@ class KeySet:
 class KeySets:
     """Finds the key sets of one prefix; an instance is shared by the threads of a backend."""
 
-    def __init__(self, prefix: str) -> None:
-        """Take the label prefix of this backend's objects."""
+    def __init__(self, prefix: str, *, must_be_trusted: bool = False) -> None:
+        """Take the label prefix of this backend's objects, and whether only trust counts."""
         self._prefix = prefix
+        self._must_be_trusted = must_be_trusted
         self._current: tuple[int, float] | None = None
         self._trusted: frozenset[int] = frozenset()
 
@@ -131,7 +132,8 @@ class KeySets:
         number = next((each.number for each in self.list(pooled.session) if each.current), None)
         if number is None:
             pooled.require_login()
-            lost = "lost its trusted" if self._trusted else "has no"
+            kind = "trusted " if self._must_be_trusted else ""
+            lost = "lost its trusted" if self._trusted else f"has no {kind}".rstrip()
             raise ConfigurationError(
                 f"the HSM token {lost} keys labelled {self._prefix}:…; run `hsmwrap keys init`"
             )
@@ -171,7 +173,8 @@ class KeySets:
         for each in filter(self._counts, found):
             roles.setdefault(each.number, set()).add(each.role)
         finished = {number for number in roles if Role.SEAL in roles[number]}
-        current = max(finished & self._trusted if self._trusted else finished, default=None)
+        only_trusted = self._must_be_trusted or self._trusted
+        current = max(finished & self._trusted if only_trusted else finished, default=None)
         return [
             KeySet(
                 number=number,

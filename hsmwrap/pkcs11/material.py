@@ -121,7 +121,7 @@ class MaterialStore:
         self, pooled: PooledSession, unwrap: Unwrap, key_spec: KeySpec, number: int
     ) -> tuple[bytes, bytes]:
         """Return the wrapped material, its length checked, and its AES check value."""
-        kek = self._kek(pooled, ROLE_OF[key_spec], number)
+        kek = self.keys.require(pooled, ROLE_OF[key_spec], number)
         material = unwrap(self.features.fit(intermediate(trusted=is_trusted(kek))))
         try:
             check = _aes_check(material)

@@ -173,6 +173,12 @@ SETTINGS: tuple[Setting, ...] = (
         "SM2 ciphertext layouts that are accepted.",
         default=DEFAULT_LAYOUTS,
     ),
+    Setting(
+        "require_trusted_keys",
+        _SWITCH,
+        "Use only key sets that the security officer made trusted.",
+        default=False,
+    ),
     Setting("profile", _NAME, "Vendor profile."),
     Setting("name", _NAME, "Name of the backend in import tokens and keys.", default="pkcs11"),
     Setting("key_prefix", _NAME, "Start of our objects' labels in the token.", default="hsmwrap"),
@@ -205,6 +211,7 @@ class Pkcs11Settings:
     wrapping_custody: WrappingCustody
     material_custody: Custody
     sm2_layouts: tuple[Layout, ...]
+    require_trusted_keys: bool
     profile: str | None
     name: str
     key_prefix: str

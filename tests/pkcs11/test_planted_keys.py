@@ -147,3 +147,18 @@ def test_a_planted_key_opens_what_it_sealed(attacker, prefix):
     lookalike = attacker.plant_lookalike(prefix, Role.MATERIAL_SM4, 1)
     blob = lookalike.wrap_key(target, mechanism=KWP)
     assert attacker.unwrap(lookalike, blob, template)[Attribute.VALUE] == value
+
+
+def test_where_trust_is_required_nothing_else_will_do(softhsm, prefix):
+    settings = softhsm.settings(prefix, trusted=False, require_trusted_keys=True)
+    with (
+        Pkcs11Backend.from_settings(settings) as backend,
+        pytest.raises(ConfigurationError, match="has no trusted keys"),
+    ):
+        backend.seal(b"data")
+
+
+def test_where_trust_is_required_trusted_keys_serve(softhsm, prefix):
+    settings = softhsm.settings(prefix, require_trusted_keys=True)
+    with Pkcs11Backend.from_settings(settings) as backend:
+        assert sets_used(backend) == {1}

@@ -136,6 +136,7 @@ class TestSettings:
             wrapping_custody=WrappingCustody.AUTO,
             material_custody=Custody.HSM_ENCRYPTED_DATABASE,
             sm2_layouts=(Layout.C1C3C2, Layout.C1C3C2_BARE, Layout.DER),
+            require_trusted_keys=False,
             profile=None,
             name="pkcs11",
             key_prefix="hsmwrap",
