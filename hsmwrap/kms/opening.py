@@ -40,7 +40,11 @@ def open_kms(
     """
     with ExitStack() as opened:
         backends = _open_backends(config, observer, opened)
-        key_pool = KeyPool(PoolSettings(config.key_pool, config.key_pool // 2))
+        key_pool = KeyPool(
+            PoolSettings(
+                config.key_pool, config.key_pool // 2, token_lifetime=config.token_lifetime
+            )
+        )
         opened.callback(key_pool.close)
         database = open_database(config)
         opened.callback(database.close)
