@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -21,6 +22,10 @@ HSMWRAP_PIN_FILE and HSMWRAP_SO_PIN_FILE. With the security officer's PIN the ke
 of an HSM token become CKA_TRUSTED, and nothing else can wrap what they wrap. `reap` removes
 resident wrapping keys whose import tokens have expired, whichever process made them.
 """
+
+_WEAKER = """\
+hsmwrap: without --so-pin-file the key-encryption keys are not trusted: the holder of the user PIN
+can wrap key material with a key of their own while it is being imported, or plant a key set."""
 
 _ENVIRONMENT = {
     "module": "HSMWRAP_PKCS11_MODULE",
@@ -66,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     backend = registry.load(args.backend)
     settings = _settings(args)
     so_pin_file = args.so_pin_file or os.environ.get(_ENVIRONMENT["so_pin_file"])
+    if args.action in {"init", "rotate"} and args.backend == "pkcs11" and not so_pin_file:
+        print(_WEAKER, file=sys.stderr)
     if args.action == "init":
         backend.initialise_keys(settings, so_pin_file=so_pin_file)
     elif args.action == "rotate":

@@ -182,13 +182,14 @@ class ModuleHost:
 
     @classmethod
     def _after_fork_in_parent(cls) -> None:
-        for host in cls._quiesced:
-            host._let_in()
+        while cls._quiesced:
+            cls._quiesced.pop()._let_in()
         cls._hosts_lock.release()
 
     @classmethod
     def _after_fork_in_child(cls) -> None:
         cls._hosts_lock = threading.Lock()
+        cls._quiesced.clear()
         for host in cls._hosts.values():
             host._reset_lock()
             host._forked = host._module is not None

@@ -43,8 +43,10 @@ def soak(backend):
     return Soak([Arena(backend)], Plan(seconds=0, seed=1, threads=8))
 
 
+# python-pkcs11 ends a search that could not begin, too, and the dead server fails that in __del__.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_killed_and_restarted_under_load(server, backend, soak):
-    before, generation = token_objects(backend), backend._connection.generation
+    (arena,), generation = soak.arenas, backend._connection.generation
     with soak.load():
         for _ in range(KILLS):
             everybody(soak, "succeeded", 2)
@@ -56,10 +58,14 @@ def test_killed_and_restarted_under_load(server, backend, soak):
     assert set(soak.tally.refused) == {"HsmUnavailable"}
     assert backend._connection.generation >= generation + KILLS
     assert soak.open_books() == []
-    assert token_objects(backend) - before == soak.objects()
-    assert [held for held in soak.arenas[0].held if not is_there(backend, held)] == []
+    present = objects(backend)
+    assert arena.object_ids() - present.keys() == set()
+    # A pair whose token could not be sealed any more, nor it be destroyed, goes when it expires.
+    surplus = {present[object_id] for object_id in present.keys() - arena.object_ids()}
+    assert all(label.startswith("kill:wrapping:") for label in surplus)
+    assert [held for held in arena.held if not is_there(backend, held)] == []
     soak.clear_up()
-    assert token_objects(backend) == before
+    assert objects(backend) == {}
 
 
 def test_started_without_a_server(server):
@@ -90,15 +96,25 @@ def kill(server):
     server.kill()
 
 
-def token_objects(backend):
-    return backend._connection.run(lambda pooled: len(pooled.find({Attribute.TOKEN: True})))
+def objects(backend):
+    """Labels by id of the wrapping keys and imported keys that are in the token."""
+
+    def search(pooled):
+        found = [
+            key.get_attributes([Attribute.ID, Attribute.LABEL])
+            for key in pooled.find({Attribute.TOKEN: True})
+        ]
+        labels = {each[Attribute.ID]: each[Attribute.LABEL] for each in found}
+        ours = ("kill:wrapping:", "kill:material:")
+        return {i: label for i, label in labels.items() if label.startswith(ours)}
+
+    return backend._connection.run(search)
 
 
 def is_there(backend, held):
     """Whether the object that the reference names is the key that was imported."""
     assert held.key.custody is Custody.HSM_INTERNAL
-    object_id = backend._token().material.object_id_of(held.key)
-    template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.ID: object_id}
+    template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.ID: held.key.data}
 
     def check(pooled):
         (key,) = pooled.find(template)

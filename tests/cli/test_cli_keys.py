@@ -1,0 +1,93 @@
+"""hsmwrap keys, on both backends."""
+
+import json
+
+import pytest
+
+from hsmwrap.cli import main
+
+
+@pytest.fixture
+def keyring(tmp_path):
+    return ["--backend", "software", "--keyring-file", str(tmp_path / "keyring")]
+
+
+def test_the_life_of_a_keyring(keyring, run_json, capsys):
+    status, first = run_json("keys", "init", *keyring)
+    assert status == 0
+    (only,) = first["key_sets"]
+    _, both = run_json("keys", "rotate", *keyring)
+    assert [each["current"] for each in both["key_sets"]].count(True) == 1
+    assert len(both["key_sets"]) == 2
+    _, left = run_json("keys", "retire", only["key_id"], *keyring)
+    assert only["key_id"] not in [each["key_id"] for each in left["key_sets"]]
+    assert main(["keys", "list", *keyring]) == 0
+    assert "current" in capsys.readouterr().out
+
+
+def test_the_current_set_cannot_be_retired(keyring, run_json, capsys):
+    _, first = run_json("keys", "init", *keyring)
+    assert main(["keys", "retire", first["key_sets"][0]["key_id"], *keyring]) == 2
+    assert "current" in capsys.readouterr().err
+
+
+def test_init_twice_is_refused(keyring, run_json):
+    run_json("keys", "init", *keyring)
+    assert main(["keys", "init", *keyring]) == 2
+
+
+def test_the_life_of_key_sets_in_an_hsm_token(softhsm):
+    made = json.loads(softhsm.run_keys("init", "cli-keys"))["key_sets"]
+    assert [(each["key_id"], each["current"]) for each in made] == [("1", True)]
+    assert "trusted" in made[0]["detail"]
+    rotated = json.loads(softhsm.run_keys("rotate", "cli-keys"))["key_sets"]
+    assert [(each["key_id"], each["current"]) for each in rotated] == [("1", False), ("2", True)]
+    left = json.loads(softhsm.run_keys("retire", "cli-keys", "1"))["key_sets"]
+    assert [each["key_id"] for each in left] == ["2"]
+
+
+def test_init_without_the_so_pin_says_what_is_weaker(softhsm, monkeypatch, capsys):
+    for name, value in softhsm.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HSMWRAP_SO_PIN_FILE")
+    assert main(["keys", "init", "--key-prefix", "cli-weak"]) == 0
+    captured = capsys.readouterr()
+    assert "not trusted" in captured.err
+    assert "NOT trusted" in captured.out
+
+
+def test_old_tokens_and_keys_work_until_their_set_is_retired(softhsm):
+    from datetime import UTC, datetime, timedelta
+
+    from hsmwrap import registry
+    from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+    from hsmwrap.errors import InvalidImportToken, KeyNotFound
+    from hsmwrap.testing.clients import openssl_encrypt
+
+    settings = softhsm.settings("cli-rotation")
+    algorithm = WrappingAlgorithm.RSAES_OAEP_SHA_1
+    with registry.open_backend("pkcs11", settings) as backend:
+        expires = datetime.now(UTC) + timedelta(hours=1)
+        key = backend.generate_wrapping_key(WrappingKeySpec.RSA_2048, algorithm, expires_at=expires)
+        seal = backend.seal(b"token")
+        ciphertext = openssl_encrypt(algorithm, key.public_key, bytes(32))
+
+        def bring():
+            return backend.unwrap_material(
+                key.private_key, algorithm, ciphertext, key_spec=KeySpec.ALIYUN_AES_256
+            )
+
+        imported = bring().key
+        softhsm.run_keys("rotate", "cli-rotation")
+    with registry.open_backend("pkcs11", settings) as backend:
+        assert backend.seal(b"token").key_id == "2"
+        assert backend.check_seal(b"token", seal)
+        assert bring().check_value
+        assert backend.decrypt(imported, backend.encrypt(imported, b"m")) == b"m"
+    softhsm.run_keys("retire", "cli-rotation", "1")
+    with registry.open_backend("pkcs11", settings) as backend:
+        assert not backend.check_seal(b"token", seal)
+        with pytest.raises(InvalidImportToken):
+            bring()
+        with pytest.raises(KeyNotFound):
+            backend.encrypt(imported, b"m")
