@@ -1,0 +1,1 @@
+"""What hsmwrap costs beside the raw operations that it contains; run by ``scripts/bench``."""

@@ -1,0 +1,86 @@
+"""The command behind ``scripts/bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import latency, machine, operations, outstanding, plot, throughput
+from benchmarks.arena import open_arenas, token_settings
+from benchmarks.hsm import RawToken
+from benchmarks.machine import Others
+from benchmarks.plan import DEFAULT, FULL, QUICK, Plan
+from benchmarks.report import Results
+from hsmwrap.errors import HsmwrapError
+
+PARTS = ("operations", "throughput", "latency", "outstanding")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    options = _parser().parse_args(arguments)
+    try:
+        results = measure(options.plan, options.part or PARTS)
+    except HsmwrapError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    print(results.text())
+    if options.json:
+        document = json.dumps(results.to_json(), indent=2, ensure_ascii=False)
+        options.json.write_text(f"{document}\n", encoding="utf-8")
+    if options.plot:
+        options.plot.write_text(plot.draw(results), encoding="utf-8")
+    return 0
+
+
+def measure(plan: Plan, parts: Sequence[str]) -> Results:
+    """Measure the parts that were asked for, on the token that the environment describes."""
+    settings = token_settings(os.environ)
+    with open_arenas(settings) as (software, hsm):
+        token, others = RawToken(settings), Others()
+        results = Results(plan.name, machine.describe(token.module))
+        if "operations" in parts:
+            for arena in (software, hsm):
+                results.comparisons += operations.compare(arena, token, plan)
+        if "throughput" in parts:
+            for load in throughput.loads(hsm, token):
+                results.rates += throughput.measure(load, plan)
+        if "latency" in parts:
+            results.latency = latency.measure(hsm, plan)
+        if "outstanding" in parts:  # last, as it fills the HSM token
+            results.costs += outstanding.sealed(hsm, token, plan)
+            results.costs += outstanding.resident(hsm, token, plan)
+        results.others = others.share()
+    return results
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description="hsmwrap against the raw operations that it contains: ratios in one run, which "
+        "takes about twelve minutes.",
+    )
+    parser.set_defaults(plan=DEFAULT)
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--quick", dest="plan", action="store_const", const=QUICK, help="about a minute, and rough"
+    )
+    amount.add_argument(
+        "--full",
+        dest="plan",
+        action="store_const",
+        const=FULL,
+        help="hours: resident wrapping keys up to 100,000, a gigabyte of files where TMPDIR says",
+    )
+    parser.add_argument("--part", action="append", choices=PARTS, help="one part; may be repeated")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers, for machines")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="the picture")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""How much is measured: the default, ``--quick`` and ``--full``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+
+_STARTED = time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Amounts.
+
+    Attributes:
+        name: How the plan is asked for.
+        seconds: For one comparison of single calls, with ``least`` calls of each side in any case.
+        least: As above.
+        threads: Numbers of threads.
+        turns: Slices of each side at each number of threads.
+        slice: Seconds of a slice; ``issue_slice`` where RSA pairs are made.
+        issue_slice: As above.
+        cold: Issues with the key pair made inline.
+        warm: Issues from a pool at rest, ``burst`` of them from one filling.
+        burst: As above.
+        busy: Issues from a pool at work.
+        sealed: Numbers of outstanding sealed tokens.
+        resident: Numbers of outstanding resident wrapping keys.
+        fill_seconds: The longest that all resident wrapping keys may take to make.
+    """
+
+    name: str
+    seconds: float
+    least: int
+    threads: tuple[int, ...]
+    turns: int
+    slice: float
+    issue_slice: float
+    cold: int
+    warm: int
+    burst: int
+    busy: int
+    sealed: tuple[int, ...]
+    resident: tuple[int, ...]
+    fill_seconds: float
+
+
+QUICK = Plan(
+    "quick",
+    seconds=0.8,
+    least=3,
+    threads=(1, 2, 4),
+    turns=2,
+    slice=0.3,
+    issue_slice=0.5,
+    cold=10,
+    warm=30,
+    burst=16,
+    busy=10,
+    sealed=(100, 1_000),
+    resident=(100, 1_000),
+    fill_seconds=5,
+)
+DEFAULT = Plan(
+    "default",
+    seconds=4,
+    least=20,
+    threads=(1, 2, 4, 8, 16),
+    turns=5,
+    slice=1.0,
+    issue_slice=2.0,
+    cold=100,
+    warm=400,
+    burst=50,
+    busy=100,
+    sealed=(100, 10_000, 100_000),
+    resident=(100, 1_000, 10_000),
+    fill_seconds=180,
+)
+FULL = Plan(
+    "full",
+    seconds=20,
+    least=100,
+    threads=(1, 2, 4, 8, 16),
+    turns=11,
+    slice=2.0,
+    issue_slice=5.0,
+    cold=400,
+    warm=2_000,
+    burst=100,
+    busy=400,
+    sealed=(100, 10_000, 100_000),
+    resident=(100, 1_000, 10_000, 100_000),
+    fill_seconds=7_200,
+)
+
+
+def say(line: str) -> None:
+    """Tell whoever waits."""
+    print(f"bench: {time.monotonic() - _STARTED:5.0f} s  {line}", file=sys.stderr, flush=True)

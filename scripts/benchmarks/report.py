@@ -1,0 +1,180 @@
+"""The results of a run: for people, and for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks import targets
+from benchmarks.latency import Latency
+from benchmarks.operations import Comparison
+from benchmarks.outstanding import Cost
+from benchmarks.targets import Target
+from benchmarks.throughput import SIDES, Rates
+from benchmarks.timing import Timing
+from hsmwrap.cli.tables import render
+
+_NOTES = """\
+loop: the same C_ calls (pyca, libcrypto calls) in the same order, by themselves, on one session.
+bare: the one call that it is about: C_GenerateKeyPair, C_UnwrapKey, C_Decrypt, C_DeriveKey.
+of loop, of bare: our speed as a fraction of theirs; the luck in the search for RSA primes is
+taken out. All sides took turns in one run."""
+
+_QUIET = 0.05
+"""The most that other processes may take of a machine that is said to do nothing else."""
+
+
+@dataclass(slots=True)
+class Results:
+    """What a run found; parts that were not asked for are empty.
+
+    ``others`` is the fraction of the machine that other processes took meanwhile.
+    """
+
+    plan: str
+    machine: dict[str, str]
+    comparisons: list[Comparison] = field(default_factory=list)
+    rates: list[Rates] = field(default_factory=list)
+    latency: Latency | None = None
+    costs: list[Cost] = field(default_factory=list)
+    others: float = 0.0
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other processes took so much that nothing can be said."""
+        return self.others > _QUIET
+
+    def targets(self) -> list[Target]:
+        """The targets that this run can judge."""
+        return [
+            *targets.of_rates(self.rates),
+            *(targets.of_latency(self.latency) if self.latency else ()),
+            *targets.of_imports(self.comparisons),
+            *targets.of_costs(self.costs),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers."""
+        return {
+            "plan": self.plan,
+            "machine": self.machine,
+            "others": self.others,
+            "disturbed": self.disturbed,
+            "operations": [each.to_json() for each in self.comparisons],
+            "throughput": [each.to_json() for each in self.rates],
+            "latency": self.latency.to_json() if self.latency else None,
+            "outstanding": [each.to_json() for each in self.costs],
+            "targets": [each.to_json(judge=not self.disturbed) for each in self.targets()],
+        }
+
+    def text(self) -> str:
+        """Tables."""
+        return "\n\n".join(self._sections())
+
+    def _sections(self) -> Iterator[str]:
+        yield "\n".join(f"{name + ':':16} {value}" for name, value in self.machine.items())
+        if self.disturbed:
+            yield (
+                f"DISTURBED: other processes took {self.others:.0%} of the machine meanwhile. "
+                "Nothing is judged; run it again on a machine that does nothing else."
+            )
+        if self.comparisons:
+            yield f"Single calls, in milliseconds (median, p99)\n\n{_comparisons(self.comparisons)}"
+            yield _NOTES
+        if self.rates:
+            yield f"Threads: calls per second\n\n{_rates(self.rates)}"
+        if self.latency:
+            yield f"Parameters for RSA_2048, in milliseconds\n\n{_latency(self.latency)}"
+        if self.costs:
+            yield f"Outstanding import tokens, in milliseconds (median)\n\n{_costs(self.costs)}"
+        if judged := self.targets():
+            yield f"Targets ({self.plan} run)\n\n{_targets(judged, judge=not self.disturbed)}"
+
+
+def _ms(timing: Timing) -> str:
+    return f"{timing.median * 1e3:.3f}"
+
+
+def _ms99(timing: Timing) -> str:
+    return f"{timing.p99 * 1e3:.3f}"
+
+
+def _comparisons(comparisons: Iterable[Comparison]) -> str:
+    headings = ("backend", "operation", "algorithm")
+    numbers = ("ours", "ours p99", "loop", "loop p99", "bare", "bare p99", "of loop", "of bare")
+    rows = [
+        (
+            each.backend,
+            each.operation,
+            each.row.algorithm,
+            *(
+                text(timing)
+                for timing in (each.ours, each.loop, each.bare)
+                for text in (_ms, _ms99)
+            ),
+            f"{each.of_loop:.2f}",
+            f"{each.of_bare:.2f}",
+        )
+        for each in comparisons
+    ]
+    return render((*headings, *numbers), rows, right=numbers)
+
+
+def _rates(rates: Iterable[Rates]) -> str:
+    numbers = ("threads", *SIDES, "of loop", "of bare")
+    rows = [
+        (
+            each.load,
+            str(each.threads),
+            *(f"{each.calls(side):.1f}" for side in SIDES),
+            f"{each.of('loop'):.2f}",
+            f"{each.of('bare'):.2f}",
+        )
+        for each in rates
+    ]
+    return render(("operation", *numbers), rows, right=numbers)
+
+
+def _latency(latency: Latency) -> str:
+    numbers = ("p50", "p99", "calls")
+    rows = [
+        (name, _ms(timing), _ms99(timing), str(len(timing.seconds)))
+        for name, timing in (
+            ("cold: the pair is made inline", latency.cold),
+            ("warm: from a pool at rest", latency.idle),
+            ("warm: from a pool at work", latency.busy),
+        )
+    ]
+    return render(("issue", *numbers), rows, right=numbers)
+
+
+def _costs(costs: Iterable[Cost]) -> str:
+    numbers = ("outstanding", "issue", "import", "raw loop", "issue/raw", "import/raw")
+    rows = [
+        (
+            each.custody,
+            f"{each.outstanding}",
+            _ms(each.issue),
+            _ms(each.bring_in),
+            _ms(each.raw),
+            f"{each.relative_issue:.2f}",
+            f"{each.relative:.2f}",
+        )
+        for each in costs
+    ]
+    return render(("custody", *numbers), rows, right=numbers)
+
+
+def _targets(judged: Iterable[Target], *, judge: bool) -> str:
+    rows = [
+        (
+            ("met" if each.met else "MISSED") if judge else "?",
+            each.name,
+            f"{each.value:.3f}",
+            f"{'>=' if each.at_least else '<='} {each.limit:.2f}",
+            each.beside,
+        )
+        for each in judged
+    ]
+    return render(("", "target", "value", "asked for", "beside"), rows, right=("value",))

@@ -1,0 +1,90 @@
+"""The targets, and whether this run met them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.latency import Latency
+from benchmarks.operations import Comparison
+from benchmarks.outstanding import Cost
+from benchmarks.throughput import Rates
+
+LEAST_ISSUE = 0.95
+LEAST_IMPORT = 0.8
+LEAST_SCALING = 1.8
+MOST_WARM = 1 / 50
+MOST_GROWTH = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One target.
+
+    Attributes:
+        name: What is measured.
+        value: What was measured: a ratio.
+        limit: What is asked for.
+        at_least: Whether the limit is the least; else it is the most.
+        beside: What to know when reading it.
+    """
+
+    name: str
+    value: float
+    limit: float
+    at_least: bool
+    beside: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether this run met it."""
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def to_json(self, *, judge: bool) -> dict[str, Any]:
+        """All of it; ``met`` is None where nothing is to be judged."""
+        return {**asdict(self), "met": self.met if judge else None}
+
+
+def of_imports(comparisons: Sequence[Comparison]) -> Iterator[Target]:
+    """Imports on the HSM token against the raw loop that they contain."""
+    for each in comparisons:
+        if (each.backend, each.operation) == ("pkcs11", "import"):
+            name = f"import {each.row.algorithm} / raw loop"
+            yield Target(name, each.of_loop, LEAST_IMPORT, at_least=True, beside=each.row.path)
+
+
+def of_rates(rates: Sequence[Rates]) -> Iterator[Target]:
+    """Sustained issue on all cores, and two threads against one."""
+    cores = len(os.sched_getaffinity(0))
+    for each in rates:
+        if each.searches and each.threads == cores:
+            name = f"sustained issue / raw key generation, {cores} threads"
+            yield Target(name, each.of("bare"), LEAST_ISSUE, at_least=True)
+    by_load = {(each.load, each.threads): each for each in rates}
+    for load in dict.fromkeys(each.load for each in rates):
+        one, two = by_load.get((load, 1)), by_load.get((load, 2))
+        if one and two:
+            value, raw = two.against(one, "ours"), two.against(one, "bare")
+            name, beside = f"{load}, 2 threads / 1", f"the bare call: {raw:.2f}"
+            yield Target(name, value, LEAST_SCALING, at_least=True, beside=beside)
+
+
+def of_latency(latency: Latency) -> Iterator[Target]:
+    """Warm issue against inline key generation."""
+    for pool, warm in (("at rest", latency.idle), ("at work", latency.busy)):
+        value = warm.p99 / latency.cold.median
+        name = f"warm issue p99 / inline median, pool {pool}"
+        yield Target(name, value, MOST_WARM, at_least=False, beside=f"{len(warm.seconds)} calls")
+
+
+def of_costs(costs: Sequence[Cost]) -> Iterator[Target]:
+    """Sealed cost from the fewest outstanding tokens to the most."""
+    sealed = [each for each in costs if each.custody == "sealed"]
+    if len(sealed) > 1:
+        span = f"sealed, {sealed[0].outstanding} to {sealed[-1].outstanding} outstanding"
+        for name, cost in (("import", "relative"), ("issue", "relative_issue")):
+            values = [getattr(each, cost) for each in sealed]
+            growth = max(values) / values[0]
+            yield Target(f"{name} cost, {span}", growth, MOST_GROWTH, at_least=False)
