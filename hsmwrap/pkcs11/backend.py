@@ -144,7 +144,8 @@ class Pkcs11Backend(Backend):
     ) -> tuple[bytes, PrivateKeyRef]:
         def operation(pooled: PooledSession) -> tuple[bytes, PrivateKeyRef]:
             number = self._keys.current(pooled)
-            template = token.wrapping.sealing_template(role, trusted=token.trusted)
+            trusted = self._keys.trusts(number)
+            template = token.wrapping.sealing_template(role, trusted=trusted)
             public, private = self._generate(pooled, spec, template)
             try:
                 der = _public_key_der(spec, public)
@@ -311,7 +312,8 @@ class Pkcs11Backend(Backend):
 
         def operation(pooled: PooledSession) -> Seal:
             number = self._keys.current(pooled)
-            return Seal(str(number), self._tag(pooled, number, data))
+            key = self._keys.require(pooled, Role.SEAL, number)
+            return Seal(str(number), _tag(key, data))
 
         return self._connection.run(operation)
 
@@ -325,15 +327,10 @@ class Pkcs11Backend(Backend):
             return False
 
         def operation(pooled: PooledSession) -> bool:
-            if self._keys.find(pooled, Role.SEAL, number) is None:
-                return False
-            return hmac.compare_digest(self._tag(pooled, number, data), seal.tag)
+            key = self._keys.find(pooled, Role.SEAL, number)
+            return key is not None and hmac.compare_digest(_tag(key, data), seal.tag)
 
         return self._connection.run(operation)
-
-    def _tag(self, pooled: PooledSession, number: int, data: bytes) -> bytes:
-        key = self._keys.require(pooled, Role.SEAL, number)
-        return bytes(key.sign(data, mechanism=Mechanism.SHA256_HMAC))
 
     # --- upkeep ------------------------------------------------------------------------------
 
@@ -384,6 +381,10 @@ class Pkcs11Backend(Backend):
 
 def _so_pin(path: str | None) -> PinFile | None:
     return None if path is None else PinFile(path)
+
+
+def _tag(key: Any, data: bytes) -> bytes:
+    return bytes(key.sign(data, mechanism=Mechanism.SHA256_HMAC))
 
 
 def _is_sealed(capability: contract.WrappingCapability) -> bool:

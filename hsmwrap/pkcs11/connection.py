@@ -460,11 +460,14 @@ class Connection:
         return leaves is None or self._clear_up(leaves)
 
     def _clear_up(self, object_id: bytes) -> bool:
-        """Destroy whatever has this id; if that fails now, remember it and return False."""
-        self._orphans.add(object_id)
+        """Destroy whatever has this id; if that fails now, remember it and return False.
+
+        Not remembered before it fails: another thread would destroy what a second try made.
+        """
         try:
             self._attempt(lambda pooled: destroy_by_id(pooled, object_id))
         except (_Failure, HsmwrapError):
+            self._orphans.add(object_id)
             _log.warning("left for the reaper", extra={"object_id": object_id.hex()})
             return False
         self._orphans.discard(object_id)

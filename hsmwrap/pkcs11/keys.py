@@ -140,6 +140,10 @@ class KeySets:
         self._current = (number, time.monotonic() + CURRENT_SET_LIFETIME)
         return number
 
+    def trusts(self, number: int) -> bool:
+        """Whether this set's key-encryption keys were seen to be CKA_TRUSTED."""
+        return number in self._trusted
+
     def find(self, pooled: PooledSession, role: Role, number: int) -> Any:
         """The key object of this session, or None when there is no such key (any more)."""
         label = self.label(role, number)

@@ -26,7 +26,7 @@ from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import InvalidKeyMaterial, KeyNotFound
 from hsmwrap.pkcs11.clientfault import blame
 from hsmwrap.pkcs11.custody import OBJECT_ID_LENGTH, intermediate
-from hsmwrap.pkcs11.keys import OPENS, KeySets, Role, is_trusted
+from hsmwrap.pkcs11.keys import OPENS, KeySets, Role
 from hsmwrap.pkcs11.pool import PooledSession
 from hsmwrap.pkcs11.probe import TokenFeatures
 from hsmwrap.pkcs11.templates import AES_KEY_WRAP, Template, for_unwrap, stored
@@ -122,7 +122,7 @@ class MaterialStore:
     ) -> tuple[bytes, bytes]:
         """Return the wrapped material, its length checked, and its AES check value."""
         kek = self.keys.require(pooled, ROLE_OF[key_spec], number)
-        material = unwrap(self.features.fit(intermediate(trusted=is_trusted(kek))))
+        material = unwrap(self.features.fit(intermediate(trusted=self.keys.trusts(number))))
         try:
             check = _aes_check(material)
             blob = kek.wrap_key(material, mechanism=AES_KEY_WRAP)
