@@ -184,6 +184,11 @@ def test_huge_input_is_refused_before_any_seal_is_computed(length):
     assert refused(token.ljust(length, b"\0"), check=None)
 
 
+def test_what_is_too_short_is_refused_before_any_seal_is_computed():
+    token = tokens.encode(EXAMPLE, seal)
+    assert all(refused(token[:length], check=None) for length in range(3 + 32))
+
+
 @pytest.mark.parametrize("version", [0, 2, 3, 127, 255])
 def test_other_versions_are_refused_even_where_the_seal_would_hold(version):
     token = tokens.encode(EXAMPLE, seal)
@@ -241,6 +246,13 @@ def test_unknown_codes_are_refused(position, name):
     assert refused(forged(bytes(body))), name
 
 
+def test_bytes_left_over_and_fields_past_the_end_are_refused():
+    body = tokens.encode(EXAMPLE, seal)[3:-32]
+    assert not refused(forged(body))
+    assert refused(forged(body + b"\0"))
+    assert [length for length in range(len(body)) if not refused(forged(body[:length]))] == []
+
+
 def test_an_expiry_beyond_all_years_is_refused():
     body = tokens.encode(EXAMPLE, seal)[3:-32]
     for expiry in (1 << 40, 1 << 63, (1 << 64) - 1):
@@ -253,6 +265,7 @@ def test_an_expiry_beyond_all_years_is_refused():
 def test_the_private_key_does_not_show():
     hidden = replace(EXAMPLE, private_key=PrivateKeyRef(Custody.HSM_INTERNAL, b"SECRET-BLOB"))
     assert "SECRET-BLOB" not in repr(hidden) + repr(hidden.private_key)
+    assert "PrivateKeyRef" not in repr(hidden)
     assert len(fields(hidden)) == 9
 
 

@@ -1,5 +1,6 @@
 """Single use, and calls that fail half-way."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -42,6 +43,20 @@ def test_one_of_many_at_once_gets_the_token(any_desk):
 
     with ThreadPoolExecutor(8) as threads:
         assert sum(threads.map(one, range(40))) == 1
+
+
+def test_two_claims_at_once_do_not_both_succeed():
+    class Slow(bytes):
+        """Looked up so slowly that everybody else looks meanwhile."""
+
+        def __hash__(self):
+            time.sleep(0.001)
+            return super().__hash__()
+
+    used, later = MemoryUsedTokens(Clock()), Clock().now + timedelta(hours=1)
+    token_id = Slow(b"token id")
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(lambda _: used.claim(token_id, later), range(8))) == 1
 
 
 def test_whatever_made_it_fail_gives_the_token_back(spied):

@@ -244,6 +244,23 @@ def test_wycheproof_oaep(session, algorithm, path):
     assert {key: pair for key, pair in outcomes.items() if pair[0] != pair[1]} == {}
 
 
+def test_a_token_that_strips_leading_zeros_of_raw_rsa(session):
+    for key, vector in rsa_vectors(session, OAEP256):
+        if vector["flags"] == ["Normal"]:
+            assert outcome(decoded_in_the_host, Stripping(key), OAEP256, vector) == vector["msg"]
+
+
+class Stripping:
+    def __init__(self, key):
+        self._key = key
+
+    def __getattr__(self, name):
+        return getattr(self._key, name)
+
+    def decrypt(self, ciphertext, mechanism):
+        return self._key.decrypt(ciphertext, mechanism=mechanism).lstrip(b"\0")
+
+
 @pytest.mark.parametrize("path", [unwrapped, decrypted])
 def test_wycheproof_pkcs1(session, path):
     """Wrong paddings are all refused, or with implicit rejection none is and all are random."""
