@@ -118,6 +118,20 @@ class Arena:
         with self._lock:
             self.doubtful.append(held)
 
+    def surplus(self, dice: random.Random) -> Held:
+        """Take out a key to destroy: a doubtful one first, so that those do not add up."""
+        with self._lock:
+            if self.doubtful:
+                return self.doubtful.pop()
+        if len(self.held) < KEYS_KEPT or not self.keeps_objects:
+            raise NothingToDo
+        return self.take(dice)
+
+    @property
+    def keeps_objects(self) -> bool:
+        """Whether imported keys are objects of the backend."""
+        return any(key.custody is Custody.HSM_INTERNAL for key in self.capabilities.keys)
+
     def token(self, dice: random.Random) -> Issued:
         """Any import token that will not expire at once."""
         soon = _now() + timedelta(seconds=1)
@@ -224,13 +238,8 @@ def decrypt(arena: Arena, dice: random.Random) -> None:
 
 
 def destroy(arena: Arena, dice: random.Random) -> None:
-    """Keep the number of objects in the backend down."""
-    if len(arena.held) < KEYS_KEPT:
-        raise NothingToDo
-    held = arena.take(dice)
-    if held.key.custody is not Custody.HSM_INTERNAL:
-        arena.keep(held)  # a blob is no load
-        raise NothingToDo
+    """Keep the number of objects in the backend even."""
+    held = arena.surplus(dice)
     try:
         arena.backend.destroy_key(held.key)
     except HsmwrapError:
@@ -263,10 +272,13 @@ DECK: Mapping[Operation, int] = MappingProxyType(
         bring_in_by_changed_token: 1,
         encrypt: 4,
         decrypt: 4,
-        destroy: 6,
+        destroy: 14,
     }
 )
-"""How often a thread does what, each round in another order: the mix, and so the speed, is even."""
+"""How often a thread does what, each round in another order: the mix, and so the speed, is even.
+More keys are destroyed than imported, as soon as there are :data:`KEYS_KEPT`: SoftHSM gets slower
+with each object, and the speeds before and after the faults are to be compared (measured: without
+any fault, 74 operations a second at 170 objects, 44 at 800)."""
 UPKEEP: Mapping[Operation, int] = MappingProxyType({reap: 1})
 
 

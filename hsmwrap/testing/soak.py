@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -52,7 +53,7 @@ from hsmwrap.testing.faults import FaultShim
 
 SAMPLE = 200
 """Keys per backend that are tried at the end."""
-SPEED_TRIES = 3
+WINDOWS = 5
 TICK = 0.05
 REPORT_EVERY = 5.0
 
@@ -155,7 +156,7 @@ class Soak:
                 while time.monotonic() < end:
                     weather(self.rest)
                 self.wait_until_well()
-                self._measure_again(outcome)
+                outcome.speed_after = self.speed(plan.calm)
             outcome.failures += self.open_books()
             outcome.keys_tried = self.try_keys(outcome.failures)
         except Stuck as stuck:
@@ -207,17 +208,13 @@ class Soak:
                 self._report()
 
     def speed(self, seconds: float) -> float:
-        """Right answers per second."""
+        """Right answers per second: the median of some windows, as others use the machine too."""
+        return statistics.median(self._window(seconds / WINDOWS) for _ in range(WINDOWS))
+
+    def _window(self, seconds: float) -> float:
         done, started = self.tally.done, time.monotonic()
         self.rest(seconds)
         return (self.tally.done - done) / (time.monotonic() - started)
-
-    def _measure_again(self, outcome: Outcome) -> None:
-        # Other processes of the machine make it slow for a while, a fault would for good.
-        for _ in range(SPEED_TRIES):
-            outcome.speed_after = max(outcome.speed_after, self.speed(self.plan.calm))
-            if outcome.speed >= self.plan.least_speed:
-                return
 
     def wait_until_well(self) -> None:
         """Wait until every backend answers again.
