@@ -202,7 +202,7 @@ class ImportedKey:
     """
 
     key: KeyRef
-    check_value: bytes
+    check_value: bytes = field(repr=False)
     exposure: Exposure
 
 
@@ -216,7 +216,7 @@ class Seal:
     """
 
     key_id: str
-    tag: bytes
+    tag: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
