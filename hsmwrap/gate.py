@@ -39,6 +39,15 @@ class Gate:
         """The number of calls inside."""
         return self._in_flight
 
+    def require_open(self) -> None:
+        """Return if calls are let in.
+
+        Raises:
+            BackendClosed: The gate is closed.
+        """
+        if self._closed:
+            raise BackendClosed(f"this {self._what} was closed: open a new one")
+
     @contextmanager
     def enter(self) -> Iterator[None]:
         """Be inside for the length of a ``with`` block.
@@ -48,8 +57,7 @@ class Gate:
         """
         changed = self._changed
         with changed:
-            if self._closed:
-                raise BackendClosed(f"this {self._what} was closed: open a new one")
+            self.require_open()
             self._in_flight += 1
         try:
             yield

@@ -140,8 +140,7 @@ class Connection:
 
     def require_open(self) -> None:
         """Raise ``BackendClosed`` after :meth:`close`."""
-        with self._gate.enter():
-            pass
+        self._gate.require_open()
 
     @property
     def generation(self) -> int:
@@ -192,6 +191,7 @@ class Connection:
             "breaker": self._breaker.state,
             "recoveries": dict(self.recoveries),
             "orphans": len(self._orphans),
+            "one_at_a_time": self._host.one_at_a_time,
         }
         if live is not None:
             facts |= live.pool.facts()

@@ -8,6 +8,9 @@ module's lives: handles of one *generation* mean nothing in the next.
 Fork: the parent waits until no call is in flight before it forks, so that the child never
 inherits a lock inside the module that some other thread held; the child initialises again at its
 first call (PKCS#11 v2.40, 5.4) as a new generation.
+
+Threads: a module that was not told of threads when it was initialised, because it cannot lock or
+cannot be told, is called by one at a time, in the order in which they came.
 """
 
 from __future__ import annotations
@@ -15,13 +18,15 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, ClassVar
 
 from pkcs11.exceptions import PKCS11Error
 
-from hsmwrap.errors import HsmUnavailable
+import hsmwrap.forkgate  # noqa: F401  # its hooks come first, see the end
+from hsmwrap.errors import HsmUnavailable, PoolTimeout
 from hsmwrap.pkcs11.module import Module
 from hsmwrap.pkcs11.returncodes import CKR, CryptokiError, code_name
 
@@ -80,12 +85,22 @@ class ModuleHost:
         softhsm = module is not None and module.manufacturer_id.startswith("SoftHSM")
         return self._token_writes if softhsm else nullcontext()
 
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether the module must not be called by two threads at once; False until it is loaded.
+
+        PKCS#11 v2.40, 5.4: without CKF_OS_LOCKING_OK or mutexes of the caller's, a module may
+        take it that only one thread ever calls.
+        """
+        return self._module is not None and not self._module.os_locking
+
     @contextmanager
     def inside(self, timeout: float) -> Iterator[tuple[Module, int]]:
         """Be in flight for the length of a ``with`` block; yields the module and generation.
 
         Raises:
             HsmUnavailable: The module was being restarted for longer than ``timeout`` seconds.
+            PoolTimeout: It takes one thread at a time, and others were before us for so long.
             CryptokiError: It cannot be initialised.
         """
         module, generation, entered = self._enter(timeout)
@@ -117,14 +132,31 @@ class ModuleHost:
             self._let_in()
 
     def _enter(self, timeout: float) -> tuple[Module, int, threading.Condition]:
+        place = object()
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._exclusive, timeout):
-                raise HsmUnavailable("the PKCS#11 module is being restarted")
-            if not self._ready:
-                self._load()
-            assert self._module is not None  # noqa: S101  # _load made it
-            self._in_flight += 1
-            return self._module, self.generation, self._changed
+            self._queue.append(place)
+            try:
+                if not self._changed.wait_for(lambda: self._may_enter(place), timeout):
+                    raise self._busy()
+                if not self._ready:
+                    self._load()
+                assert self._module is not None  # noqa: S101  # _load made it
+                self._in_flight += 1
+                return self._module, self.generation, self._changed
+            finally:
+                self._queue.remove(place)
+                if self._queue:
+                    self._changed.notify_all()
+
+    def _may_enter(self, place: object) -> bool:
+        if self._exclusive:
+            return False
+        return not self.one_at_a_time or (not self._in_flight and self._queue[0] is place)
+
+    def _busy(self) -> HsmUnavailable | PoolTimeout:
+        if self._exclusive:
+            return HsmUnavailable("the PKCS#11 module is being restarted")
+        return PoolTimeout("the PKCS#11 module takes one call at a time, and others were first")
 
     def _load(self) -> None:
         """Initialise the module, for the first time, again, or in a child."""
@@ -171,6 +203,7 @@ class ModuleHost:
 
     def _reset_lock(self) -> None:
         self._changed = threading.Condition()
+        self._queue: deque[object] = deque()
         self._in_flight = 0
         self._exclusive = False
         self._token_writes = threading.RLock()
@@ -198,6 +231,8 @@ class ModuleHost:
     _quiesced: ClassVar[list[ModuleHost]] = []
 
 
+# After hsmwrap.forkgate's hooks, which importing it sees to: hooks before a fork run in reverse
+# order, and a call that is inside a module may have to pass that gate before it can leave.
 os.register_at_fork(
     before=ModuleHost._before_fork,
     after_in_parent=ModuleHost._after_fork_in_parent,

@@ -97,8 +97,10 @@ class Module(lib):
     Attributes:
         owned: False if somebody else in this process had initialised the module before; then
             ``finalize`` leaves it alone.
-        os_locking: False where the module hands out private function tables (p11-kit's client),
-            so that only python-pkcs11's own table can be initialised.
+        os_locking: Whether C_Initialize was told of threads. False where the module cannot lock
+            (CANT_LOCK), and where it hands out private function tables (p11-kit's client), so
+            that only python-pkcs11 can initialise its own. Such a module is to be called by one
+            thread at a time.
     """
 
     owned: bool
@@ -220,6 +222,10 @@ class Module(lib):
         """Initialise it unless it is; return whether it is ours to finalise."""
         arguments = _InitializeArgs(flags=_CKF_OS_LOCKING_OK, reserved=self._parameters)
         code = functions.c_initialize(ctypes.byref(arguments))
+        self.os_locking = code != CKR["CANT_LOCK"]
+        if not self.os_locking:
+            arguments.flags = 0
+            code = functions.c_initialize(ctypes.byref(arguments))
         if code not in (_CKR_OK, CKR["CRYPTOKI_ALREADY_INITIALIZED"]):
             raise CryptokiError("C_Initialize", code)
         if code == _CKR_OK:

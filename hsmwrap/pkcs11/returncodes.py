@@ -93,6 +93,7 @@ CKR: Mapping[str, int] = MappingProxyType(
     {
         "HOST_MEMORY": 0x02,
         "SLOT_ID_INVALID": 0x03,
+        "CANT_LOCK": 0x0A,
         "DEVICE_ERROR": 0x30,
         "DEVICE_MEMORY": 0x31,
         "DEVICE_REMOVED": 0x32,

@@ -1,13 +1,19 @@
-"""Scenarios of an HSM that goes away: lost_hsm.py SCENARIO SHIM_DIRECTORY SETTINGS."""
+"""Scenarios of an HSM that goes away, and of a module that cannot lock.
+
+Usage: lost_hsm.py SCENARIO SHIM_DIRECTORY SETTINGS
+"""
 
 import contextlib
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 
+from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import HsmUnavailable, TokenSelectionError
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.testing.faults import FaultShim
+from hsmwrap.testing.faults import CKR, FaultShim
 
 
 def unavailable(backend):
@@ -74,6 +80,34 @@ def logged_out(shim, settings):
     assert backend.capabilities() == capabilities
     assert backend.health().facts["recoveries"]["USER_NOT_LOGGED_IN"] >= 1
     backend.close()
+
+
+def cannot_lock(shim, settings):
+    """Then SoftHSM itself locks nothing, and threads inside it at once crash it."""
+    shim.fail("C_Initialize", CKR.CANT_LOCK)
+    with Pkcs11Backend.from_settings(settings | {"sessions": 8}) as backend:
+        assert backend.health().facts["one_at_a_time"]
+        backend.capabilities()
+
+        def work(_):
+            for _ in range(25):
+                issue(backend)
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(work, range(8)))
+    counted = shim.counters()
+    assert counted.initialized_without_locking == 1
+    assert counted.initialized_with_locking == 0
+    assert counted.concurrent_high_water == 1
+
+
+def issue(backend):
+    key = backend.generate_wrapping_key(
+        WrappingKeySpec.EC_SM2,
+        WrappingAlgorithm.SM2PKE,
+        expires_at=datetime.now(UTC) + timedelta(hours=1),
+    )
+    backend.discard_wrapping_key(key.private_key)
 
 
 def log_out(pooled):

@@ -353,6 +353,14 @@ SCENARIOS = Path(__file__).with_name("lost_hsm.py")
 
 @pytest.mark.parametrize("scenario", ["comes_back", "sticky", "lazy_start", "logged_out"])
 def test_lost_hsm(softhsm, tmp_path, scenario):
+    play(softhsm, tmp_path, scenario)
+
+
+def test_a_module_that_cannot_lock_is_called_by_one_thread_at_a_time(softhsm, tmp_path):
+    play(softhsm, tmp_path, "cannot_lock")
+
+
+def play(softhsm, tmp_path, scenario):
     settings = softhsm.settings("connection", initial_backoff=0.05, max_backoff=0.1)
     command = [sys.executable, SCENARIOS, scenario, tmp_path / "shim", json.dumps(settings)]
     subprocess.run(command, check=True, timeout=DEADLINE)
@@ -378,3 +386,21 @@ def test_breaker_backs_off_and_probes_once():
     breaker.failed("x")
     now[0] += 1.0
     breaker.check()
+
+
+FORK_ORDER = """
+import os
+order = []
+register = os.register_at_fork
+os.register_at_fork = lambda **hooks: (
+    order.append(getattr(hooks.get("before"), "__qualname__", None)), register(**hooks)
+)
+import hsmwrap.pkcs11
+gates = [name for name in order if name in ("ForkGate._before", "ModuleHost._before_fork")]
+assert gates == ["ForkGate._before", "ModuleHost._before_fork"], gates
+"""
+
+
+def test_a_fork_holds_calls_back_at_the_module_first_and_at_libcrypto_second():
+    """The other way round, a call inside the module waits for libcrypto, and the fork for it."""
+    subprocess.run([sys.executable, "-c", FORK_ORDER], check=True)
