@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pkcs11.constants import Attribute
@@ -13,40 +13,43 @@ from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial
 from hsmwrap.pkcs11.returncodes import recovery_of
 
 
-@contextmanager
-def blame(*used: Any, error: type[HsmwrapError] = InvalidKeyMaterial) -> Iterator[None]:
+class blame:  # noqa: N801  # read as a statement: with blame(key)
     """Turn what the HSM token says of the client's input into one error that says nothing.
 
     Tokens have many words for a bad ciphertext (SoftHSM: GENERAL_ERROR for bad padding, field
     note 11), and each different word would be an oracle. Codes of the recovery table speak of
     the connection and pass through.
-
-    Args:
-        used: The key objects that the operation uses. python-pkcs11 reads their type at the first
-            use; it is read before, so that a failure of that is not the client's.
-        error: What the client is told.
     """
-    for key in used:
-        with _read():
-            _ = key.key_type
-    try:
-        yield
-    except PKCS11Error as fault:
-        if recovery_of(fault) is not None:
-            raise
-        raise error from None
+
+    __slots__ = ("_error", "_used")
+
+    def __init__(self, *used: Any, error: type[HsmwrapError] = InvalidKeyMaterial) -> None:
+        """Say what is used, and what the client is told.
+
+        Args:
+            used: The key objects that the operation uses. python-pkcs11 reads their type at the
+                first use; it is read before, so that a failure of that is not the client's.
+            error: What the client is told.
+        """
+        self._used, self._error = used, error
+
+    def __enter__(self) -> None:
+        for key in self._used:
+            _certain(partial(getattr, key, "key_type"))
+
+    def __exit__(self, _type: object, fault: BaseException | None, _traceback: object) -> None:
+        if isinstance(fault, PKCS11Error) and recovery_of(fault) is None:
+            raise self._error from None
 
 
 def read(key: Any, attribute: Attribute) -> Any:
     """An attribute of an object that must have it."""
-    with _read():
-        return key[attribute]
+    return _certain(lambda: key[attribute])
 
 
-@contextmanager
-def _read() -> Iterator[None]:
+def _certain(get: Callable[[], Any]) -> Any:
     # Where python-pkcs11 reads an attribute, every return code becomes FUNCTION_FAILED (measured).
     try:
-        yield
+        return get()
     except FunctionFailed:
         raise SessionHandleInvalid from None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from hsmwrap.sm2.power import FixedPower
+
 P: Final = 0xFFFFFFFEFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF00000000FFFFFFFFFFFFFFFF
 A: Final = P - 3
 B: Final = 0x28E9FA9E9D9F5E344D5A9E4BCF6509A7F39789F515AB8F92DDBCBD414D940E93
@@ -26,6 +28,9 @@ OID_DER: Final = bytes.fromhex("06082a811ccf5501822d")
 
 _UNCOMPRESSED: Final = b"\x04"
 
+_root = FixedPower((P + 1) // 4, P)
+"""The square root of a square: p ≡ 3 (mod 4)."""
+
 
 def is_on_curve(x: int, y: int) -> bool:
     """Whether (x, y) is a point of the curve, both coordinates within 0..p-1.
@@ -41,7 +46,7 @@ def recover_y(x: int) -> int | None:
 
     The root is r^((p+1)/4), as p ≡ 3 (mod 4) (GB/T 32918.1, B.1.4), and verified.
     """
-    y = pow(_right_side(x), (P + 1) // 4, P)
+    y = _root(_right_side(x))
     return y if is_on_curve(x, y) else None
 
 

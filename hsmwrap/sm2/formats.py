@@ -21,6 +21,7 @@ other than exactly one reading are refused.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -28,7 +29,7 @@ from types import MappingProxyType
 from typing import Final
 
 from hsmwrap.errors import ConfigurationError, InvalidKeyMaterial
-from hsmwrap.sm2.curve import FIELD_BYTES, POINT_BYTES, encode_point, is_on_curve
+from hsmwrap.sm2.curve import FIELD_BYTES, POINT_BYTES, is_on_curve
 
 _HASH_BYTES: Final = 32
 _INTEGER, _OCTET_STRING, _SEQUENCE = 0x02, 0x04, 0x30
@@ -73,7 +74,7 @@ class Sm2Ciphertext:
     @property
     def c1(self) -> bytes:
         """C1 as an uncompressed point, 65 bytes."""
-        return encode_point(self.x, self.y)
+        return b"\x04" + self.x.to_bytes(FIELD_BYTES) + self.y.to_bytes(FIELD_BYTES)
 
     def to_c1c3c2(self) -> bytes:
         """Write C1 ‖ C3 ‖ C2 (GB/T 32918.4), 97 bytes more than the plaintext."""
@@ -124,15 +125,22 @@ def parse(
         InvalidKeyMaterial: Not exactly one layout fits, whatever the reason.
         ConfigurationError: See :func:`check_layouts`.
     """
-    readings = [_read(layout, data, material_length) for layout in check_layouts(layouts)]
+    chosen = _checked(tuple(layouts))
+    readings = [_read(layout, data, material_length) for layout in chosen]
     fitting = [reading for reading in readings if reading is not None]
     if len(fitting) != 1:
         raise InvalidKeyMaterial
     return fitting[0]
 
 
+_checked = functools.lru_cache(maxsize=16)(check_layouts)
+
+
 def _read(layout: Layout, data: bytes, material_length: int) -> Sm2Ciphertext | None:
     """The one reading of ``data`` that writes back to the same bytes; None if there is none."""
+    overhead = _OVERHEADS.get(layout)
+    if overhead is not None and len(data) != overhead + material_length:
+        return None
     read, write = _CODECS[layout]
     try:
         ciphertext = read(data)
@@ -188,6 +196,15 @@ def _minimal(number: int) -> bytes:
     """A non-negative INTEGER's content: no leading octet beyond the one that keeps the sign."""
     return number.to_bytes(number.bit_length() // 8 + 1)
 
+
+_OVERHEADS: Final[Mapping[Layout, int]] = MappingProxyType(
+    {
+        Layout.C1C3C2: POINT_BYTES + _HASH_BYTES,
+        Layout.C1C3C2_BARE: POINT_BYTES + _HASH_BYTES - 1,
+        Layout.C1C2C3: POINT_BYTES + _HASH_BYTES,
+    }
+)
+"""How much longer than the plaintext a ciphertext is; that of DER depends on its INTEGERs."""
 
 _CODECS: Final[
     Mapping[Layout, tuple[Callable[[bytes], Sm2Ciphertext], Callable[[Sm2Ciphertext], bytes]]]

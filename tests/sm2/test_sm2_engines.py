@@ -11,9 +11,15 @@ from dataclasses import replace
 import pytest
 
 from hsmwrap.errors import ConfigurationError, InvalidKeyMaterial, SelfTestFailed
-from hsmwrap.sm2 import Sm2Ciphertext, Sm2KeyPair, decode_point, known_answer, open_engine
+from hsmwrap.sm2 import (
+    Sm2Ciphertext,
+    Sm2KeyPair,
+    decode_point,
+    known_answer,
+    open_engine,
+    openssl,
+)
 from hsmwrap.sm2 import engine as engine_module
-from hsmwrap.sm2 import libcrypto as binding
 from hsmwrap.sm2.curve import GX, GY, N, P, encode_point
 from hsmwrap.sm2.gmssl_engine import GmsslEngine
 from hsmwrap.sm2.libcrypto import LibcryptoEngine
@@ -177,14 +183,14 @@ def test_gmssl_missing(monkeypatch):
 
 
 def test_libcrypto_missing(monkeypatch):
-    monkeypatch.setattr(binding, "_SONAME", "libcrypto.so.none")
+    monkeypatch.setattr(openssl, "SONAME", "libcrypto.so.none")
     monkeypatch.setattr(GmsslEngine, "__init__", lambda self: pytest.fail("fell back to gmssl"))
     with pytest.raises(ConfigurationError, match="gmssl can be configured by name"):
         open_engine("libcrypto")
 
 
 def test_libcrypto_too_old(monkeypatch):
-    monkeypatch.setattr(binding, "_PROTOTYPES", {"EVP_PKEY_no_such_function": (ctypes.c_int,)})
+    monkeypatch.setattr(openssl, "_PROTOTYPES", {"EVP_PKEY_no_such_function": (ctypes.c_int,)})
     with pytest.raises(ConfigurationError, match="no_such_function"):
         open_engine("libcrypto")
 
@@ -296,13 +302,13 @@ def spied(monkeypatch):
     engine = LibcryptoEngine()
     engine._lib = Spy(engine._lib)
     engine.buffers = []
-    genuine = binding._Scope.buffer
+    genuine = openssl.Scope.buffer
 
     def buffer(self, *arguments):
         engine.buffers.append(genuine(self, *arguments))
         return engine.buffers[-1]
 
-    monkeypatch.setattr(binding._Scope, "buffer", buffer)
+    monkeypatch.setattr(openssl.Scope, "buffer", buffer)
     return engine
 
 
@@ -329,9 +335,9 @@ def test_plaintext_buffer_is_as_long_as_the_ciphertext(spied):
 
 
 def test_every_function_is_declared():
-    lib = binding._load()
+    lib = openssl.load()
     assert isinstance(lib, ctypes.CDLL)  # not PyDLL: the GIL is released
-    for name in binding._PROTOTYPES:
+    for name in openssl._PROTOTYPES:
         assert getattr(lib, name).argtypes is not None
 
 
