@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import latency, machine, operations, outstanding, plot, throughput
+from benchmarks import latency, machine, operations, outstanding, over_http, plot, throughput
 from benchmarks.arena import open_arenas, token_settings
 from benchmarks.hsm import RawToken
 from benchmarks.machine import Others
@@ -17,7 +17,7 @@ from benchmarks.plan import DEFAULT, FULL, QUICK, Plan
 from benchmarks.report import Results
 from hsmwrap.errors import HsmwrapError
 
-PARTS = ("operations", "throughput", "latency", "outstanding")
+PARTS = ("operations", "throughput", "latency", "http", "outstanding")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +51,8 @@ def measure(plan: Plan, parts: Sequence[str]) -> Results:
                 results.rates += throughput.measure(load, plan)
         if "latency" in parts:
             results.latency = latency.measure(hsm, plan)
+        if "http" in parts:
+            results.requests += over_http.measure(settings, plan)
         if "outstanding" in parts:  # last, as it fills the HSM token
             results.costs += outstanding.sealed(hsm, token, plan)
             results.costs += outstanding.resident(hsm, token, plan)
@@ -62,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
         description="hsmwrap against the raw operations that it contains: ratios in one run, which "
-        "takes about twelve minutes.",
+        "takes about a quarter of an hour.",
     )
     parser.set_defaults(plan=DEFAULT)
     amount = parser.add_mutually_exclusive_group()

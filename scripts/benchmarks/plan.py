@@ -25,6 +25,8 @@ class Plan:
         warm: Issues from a pool at rest, ``burst`` of them from one filling.
         burst: As above.
         busy: Issues from a pool at work.
+        requests: Calls of each side in a burst, over HTTP and in process, ``turns`` bursts of it.
+        clients: Numbers of threads that call at once.
         sealed: Numbers of outstanding sealed tokens.
         resident: Numbers of outstanding resident wrapping keys.
         fill_seconds: The longest that all resident wrapping keys may take to make.
@@ -41,6 +43,8 @@ class Plan:
     warm: int
     burst: int
     busy: int
+    requests: int
+    clients: tuple[int, ...]
     sealed: tuple[int, ...]
     resident: tuple[int, ...]
     fill_seconds: float
@@ -58,6 +62,8 @@ QUICK = Plan(
     warm=30,
     burst=16,
     busy=10,
+    requests=20,
+    clients=(1, 4),
     sealed=(100, 1_000),
     resident=(100, 1_000),
     fill_seconds=5,
@@ -74,6 +80,8 @@ DEFAULT = Plan(
     warm=400,
     burst=50,
     busy=100,
+    requests=200,
+    clients=(1, 4, 16),
     sealed=(100, 10_000, 100_000),
     resident=(100, 1_000, 10_000),
     fill_seconds=180,
@@ -90,6 +98,8 @@ FULL = Plan(
     warm=2_000,
     burst=100,
     busy=400,
+    requests=500,
+    clients=(1, 4, 16),
     sealed=(100, 10_000, 100_000),
     resident=(100, 1_000, 10_000, 100_000),
     fill_seconds=7_200,

@@ -8,6 +8,8 @@ from benchmarks import svg, targets
 from benchmarks.latency import Latency
 from benchmarks.operations import Comparison
 from benchmarks.outstanding import Cost
+from benchmarks.over_http import SIDES as HTTP_SIDES
+from benchmarks.over_http import Requests
 from benchmarks.report import Results
 from benchmarks.throughput import Rates
 
@@ -33,6 +35,8 @@ def _charts(results: Results) -> Iterator[str]:
         yield _rates(load, [each for each in results.rates if each.load == load])
     if results.latency:
         yield _latency(results.latency)
+    for operation in dict.fromkeys(each.operation for each in results.requests):
+        yield _requests(operation, [r for r in results.requests if r.operation == operation])
     if results.costs:
         yield _costs(results.costs)
 
@@ -65,6 +69,14 @@ def _latency(latency: Latency) -> str:
     most = latency.cold.median * targets.MOST_WARM * 1e3
     limit = f"asked of p99 from the pool: {most:.2f} ms", most
     return svg.bars("Parameters for RSA_2048: milliseconds", bars, limit=limit, logarithmic=True)
+
+
+def _requests(operation: str, requests: Sequence[Requests]) -> str:
+    series = [
+        svg.Line(side, [(each.threads, each.rate(side)) for each in requests])
+        for side in HTTP_SIDES
+    ]
+    return svg.lines(f"{operation}: calls per second", series, across="clients")
 
 
 def _costs(costs: Sequence[Cost]) -> str:

@@ -10,6 +10,8 @@ from benchmarks import targets
 from benchmarks.latency import Latency
 from benchmarks.operations import Comparison
 from benchmarks.outstanding import Cost
+from benchmarks.over_http import SIDES as HTTP_SIDES
+from benchmarks.over_http import Requests
 from benchmarks.targets import Target
 from benchmarks.throughput import SIDES, Rates
 from benchmarks.timing import Timing
@@ -20,6 +22,10 @@ loop: the same C_ calls (pyca, libcrypto calls) in the same order, by themselves
 bare: the one call that it is about: C_GenerateKeyPair, C_UnwrapKey, C_Decrypt, C_DeriveKey.
 of loop, of bare: our speed as a fraction of theirs; the luck in the search for RSA primes is
 taken out. All sides took turns in one run."""
+
+_HTTP_NOTE = """\
+hsmwrap serve with one worker process over HTTP, and the same calls in the process that measures;
+calls per second, and p99 in milliseconds. RSA_2048, RSAES_OAEP_SHA_256, pairs from the pool."""
 
 _QUIET = 0.05
 """The most that other processes may take of a machine that is said to do nothing else."""
@@ -37,6 +43,7 @@ class Results:
     comparisons: list[Comparison] = field(default_factory=list)
     rates: list[Rates] = field(default_factory=list)
     latency: Latency | None = None
+    requests: list[Requests] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     others: float = 0.0
 
@@ -64,6 +71,7 @@ class Results:
             "operations": [each.to_json() for each in self.comparisons],
             "throughput": [each.to_json() for each in self.rates],
             "latency": self.latency.to_json() if self.latency else None,
+            "http": [each.to_json() for each in self.requests],
             "outstanding": [each.to_json() for each in self.costs],
             "targets": [each.to_json(judge=not self.disturbed) for each in self.targets()],
         }
@@ -86,6 +94,8 @@ class Results:
             yield f"Threads: calls per second\n\n{_rates(self.rates)}"
         if self.latency:
             yield f"Parameters for RSA_2048, in milliseconds\n\n{_latency(self.latency)}"
+        if self.requests:
+            yield f"The reference KMS: {_HTTP_NOTE}\n\n{_requests(self.requests)}"
         if self.costs:
             yield f"Outstanding import tokens, in milliseconds (median)\n\n{_costs(self.costs)}"
         if judged := self.targets():
@@ -147,6 +157,24 @@ def _latency(latency: Latency) -> str:
         )
     ]
     return render(("issue", *numbers), rows, right=numbers)
+
+
+def _requests(requests: Iterable[Requests]) -> str:
+    numbers = ("clients", "HTTP", "p99", "in process", "p99", "HTTP / in process")
+    rows = [
+        (
+            each.operation,
+            str(each.threads),
+            *(
+                text
+                for side in HTTP_SIDES
+                for text in (f"{each.rate(side):.1f}", f"{each.p99(side) * 1e3:.1f}")
+            ),
+            f"{each.of_process:.2f}",
+        )
+        for each in requests
+    ]
+    return render(("operation", *numbers), rows, right=numbers)
 
 
 def _costs(costs: Iterable[Cost]) -> str:

@@ -79,8 +79,7 @@ class Timing:
     @property
     def p99(self) -> float:
         """All but one call in a hundred took no longer; of fewer calls, the slowest."""
-        ordered = sorted(self.seconds)
-        return ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]
+        return percentile_99(self.seconds)
 
     def to_json(self) -> dict[str, float | int]:
         """Median and p99 in milliseconds, and how many calls they are from."""
@@ -115,6 +114,12 @@ def speed(ours: Timing, raw: Timing) -> float:
 def _median_with(luck: float, timing: Timing) -> float:
     pairs = zip(timing.seconds, timing.searched, strict=True)
     return luck + statistics.median(total - searched for total, searched in pairs)
+
+
+def percentile_99(values: Sequence[float]) -> float:
+    """What all but one in a hundred do not exceed; of fewer values, the highest."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

@@ -1,0 +1,267 @@
+"""Two reference KMS on one HSM token: in this process, and behind ``hsmwrap serve``.
+
+Each is whole: permissions, database, audit log, key-pair pool. The load generator signs its
+requests beforehand and keeps its connections open, so that it takes little of the machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import itertools
+import json
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from benchmarks.arena import KEY_SPEC, LEVEL
+from hsmwrap.http import canonical
+from hsmwrap.http.app import API_VERSION
+from hsmwrap.kms.access import AccessKey, Permissions, StaticAccessKeys
+from hsmwrap.kms.config import ServerConfig
+from hsmwrap.kms.opening import open_kms
+
+Call = Callable[[], object]
+"""One request, ready to go."""
+
+_ACCESS_KEY = AccessKey("bench", secrets.token_hex(16), Permissions.everything())
+_DEADLINE = 60
+_PAUSE = 0.05
+_LENGTH = re.compile(rb"\r\nContent-Length: *(\d+)\r\n", re.IGNORECASE)
+_POOL_LEVEL = re.compile(r"^hsmwrap_keypool_level\{.*\} (\S+)$", re.MULTILINE)
+
+
+class Failed(Exception):
+    """A request was not answered with 200, or what was waited for did not come."""
+
+
+class KmsSide(ABC):
+    """A KMS under measurement; :attr:`cmks` has one CMK for each thread."""
+
+    def __init__(self) -> None:
+        self.cmks: list[str] = []
+
+    @abstractmethod
+    def prepare(self, thread: int, action: str, parameters: Mapping[str, str]) -> Call:
+        """A call by the thread of this number, with all done that a client does beforehand."""
+
+    @abstractmethod
+    def call(self, action: str, parameters: Mapping[str, str]) -> dict[str, Any]:
+        """Call once; the answer's fields."""
+
+    @abstractmethod
+    def pool_level(self) -> float:
+        """How many wrapping key pairs are ready."""
+
+    def make_cmks(self, count: int) -> None:
+        """Create a CMK for each thread: imports into one wait for each other."""
+        wanted = {"Origin": "EXTERNAL", "KeySpec": str(KEY_SPEC), "ProtectionLevel": str(LEVEL)}
+        made = [self.call("CreateKey", wanted) for _ in range(count)]
+        self.cmks = [fields["KeyMetadata"]["KeyId"] for fields in made]
+
+    def wait_for_pool(self, level: int) -> None:
+        """Wait until the key-pair pool has so many pairs.
+
+        Raises:
+            Failed: It takes longer than a second a pair.
+        """
+        end = time.monotonic() + _DEADLINE + level
+        while self.pool_level() < level:
+            if time.monotonic() > end:
+                raise Failed(f"the key-pair pool did not come to {level}")
+            time.sleep(_PAUSE)
+
+
+class LocalKms(KmsSide):
+    """A KMS in this process."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any], pool: int) -> None:
+        super().__init__()
+        config = ServerConfig(**_configuration(directory, settings, pool))
+        self._kms = open_kms(config, access_keys=StaticAccessKeys([_ACCESS_KEY]))
+        self._caller, self._numbers = _ACCESS_KEY.caller(), itertools.count()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._kms.close()
+
+    def prepare(self, thread: int, action: str, parameters: Mapping[str, str]) -> Call:
+        """Nothing to be done beforehand, and no thread has anything of its own."""
+        del thread
+        return partial(self.call, action, parameters)
+
+    def call(self, action: str, parameters: Mapping[str, str]) -> dict[str, Any]:
+        """Call the KMS; the answer's fields."""
+        request_id = f"bench-{next(self._numbers)}"
+        return self._kms.execute(action, parameters, self._caller, request_id)
+
+    def pool_level(self) -> float:
+        """Ask the pool itself."""
+        return sum(kind.level for pool in self._kms.watched()[1] for kind in pool.facts())
+
+
+class ServedKms(KmsSide):
+    """A KMS that ``hsmwrap serve`` serves, by one worker process."""
+
+    def __init__(self, port: int, threads: int) -> None:
+        super().__init__()
+        self._port = port
+        self._lines = [_Line(port) for _ in range(threads)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for line in self._lines:
+            line.close()
+
+    def prepare(self, thread: int, action: str, parameters: Mapping[str, str]) -> Call:
+        """Sign the request, and take the thread's own connection."""
+        return partial(self._lines[thread].ask, _signed_post(action, parameters))
+
+    def call(self, action: str, parameters: Mapping[str, str]) -> dict[str, Any]:
+        """Sign and send a request; the answer's fields."""
+        fields: dict[str, Any] = json.loads(self._lines[0].ask(_signed_post(action, parameters)))
+        return fields
+
+    def pool_level(self) -> float:
+        """Read /metrics."""
+        page = self._lines[0].ask(b"GET /metrics HTTP/1.1\r\nHost: bench\r\n\r\n").decode()
+        return sum(map(float, _POOL_LEVEL.findall(page)))
+
+
+class _Line:
+    """A connection that stays open: one request after the other."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._socket: socket.socket | None = None
+
+    def ask(self, request: bytes) -> bytes:
+        """Send a request; the body of the answer, which has to be a 200."""
+        try:
+            head, body = self._exchange(request)
+        except ConnectionError:  # the server closes one that was idle for long
+            self.close()
+            head, body = self._exchange(request)
+        if not head.startswith(b"HTTP/1.1 200 "):
+            raise Failed(f"{head.splitlines()[0]!r}: {body!r}")
+        return body
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _exchange(self, request: bytes) -> tuple[bytes, bytes]:
+        if self._socket is None:
+            self._socket = socket.create_connection(("127.0.0.1", self._port), timeout=_DEADLINE)
+        self._socket.sendall(request)
+        head, _, body = self._more(b"", lambda data: b"\r\n\r\n" in data).partition(b"\r\n\r\n")
+        length = _LENGTH.search(head + b"\r\n")
+        if length is None:
+            raise Failed("an answer without Content-Length")
+        return head, self._more(body, lambda data: len(data) >= int(length[1]))
+
+    def _more(self, data: bytes, enough: Callable[[bytes], bool]) -> bytes:
+        assert self._socket is not None  # noqa: S101  # _exchange connected it
+        while not enough(data):
+            received = self._socket.recv(65_536)
+            if not received:
+                raise ConnectionResetError
+            data += received
+        return data
+
+
+@contextmanager
+def serving(directory: Path, settings: Mapping[str, Any], pool: int) -> Iterator[int]:
+    """Run ``hsmwrap serve`` with one worker process; yields the port.
+
+    Raises:
+        Failed: It does not come up; its log is in the message.
+    """
+    config, log = directory / "hsmwrap.toml", directory / "log"
+    config.write_text(_toml(_configuration(directory, settings, pool)), encoding="utf-8")
+    command = [sys.executable, "-m", "hsmwrap.cli", "serve", "--port", "0", "--config", str(config)]
+    with log.open("wb") as stderr:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    try:
+        assert server.stdout is not None  # noqa: S101  # it is a pipe
+        ready = server.stdout.readline()
+        if not ready.startswith("ready http://127.0.0.1:"):
+            raise Failed(f"hsmwrap serve did not come up: {log.read_text('utf-8')}")
+        yield int(ready.rpartition(":")[2])
+    finally:
+        server.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(_DEADLINE)
+        server.kill()
+        server.wait()
+
+
+def _configuration(directory: Path, settings: Mapping[str, Any], pool: int) -> dict[str, Any]:
+    """A server's configuration, with its state in ``directory``, and an access key file there."""
+    directory.mkdir(exist_ok=True)
+    access_keys = directory / "access-keys.toml"
+    if not access_keys.exists():
+        access_keys.touch(0o600)
+        key = {"id": _ACCESS_KEY.access_key_id, "secret": _ACCESS_KEY.secret}
+        lines = [f"{name} = {json.dumps(value)}" for name, value in key.items()]
+        allow = 'allow = [{ actions = ["*"] }]'
+        access_keys.write_text("\n".join(["[[access_key]]", *lines, allow, ""]), encoding="utf-8")
+    return {
+        "database_url": f"sqlite:///{directory}/kms.db",
+        "access_key_file": str(access_keys),
+        "audit_file": str(directory / "audit.log"),
+        "key_pool": pool,
+        "sweep_interval": 0,
+        "backends": {str(LEVEL): {"plugin": "pkcs11", "settings": dict(settings)}},
+    }
+
+
+def _toml(configuration: Mapping[str, Any]) -> str:
+    """The configuration as TOML: JSON's scalars are TOML's, and a dotted key is a table's."""
+
+    def lines(prefix: str, table: Mapping[str, Any]) -> Iterator[str]:
+        for name, value in table.items():
+            if isinstance(value, Mapping):
+                yield from lines(f"{prefix}{name}.", value)
+            else:
+                yield f"{prefix}{name} = {json.dumps(value)}"
+
+    return "\n".join([*lines("", configuration), ""])
+
+
+def _signed_post(action: str, parameters: Mapping[str, str]) -> bytes:
+    """A whole HTTP request, signed by version 1, the parameters in a form."""
+    signed = {
+        **parameters,
+        "Action": action,
+        "Version": API_VERSION,
+        "Format": "JSON",
+        "AccessKeyId": _ACCESS_KEY.access_key_id,
+        "SignatureMethod": "HMAC-SHA1",
+        "SignatureVersion": "1.0",
+        "SignatureNonce": secrets.token_hex(16),
+        "Timestamp": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+    }
+    text = canonical.v1_string_to_sign("POST", signed).encode()
+    mac = hmac.digest(f"{_ACCESS_KEY.secret}&".encode(), text, "sha1")
+    body = canonical.query({**signed, "Signature": base64.b64encode(mac).decode()}).encode()
+    head = (
+        "POST / HTTP/1.1\r\nHost: bench\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
