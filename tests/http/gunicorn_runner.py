@@ -17,12 +17,11 @@ READY = re.compile(r"ready http://127\.0\.0\.1:(\d+)\n")
 
 
 class Process:
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
         self.log = log
-        environment = {n: v for n, v in os.environ.items() if n != "PROMETHEUS_MULTIPROC_DIR"}
         with log.open("wb") as stderr:
             self.popen = subprocess.Popen(
-                [sys.executable, *command],
+                command,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
@@ -62,8 +61,18 @@ class Process:
 
 
 @contextmanager
-def running(command: list[str], log: Path) -> Iterator[Process]:
-    process = Process(command, log)
+def running(arguments: list[str], log: Path) -> Iterator[Process]:
+    """Run Python with these arguments."""
+    environment = {n: v for n, v in os.environ.items() if n != "PROMETHEUS_MULTIPROC_DIR"}
+    with running_command([sys.executable, *arguments], log, environment) as process:
+        yield process
+
+
+@contextmanager
+def running_command(
+    command: list[str], log: Path, environment: dict[str, str]
+) -> Iterator[Process]:
+    process = Process(command, log, environment)
     try:
         yield process
     finally:
