@@ -139,15 +139,24 @@ class AuditLog:
         file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
+            try:
+                yield file
+            finally:
+                # A child forked by another thread has the file open too: closing frees nothing.
+                fcntl.flock(file, fcntl.LOCK_UN)
         finally:
             os.close(file)
 
     def _write(self, file: int, line: bytes) -> None:
+        end = os.fstat(file).st_size
         if os.write(file, line) != len(line):
-            raise OSError("a line was written in part")
+            os.ftruncate(file, end)
+            raise OSError("a line was written in part; is the disk full?")
         if self.sync:
             os.fdatasync(file)
+
+
+_NOTHING = Anchor(0, FIRST)
 
 
 def verify(path: Path, key: bytes | None = None, anchors: tuple[Anchor, ...] = ()) -> AuditReport:
@@ -163,7 +172,7 @@ def verify(path: Path, key: bytes | None = None, anchors: tuple[Anchor, ...] = (
     """
     problems: list[AuditProblem] = []
     missing = {anchor.sequence: anchor.digest for anchor in anchors}
-    last, number = Anchor(0, FIRST), 0
+    last, number = _NOTHING, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -215,19 +224,33 @@ def _parse(line: bytes) -> tuple[Anchor, dict[str, Any]]:
 
 
 def _last_line(file: int) -> Anchor:
+    """The last whole line. What a crash of the machine left behind it is cut off.
+
+    That is the beginning of a line, or zeros, or both; its operation was never answered.
+    """
     size = os.fstat(file).st_size
-    if size == 0:
-        return Anchor(0, FIRST)
-    tail = os.pread(file, _MAX_LINE, max(0, size - _MAX_LINE))
+    written = _without_zeros(file, size)
+    start = max(0, written - _MAX_LINE)
+    tail = os.pread(file, written - start, start)
     whole = tail.rfind(b"\n") + 1
-    if whole == len(tail):
-        return _parse(tail[tail.rfind(b"\n", 0, -1) + 1 :])[0]
-    if not tail[whole:].startswith(_BEGIN):
+    torn = tail[whole:]
+    if not (torn.startswith(_BEGIN) or _BEGIN.startswith(torn)) or (start and not whole):
         raise ValueError("ends in something that is no line of an audit log")
-    # A crash of the machine tore the line; its operation was never answered.
-    _log.warning("audit log: torn last line cut off", extra={"bytes": len(tail) - whole})
-    os.ftruncate(file, size - len(tail) + whole)
-    return _last_line(file)
+    last = _parse(tail[tail.rfind(b"\n", 0, whole - 1) + 1 : whole])[0] if whole else _NOTHING
+    if start + whole < size:
+        _log.warning("audit log: torn last line cut off", extra={"bytes": size - start - whole})
+        os.ftruncate(file, start + whole)
+    return last
+
+
+def _without_zeros(file: int, end: int) -> int:
+    while end > 0:
+        start = max(0, end - _MAX_LINE)
+        written = len(os.pread(file, end - start, start).rstrip(b"\0"))
+        if written:
+            return start + written
+        end = start
+    return 0
 
 
 def _digest(content: dict[str, Any], last: str, key: bytes | None) -> str:

@@ -1,9 +1,12 @@
 """The audit log: one chained line per operation, and what verify finds."""
 
+import fcntl
 import json
 import multiprocessing
+import os
 import threading
 import time
+import warnings
 from datetime import UTC, datetime
 
 import pytest
@@ -138,15 +141,72 @@ def test_empty_log(tmp_path, key):
     assert not verify(tmp_path / "e.log", key, (Anchor(1, "x"),)).ok
 
 
-def test_torn_last_line_is_cut_off(log, key, caplog):
-    log.path.write_bytes(log.path.read_bytes() + b'{"sequence":7,"ti')
+TORN = {
+    "most of a line": b'{"sequence":7,"ti',
+    "a few bytes": b'{"seq',
+    "one byte": b"{",
+    "zeros": bytes(100_000),
+    "a line and zeros": b'{"sequence":7,"ti' + bytes(100_000),
+}
+
+
+@pytest.mark.parametrize("torn", TORN.values(), ids=TORN)
+def test_torn_last_line_is_cut_off(log, key, caplog, torn):
+    log.path.write_bytes(log.path.read_bytes() + torn)
     log.append(entry(7))
     assert verify(log.path, key).ok
     assert verify(log.path, key).lines == 7
     assert "torn" in caplog.text
 
 
-@pytest.mark.parametrize("foreign", [b"root:x:0:0\n", b"something else", b"x" * 100_000])
+@pytest.mark.parametrize("torn", TORN.values(), ids=TORN)
+def test_torn_first_line_is_cut_off(tmp_path, key, torn):
+    log = AuditLog(tmp_path / "new.log", lambda: NOW, key)
+    log.path.write_bytes(torn)
+    log.append(entry(1))
+    assert verify(log.path, key).ok
+    assert verify(log.path, key).lines == 1
+
+
+def test_line_written_in_part_is_taken_back(log, key, monkeypatch):
+    before, write = log.path.read_bytes(), os.write
+    monkeypatch.setattr(audit.os, "write", lambda file, line: write(file, line[:9]))
+    with pytest.raises(AuditFailed, match="in part"):
+        log.append(entry(7))
+    monkeypatch.undo()
+    assert log.path.read_bytes() == before
+    log.append(entry(7))
+    assert verify(log.path, key).ok
+
+
+def test_lock_does_not_stay_with_a_child_forked_meanwhile(log):
+    context = multiprocessing.get_context("fork")
+    over = context.Event()
+    child = context.Process(target=over.wait)
+    with warnings.catch_warnings():
+        # From Python 3.12 on forking beside threads warns.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with log._locked():
+            child.start()
+    try:
+        with log.path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        over.set()
+        child.join()
+
+
+FOREIGN = [
+    b"root:x:0:0\n",
+    b"something else",
+    b"something else\n{",
+    b"binary" + bytes(100_000),
+    b"x" * 100_000,
+    b'{"sequence":' + b"x" * 100_000,
+]
+
+
+@pytest.mark.parametrize("foreign", FOREIGN, ids=lambda foreign: foreign[:20].decode())
 def test_another_file_is_not_touched(tmp_path, key, foreign):
     path = tmp_path / "other"
     path.write_bytes(foreign)
