@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 API_VERSION = "2016-01-20"
-MAX_BODY = 64 * 1024
-"""Longest accepted body in bytes, unless configured. The longest request of the API is 20 KB."""
+MAX_BODY = 128 * 1024
+"""Longest accepted body in bytes, unless configured: as long as a request line may be."""
 
 _log = logging.getLogger(__name__)
 _FORMATS = {"json": "JSON", "xml": "XML"}
@@ -231,7 +231,8 @@ def from_environment() -> App:
     """For gunicorn's own command line; the configuration file is ``HSMWRAP_CONFIG``.
 
     ``gunicorn -k hsmwrap.http.worker.KmsWorker 'hsmwrap.http.app:from_environment()'``. Other
-    workers serve as well, but log the text of requests that do not parse.
+    workers serve as well, but refuse long request lines, wait for ever for the rest of a request,
+    and log the text of requests that do not parse.
     """
     path = os.environ.get("HSMWRAP_CONFIG")
     return from_config(Path(path) if path else None)

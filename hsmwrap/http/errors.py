@@ -80,6 +80,14 @@ class MethodNotAllowed(HsmwrapError):
     _api_message = "The HTTP method is not supported here."
 
 
+class RequestTimeout(HsmwrapError):
+    """The client did not send its whole request in time."""
+
+    code = "RequestTimeout"
+    http_status = 408
+    _api_message = "The request did not arrive in time."
+
+
 class RequestTooLarge(HsmwrapError):
     """The body is longer than any request of this API."""
 

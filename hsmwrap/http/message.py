@@ -14,7 +14,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.wrappers import Request
 
 from hsmwrap.errors import InvalidParameter
-from hsmwrap.http.errors import RequestTooLarge
+from hsmwrap.http.errors import RequestTimeout, RequestTooLarge
 
 MAX_PARAMETERS = 64
 """Most parameters of a query or a form; no operation has 20."""
@@ -73,6 +73,7 @@ def read_message(request: Request, max_body: int) -> RpcMessage:
     Raises:
         InvalidParameter: A parameter is there twice, the query or the form does not decode, or
             the body is no form.
+        RequestTimeout: The body did not arrive in time; raised by the server's own reader.
         RequestTooLarge: The body is longer than ``max_body``.
     """
     body = _read_body(request, max_body)
@@ -92,6 +93,8 @@ def _read_body(request: Request, max_body: int) -> bytes:
         body = request.get_data(cache=False)
     except RequestEntityTooLarge:
         raise _too_large(max_body) from None
+    except RequestTimeout:
+        raise
     except Exception:  # noqa: BLE001 (each server has its own errors for a broken body)
         raise InvalidParameter("Content-Length", "the body ended early") from None
     if len(body) > max_body:

@@ -1,5 +1,7 @@
 """The application under gunicorn: processes, threads, limits, graceful shutdown.
 
+Deadlines and limits of a request are :mod:`hsmwrap.http.worker`'s.
+
 Each worker process opens the KMS for itself, after the fork. On SIGTERM a worker stops accepting,
 finishes its running calls (at most ``shutdown_seconds``) and closes the KMS.
 """
@@ -8,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,6 @@ class Server(BaseApplication):
             "graceful_timeout": max(1, round(shutdown_seconds)),
             "timeout": _BOOT_SECONDS,
             "keepalive": _KEEP_ALIVE_SECONDS,
-            "limit_request_line": sys.maxsize,  # capped by the worker
             "control_socket_disable": True,
             "logconfig_dict": _LOGGING,
             "post_worker_init": _announce,

@@ -1,7 +1,13 @@
 """gunicorn's threaded worker, answering in the API's terms what never reaches the application.
 
 Out of the box gunicorn answers a request that it cannot parse in HTML, without a RequestId, and
-logs the request's text, which may hold a signature or an import token.
+logs the request's text, which may hold a signature or an import token. It also waits for ever for
+the rest of a request, and for clients that take no answer; here both have a deadline
+(:mod:`hsmwrap.http.deadline`).
+
+A request keeps a thread from its first byte on, within its deadline. Where strangers can connect,
+put a proxy in front that reads requests whole and limits connections by address; TLS, whose
+handshake has no deadline here, belongs there too.
 """
 
 from __future__ import annotations
@@ -13,27 +19,65 @@ import uuid
 from typing import Any
 
 from gunicorn.http import errors as parsing
-from gunicorn.http import message
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.http import message, parser
+from gunicorn.workers import gthread
+from gunicorn.workers.gthread import TConn, ThreadWorker
 from werkzeug.http import HTTP_STATUS_CODES
 
 from hsmwrap.errors import HsmwrapError
-from hsmwrap.http import answer, logs
-from hsmwrap.http.errors import HeadersTooLarge, MalformedRequest, RequestLineTooLong
+from hsmwrap.http import answer, deadline, logs
+from hsmwrap.http.deadline import TimedUnreader
+from hsmwrap.http.errors import (
+    HeadersTooLarge,
+    MalformedRequest,
+    RequestLineTooLong,
+    RequestTimeout,
+)
 
-MAX_REQUEST_LINE = 16 * 1024
-"""Longest request line in bytes. Encrypt takes 6 KiB of plaintext: 8 KiB and more in a query."""
+MAX_REQUEST_LINE = 128 * 1024
+"""Longest request line in bytes. SDKs send everything in the query: a plaintext of 6 KiB may take
+24 KiB there, and an EncryptionContext of 8192 characters four times that."""
 
 _log = logging.getLogger(__name__)
 
 
 class KmsWorker(ThreadWorker):
-    """A ``gthread`` worker with longer request lines and the API's error answers."""
+    """A ``gthread`` worker with deadlines, longer request lines and the API's error answers."""
 
     def init_process(self) -> None:
-        """Lift gunicorn's limit, which its configuration can lower or switch off but not raise."""
+        """Change what gunicorn's configuration cannot; ``limit_request_line`` counts for nothing.
+
+        gunicorn can lower its limit of the request line or switch it off, but not raise it.
+        """
         message.MAX_REQUEST_LINE = MAX_REQUEST_LINE  # type: ignore[misc]  # a constant to gunicorn
+        self.cfg.set("limit_request_line", MAX_REQUEST_LINE)
+        gthread.DEFAULT_WORKER_DATA_TIMEOUT = deadline.SILENT_SECONDS  # type: ignore[misc]  # as above
+        parser.SocketUnreader = TimedUnreader  # type: ignore[attr-defined]  # its own import
         super().init_process()
+
+    def handle(self, conn: TConn) -> bool:
+        """Serve one request of a connection; True keeps the connection."""
+        reader = _reader(conn)
+        if reader is not None:
+            reader.await_head()
+        keep = super().handle(conn)
+        if not keep:
+            # gunicorn waits up to two seconds for the client to close too, in the thread that
+            # accepts all others. Now it finds the end at once, after what has arrived already.
+            with contextlib.suppress(OSError):
+                conn.sock.shutdown(socket.SHUT_RD)
+        return keep
+
+    def handle_request(self, req: message.Request, conn: TConn) -> bool:
+        """Answer a request whose head is here; True keeps the connection."""
+        reader = _reader(conn)
+        if reader is None:
+            return super().handle_request(req, conn)
+        reader.await_body(close=req.force_close)
+        conn.sock.settimeout(deadline.ANSWER_SECONDS)
+        keep = super().handle_request(req, conn)
+        reader.await_rest()
+        return keep
 
     def handle_error(
         self, _req: Any, client: socket.socket, _addr: Any, exc: BaseException
@@ -45,10 +89,18 @@ class KmsWorker(ThreadWorker):
         facts = {"request_id": request_id, "code": error.code, "http_status": error.http_status}
         _log.log(level, "request", extra={**facts, **logs.describe(exc)})
         with contextlib.suppress(OSError):
+            client.settimeout(deadline.ANSWER_SECONDS)
             client.sendall(_raw(error, request_id))
 
 
+def _reader(conn: TConn) -> TimedUnreader | None:
+    reader = getattr(conn.parser, "unreader", None)
+    return reader if isinstance(reader, TimedUnreader) else None
+
+
 def _translate(exc: BaseException) -> HsmwrapError:
+    if isinstance(exc, RequestTimeout):
+        return exc
     if isinstance(exc, parsing.LimitRequestLine):
         return RequestLineTooLong("the request line is too long")
     if isinstance(exc, parsing.LimitRequestHeaders):

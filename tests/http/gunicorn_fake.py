@@ -1,4 +1,6 @@
-"""Serves a KMS that is none, under gunicorn: ``gunicorn_fake.py WORKERS DIRECTORY``.
+"""Serves a KMS that is none, under gunicorn: ``gunicorn_fake.py WORKERS DIRECTORY [SECONDS]``.
+
+SECONDS are the deadline of everything that a client does, instead of the real ones.
 
 A call of the action Wait leaves the file ``started`` and returns when the file ``release`` is
 there.
@@ -6,10 +8,13 @@ there.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+
+THREADS = 4
 
 
 class WaitingKms:
@@ -53,12 +58,26 @@ def load(directory: Path):
     )
 
 
+def from_environment():
+    """For gunicorn's own command line."""
+    return load(Path(os.environ["FAKE_DIRECTORY"]))
+
+
+def hurry(seconds: float) -> None:
+    from hsmwrap.http import deadline
+
+    for name in ("HEAD_SECONDS", "BODY_SECONDS", "ANSWER_SECONDS", "REST_SECONDS"):
+        setattr(deadline, name, seconds)
+
+
 def main() -> int:
     from hsmwrap.http.server import Server
 
     workers, directory = int(sys.argv[1]), Path(sys.argv[2])
+    for seconds in sys.argv[3:]:
+        hurry(float(seconds))
     return Server(
-        lambda: load(directory), host="127.0.0.1", port=0, workers=workers, threads=4
+        lambda: load(directory), host="127.0.0.1", port=0, workers=workers, threads=THREADS
     ).run_to_exit()
 
 

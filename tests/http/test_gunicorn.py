@@ -6,16 +6,21 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from gunicorn_runner import DEADLINE, Process, running
+from gunicorn_runner import DEADLINE, Process, running, running_command
 from rpc_signing import v1_query
 
-FAKE = str(Path(__file__).with_name("gunicorn_fake.py"))
+from hsmwrap.http.app import MAX_BODY
+from hsmwrap.http.worker import MAX_REQUEST_LINE
+
+HERE = Path(__file__).parent
+FAKE = str(HERE / "gunicorn_fake.py")
 UUID = r"[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}"
 
 
@@ -64,17 +69,34 @@ def test_answers(fake):
     assert (status, fields["Length"]) == (200, 6)
 
 
+LONG = {"Plaintext": "/" * 8192, "EncryptionContext": "漢" * 8192}
+"""Each at its limit: 6 KiB of 0xff in base64, and 8192 characters; three and nine times in a
+query."""
+
+
 def test_long_request_lines(fake):
-    """Encrypt takes 6 KiB: 8192 base64 characters, some of which take three in a query."""
-    query = signed("Encrypt", Plaintext="/" * 3000)
-    assert 9000 < len(query) < 16000
-    assert parse(fake.exchange(get(query)))[1]["Length"] == 3000
+    assert parse(fake.exchange(get(signed("Encrypt", **LONG))))[1]["Length"] == 16384
+
+
+def test_long_request_lines_under_gunicorns_own_command(tmp_path):
+    """As the application's documentation has it, with limits of its own."""
+    settings = tmp_path / "gunicorn.conf.py"
+    settings.write_text(
+        "from hsmwrap.http.server import _announce as post_worker_init\n"
+        "bind, control_socket_disable = '127.0.0.1:0', True\n"
+    )
+    command = [sys.executable, "-m", "gunicorn", "-c", str(settings), "--limit-request-line", "99"]
+    command += ["-k", "hsmwrap.http.worker.KmsWorker", "gunicorn_fake:from_environment()"]
+    environment = {**os.environ, "FAKE_DIRECTORY": str(tmp_path), "PYTHONPATH": str(HERE)}
+    with running_command(command, tmp_path / "log", environment) as process:
+        answer = parse(process.exchange(get(signed("Encrypt", **LONG))))
+    assert answer[1]["Length"] == 16384
 
 
 @pytest.mark.parametrize(
     ("raw", "status", "code"),
     [
-        (get("Action=SECRET" + "a" * 16384), 414, "RequestLineTooLong"),
+        (get("Action=SECRET" + "a" * MAX_REQUEST_LINE), 414, "RequestLineTooLong"),
         (b"SECRET\r\n\r\n", 400, "MalformedRequest"),
         (b"GET / HTTP/9.1\r\nHost: SECRET\r\n\r\n", 400, "MalformedRequest"),
         (b"GET / HTTP/1.1\r\nSECRET\r\n\r\n", 400, "MalformedRequest"),
@@ -83,7 +105,7 @@ def test_long_request_lines(fake):
         (b"GET / HTTP/1.1\r\nAuthorization: SECRET\r\n\r\n", 400, "MissingParameter"),
         (get("", "/SECRET"), 404, "InvalidPath.NotFound"),
         (get("", "/readyz"), 500, "InternalFailure"),
-        (post(b"A=SECRET", "Content-Length: 70000"), 413, "RequestTooLarge"),
+        (post(b"A=SECRET", f"Content-Length: {2 * MAX_BODY}"), 413, "RequestTooLarge"),
         (post(b"A=SECRET", "Content-Length: 20"), 400, "InvalidParameter"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -101,7 +123,7 @@ def test_broken_chunks(fake, chunk):
 
 @pytest.mark.parametrize(
     ("length", "status", "code"),
-    [(0x10000, 400, "MissingParameter"), (0x10001, 413, "RequestTooLarge")],
+    [(MAX_BODY, 400, "MissingParameter"), (MAX_BODY + 1, 413, "RequestTooLarge")],
 )
 def test_chunked_bodies_are_limited(fake, length, status, code):
     body = f"{length:x}\r\n".encode() + b"A" * length + b"\r\n0\r\n\r\n"
@@ -145,8 +167,11 @@ def wait_for_text(process: Process, text: str, times: int = 1) -> None:
 
 def test_an_application_that_does_not_load_is_never_ready(tmp_path):
     (tmp_path / "broken").touch()
-    with pytest.raises(AssertionError, match="does not load"):
-        Process([FAKE, "1", str(tmp_path)], tmp_path / "log")
+    with (
+        pytest.raises(AssertionError, match="does not load"),
+        running([FAKE, "1", str(tmp_path)], tmp_path / "log"),
+    ):
+        pass
 
 
 def test_metrics_of_all_workers(tmp_path):

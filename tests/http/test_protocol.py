@@ -12,6 +12,7 @@ from rpc_signing import acs3_headers, encode_all, v1_parameters, v1_query, v1_si
 
 from hsmwrap import errors
 from hsmwrap.http import answer, logs, metrics
+from hsmwrap.http.app import MAX_BODY
 from hsmwrap.http.message import MAX_PARAMETERS
 from hsmwrap.kms.errors import InvalidAction, NoPermission, RejectedDisabled
 
@@ -183,7 +184,7 @@ def test_only_forms_are_bodies(bench, kind):
 
 
 def test_body_limit(bench):
-    body = b"A=" + b"a" * 65535
+    body = b"A=" + b"a" * (MAX_BODY - 1)
     response = bench.post(data=body, content_type="application/x-www-form-urlencoded")
     assert (response.status_code, code(response)) == (413, "RequestTooLarge")
     response = bench.post(data=body[:-1], content_type="application/x-www-form-urlencoded")

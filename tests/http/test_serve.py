@@ -13,7 +13,7 @@ import pytest
 from gunicorn_runner import DEADLINE, running
 from kms_over_http import backend_settings
 from rpc_signing import v1_query
-from sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, Credentials
+from sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, Credentials, SdkError
 
 from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.software.keyring_file import KeyringFile
@@ -95,6 +95,23 @@ def test_import_through_two_workers(served, sdk):
         )
         blob = call("Encrypt", KeyId=key_id, Plaintext="aGVsbG8=")["CiphertextBlob"]
         assert call("Decrypt", CiphertextBlob=blob)["Plaintext"] == "aGVsbG8="
+
+
+@pytest.mark.parametrize("sdk", SDKS)
+def test_the_longest_plaintext(served, sdk):
+    """6 KiB of 0xff: 8192 times / in base64, three times that in the query of most SDKs."""
+    to = Credentials(f"127.0.0.1:{served.port}")
+    longest = base64.b64encode(b"\xff" * 6144).decode()
+    with pytest.raises(SdkError, match=r"^Forbidden\.KeyNotFound$"):
+        SDKS[sdk].call(to, "Encrypt", KeyId="none", Plaintext=longest)
+
+
+@pytest.mark.parametrize("sdk", DEFAULT_SDKS)
+def test_the_longest_description(served, sdk):
+    to = Credentials(f"127.0.0.1:{served.port}")
+    description = "漢" * 8192
+    key = SDKS[sdk].call(to, "CreateKey", ProtectionLevel="HSM", Description=description)
+    assert key["KeyMetadata"]["Description"] == description
 
 
 def test_a_nonce_counts_in_all_workers(served):
