@@ -6,7 +6,7 @@ They extend :mod:`hsmwrap.errors`: whoever handles :class:`~hsmwrap.errors.Hsmwr
 
 from __future__ import annotations
 
-from hsmwrap.errors import HsmwrapError
+from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 
 
 class InvalidAction(HsmwrapError):
@@ -71,3 +71,11 @@ class RejectedPendingImport(HsmwrapError):
     code = "Rejected.PendingImport"
     http_status = 409
     _api_message = "The request was rejected because the key state is PendingImport."
+
+
+class LeaseLost(ServiceUnavailable):
+    """An import took longer than its lease, and its object is going or gone: import again."""
+
+
+class CommitUnknown(ServiceUnavailable):
+    """The database failed while it committed: what was asked for may have happened or not."""

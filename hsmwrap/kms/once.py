@@ -8,19 +8,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import delete
-from sqlalchemy.dialects import postgresql, sqlite
 
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.schema import UsedOnce
-
-# Each dialect has its own INSERT … ON CONFLICT; both are called the same way.
-_INSERT: dict[str, Callable[..., Any]] = {
-    "postgresql": postgresql.insert,
-    "sqlite": sqlite.insert,
-}
 
 
 class OnceStore:
@@ -33,9 +25,7 @@ class OnceStore:
 
     def use(self, digest: bytes, expires_at: datetime) -> bool:
         """Use it, atomically; False if it was used before and that mark is not over."""
-        insert = _INSERT[self._database.engine.dialect.name](UsedOnce).values(
-            digest=digest, expires_at=expires_at
-        )
+        insert = self._database.insert(UsedOnce).values(digest=digest, expires_at=expires_at)
         unless_used = insert.on_conflict_do_update(
             index_elements=[UsedOnce.digest],
             set_={"expires_at": expires_at},

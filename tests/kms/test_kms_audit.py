@@ -203,6 +203,7 @@ FOREIGN = [
     b"binary" + bytes(100_000),
     b"x" * 100_000,
     b'{"sequence":' + b"x" * 100_000,
+    b"something else" + audit._BEGIN + b"x" * (audit._MAX_LINE - len(audit._BEGIN)),
 ]
 
 

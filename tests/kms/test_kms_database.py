@@ -3,16 +3,20 @@
 import base64
 import json
 import threading
+import time
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from kms_fakes import AES_MATERIAL, Client
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from hsmwrap.errors import ServiceUnavailable
+from hsmwrap.kms import database as database_module
 from hsmwrap.kms.blobs import CiphertextBlob
-from hsmwrap.kms.database import Database
+from hsmwrap.kms.database import Database, left_nothing
+from hsmwrap.kms.errors import CommitUnknown
 from hsmwrap.kms.schema import Row
 
 
@@ -79,6 +83,127 @@ def test_settings_of_sqlite(sqlite_url):
         values = [transaction.execute(text(f"PRAGMA {name}")).scalar() for name in pragmas]
     database.close()
     assert values == ["wal", 1, 2, 10_000]
+
+
+@pytest.fixture
+def postgres_url(postgres_cluster):
+    return postgres_cluster.new_database()
+
+
+def settings_of(database):
+    names = ("lock_timeout", "idle_in_transaction_session_timeout")
+    with database.read() as transaction:
+        return [transaction.execute(text(f"SHOW {name}")).scalar() for name in names]
+
+
+def test_settings_of_postgresql(postgres_url):
+    database = Database(postgres_url)
+    _, connect = database.engine.dialect.create_connect_args(database.engine.url)
+    assert settings_of(database) == ["10s", "1min"]
+    with database.write() as transaction:
+        parameters = transaction.connection().connection.driver_connection.info.get_parameters()
+    assert (parameters["connect_timeout"], "connect_timeout" in connect) == ("10", False)
+    database.close()
+
+
+def test_settings_of_postgresql_in_the_url_stand(postgres_url):
+    database = Database(f"{postgres_url}&connect_timeout=3&options=-clock_timeout%3D20ms")
+    assert settings_of(database) == ["20ms", "1min"]
+    with database.write() as transaction:
+        parameters = transaction.connection().connection.driver_connection.info.get_parameters()
+    assert parameters["connect_timeout"] == "3"
+    database.close()
+
+
+def test_lock_of_another_is_not_waited_for_for_ever(postgres_url):
+    holder = Database(postgres_url)
+    holder.migrate()
+    waiter = Database(f"{postgres_url}&options=-clock_timeout%3D20ms")
+    lock = text("LOCK TABLE keys")
+    with holder.write() as transaction:
+        transaction.execute(lock)
+        with pytest.raises(ServiceUnavailable), waiter.write() as other:
+            other.execute(lock)
+    holder.close()
+    waiter.close()
+
+
+def test_transaction_that_was_left_open_is_ended(postgres_url):
+    options = "-cidle_in_transaction_session_timeout%3D20ms"
+    database = Database(f"{postgres_url}&options={options}")
+
+    def stall():
+        with database.write() as transaction:
+            transaction.execute(text("SELECT 1"))
+            time.sleep(0.5)
+            transaction.execute(text("SELECT 1"))
+
+    with pytest.raises(ServiceUnavailable):
+        stall()
+    database.ping()
+    database.close()
+
+
+def test_migration_waits_for_another_however_long(postgres_url):
+    busy = Database(postgres_url)
+    patient = Database(f"{postgres_url}&options=-clock_timeout%3D20ms")
+    thread = threading.Thread(target=patient.migrate)
+    with busy.write() as transaction:
+        transaction.execute(
+            text(f"SELECT pg_advisory_xact_lock({database_module._MIGRATION_LOCK})")
+        )
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+    thread.join()
+    with patient.read() as transaction:
+        assert transaction.execute(text("SELECT count(*) FROM keys")).scalar() == 0
+    busy.close()
+    patient.close()
+
+
+def test_read_only_database_is_away(database_url, tmp_path):
+    database = Database(database_url, sync=False)
+    database.migrate()
+    insert = text("INSERT INTO used_once VALUES ('d', 1)")
+    read_only = {
+        "postgresql": "SET default_transaction_read_only=on",
+        "sqlite": "PRAGMA query_only=1",
+    }
+    with database.engine.connect() as connection:
+        connection.exec_driver_sql(read_only[connection.dialect.name])
+        connection.commit()
+    with pytest.raises(ServiceUnavailable), database.write() as transaction:
+        transaction.execute(insert)
+    database.close()
+
+
+def test_failed_commit_is_told_from_a_failure_before_it(database, monkeypatch):
+    database.migrate()
+    insert = text("INSERT INTO used_once VALUES ('d', 1)")
+
+    def fail_before():
+        with database.write() as transaction:
+            transaction.execute(insert)
+            raise OperationalError("INSERT", {}, Exception())
+
+    with pytest.raises(ServiceUnavailable) as before:
+        fail_before()
+    assert left_nothing(before.value)
+    commit = database.engine.dialect.do_commit
+
+    def answer_is_lost(connection):
+        commit(connection)
+        raise database.engine.dialect.loaded_dbapi.OperationalError("connection lost")
+
+    monkeypatch.setattr(database.engine.dialect, "do_commit", answer_is_lost)
+    with pytest.raises(CommitUnknown) as during, database.write() as transaction:
+        transaction.execute(insert)
+    monkeypatch.undo()
+    assert not left_nothing(during.value)
+    assert not left_nothing(KeyboardInterrupt())
+    with database.read() as transaction:
+        assert transaction.execute(text("SELECT count(*) FROM used_once")).scalar() == 1
 
 
 def test_sqlite_writers_take_turns(sqlite_url):
