@@ -1,4 +1,4 @@
-"""Answers in the API's two formats, JSON and XML. Every answer carries its RequestId."""
+"""Answers in the API's two formats, JSON and XML. Every one of the API carries its RequestId."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ def failure(error: HsmwrapError, request_id: str, host: str, format_: str) -> Re
     return _response("Error", fields, error.http_status, format_)
 
 
-def page(fields: Mapping[str, Any], request_id: str, status: int) -> Response:
-    """A page that is none of the API's: JSON, with the RequestId."""
-    return _response("Page", {**fields, "RequestId": request_id}, status, "JSON")
+def page(fields: Mapping[str, Any], status: int) -> Response:
+    """A page that is none of the API's: JSON; with a RequestId where it is among the fields."""
+    return _response("Page", fields, status, "JSON")
 
 
 def _response(root: str, fields: Mapping[str, Any], status: int, format_: str) -> Response:
     text = to_xml(root, fields) if format_ == "XML" else json.dumps(fields)
     response = Response(text.encode(), status, content_type=_CONTENT_TYPE[format_])
-    response.headers["x-acs-request-id"] = fields["RequestId"]
+    if "RequestId" in fields:
+        response.headers["x-acs-request-id"] = fields["RequestId"]
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response

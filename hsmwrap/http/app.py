@@ -5,6 +5,14 @@ the honest model, and gunicorn's ``gthread`` worker brings it together with seve
 a shutdown that finishes running calls. Werkzeug reads requests and writes responses.
 
 One request: read → format → Action → signature → Version → KMS → answer → one line in the log.
+
+Every answer of the API, and every error, has a RequestId that is in the log. The pages for
+machines (``/healthz``, ``/readyz``, ``/metrics``) have one, and a line in the log, only where they
+refuse: a probe each second would fill it.
+
+The audit log has every request that was authentic, and some of those whose signature was refused
+(:mod:`hsmwrap.http.refusals`). What names no access key of ours, or is too old to be looked at,
+is in the log and the metrics only: anyone could write that.
 """
 
 from __future__ import annotations
@@ -25,10 +33,11 @@ from werkzeug.wrappers import Request, Response
 
 from hsmwrap.errors import HsmwrapError, InvalidParameter, MissingParameter
 from hsmwrap.http import answer, logs, metrics
-from hsmwrap.http.authentication import authenticate
+from hsmwrap.http.authentication import identify, verify
 from hsmwrap.http.errors import MethodNotAllowed, PathNotFound
 from hsmwrap.http.message import RpcMessage, read_message
 from hsmwrap.http.ports import AccessKeys, Caller, KmsPort, NonceStore
+from hsmwrap.http.refusals import RefusalAudit
 from hsmwrap.http.signature import Claim, read_claim
 from hsmwrap.kms.errors import InvalidAction
 
@@ -95,6 +104,7 @@ class App:
         self._nonces = nonces
         self._clock = clock
         self._max_body = max_body
+        self._refusals = RefusalAudit(kms, clock)
         self._pages: Mapping[str, Callable[[str], Response]] = {
             "/healthz": self._healthz,
             "/readyz": self._readyz,
@@ -125,27 +135,36 @@ class App:
         _require_method(request, "GET", "POST")
         message = read_message(request, self._max_body)
         exchange.format_ = _FORMATS.get(message.parameters.get("Format", "").lower(), "JSON")
-        caller, action = self._admit(message, exchange)
-        _require_common(message)
-        fields = self._execute(action, message, caller, exchange)
+        claim = _read_claim(message, exchange)
+        caller = self._authenticate(claim, exchange)
+        self._require_served(claim, message, caller, exchange)
+        fields = self._execute(claim.action, message, caller, exchange)
         exchange.log(logging.INFO, "OK", 200)
         return answer.success(fields, exchange.request_id, exchange.format_)
 
-    def _admit(self, message: RpcMessage, exchange: _Exchange) -> tuple[Caller, str]:
-        """Authenticate; the caller and the action and version that were signed."""
-        if not (message.parameters.get("Action") or message.headers.get("x-acs-action")):
-            raise MissingParameter("Action")
-        claim = read_claim(message)
-        exchange.action, exchange.access_key_id = _named(claim.action), _named(claim.access_key_id)
+    def _authenticate(self, claim: Claim, exchange: _Exchange) -> Caller:
+        key = identify(claim, self._access_keys, self._clock())
         try:
-            key = authenticate(claim, self._access_keys, self._nonces, self._clock())
+            verify(claim, key, self._nonces)
         except HsmwrapError as error:
-            self._kms.record_refusal(
-                exchange.action, exchange.access_key_id, exchange.request_id, error.code
+            self._refusals.record(
+                exchange.action, key.access_key_id, exchange.request_id, error.code
             )
             raise
-        _require_signed(claim)
-        return key.caller(), claim.action
+        return key.caller()
+
+    def _require_served(
+        self, claim: Claim, message: RpcMessage, caller: Caller, exchange: _Exchange
+    ) -> None:
+        """Refuse what is authentic but not served, and audit that: the KMS will not see it."""
+        try:
+            _require_signed(claim)
+            _require_common(message)
+        except HsmwrapError as error:
+            self._kms.record_refusal(
+                exchange.action, caller.access_key_id, exchange.request_id, error.code
+            )
+            raise
 
     def _execute(
         self, action: str, message: RpcMessage, caller: Caller, exchange: _Exchange
@@ -163,23 +182,20 @@ class App:
         self, request: Request, page: Callable[[str], Response], exchange: _Exchange
     ) -> Response:
         _require_method(request, "GET", "HEAD")
-        _log.debug("page", extra={"request_id": exchange.request_id, "path": exchange.path})
         return page(exchange.request_id)
 
-    def _healthz(self, request_id: str) -> Response:
-        return answer.page({"Status": "alive"}, request_id, 200)
+    def _healthz(self, _request_id: str) -> Response:
+        return answer.page({"Status": "alive"}, 200)
 
     def _readyz(self, request_id: str) -> Response:
         health = self._kms.health()
         if health.ready:
-            return answer.page({"Status": "ready"}, request_id, 200)
+            return answer.page({"Status": "ready"}, 200)
         _log.warning("not ready", extra={"request_id": request_id, "parts": dict(health.parts)})
-        return answer.page({"Status": "not ready"}, request_id, 503)
+        return answer.page({"Status": "not ready", "RequestId": request_id}, 503)
 
-    def _metrics(self, request_id: str) -> Response:
-        response = Response(self._collect(), 200, content_type=metrics.CONTENT_TYPE)
-        response.headers["x-acs-request-id"] = request_id
-        return response
+    def _metrics(self, _request_id: str) -> Response:
+        return Response(self._collect(), 200, content_type=metrics.CONTENT_TYPE)
 
 
 def create_app(
@@ -243,6 +259,14 @@ def _require_method(request: Request, *methods: str) -> None:
         raise MethodNotAllowed(f"only {' and '.join(methods)} are served here")
 
 
+def _read_claim(message: RpcMessage, exchange: _Exchange) -> Claim:
+    if not (message.parameters.get("Action") or message.headers.get("x-acs-action")):
+        raise MissingParameter("Action")
+    claim = read_claim(message)
+    exchange.action, exchange.access_key_id = _named(claim.action), _named(claim.access_key_id)
+    return claim
+
+
 def _require_signed(claim: Claim) -> None:
     if not claim.action:
         raise MissingParameter("Action")
@@ -264,12 +288,13 @@ def _named(text: str) -> str:
 
 def _failed(error: HsmwrapError, exchange: _Exchange) -> Response:
     broken = error.http_status >= 500 and not error.retryable  # noqa: PLR2004 (5xx is ours)
-    more = logs.describe(error) if broken else {"detail": str(error)}
+    # The texts of our own errors hold no secret; those of foreign ones are never looked at.
+    more = {"detail": str(error)} | (logs.describe(error) if broken else {})
     exchange.log(logging.ERROR if broken else logging.INFO, error.code, error.http_status, **more)
     return answer.failure(error, exchange.request_id, exchange.host, exchange.format_)
 
 
 def _internal(error: Exception) -> HsmwrapError:
-    wrapped = HsmwrapError("unexpected")
+    wrapped = HsmwrapError("an exception that nothing here expects")
     wrapped.__cause__ = error
     return wrapped

@@ -8,7 +8,7 @@ burn one.
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from hsmwrap.errors import InvalidParameter
 from hsmwrap.http.errors import IllegalTimestamp, SignatureDoesNotMatch, SignatureNonceUsed
@@ -21,41 +21,48 @@ WINDOW = timedelta(minutes=15)
 """How far a request's time may be from the server's, either way."""
 
 _CLOCK_SKEW = timedelta(minutes=1)
-_TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 _NONCE = re.compile(r"[!-~]{1,128}", re.ASCII)
 
 
-def authenticate(
-    claim: Claim, access_keys: AccessKeys, nonces: NonceStore, now: datetime
-) -> AccessKey:
-    """Verify a claim and return the access key that it is made with.
+def identify(claim: Claim, access_keys: AccessKeys, now: datetime) -> AccessKey:
+    """The access key that a claim names. Nothing is known yet of who sent it.
 
     Raises:
         InvalidParameter: The nonce is no printable ASCII of at most 128 characters.
         IllegalTimestamp: The time is malformed or out of the window.
         AccessKeyNotFound: No such access key.
-        SignatureDoesNotMatch: Signed with another secret, or changed since.
-        SignatureNonceUsed: Authentic, but not for the first time.
     """
     if not _NONCE.fullmatch(claim.nonce):
         raise InvalidParameter("SignatureNonce", "has to be 1 to 128 printable ASCII characters")
-    timestamp = _fresh(claim.timestamp, now)
+    if abs(_time(claim) - now) > WINDOW:
+        raise IllegalTimestamp("the timestamp is out of the window")
     key = access_keys.lookup(claim.access_key_id)
     if key is None:
         raise AccessKeyNotFound("no such access key")
-    if not claim.is_signed_with(key.secret):
-        raise SignatureDoesNotMatch(claim.disclosed)
-    # Longer than the window, for other processes whose clocks are behind.
-    if not nonces.use(key.access_key_id, claim.nonce, timestamp + WINDOW + _CLOCK_SKEW):
-        raise SignatureNonceUsed("an authentic request came again")
     return key
 
 
-def _fresh(text: str, now: datetime) -> datetime:
+def verify(claim: Claim, key: AccessKey, nonces: NonceStore) -> None:
+    """Verify an identified claim, and use up its nonce.
+
+    Raises:
+        SignatureDoesNotMatch: Signed with another secret, or changed since.
+        SignatureNonceUsed: Authentic, but not for the first time.
+        HsmwrapError: The nonces cannot be asked.
+    """
+    if not claim.is_signed_with(key.secret):
+        raise SignatureDoesNotMatch(claim.disclosed())
+    # Longer than the window, for other processes whose clocks are behind.
+    if not nonces.use(key.access_key_id, claim.nonce, _time(claim) + WINDOW + _CLOCK_SKEW):
+        raise SignatureNonceUsed("an authentic request came again")
+
+
+def _time(claim: Claim) -> datetime:
     try:
-        timestamp = datetime.strptime(text, _TIME_FORMAT).replace(tzinfo=UTC)
+        time = datetime.fromisoformat(claim.timestamp)
     except ValueError:
         raise IllegalTimestamp("the timestamp is malformed") from None
-    if timestamp.strftime(_TIME_FORMAT) != text or abs(timestamp - now) > WINDOW:
-        raise IllegalTimestamp("the timestamp is malformed or out of the window")
-    return timestamp
+    # ISO 8601 has many forms, the API has one.
+    if f"{time.replace(tzinfo=None).isoformat()}Z" != claim.timestamp:
+        raise IllegalTimestamp("the timestamp is malformed")
+    return time

@@ -30,7 +30,11 @@ class KmsPort(Protocol):
         """Run an operation; raise a :class:`hsmwrap.errors.HsmwrapError` that is the answer."""
 
     def record_refusal(self, action: str, access_key_id: str, request_id: str, code: str) -> None:
-        """Audit a request that the protocol refused in the name of an access key."""
+        """Audit a request that the protocol refused in the name of an access key that exists.
+
+        ``code`` is the error's, or counts refusals that left no line
+        (:data:`hsmwrap.http.refusals.LEFT_OUT`).
+        """
 
     def health(self) -> Health:
         """Report the state without waiting for a lost HSM."""

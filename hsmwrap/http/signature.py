@@ -39,7 +39,7 @@ class Claim:
         action: API action that was signed; empty: none.
         version: API version that was signed; empty: none.
         string_to_sign: The server's own string to sign; None: what was signed is not what came.
-        disclosed: ``string_to_sign`` without the values of sensitive parameters.
+        disclosed: Makes ``string_to_sign`` without the values of sensitive parameters.
         signature: As received.
         mac: Makes the signature that it should be.
     """
@@ -50,7 +50,7 @@ class Claim:
     action: str
     version: str
     string_to_sign: str | None = field(repr=False)
-    disclosed: str = field(repr=False)
+    disclosed: Callable[[], str] = field(repr=False)
     signature: str = field(repr=False)
     mac: Mac = field(repr=False)
 
@@ -88,7 +88,11 @@ def _read_v1(message: RpcMessage) -> Claim:
         if parameters.get(name, only) != only:
             raise InvalidParameter(name, f"only {only!r} is served")
     signature = parameters.pop("Signature")
-    shown = {n: "***" if n in SENSITIVE else v for n, v in parameters.items()}
+
+    def disclosed() -> str:
+        shown = {n: "***" if n in SENSITIVE else v for n, v in parameters.items()}
+        return canonical.v1_string_to_sign(message.method, shown)
+
     return Claim(
         access_key_id=parameters["AccessKeyId"],
         timestamp=parameters["Timestamp"],
@@ -96,7 +100,7 @@ def _read_v1(message: RpcMessage) -> Claim:
         action=parameters.get("Action", ""),
         version=parameters.get("Version", ""),
         string_to_sign=canonical.v1_string_to_sign(message.method, parameters),
-        disclosed=canonical.v1_string_to_sign(message.method, shown),
+        disclosed=disclosed,
         signature=signature,
         mac=_hmac_sha1,
     )
@@ -176,7 +180,7 @@ def _read_acs3(message: RpcMessage) -> Claim:
         action=headers["x-acs-action"],
         version=headers["x-acs-version"],
         string_to_sign=string_to_sign if body_is_signed else None,
-        disclosed=string_to_sign,
+        disclosed=lambda: string_to_sign,
         signature=authorization["signature"],
         mac=suite.mac,
     )

@@ -71,11 +71,12 @@ class Bench:
 
     kms: FakeKms = field(default_factory=FakeKms)
     clock: FakeClock = field(default_factory=FakeClock)
+    access_keys: tuple[AccessKey, ...] = (ACCESS_KEY,)
 
     def __post_init__(self) -> None:
         self.nonces = MemoryNonces(self.clock)
         self.app = create_app(
-            self.kms, StaticAccessKeys([ACCESS_KEY]), self.nonces, clock=self.clock
+            self.kms, StaticAccessKeys(self.access_keys), self.nonces, clock=self.clock
         )
         self.client = Client(self.app)
 

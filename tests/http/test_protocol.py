@@ -4,16 +4,20 @@ import json
 import logging
 import re
 import sys
+from dataclasses import replace
 from io import BytesIO
 from xml.etree import ElementTree as ET
 
 import pytest
+from http_fakes import ACCESS_KEY, Bench
 from rpc_signing import acs3_headers, encode_all, v1_parameters, v1_query, v1_signature
 
 from hsmwrap import errors
 from hsmwrap.http import answer, logs, metrics
 from hsmwrap.http.app import MAX_BODY
 from hsmwrap.http.message import MAX_PARAMETERS
+from hsmwrap.http.refusals import LEFT_OUT, PER_MINUTE
+from hsmwrap.kms.audit import AuditFailed
 from hsmwrap.kms.errors import InvalidAction, NoPermission, RejectedDisabled
 
 UUID = re.compile(r"[0-9A-F]{8}(-[0-9A-F]{4}){3}-[0-9A-F]{12}")
@@ -151,9 +155,90 @@ def test_refused_signatures_are_audited(bench):
 
 
 def test_the_audit_gets_no_text_that_is_no_name(bench):
-    parameters = v1_parameters("evil\naction", AccessKeyId="evil\nid")
+    parameters = v1_parameters("evil\naction")
     bench.get(encode_all({**parameters, "Signature": "wrong"}))
-    assert bench.kms.refusals[0][:2] == ("", "")
+    assert bench.kms.refusals[0][:2] == ("", "testid")
+
+
+@pytest.mark.parametrize(
+    ("own", "wanted"),
+    [
+        ({"AccessKeyId": "stranger"}, "InvalidAccessKeyId.NotFound"),
+        ({"Timestamp": "2026-03-01T11:00:00Z"}, "IllegalTimestamp"),
+        ({"SignatureNonce": "a b"}, "InvalidParameter"),
+        ({"SignatureMethod": "HMAC-MD5"}, "InvalidParameter"),
+    ],
+)
+def test_what_anyone_can_send_is_not_audited(bench, caplog, own, wanted):
+    with caplog.at_level(logging.INFO):
+        assert code(bench.get(v1_query(**own))) == wanted
+    assert bench.kms.refusals == []
+    assert caplog.records[-1].code == wanted
+
+
+@pytest.mark.parametrize(
+    "own", [{"Version": ""}, {"Version": "2016-01-21"}, {"Format": "YAML"}, {"action": ""}]
+)
+def test_authentic_requests_that_are_not_served_are_audited(bench, own):
+    for _ in range(2 * PER_MINUTE):
+        response = bench.get(v1_query(**own), headers={"x-acs-action": "DescribeKey"})
+        action = own.get("action", "DescribeKey")
+        request_id = response.get_json()["RequestId"]
+        assert bench.kms.refusals[-1] == (action, "testid", request_id, code(response))
+    assert len(bench.kms.refusals) == 2 * PER_MINUTE
+
+
+# --- refused signatures, which whoever knows an access key's id can make
+
+
+def forged(bench, access_key_id="testid"):
+    parameters = v1_parameters(AccessKeyId=access_key_id)
+    return bench.get(encode_all({**parameters, "Signature": "wrong"}))
+
+
+def test_refusals_are_audited_some_a_minute(bench):
+    for _ in range(PER_MINUTE + 7):
+        assert code(forged(bench)) == "SignatureDoesNotMatch"
+    bench.clock.advance(seconds=59)
+    forged(bench)
+    assert len(bench.kms.refusals) == PER_MINUTE
+    bench.clock.advance(seconds=1)
+    request_id = forged(bench).get_json()["RequestId"]
+    assert bench.kms.refusals[PER_MINUTE:] == [
+        ("", "testid", request_id, f"{LEFT_OUT} 8"),
+        ("DescribeKey", "testid", request_id, "SignatureDoesNotMatch"),
+    ]
+
+
+def test_replays_are_audited_some_a_minute(bench):
+    query = v1_query()
+    for _ in range(2 * PER_MINUTE):
+        bench.get(query)
+    assert [refusal[3] for refusal in bench.kms.refusals] == ["SignatureNonceUsed"] * PER_MINUTE
+
+
+def test_refusals_of_one_access_key_hide_none_of_another():
+    bench = Bench(access_keys=(ACCESS_KEY, replace(ACCESS_KEY, access_key_id="other")))
+    for access_key_id in ["testid"] * 2 * PER_MINUTE + ["other"]:
+        forged(bench, access_key_id)
+    assert [refusal[1] for refusal in bench.kms.refusals] == ["testid"] * PER_MINUTE + ["other"]
+
+
+def test_a_minute_without_too_many_leaves_none_out(bench):
+    for _ in range(3):
+        for _ in range(PER_MINUTE):
+            forged(bench)
+        bench.clock.advance(minutes=1)
+    assert {refusal[3] for refusal in bench.kms.refusals} == {"SignatureDoesNotMatch"}
+
+
+def test_no_audit_no_answer(bench, monkeypatch):
+    def fail(*_facts):
+        raise AuditFailed("the disk is full")
+
+    monkeypatch.setattr(bench.kms, "record_refusal", fail)
+    for query in (encode_all({**v1_parameters(), "Signature": "x"}), v1_query(Version="1")):
+        assert code(bench.get(query)) == "InternalFailure"
 
 
 # --- ambiguity and limits
@@ -239,6 +324,18 @@ def test_unexpected_exceptions(bench, caplog):
     assert secret not in line
 
 
+@pytest.mark.parametrize(
+    "error", [errors.HsmError("CKR_GENERAL_ERROR"), AuditFailed("audit.log: no space")]
+)
+def test_errors_of_ours_are_logged_with_their_text(bench, caplog, error):
+    bench.kms.answer = error
+    with caplog.at_level(logging.INFO):
+        assert bench.get(v1_query()).status_code == 500
+    record = caplog.records[-1]
+    assert (record.levelno, record.detail) == (logging.ERROR, str(error))
+    assert type(error).__name__ in record.exception
+
+
 def test_a_backend_that_is_away_is_no_error_of_ours(bench, caplog):
     bench.kms.answer = errors.HsmUnavailable("the HSM is away")
     with caplog.at_level(logging.DEBUG):
@@ -296,6 +393,26 @@ def test_configure_once(monkeypatch):
 # --- the pages
 
 
+@pytest.mark.parametrize(("path", "status"), [("/healthz", "alive"), ("/readyz", "ready")])
+def test_pages_that_are_well_leave_no_line(bench, caplog, path, status):
+    """Probes come every second; and what has no line has no RequestId."""
+    with caplog.at_level(logging.DEBUG):
+        response = bench.get(path=path)
+    assert (response.status_code, response.get_json()) == (200, {"Status": status})
+    assert "x-acs-request-id" not in response.headers
+    assert caplog.records == []
+
+
+def test_pages_that_are_refused_are_in_the_log(bench, caplog):
+    bench.kms.state.ready = False
+    with caplog.at_level(logging.INFO):
+        answers = [bench.get(path="/readyz"), bench.client.post("/healthz")]
+    assert [response.status_code for response in answers] == [503, 405]
+    ids = [response.get_json()["RequestId"] for response in answers]
+    assert [response.headers["x-acs-request-id"] for response in answers] == ids
+    assert [record.request_id for record in caplog.records] == ids
+
+
 def test_healthz(bench):
     bench.kms.state.ready = False
     response = bench.get(path="/healthz")
@@ -316,7 +433,9 @@ def test_metrics(bench):
     bench.kms.answer = InvalidAction("no such action")
     bench.get(v1_query(action="Nonsense"))
     bench.get(encode_all({**v1_parameters("Forged"), "Signature": "x"}))
-    text = bench.get(path="/metrics").text
+    response = bench.get(path="/metrics")
+    assert "x-acs-request-id" not in response.headers
+    text = response.text
     assert 'hsmwrap_http_requests_total{action="CancelKeyDeletion",code="OK"}' in text
     assert 'hsmwrap_http_request_seconds_count{action="CancelKeyDeletion"}' in text
     assert 'action="unknown",code="InvalidAction.NotFound"' in text
