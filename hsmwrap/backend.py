@@ -26,7 +26,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Self
 
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.errors import KeyNotFound, UnsupportedOperation
+from hsmwrap.errors import HsmError, KeyNotFound, UnsupportedOperation
 
 CONTRACT_VERSION = 1
 """Version of this contract. A plug-in declares the one that it was written for."""
@@ -110,7 +110,7 @@ class Capabilities:
 
     def key_for(self, key_spec: KeySpec) -> KeyCapability | None:
         """The capability for this key spec, or None."""
-        return next((k for k in self.keys if k.key_spec is key_spec), None)
+        return next((k for k in self.keys if k.key_spec == key_spec), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +162,24 @@ class KeyRef:
     data: bytes = field(repr=False)
 
     def to_bytes(self) -> bytes:
-        """Serialise: version, key spec, custody, length of the backend's name, name, data."""
-        name = self.backend.encode("ascii")
-        head = _REF_HEAD.pack(
-            _REF_VERSION,
-            _REF_SPECS.index(self.key_spec),
-            _REF_CUSTODIES.index(self.custody),
-            len(name),
-        )
+        """Serialise: version, key spec, custody, length of the backend's name, name, data.
+
+        Raises:
+            HsmError: The backend filled it with what is not of the contract.
+        """
+        try:
+            name = self.backend.encode("ascii")
+            head = _REF_HEAD.pack(
+                _REF_VERSION,
+                _REF_SPECS.index(self.key_spec),
+                _REF_CUSTODIES.index(self.custody),
+                len(name),
+            )
+        except (ValueError, struct.error):
+            raise HsmError(
+                f"backend {self.backend[:32]!r} made a key reference that cannot be stored: its "
+                "name is ASCII of at most 32 characters, key spec and custody are of the contract"
+            ) from None
         return head + name + self.data
 
     @classmethod

@@ -6,13 +6,26 @@ Source of the table: Alibaba Cloud KMS, "Import key material" and ``GetParameter
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Self
+from typing import Self, TypeVar
 
-from hsmwrap.errors import InvalidParameter, MissingParameter
+from hsmwrap.errors import ConfigurationError, InvalidParameter, MissingParameter
+
+_E = TypeVar("_E", bound=StrEnum)
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+
+
+def shown(text: str) -> str:
+    """Return a caller's text as errors may repeat it: as it is if it may be a name, else its size.
+
+    What is no name may be a secret in the wrong place, or fill a log.
+    """
+    return text if _NAME.fullmatch(text) else f"({len(text)} characters)"
 
 
 class _ApiEnum(StrEnum):
@@ -37,7 +50,7 @@ class _ApiEnum(StrEnum):
             return cls(value)
         except ValueError:
             known = ", ".join(cls)
-            raise InvalidParameter(cls.api_name(), f"{value!r} is none of {known}") from None
+            raise InvalidParameter(cls.api_name(), f"{shown(value)} is none of {known}") from None
 
 
 class WrappingKeySpec(_ApiEnum):
@@ -101,6 +114,19 @@ class ManagedHsm(StrEnum):
     SCA = "SCA"
     FIPS = "FIPS"
     NONE = "NONE"
+
+
+def configured(kind: type[_E], setting: str, value: str) -> _E:
+    """Return the member of ``kind`` that the value of a setting names.
+
+    Raises:
+        ConfigurationError: ``value`` names no member; the text lists those that exist.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        known = ", ".join(kind)
+        raise ConfigurationError(f"{setting}: {value!r} is none of {known}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """The import service: issue parameters for import, import key material. The main job.
 
 Issue:  origin → policy → key pair from the backend that the protection level selects → token.
-Import: origin → token (authentic, of this CMK, for this backend, unexpired) → unwrap → key.
+Import: origin → token (authentic, of this CMK, for this backend, unexpired) → policy → unwrap →
+key, if it is what was asked for.
 
 A service is stateless and safe to share between threads and processes; what has to last (key
 references, check values, used token ids) is the caller's to store.
@@ -11,28 +12,32 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import heapq
 import logging
 import secrets
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 from hsmwrap import policy, tokens
-from hsmwrap.backend import Backend, Exposure, ImportedKey, WrappingKey
+from hsmwrap.backend import Backend, Custody, Exposure, ImportedKey, WrappingKey
 from hsmwrap.catalog import (
     KeySpec,
     Origin,
     ProtectionLevel,
     WrappingAlgorithm,
     WrappingKeySpec,
+    configured,
 )
 from hsmwrap.errors import (
     CombinationRefused,
+    ConfigurationError,
     ExpiredImportToken,
+    HsmError,
     HsmwrapError,
     InvalidImportToken,
     InvalidParameter,
@@ -44,6 +49,8 @@ from hsmwrap.policy import Deployment
 
 TOKEN_LIFETIME = timedelta(hours=24)
 """How long an import token is valid (Alibaba's rule)."""
+MARK_MARGIN = timedelta(hours=1)
+"""How much longer than the token its mark of single use is kept, for clocks that are set back."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +58,8 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Cmk:
     """What the service has to know of a CMK; the KMS keeps the rest.
+
+    A text in place of a member of an enum becomes the member that it spells.
 
     Attributes:
         key_id: The KMS's id of the CMK, at most 255 bytes of UTF-8.
@@ -61,7 +70,9 @@ class Cmk:
             A re-import has to match it.
 
     Raises:
-        InvalidParameter: The key id is empty, too long, or no text that UTF-8 can carry.
+        InvalidParameter: The key id is empty, too long, or no text that UTF-8 can carry; or a text
+            spells no member.
+        MissingParameter: A member is None or an empty text.
     """
 
     key_id: str
@@ -77,6 +88,10 @@ class Cmk:
             fits = False
         if not fits:
             raise InvalidParameter("KeyId", f"takes 1 to {tokens.MAX_CMK_ID_LENGTH} bytes of UTF-8")
+        object.__setattr__(self, "key_spec", KeySpec.parse(self.key_spec))
+        level = ProtectionLevel.parse(self.protection_level)
+        object.__setattr__(self, "protection_level", level)
+        object.__setattr__(self, "origin", Origin.parse(self.origin))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +144,10 @@ class UsedTokens(Protocol):
     """Where single-use deployments remember token ids; share it between processes."""
 
     def claim(self, token_id: bytes, expires_at: datetime) -> bool:
-        """Mark the id as used, atomically; False if it was already."""
+        """Mark the id as used, atomically; False if it was already, or if its token is over.
+
+        A mark has to outlast its token by more than clocks differ or are set back.
+        """
 
     def release(self, token_id: bytes) -> None:
         """Take a claim back after a failed import."""
@@ -156,28 +174,39 @@ def generate_inline(
 
 
 class MemoryUsedTokens:
-    """:class:`UsedTokens` for one process; forgets ids once their token has expired."""
+    """:class:`UsedTokens` for one process; forgets an id :data:`MARK_MARGIN` after its token."""
 
     def __init__(self, clock: Callable[[], datetime] | None = None) -> None:
         """Take the clock that says which tokens are over."""
         self._clock = clock or _utc_now
         self._lock = threading.Lock()
-        self._used: dict[bytes, datetime] = {}
+        # A released id stays until its time, unmarked: however often an import fails and is tried
+        # again, a token takes up one place.
+        self._marked: dict[bytes, bool] = {}
+        self._by_expiry: list[tuple[datetime, bytes]] = []
 
     def claim(self, token_id: bytes, expires_at: datetime) -> bool:
-        """Mark the id as used; False if it was already."""
+        """Mark the id as used; False if it was already, or if its token is over."""
         with self._lock:
             now = self._clock()
-            self._used = {t: e for t, e in self._used.items() if e > now}
-            if token_id in self._used:
+            self._forget_before(now - MARK_MARGIN)
+            marked = self._marked.get(token_id)
+            if marked or expires_at <= now:
                 return False
-            self._used[token_id] = expires_at
+            self._marked[token_id] = True
+            if marked is None:
+                heapq.heappush(self._by_expiry, (expires_at, token_id))
             return True
 
     def release(self, token_id: bytes) -> None:
         """Take a claim back after a failed import."""
         with self._lock:
-            self._used.pop(token_id, None)
+            if token_id in self._marked:
+                self._marked[token_id] = False
+
+    def _forget_before(self, over: datetime) -> None:
+        while self._by_expiry and self._by_expiry[0][0] <= over:
+            del self._marked[heapq.heappop(self._by_expiry)[1]]
 
 
 def _utc_now() -> datetime:
@@ -195,10 +224,11 @@ class ImportService:
         clock: Callable[[], datetime] = _utc_now,
         token_lifetime: timedelta = TOKEN_LIFETIME,
         required_exposure: Exposure | None = None,
+        refused_algorithms: Collection[WrappingAlgorithm] = frozenset(),
         used_tokens: UsedTokens | None = None,
         key_source: KeySource = generate_inline,
     ) -> None:
-        """Put the service together.
+        """Put the service together. Members of enums may be given as the texts that spell them.
 
         Args:
             backends: The backend of each protection level. A backend that does not list the
@@ -207,22 +237,38 @@ class ImportService:
             clock: Returns the current aware time.
             token_lifetime: Validity of import tokens.
             required_exposure: ``Exposure.IN_HSM`` refuses HSM-level combinations whose material
-                would pass through the host.
+                would pass through the host, by the backend's present capabilities. Where a token
+                was issued by other ones, the host may have had the material by the time that the
+                backend says so; the import then fails and the key is destroyed.
+            refused_algorithms: Refused whatever the compatibility table says, for tokens that
+                were issued before as well; ``RSAES_PKCS1_V1_5`` is a candidate.
             used_tokens: Makes import tokens single-use; None: reusable within their lifetime.
             key_source: Where wrapping keys come from.
 
         Raises:
+            ConfigurationError: A level, the exposure or an algorithm has an unknown spelling.
             UnsupportedProtectionLevel: A backend may not serve the level that it is given for.
         """
-        for level, backend in backends.items():
+        self._backends = {
+            configured(ProtectionLevel, "backends", level): backend
+            for level, backend in backends.items()
+        }
+        for level, backend in self._backends.items():
             # One that is away for now is asked again by every call that needs to know.
             with suppress(ServiceUnavailable):
                 _require_level(backend, level)
-        self._backends = dict(backends)
         self._deployment = deployment
         self._clock = clock
         self._lifetime = token_lifetime
-        self._required_exposure = required_exposure
+        self._required_exposure = (
+            None
+            if required_exposure is None
+            else configured(Exposure, "required_exposure", required_exposure)
+        )
+        self._refused = frozenset(
+            configured(WrappingAlgorithm, "refused_algorithms", algorithm)
+            for algorithm in refused_algorithms
+        )
         self._used_tokens = used_tokens
         self._key_source = key_source
 
@@ -238,16 +284,18 @@ class ImportService:
             MissingParameter, InvalidParameter: Spec or algorithm is missing or unknown.
             UnsupportedOrigin: The CMK does not take imports.
             UnsupportedProtectionLevel: No HSM in this region, or no backend for this level.
-            CombinationRefused: The compatibility table, the backend's capabilities or the
-                required exposure refuse the combination. Nothing was generated.
+            CombinationRefused: The compatibility table, the configuration (refused algorithms,
+                required exposure) or the backend's capabilities refuse the combination. Nothing
+                was generated.
             ServiceUnavailable: The backend is away for now.
+            HsmError: The backend made another pair than it was asked for, or one that fits no
+                import token.
+            ConfigurationError: The clock or the lifetime of tokens makes no time of expiry.
         """
         spec = WrappingKeySpec.parse(wrapping_key_spec)
         algorithm = WrappingAlgorithm.parse(wrapping_algorithm)
         _require_external(cmk)
-        verdict = policy.check(spec, algorithm, cmk.protection_level, self._deployment)
-        if not verdict.allowed:
-            raise verdict.error()
+        self._require_allowed(cmk, spec, algorithm)
         backend = self._backend_of(cmk)
         self._require_capability(backend, cmk, spec, algorithm)
         return self._issue(backend, cmk, spec, algorithm)
@@ -272,21 +320,25 @@ class ImportService:
 
         Raises:
             UnsupportedOrigin: The CMK does not take imports.
-            InvalidParameter: The expiry is not in the future.
+            InvalidParameter: The expiry is not in the future, or has no time zone.
             InvalidImportToken: Changed, of another CMK or backend, or used up.
             ExpiredImportToken: Authentic, but too old.
-            CombinationRefused: The token's algorithm is not served here any more, or not with the
-                required exposure.
+            UnsupportedProtectionLevel: No HSM in this region, or no backend for this level.
+            CombinationRefused: The token's algorithm is not allowed or not served here any more, or
+                not with the required exposure.
             InvalidKeyMaterial: The ciphertext did not become the key; never says why.
             ServiceUnavailable: The backend is away for now.
+            HsmError: The backend made another key than its capabilities promise; it is destroyed.
         """
         _require_external(cmk)
-        if key_material_expire is not None and key_material_expire <= self._clock():
-            raise InvalidParameter("KeyMaterialExpireUnix", "is in the past; 0 means never")
+        self._require_future(key_material_expire)
         backend = self._backend_of(cmk)
         claims = self._open_token(backend, cmk, import_token)
-        self._require_capability(backend, cmk, claims.spec, claims.algorithm)
-        with _SingleUse(self._used_tokens, claims):
+        self._require_allowed(cmk, claims.spec, claims.algorithm)
+        promised = self._require_capability(backend, cmk, claims.spec, claims.algorithm)
+        with _SingleUse(self._used_tokens, claims, self._require_unexpired):
+            # Again: what came in between may have waited for an HSM that was away.
+            self._require_unexpired(claims)
             imported = backend.unwrap_material(
                 claims.private_key,
                 claims.algorithm,
@@ -295,6 +347,7 @@ class ImportService:
                 expected_check_value=cmk.check_value,
                 object_id=object_id,
             )
+            _require_as_promised(backend, imported, promised)
         _log_event("imported key material", cmk, backend, claims.token_id, imported.exposure)
         return ImportResult(imported, claims.token_id, key_material_expire)
 
@@ -306,33 +359,73 @@ class ImportService:
             )
         return backend
 
+    def _require_allowed(
+        self, cmk: Cmk, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
+    ) -> None:
+        verdict = policy.check(spec, algorithm, cmk.protection_level, self._deployment)
+        if not verdict.allowed:
+            raise verdict.error()
+        if algorithm in self._refused:
+            raise CombinationRefused(
+                "WrappingAlgorithm",
+                "configuration",
+                f"{algorithm} is turned off here by refused_algorithms; use another one",
+            )
+
+    def _now(self) -> datetime:
+        now = self._clock()
+        if now.tzinfo is None:
+            raise ConfigurationError(
+                "clock: returns a time without a time zone; it has to be aware"
+            )
+        return now
+
+    def _require_future(self, expires_at: datetime | None) -> None:
+        name = "KeyMaterialExpireUnix"
+        if expires_at is None:
+            return
+        if expires_at.tzinfo is None:
+            raise InvalidParameter(name, "is a time without a time zone; give an aware datetime")
+        if expires_at <= self._now():
+            raise InvalidParameter(name, "is in the past; 0 means never")
+
+    def _require_unexpired(self, claims: tokens.ImportTokenClaims) -> None:
+        if claims.expires_at <= self._now():
+            raise ExpiredImportToken(
+                f"the import token expired at {claims.expires_at:%Y-%m-%dT%H:%M:%SZ}; "
+                "call GetParametersForImport again"
+            )
+
     def _require_capability(
         self, backend: Backend, cmk: Cmk, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
-    ) -> None:
+    ) -> _Promise:
         _require_level(backend, cmk.protection_level)
         capabilities = backend.capabilities()
         wrapping = capabilities.wrapping_for(spec, algorithm)
-        if wrapping is None or capabilities.key_for(cmk.key_spec) is None:
+        key = capabilities.key_for(cmk.key_spec)
+        if wrapping is None or key is None:
             raise CombinationRefused(
                 "WrappingAlgorithm",
                 "backend-capability",
                 f"backend {backend.name} does not serve {algorithm} for {cmk.key_spec}",
             )
-        demanded = self._required_exposure if cmk.protection_level is ProtectionLevel.HSM else None
-        if demanded is Exposure.IN_HSM and wrapping.exposure is not Exposure.IN_HSM:
+        demanded = self._required_exposure if cmk.protection_level == ProtectionLevel.HSM else None
+        if demanded == Exposure.IN_HSM and wrapping.exposure != Exposure.IN_HSM:
             raise CombinationRefused(
                 "WrappingAlgorithm",
                 "exposure",
                 f"on backend {backend.name}, material under {algorithm} would pass through the "
                 "host, and the configuration demands in_hsm",
             )
+        return _Promise(cmk.key_spec, key.custody, wrapping.exposure)
 
     def _issue(
         self, backend: Backend, cmk: Cmk, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
     ) -> ImportParameters:
-        expires_at = (self._clock() + self._lifetime).replace(microsecond=0)
+        expires_at = (self._now() + self._lifetime).replace(microsecond=0)
         key = self._key_source(backend, spec, algorithm, expires_at)
         try:
+            _require_pair(backend, key, spec, algorithm)
             claims = _claims(cmk, backend.name, key, expires_at)
             token = tokens.encode(claims, backend.seal)
         except BaseException:
@@ -349,24 +442,36 @@ class ImportService:
             raise InvalidImportToken("the import token belongs to another CMK")
         if (claims.backend, claims.protection_level) != (backend.name, cmk.protection_level):
             raise InvalidImportToken("the import token belongs to another backend")
-        if claims.expires_at <= self._clock():
-            raise ExpiredImportToken(
-                f"the import token expired at {claims.expires_at:%Y-%m-%dT%H:%M:%SZ}; "
-                "call GetParametersForImport again"
-            )
+        self._require_unexpired(claims)
         return claims
+
+
+@dataclass(frozen=True, slots=True)
+class _Promise:
+    """What a backend's capabilities say of the key that an import makes."""
+
+    key_spec: KeySpec
+    custody: Custody
+    exposure: Exposure
 
 
 class _SingleUse:
     """Claims a token id for the length of an import; a failed import gives it back."""
 
-    def __init__(self, used: UsedTokens | None, claims: tokens.ImportTokenClaims) -> None:
+    def __init__(
+        self,
+        used: UsedTokens | None,
+        claims: tokens.ImportTokenClaims,
+        require_unexpired: Callable[[tokens.ImportTokenClaims], None],
+    ) -> None:
         self._used = used
         self._claims = claims
+        self._require_unexpired = require_unexpired
 
     def __enter__(self) -> None:
         used, claims = self._used, self._claims
         if used is not None and not used.claim(claims.token_id, claims.expires_at):
+            self._require_unexpired(claims)  # which is a reason of its own
             raise InvalidImportToken("the import token was used before, and is single-use here")
 
     def __exit__(self, exc_type: object, *_exc: object) -> None:
@@ -375,7 +480,7 @@ class _SingleUse:
 
 
 def _require_external(cmk: Cmk) -> None:
-    if cmk.origin is not Origin.EXTERNAL:
+    if cmk.origin != Origin.EXTERNAL:
         raise UnsupportedOrigin(
             f"CMK {cmk.key_id} has origin {cmk.origin}; only EXTERNAL takes imported material"
         )
@@ -388,6 +493,36 @@ def _require_level(backend: Backend, level: ProtectionLevel) -> None:
         raise UnsupportedProtectionLevel(
             "backend-level", f"backend {backend.name} serves {listed}, not {level}"
         )
+
+
+def _require_pair(
+    backend: Backend, key: WrappingKey, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
+) -> None:
+    if (key.spec, key.algorithm) != (spec, algorithm):
+        raise HsmError(
+            f"backend {backend.name} made a wrapping key pair for {key.algorithm} with {key.spec} "
+            f"where {algorithm} with {spec} was asked for; it was discarded"
+        )
+
+
+def _require_as_promised(backend: Backend, imported: ImportedKey, promised: _Promise) -> None:
+    """Destroy a key that is not what it should be: it is the caller's to trust and to keep."""
+    key = imported.key
+    if (key.backend, _Promise(key.key_spec, key.custody, imported.exposure)) == (
+        backend.name,
+        promised,
+    ):
+        return
+    try:
+        backend.destroy_key(key)
+    except HsmwrapError as error:
+        extra = {"backend": backend.name, "error": type(error).__name__}
+        _log.warning("could not destroy a key that is not as promised", extra=extra)
+    raise HsmError(
+        f"backend {backend.name} made a key of {key.backend!r}: {key.key_spec}, {key.custody}, "
+        f"{imported.exposure}; its capabilities promise {promised.key_spec}, {promised.custody}, "
+        f"{promised.exposure}"
+    )
 
 
 def _discard(backend: Backend, key: WrappingKey) -> None:

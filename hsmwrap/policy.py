@@ -16,8 +16,14 @@ from hsmwrap.catalog import (
     TableRow,
     WrappingAlgorithm,
     WrappingKeySpec,
+    configured,
 )
-from hsmwrap.errors import CombinationRefused, HsmwrapError, UnsupportedProtectionLevel
+from hsmwrap.errors import (
+    CombinationRefused,
+    ConfigurationError,
+    HsmwrapError,
+    UnsupportedProtectionLevel,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +31,23 @@ class Deployment:
     """Where this KMS runs, as far as the compatibility table cares.
 
     Attributes:
-        managed_hsm: Class of the managed HSM: SCA (Chinese mainland), FIPS, or NONE.
+        managed_hsm: Class of the managed HSM: SCA (Chinese mainland), FIPS, or NONE; a member or
+            its spelling.
         dedicated: True for a dedicated KMS instance.
+
+    Raises:
+        ConfigurationError: ``managed_hsm`` names no class, or ``dedicated`` is no boolean.
     """
 
     managed_hsm: ManagedHsm = ManagedHsm.SCA
     dedicated: bool = False
+
+    def __post_init__(self) -> None:
+        managed_hsm = configured(ManagedHsm, "managed_hsm", self.managed_hsm)
+        object.__setattr__(self, "managed_hsm", managed_hsm)
+        # Every text is true, "false" as well.
+        if not isinstance(self.dedicated, bool):
+            raise ConfigurationError(f"dedicated: {self.dedicated!r} is neither True nor False")
 
     @classmethod
     def of_region(cls, region: str, *, dedicated: bool = False) -> Deployment:
@@ -71,8 +88,12 @@ def check(
     level: ProtectionLevel,
     deployment: Deployment,
 ) -> Verdict:
-    """Say whether a CMK of ``level`` may have parameters of ``spec`` and ``algorithm`` here."""
-    if level is ProtectionLevel.HSM and deployment.managed_hsm is ManagedHsm.NONE:
+    """Say whether a CMK of ``level`` may have parameters of ``spec`` and ``algorithm`` here.
+
+    A text counts as the member that it spells; one that spells none is refused.
+    """
+    # Equality and not identity throughout: a text is no member, but it has to meet every rule.
+    if level == ProtectionLevel.HSM and deployment.managed_hsm == ManagedHsm.NONE:
         return _refuse(
             "no-managed-hsm",
             "ProtectionLevel",
@@ -80,18 +101,18 @@ def check(
         )
     row = _row(spec, algorithm)
     if row is None:
-        fitting = ", ".join(r.algorithm for r in COMPATIBILITY_TABLE if r.spec is spec)
+        fitting = ", ".join(r.algorithm for r in COMPATIBILITY_TABLE if r.spec == spec)
         return _refuse(
             "algorithm-of-spec",
             "WrappingAlgorithm",
-            f"{algorithm} does not go with {spec}; use {fitting}",
+            f"{algorithm} does not go with {spec}; use {fitting or 'a pair of the table'}",
         )
     return _check_row(row, level, deployment)
 
 
 def _row(spec: WrappingKeySpec, algorithm: WrappingAlgorithm) -> TableRow | None:
     return next(
-        (r for r in COMPATIBILITY_TABLE if r.spec is spec and r.algorithm is algorithm), None
+        (r for r in COMPATIBILITY_TABLE if r.spec == spec and r.algorithm == algorithm), None
     )
 
 
@@ -103,7 +124,7 @@ def _check_row(row: TableRow, level: ProtectionLevel, deployment: Deployment) ->
             "WrappingKeySpec",
             f"{row.spec} is only for CMKs of protection level {fitting}, not {level}",
         )
-    if level is ProtectionLevel.HSM and deployment.managed_hsm not in row.managed_hsm:
+    if level == ProtectionLevel.HSM and deployment.managed_hsm not in row.managed_hsm:
         fitting = ", ".join(sorted(row.managed_hsm))
         return _refuse(
             "hsm-certification",

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from hsmwrap.backend import Custody, PrivateKeyRef, Seal
 from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.errors import InvalidImportToken
+from hsmwrap.errors import ConfigurationError, HsmError, InvalidImportToken, InvalidParameter
 
 TOKEN_VERSION = 1
 TOKEN_ID_LENGTH = 16
@@ -34,7 +34,8 @@ MAX_CMK_ID_LENGTH = 255
 
 _TAG_LENGTH = 32
 _DIGEST_LENGTH = 32
-_MAX_KEY_ID_LENGTH = 255
+_MAX_ASCII_LENGTH = 255
+_EPOCH = datetime.fromtimestamp(0, UTC)
 _HEAD = struct.Struct(">BB")
 _FIXED = struct.Struct(f">{TOKEN_ID_LENGTH}sQBBBB{_DIGEST_LENGTH}s")
 _LENGTH1 = struct.Struct(">B")
@@ -85,16 +86,18 @@ def encode(claims: ImportTokenClaims, seal: Callable[[bytes], Seal]) -> bytes:
     """Serialise and authenticate ``claims``; ``seal`` is the backend's.
 
     Raises:
-        ValueError: A claim or the seal does not fit its field (CMK id over 255 bytes, for example).
+        InvalidParameter: The CMK id has more than 255 bytes, or is no text that UTF-8 can carry.
+        ConfigurationError: The expiry is no aware time in whole seconds, 1970 or later.
+        HsmError: Anything else does not fit: what the backend made is wrong or too large.
     """
     body = _encode_body(claims)
     tag = seal(_sealed_bytes(body))
-    key_id = tag.key_id.encode("ascii")
-    if len(key_id) > _MAX_KEY_ID_LENGTH or len(tag.tag) != _TAG_LENGTH:
-        raise ValueError("the backend's seal does not fit an import token")
+    key_id = _ascii(tag.key_id, "the id of its seal key")
+    if len(tag.tag) != _TAG_LENGTH:
+        raise _unfit(f"a seal of {len(tag.tag)} bytes where HMAC-SHA-256 has {_TAG_LENGTH}")
     token = _HEAD.pack(TOKEN_VERSION, len(key_id)) + key_id + body + tag.tag
     if len(token) > MAX_TOKEN_LENGTH:
-        raise ValueError(f"an import token of {len(token)} bytes exceeds {MAX_TOKEN_LENGTH}")
+        raise _unfit(f"an import token of {len(token)} bytes, and {MAX_TOKEN_LENGTH} is the most")
     return token
 
 
@@ -137,30 +140,53 @@ def _encode_body(claims: ImportTokenClaims) -> bytes:
     try:
         fixed = _FIXED.pack(
             claims.token_id,
-            int(claims.expires_at.timestamp()),
+            _seconds(claims.expires_at),
             _SPECS.index(claims.spec),
             _ALGORITHMS.index(claims.algorithm),
             _LEVELS.index(claims.protection_level),
             _CUSTODIES.index(claims.private_key.custody),
             claims.public_key_sha256,
         )
-        return (
-            fixed
-            + _prefixed(_LENGTH1, claims.cmk_id.encode())
-            + _prefixed(_LENGTH1, claims.backend.encode("ascii"))
-            + _prefixed(_LENGTH2, claims.private_key.data)
-        )
-    except struct.error as error:
-        raise ValueError(f"a claim does not fit the import token: {error}") from None
+        private_key = _prefixed(_LENGTH2, claims.private_key.data)
+    except (struct.error, ValueError):
+        raise _unfit("a wrapping key of no known kind, or with too large a reference") from None
+    backend = _ascii(claims.backend, "its name")
+    return fixed + _cmk_id(claims.cmk_id) + _prefixed(_LENGTH1, backend) + private_key
 
 
 def _require_exact(claims: ImportTokenClaims) -> None:
-    # struct cuts and fills bytes to a field's length without a word, and int() cuts seconds.
+    # struct cuts and fills bytes to a field's length without a word.
     lengths = len(claims.token_id), len(claims.public_key_sha256)
     if lengths != (TOKEN_ID_LENGTH, _DIGEST_LENGTH):
-        raise ValueError("the token id has 16 bytes and the public key's SHA-256 has 32")
-    if claims.expires_at.tzinfo is None or claims.expires_at.microsecond:
-        raise ValueError("the expiry is an aware time in whole seconds")
+        raise _unfit("the token id has 16 bytes and the public key's SHA-256 has 32")
+
+
+def _seconds(expires_at: datetime) -> int:
+    # Less would be cut off without a word; and before 1970 there is no field for it.
+    if expires_at.tzinfo is None or expires_at.microsecond or expires_at < _EPOCH:
+        raise ConfigurationError(
+            "an import token expires at an aware time in whole seconds, 1970 or later: "
+            "check the clock and the token's lifetime"
+        )
+    return int(expires_at.timestamp())
+
+
+def _cmk_id(cmk_id: str) -> bytes:
+    try:
+        return _prefixed(_LENGTH1, cmk_id.encode())
+    except (struct.error, UnicodeEncodeError):
+        detail = f"takes 1 to {MAX_CMK_ID_LENGTH} bytes of UTF-8"
+        raise InvalidParameter("KeyId", detail) from None
+
+
+def _ascii(text: str, what: str) -> bytes:
+    if not text.isascii() or len(text) > _MAX_ASCII_LENGTH:
+        raise _unfit(f"{what} is not ASCII of at most {_MAX_ASCII_LENGTH} characters")
+    return text.encode("ascii")
+
+
+def _unfit(reason: str) -> HsmError:
+    return HsmError(f"what the backend made does not fit an import token: {reason}")
 
 
 def _decode_body(body: bytes) -> ImportTokenClaims:

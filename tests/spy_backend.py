@@ -1,6 +1,10 @@
-"""A backend that serves everything, makes nothing of worth, and notes what it was asked."""
+"""A backend that serves everything, makes nothing of worth, and notes what it was asked.
+
+``failing`` raises, by call; ``pair_differs`` and ``key_differs`` change what it answers.
+"""
 
 import hmac
+from dataclasses import replace
 
 from hsmwrap.backend import (
     Backend,
@@ -29,6 +33,9 @@ class SpyBackend(Backend):
     def __init__(self, exposure=Exposure.HOST, levels=ProtectionLevel):
         self.calls = []
         self.failing = {}
+        self.exposure = exposure
+        self.pair_differs = {}
+        self.key_differs = {}
         self.report = Capabilities(
             backend=self.name,
             protection_levels=frozenset(levels),
@@ -56,7 +63,8 @@ class SpyBackend(Backend):
     def generate_wrapping_key(self, spec, algorithm, *, expires_at):
         self._note("generate")
         number = len(self.calls).to_bytes(4)
-        return WrappingKey(spec, algorithm, number, PrivateKeyRef(INTERNAL, number))
+        pair = WrappingKey(spec, algorithm, number, PrivateKeyRef(INTERNAL, number))
+        return replace(pair, **self.pair_differs)
 
     def discard_wrapping_key(self, private_key):
         self._note("discard")
@@ -72,7 +80,11 @@ class SpyBackend(Backend):
         object_id=None,
     ):
         self._note("unwrap")
-        return ImportedKey(KeyRef(self.name, key_spec, INTERNAL, b""), b"\x01", Exposure.HOST)
+        made = {"backend": self.name, "key_spec": key_spec, "custody": INTERNAL, "data": b""}
+        made |= {"exposure": self.exposure, **self.key_differs}
+        exposure = made.pop("exposure")
+        self.made = ImportedKey(KeyRef(**made), b"\x01", exposure)
+        return self.made
 
     def seal(self, data):
         self._note("seal")
@@ -88,6 +100,7 @@ class SpyBackend(Backend):
         raise NotImplementedError
 
     def destroy_key(self, key):
+        assert key == self.made.key
         self._note("destroy")
 
     def reap(self, now):

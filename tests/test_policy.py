@@ -10,7 +10,7 @@ import pytest
 
 from hsmwrap import policy
 from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.errors import CombinationRefused, UnsupportedProtectionLevel
+from hsmwrap.errors import CombinationRefused, ConfigurationError, UnsupportedProtectionLevel
 from hsmwrap.policy import Deployment
 
 # spec, algorithm, protection level, class of the region's managed HSM, kind of KMS
@@ -66,6 +66,31 @@ def check(spec, algorithm, level, managed_hsm, kind):
         ProtectionLevel(level),
         Deployment(ManagedHsm(managed_hsm), dedicated=kind == "dedicated"),
     )
+
+
+@pytest.mark.parametrize("combination", PRODUCT, ids="-".join)
+def test_texts_meet_the_same_rules_as_members(combination):
+    spec, algorithm, level, managed_hsm, kind = combination
+    deployment = Deployment(managed_hsm, dedicated=kind == "dedicated")
+    assert policy.check(spec, algorithm, level, deployment) == check(*combination)
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_a_text_that_spells_no_member_is_refused(position):
+    for combination in PRODUCT:
+        texts = list(combination[:3])
+        texts[position] = texts[position].lower()
+        assert not policy.check(*texts, Deployment(combination[3])).allowed
+
+
+def test_a_deployment_takes_what_it_knows_and_nothing_else():
+    assert Deployment("FIPS").managed_hsm is ManagedHsm.FIPS
+    for unknown in ("fips", "", "SCA ", None, 7, []):
+        with pytest.raises(ConfigurationError, match=r"managed_hsm: .* is none of SCA, FIPS, NONE"):
+            Deployment(unknown)
+    for unknown in ("false", "true", "", 0, 1, None):
+        with pytest.raises(ConfigurationError, match="dedicated"):
+            Deployment(dedicated=unknown)
 
 
 def test_the_listing_and_the_product_are_whole():

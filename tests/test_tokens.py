@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from importing import flip
 
 from hsmwrap import tokens
-from hsmwrap.backend import Custody, PrivateKeyRef, Seal
-from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.errors import InvalidImportToken
+from hsmwrap.backend import Custody, KeyRef, PrivateKeyRef, Seal
+from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.errors import ConfigurationError, HsmError, InvalidImportToken, InvalidParameter
 from hsmwrap.software import KeyringFile, SoftwareBackend
 from hsmwrap.tokens import MAX_CMK_ID_LENGTH, MAX_TOKEN_LENGTH, ImportTokenClaims
 
@@ -112,24 +112,32 @@ def test_the_documented_layout():
 
 def test_a_claim_that_does_not_fit_is_refused_and_not_cut():
     wrong = {
-        "token_id": [b"", bytes(15), bytes(17)],
-        "public_key_sha256": [b"", bytes(31), bytes(33)],
-        "cmk_id": ["x" * 256, "é" * 128, "\ud800"],
-        "backend": ["x" * 256, "é"],
-        "expires_at": [
-            NOW.replace(microsecond=1),
-            NOW.replace(tzinfo=None),
-            datetime(1969, 12, 31, tzinfo=UTC),
-        ],
-        "private_key": [
-            PrivateKeyRef(Custody.HSM_INTERNAL, bytes(1 << 16)),
-            PrivateKeyRef(Custody.HSM_INTERNAL, bytes(MAX_TOKEN_LENGTH)),
-        ],
+        "token_id": (HsmError, [b"", bytes(15), bytes(17)]),
+        "public_key_sha256": (HsmError, [b"", bytes(31), bytes(33)]),
+        "cmk_id": (InvalidParameter, ["x" * 256, "é" * 128, "\ud800"]),
+        "backend": (HsmError, ["x" * 256, "é"]),
+        "spec": (HsmError, ["RSA_4096"]),
+        "expires_at": (
+            ConfigurationError,
+            [
+                NOW.replace(microsecond=1),
+                NOW.replace(tzinfo=None),
+                datetime(1969, 12, 31, tzinfo=UTC),
+            ],
+        ),
+        "private_key": (
+            HsmError,
+            [
+                PrivateKeyRef(Custody.HSM_INTERNAL, bytes(1 << 16)),
+                PrivateKeyRef(Custody.HSM_INTERNAL, bytes(MAX_TOKEN_LENGTH)),
+                PrivateKeyRef("HsmExternal", b""),
+            ],
+        ),
     }
-    for name, values in wrong.items():
+    for name, (error, values) in wrong.items():
         for value in values:
             claims = replace(EXAMPLE, **{name: value})
-            with pytest.raises(ValueError):
+            with pytest.raises(error):
                 pytest.fail(f"{name}: {tokens.encode(claims, seal)!r}")
 
 
@@ -138,8 +146,18 @@ def test_a_claim_that_does_not_fit_is_refused_and_not_cut():
     [Seal("7" * 256, bytes(32)), Seal("é", bytes(32)), Seal("7", bytes(31)), Seal("7", b"")],
 )
 def test_a_seal_that_does_not_fit_is_refused(unfit):
-    with pytest.raises(ValueError):
+    with pytest.raises(HsmError, match="does not fit an import token"):
         tokens.encode(EXAMPLE, lambda _data: unfit)
+
+
+def test_a_key_reference_that_cannot_be_stored_is_refused():
+    fitting = KeyRef("x" * 255, KeySpec.ALIYUN_SM4, Custody.HSM_INTERNAL, b"id")
+    assert KeyRef.from_bytes(fitting.to_bytes()) == fitting
+    wrong = {"backend": ["x" * 256, "é"], "key_spec": ["RSA"], "custody": ["HsmExternal"]}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(HsmError, match="cannot be stored"):
+                replace(fitting, **{name: value}).to_bytes()
 
 
 # --- changes ------------------------------------------------------------------------------------

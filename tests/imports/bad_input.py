@@ -6,6 +6,7 @@ prepares is imported once, so that only the one thing that the row names is wron
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from itertools import product
 
@@ -155,6 +156,30 @@ def _(scene):
     yield lambda: scene.desk.issue(OAEP1, service=service)
 
 
+@bad("algorithm that the configuration refuses", CombinationRefused)
+def _(scene):
+    desk = scene.desk
+    service = desk.service(refused_algorithms=frozenset({PKCS1}))
+    parameters, ciphertext = good(desk, PKCS1)
+    yield partial(desk.issue, PKCS1, service=service)
+    yield partial(desk.bring_in, parameters, ciphertext, service=service)
+
+
+@bad(
+    "algorithm of a token that the compatibility table does not allow any more", CombinationRefused
+)
+def _(scene):
+    desk = scene.desk
+    for algorithm, deployment in (
+        (SM2PKE, Deployment(ManagedHsm.FIPS)),
+        (OAEP1, Deployment(dedicated=True)),
+    ):
+        parameters, ciphertext = good(desk, algorithm)
+        yield partial(
+            desk.bring_in, parameters, ciphertext, service=desk.service(deployment=deployment)
+        )
+
+
 @bad("material would pass through the host where `in_hsm` is demanded", CombinationRefused)
 def _(scene):
     desk, service = scene.desk, scene.desk.service(required_exposure=Exposure.IN_HSM)
@@ -261,6 +286,20 @@ def _(scene):
     parameters, ciphertext = good(scene.desk, OAEP1)
     bring_in = partial(scene.desk.bring_in, parameters, ciphertext)
     yield partial(bring_in, key_material_expire=scene.desk.clock.now)
+
+
+@bad("expiry of the key material without a time zone", InvalidParameter)
+def _(scene):
+    parameters, ciphertext = good(scene.desk, OAEP1)
+    naive = (scene.desk.clock.now + timedelta(days=1)).replace(tzinfo=None)
+    yield partial(scene.desk.bring_in, parameters, ciphertext, key_material_expire=naive)
+
+
+@bad("protection level, key spec or origin of a CMK that is unknown", InvalidParameter)
+def _(scene):
+    yield partial(scene.desk.cmk, level="hsm")
+    yield partial(scene.desk.cmk, key_spec="AES_256")
+    yield partial(scene.desk.cmk, origin="External")
 
 
 # --- ciphertexts --------------------------------------------------------------------------------

@@ -2,14 +2,24 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
-from importing import AES, MATERIAL, OAEP1, SM2PKE, Clock, wrap
+from importing import AES, MATERIAL, OAEP1, OAEP256, SM2PKE, Clock, wrap
 
-from hsmwrap.catalog import WrappingAlgorithm
-from hsmwrap.errors import HsmUnavailable, InvalidImportToken, InvalidKeyMaterial
-from hsmwrap.imports import MemoryUsedTokens
+from hsmwrap.backend import Custody, Exposure, PrivateKeyRef
+from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.errors import (
+    ConfigurationError,
+    ExpiredImportToken,
+    HsmError,
+    HsmUnavailable,
+    InvalidImportToken,
+    InvalidKeyMaterial,
+    InvalidParameter,
+)
+from hsmwrap.imports import MARK_MARGIN, MemoryUsedTokens
 
 # --- single use ---------------------------------------------------------------------------------
 
@@ -88,9 +98,87 @@ def test_used_tokens_are_forgotten_once_expired():
     used.release(b"a")
     used.release(b"unknown")
     assert used.claim(b"a", soon)
-    clock.now = soon
-    assert used.claim(b"b", soon + timedelta(hours=1))
-    assert list(used._used) == [b"b"]
+    clock.now = soon + MARK_MARGIN
+    assert used.claim(b"b", clock.now + timedelta(hours=1))
+    assert list(used._marked) == [b"b"]
+    assert len(used._by_expiry) == 1
+
+
+def test_a_token_is_not_used_again_at_its_expiry_nor_by_a_clock_that_is_set_back():
+    clock = Clock()
+    start, soon = clock.now, clock.now + timedelta(hours=1)
+    used = MemoryUsedTokens(clock)
+    assert used.claim(b"a", soon)
+    for later in (timedelta(0), timedelta(seconds=1), MARK_MARGIN - timedelta(seconds=1)):
+        clock.now = soon + later
+        assert not used.claim(b"a", soon)
+        assert not used.claim(b"fresh", soon)
+        clock.now = start
+        assert not used.claim(b"a", soon)
+
+
+def test_a_token_that_fails_again_and_again_takes_one_place():
+    clock = Clock()
+    used, soon = MemoryUsedTokens(clock), clock.now + timedelta(hours=1)
+    for _ in range(100):
+        assert used.claim(b"a", soon)
+        used.release(b"a")
+    assert (len(used._marked), len(used._by_expiry)) == (1, 1)
+
+
+def test_claims_do_not_slow_down_with_the_number_of_marks():
+    """Counted and not timed: how often a claim looks at an expiry."""
+    looks = []
+
+    class Expiry(datetime):
+        def __lt__(self, other):
+            looks.append(1)
+            return datetime.__lt__(self, other)
+
+        def __le__(self, other):
+            looks.append(1)
+            return datetime.__le__(self, other)
+
+    clock = Clock()
+    used = MemoryUsedTokens(clock)
+    first = Expiry.fromtimestamp(clock.now.timestamp() + 3600, UTC)
+    for number in range(2000):
+        assert used.claim(number.to_bytes(4), first + timedelta(seconds=number))
+    assert len(looks) < 2000 * 30
+
+
+def test_a_token_that_expires_while_the_hsm_is_awaited_is_not_used(spied):
+    """The claim of single use as well: whatever takes its time before the unwrap."""
+
+    class Waiting(MemoryUsedTokens):
+        def claim(self, token_id, expires_at):
+            claimed = super().claim(token_id, expires_at)
+            spied.clock.now = expires_at
+            return claimed
+
+    for used_tokens in (Waiting(spied.clock), None):
+        parameters, service = spied.issue(OAEP1), spied.service(used_tokens=used_tokens)
+        if used_tokens is None:
+            spied.backend.capabilities = lambda p=parameters: _at(spied, p.expires_at)
+        with pytest.raises(ExpiredImportToken):
+            spied.bring_in(parameters, b"", service=service)
+        assert "unwrap" not in spied.backend.calls
+
+
+def _at(desk, when):
+    desk.clock.now = when
+    return desk.backend.report
+
+
+def test_a_token_that_expired_before_it_could_be_claimed_is_called_expired(spied):
+    class Late:
+        def claim(self, token_id, expires_at):
+            spied.clock.now = expires_at
+            return False
+
+    parameters, service = spied.issue(OAEP1), spied.service(used_tokens=Late())
+    with pytest.raises(ExpiredImportToken):
+        spied.bring_in(parameters, b"", service=service)
 
 
 # --- nothing is left behind ---------------------------------------------------------------------
@@ -131,4 +219,100 @@ def test_keys_of_a_key_source_are_discarded_as_well(spied):
     spied.backend.failing["seal"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         spied.issue(OAEP1, service=spied.service(key_source=source))
+    assert spied.backend.calls[-1] == "discard"
+
+
+# --- backends that answer otherwise than they were asked ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [
+        {"algorithm": OAEP256},
+        {"spec": WrappingKeySpec.EC_SM2},
+        {"private_key": PrivateKeyRef(Custody.HSM_INTERNAL, bytes(1 << 16))},
+        {"private_key": PrivateKeyRef("HsmExternal", b"")},
+    ],
+    ids=str,
+)
+def test_a_pair_that_is_not_what_was_asked_for_is_discarded(spied, differs):
+    spied.backend.pair_differs = differs
+    with pytest.raises(HsmError):
+        spied.issue(OAEP1)
+    assert spied.backend.calls == ["generate", "discard"]
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [
+        {"backend": "another"},
+        {"key_spec": KeySpec.ALIYUN_SM4},
+        {"custody": Custody.HSM_ENCRYPTED_DATABASE},
+        {"exposure": Exposure.IN_HSM},
+    ],
+    ids=str,
+)
+def test_a_key_that_is_not_as_promised_is_destroyed(spied, differs):
+    service = spied.service(used_tokens=MemoryUsedTokens(spied.clock))
+    parameters = spied.issue(OAEP1, service=service)
+    spied.backend.key_differs = differs
+    with pytest.raises(HsmError, match="its capabilities promise"):
+        spied.bring_in(parameters, b"", service=service)
+    assert spied.backend.calls[-2:] == ["unwrap", "destroy"]
+    spied.backend.key_differs = {}
+    spied.bring_in(parameters, b"", service=service)
+
+
+def test_material_that_passed_the_host_against_the_promise_is_no_key(spied):
+    spied.backend.report = type(spied.backend)(Exposure.IN_HSM).report
+    service = spied.service(required_exposure=Exposure.IN_HSM)
+    parameters = spied.issue(OAEP1, service=service)
+    with pytest.raises(HsmError, match=r"host; its capabilities promise .* in_hsm"):
+        spied.bring_in(parameters, b"", service=service)
+    assert spied.backend.calls[-1] == "destroy"
+
+
+def test_a_key_that_cannot_be_destroyed_is_refused_all_the_same(spied, caplog):
+    parameters = spied.issue(OAEP1)
+    spied.backend.key_differs = {"backend": "another"}
+    spied.backend.failing["destroy"] = HsmUnavailable("away")
+    with pytest.raises(HsmError, match="its capabilities promise"):
+        spied.bring_in(parameters, b"")
+    assert [r.getMessage() for r in caplog.records] == [
+        "could not destroy a key that is not as promised"
+    ]
+
+
+def test_a_seal_that_fits_no_token_is_typed(spied, monkeypatch):
+    genuine = spied.backend.seal
+    monkeypatch.setattr(spied.backend, "seal", lambda data: replace(genuine(data), key_id="é"))
+    with pytest.raises(HsmError):
+        spied.issue(OAEP1)
+    assert spied.backend.calls[-1] == "discard"
+
+
+# --- times without a time zone ------------------------------------------------------------------
+
+
+def test_an_expiry_without_a_time_zone_is_refused(spied):
+    parameters = spied.issue(OAEP1)
+    naive = (spied.clock.now + timedelta(days=1)).replace(tzinfo=None)
+    with pytest.raises(InvalidParameter, match="time zone") as caught:
+        spied.bring_in(parameters, b"", key_material_expire=naive)
+    assert caught.value.name == "KeyMaterialExpireUnix"
+
+
+def test_a_clock_without_a_time_zone_is_refused(spied):
+    parameters = spied.issue(OAEP1)
+    spied.clock.now = spied.clock.now.replace(tzinfo=None)
+    for call in (lambda: spied.issue(OAEP1), lambda: spied.bring_in(parameters, b"")):
+        with pytest.raises(ConfigurationError, match="clock"):
+            call()
+    assert "unwrap" not in spied.backend.calls
+
+
+def test_a_lifetime_that_ends_before_1970_is_refused(spied):
+    service = spied.service(token_lifetime=timedelta(days=-365 * 100))
+    with pytest.raises(ConfigurationError, match="lifetime"):
+        spied.issue(OAEP1, service=service)
     assert spied.backend.calls[-1] == "discard"

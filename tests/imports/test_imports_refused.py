@@ -25,6 +25,7 @@ from spy_backend import SpyBackend
 from hsmwrap import policy, tokens
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import (
+    KeySpec,
     ManagedHsm,
     Origin,
     ProtectionLevel,
@@ -33,6 +34,7 @@ from hsmwrap.catalog import (
 )
 from hsmwrap.errors import (
     CombinationRefused,
+    ConfigurationError,
     HsmUnavailable,
     InvalidImportToken,
     InvalidParameter,
@@ -253,3 +255,110 @@ def test_another_service_over_the_same_keys_honours_the_token(desk_of, softhsm):
     with open_pkcs11(softhsm, "imports") as backend:
         second = Desk(backend, clock=first.clock)
         assert second.bring_in(parameters, wrap(parameters, MATERIAL[AES])).imported.key
+
+
+# --- texts for members --------------------------------------------------------------------------
+
+
+def test_texts_for_members_meet_every_rule():
+    """Each enum argument as a text; "HSM" once found its backend and slipped past the checks."""
+    for spec, algorithm, level, managed_hsm in itertools.product(
+        WrappingKeySpec, WrappingAlgorithm, ProtectionLevel, ManagedHsm
+    ):
+        backend = SpyBackend()
+        service = ImportService({str(level): backend}, Deployment(str(managed_hsm)))
+        cmk = Cmk("k", "Aliyun_AES_256", str(level), "EXTERNAL")
+        expected = policy.check(spec, algorithm, level, Deployment(managed_hsm))
+        with nullcontext() if expected.allowed else pytest.raises(_BY_POLICY):
+            service.get_parameters_for_import(cmk, str(spec), str(algorithm))
+        assert backend.calls == (["generate", "seal"] if expected.allowed else [])
+
+
+def test_a_cmk_s_texts_become_members():
+    cmk = Cmk("k", "Aliyun_SM4", "HSM", "Aliyun_KMS")
+    assert cmk == Cmk("k", KeySpec.ALIYUN_SM4, HSM, Origin.ALIYUN_KMS)
+    assert [type(getattr(cmk, n)) for n in ("key_spec", "protection_level", "origin")] == [
+        KeySpec,
+        ProtectionLevel,
+        Origin,
+    ]
+    assert replace(cmk, origin="EXTERNAL").origin is Origin.EXTERNAL
+
+
+@pytest.mark.parametrize(
+    ("position", "name"), [(0, "KeySpec"), (1, "ProtectionLevel"), (2, "Origin")]
+)
+def test_a_cmk_s_unknown_texts_are_refused(position, name):
+    right = ["Aliyun_AES_256", "HSM", "EXTERNAL"]
+    for unknown in (right[position].swapcase(), right[position] + " ", "x", 7, [1]):
+        with pytest.raises(InvalidParameter) as caught:
+            Cmk("k", *right[:position], unknown, *right[position + 1 :])
+        assert caught.value.name == name
+    for missing in ("", None):
+        with pytest.raises(MissingParameter):
+            Cmk("k", *right[:position], missing, *right[position + 1 :])
+
+
+def test_exposure_is_demanded_by_its_text_as_well():
+    desk = Desk(SpyBackend(Exposure.HOST))
+    service = desk.service(required_exposure="in_hsm")
+    with pytest.raises(CombinationRefused) as caught:
+        desk.issue(OAEP1, service=service)
+    assert caught.value.rule == "exposure"
+    assert desk.issue(OAEP1, service=desk.service(required_exposure="host"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"required_exposure": "IN_HSM"},
+        {"required_exposure": "inside"},
+        {"required_exposure": ""},
+        {"refused_algorithms": ["PKCS1"]},
+        {"refused_algorithms": "RSAES_PKCS1_V1_5"},
+        {"refused_algorithms": [None]},
+    ],
+    ids=str,
+)
+def test_unknown_texts_in_the_configuration_are_refused(options):
+    with pytest.raises(ConfigurationError, match=f"{next(iter(options))}: .* is none of"):
+        ImportService({HSM: SpyBackend()}, Deployment(), **options)
+
+
+@pytest.mark.parametrize("level", ["hsm", "", None, 7])
+def test_an_unknown_level_of_a_backend_is_refused(level):
+    with pytest.raises(ConfigurationError, match=r"backends: .* is none of SOFTWARE, HSM"):
+        ImportService({level: SpyBackend()}, Deployment())
+
+
+# --- allowed when it was issued, and not any more -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "deployment"),
+    [
+        (SM2PKE, Deployment(ManagedHsm.FIPS)),
+        (OAEP1, Deployment(dedicated=True)),
+        (OAEP1, Deployment(ManagedHsm.NONE)),
+    ],
+    ids=str,
+)
+def test_the_policy_is_asked_at_import_as_well(spied, algorithm, deployment):
+    parameters = spied.issue(algorithm)
+    with pytest.raises(_BY_POLICY):
+        spied.bring_in(parameters, b"", service=spied.service(deployment=deployment))
+    assert "unwrap" not in spied.backend.calls
+
+
+@pytest.mark.parametrize("refused", [{PKCS1}, ["RSAES_PKCS1_V1_5"], frozenset({PKCS1, OAEP1})])
+def test_refused_algorithms_are_neither_issued_nor_imported(spied, refused):
+    parameters, service = spied.issue(PKCS1), spied.service(refused_algorithms=refused)
+    for call in (
+        lambda: spied.issue(PKCS1, service=service),
+        lambda: spied.bring_in(parameters, b"", service=service),
+    ):
+        with pytest.raises(CombinationRefused, match="refused_algorithms") as caught:
+            call()
+        assert (caught.value.rule, caught.value.name) == ("configuration", "WrappingAlgorithm")
+    assert spied.backend.calls == ["generate", "seal"]
+    assert spied.bring_in(spied.issue(OAEP256, service=service), b"", service=service)
