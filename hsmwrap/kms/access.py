@@ -122,7 +122,7 @@ class FileAccessKeys:
         """
         self._path = path
         self._lock = threading.Lock()
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[int, int, int] | None = None
         self._keys = StaticAccessKeys(())
         self._refresh()
 
@@ -135,7 +135,7 @@ class FileAccessKeys:
     def _refresh(self) -> None:
         try:
             status = self._path.stat()
-            stamp = (status.st_mtime_ns, status.st_ino)
+            stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
             if stamp != self._stamp:
                 document = tomllib.loads(read_private(self._path).decode())
                 self._keys, self._stamp = StaticAccessKeys(parse_access_keys(document)), stamp

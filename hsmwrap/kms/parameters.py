@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from hsmwrap.catalog import KeySpec, Origin, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.catalog import (
+    KeySpec,
+    Origin,
+    ProtectionLevel,
+    WrappingAlgorithm,
+    WrappingKeySpec,
+    shown,
+)
 from hsmwrap.errors import (
     InvalidCiphertext,
     InvalidImportToken,
@@ -57,7 +64,8 @@ def parse(known: Mapping[str, Parameter], given: Mapping[str, str]) -> dict[str,
     """
     for name in given:
         if name not in known:
-            raise InvalidParameter(name, f"not a parameter of this operation: {', '.join(known)}")
+            here = ", ".join(known)
+            raise InvalidParameter(shown(name), f"not a parameter of this operation: {here}")
     return {name: _value(name, one, given.get(name)) for name, one in known.items()}
 
 
