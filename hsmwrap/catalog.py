@@ -27,16 +27,6 @@ def shown(text: str) -> str:
     """
     return text if _NAME.fullmatch(text) else f"({len(text)} characters)"
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
-
-
-def shown(text: str) -> str:
-    """Return a caller's text as errors may repeat it: as it is if it may be a name, else its size.
-
-    What is no name may be a secret in the wrong place, or fill a log.
-    """
-    return text if _NAME.fullmatch(text) else f"({len(text)} characters)"
-
 
 class _ApiEnum(StrEnum):
     """An enum whose members are spelled as the API spells them."""
