@@ -1,21 +1,34 @@
 """The reaper: removes resident wrapping keys once their import tokens have expired.
 
 A resident wrapping key's label says when it expires, so that any process can remove it, also one
-that a dead process made.
+that a dead process made. Several may do so at the same time: a key that vanishes while it is
+looked at is one that another has removed.
 """
 
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.exceptions import PKCS11Error
+from pkcs11.exceptions import FunctionFailed, KeyHandleInvalid, ObjectHandleInvalid, PKCS11Error
 
 from hsmwrap.backend import ReapReport
 from hsmwrap.pkcs11.pool import PooledSession
 from hsmwrap.pkcs11.returncodes import recovery_of
+
+GRACE = timedelta(minutes=15)
+"""How long after its expiry a key is left alone. The clock is this machine's, the expiry was set
+by another's: one that is ahead would destroy keys whose import tokens are still good elsewhere.
+Machines that check signed requests agree to 15 minutes; a key more for that long costs nothing."""
+
+SEARCHES = 10
+"""How often a search begins anew after a key vanished in the middle of it."""
+
+_RESIDENT = {Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.TOKEN: True}
+_GONE = (KeyHandleInvalid, ObjectHandleInvalid)
 
 _log = logging.getLogger(__name__)
 
@@ -37,29 +50,77 @@ def expiry(prefix: str, text: str) -> datetime | None:
 
 
 def reap(pooled: PooledSession, prefix: str, now: datetime) -> ReapReport:
-    """Destroy resident wrapping keys that expired before ``now``."""
+    """Destroy resident wrapping keys that expired :data:`GRACE` before ``now``, or earlier.
+
+    Returns:
+        What was done. Keys that others removed meanwhile are in no list.
+
+    Raises:
+        PKCS11Error: A return code that says something about the connection.
+    """
     removed: list[str] = []
     failed: list[str] = []
     examined = 0
-    for key in pooled.find({Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.TOKEN: True}):
-        attributes = key.get_attributes([Attribute.LABEL, Attribute.ID])
-        expires_at = expiry(prefix, attributes.get(Attribute.LABEL, ""))
+    for key in _resident(pooled):
+        expires_at, object_id = _described(pooled, prefix, key)
         if expires_at is None:
             continue
         examined += 1
-        if expires_at < now:
-            gone = _destroy(pooled, key)
-            (removed if gone else failed).append(attributes[Attribute.ID].hex())
+        if expires_at + GRACE < now:
+            outcome = _destroy(pooled, key)
+            if outcome is not None:
+                (removed if outcome else failed).append(object_id.hex())
     _log.info("reaped", extra={"examined": examined, "removed": removed, "failed": failed})
     return ReapReport(examined, tuple(removed), tuple(failed))
 
 
-def _destroy(pooled: PooledSession, key: Any) -> bool:
+def _resident(pooled: PooledSession) -> Iterator[Any]:
+    """Each private token object, once."""
+    seen: set[int] = set()
+    for _ in range(SEARCHES):
+        found, complete = _search(pooled)
+        yield from (key for key in found if key.handle not in seen)
+        if complete:
+            return
+        seen |= {key.handle for key in found}
+
+
+def _search(pooled: PooledSession) -> tuple[list[Any], bool]:
+    """What a search finds, and whether it came to its end."""
+    found: list[Any] = []
+    try:
+        found.extend(pooled.session.get_objects(_RESIDENT))
+    except _GONE:
+        # python-pkcs11 reads attributes of what it has found, which one may have outlived.
+        pooled.require_login()
+        return found, False
+    if not found:
+        pooled.require_login()
+    return found, True
+
+
+def _described(pooled: PooledSession, prefix: str, key: Any) -> tuple[datetime | None, bytes]:
+    """When the key expires, None if it is not ours or is gone; and its id."""
+    try:
+        attributes = key.get_attributes([Attribute.LABEL, Attribute.ID])
+    except (*_GONE, FunctionFailed):
+        # FUNCTION_FAILED is what python-pkcs11 makes of every return code here.
+        pooled.require_login()
+        return None, b""
+    expires_at = expiry(prefix, attributes.get(Attribute.LABEL, ""))
+    return expires_at, attributes.get(Attribute.ID, b"")
+
+
+def _destroy(pooled: PooledSession, key: Any) -> bool | None:
+    """Whether it could be destroyed; None if another was faster."""
     try:
         with pooled.token_writes:
             key.destroy()
+    except _GONE:
+        pooled.require_login()
+        return None
     except PKCS11Error as error:
         if recovery_of(error) is not None:
             raise
-        return False  # another process was faster, or may not
+        return False  # may not
     return True
