@@ -45,6 +45,8 @@ class FakeBackend(Backend):
         self.fail = None
         self.ready = True
         self.permits = None
+        self.key_set = "1"
+        self.seal_fails = None
         self.entered = threading.Event()
         self.facts = {}
 
@@ -100,7 +102,9 @@ class FakeBackend(Backend):
             raise self.fail
 
     def seal(self, data):
-        return Seal("1", data[:32])
+        if self.seal_fails is not None:
+            raise self.seal_fails
+        return Seal(self.key_set, data[:32])
 
     def check_seal(self, data, seal):
         return seal == self.seal(data)

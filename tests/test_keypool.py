@@ -107,6 +107,65 @@ def test_a_refill_waits_for_low_water_and_goes_to_high_water(filled, backend):
     assert filled.fact().level == SMALL.high_water
 
 
+# --- rotation of the backend's keys
+
+
+@pytest.fixture
+def sealed(backend):
+    """A backend whose private wrapping keys are sealed under its key sets."""
+    backend.custody = Custody.HSM_ENCRYPTED_DATABASE
+    return backend
+
+
+def test_sealed_pairs_of_an_old_key_set_are_not_handed_out(sealed, filled):
+    """The old set may be retired by now: their import tokens would be refused."""
+    sealed.key_set = "2"
+    assert filled.take(sealed).public_key == b"public 4"  # made inline, under the new set
+    assert (filled.fact().level, filled.fact().discarded, filled.fact().misses) == (0, 4, 1)
+    filled.work()
+    assert filled.take(sealed).public_key == b"public 5"
+    assert filled.fact().hits == 1
+
+
+def test_a_pair_during_whose_making_the_keys_were_rotated_is_not_handed_out(pool, sealed):
+    generate = sealed.generate_wrapping_key
+
+    def rotate(*arguments, **named):
+        sealed.key_set, sealed.generate_wrapping_key = "2", generate
+        return generate(*arguments, **named)
+
+    sealed.generate_wrapping_key = rotate
+    pool.prepare(sealed, [OAEP])
+    pool.work()
+    assert pool.take(sealed).public_key == b"public 1"
+    assert (pool.fact().discarded, pool.fact().hits) == (1, 1)
+
+
+def test_resident_pairs_outlive_the_key_set(backend, filled):
+    backend.key_set = "2"
+    assert filled.take(backend).public_key == b"public 0"
+    assert filled.fact().discarded == 0
+
+
+def test_sealed_pairs_are_kept_while_the_backend_cannot_say_its_key_set(sealed, filled):
+    sealed.seal_fails = HsmUnavailable("away")
+    assert filled.take(sealed).public_key == b"public 4"
+    assert (filled.fact().level, filled.fact().discarded) == (4, 0)
+    sealed.seal_fails = None
+    assert filled.take(sealed).public_key == b"public 0"
+
+
+def test_a_backend_that_cannot_say_its_key_set_makes_no_pairs_ahead(pool, sealed):
+    sealed.seal_fails = HsmUnavailable("away")
+    pool.prepare(sealed, [OAEP])
+    pool.work()
+    assert (pool.fact().level, pool.fact().errors) == (0, 1)
+    assert not sealed.asked
+
+
+# --- the rest of taking and filling
+
+
 def test_pairs_being_made_count(pool, backend):
     pool.prepare(backend, [OAEP])
     jobs = [pool._pick(pool.time.now, pool.time.tick) for _ in range(6)]

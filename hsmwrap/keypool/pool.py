@@ -20,7 +20,13 @@ from weakref import WeakSet
 
 from hsmwrap.backend import Backend, PrivateKeyRef, WrappingKey
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.errors import BackendClosed, PinError, ServiceUnavailable, UnsupportedOperation
+from hsmwrap.errors import (
+    BackendClosed,
+    HsmwrapError,
+    PinError,
+    ServiceUnavailable,
+    UnsupportedOperation,
+)
 from hsmwrap.imports import generate_inline
 from hsmwrap.keypool.settings import Pair, PoolSettings
 from hsmwrap.keypool.stock import LONGEST_PAUSE, Made, PairFacts, Stock
@@ -138,7 +144,11 @@ class KeyPool:
         usable = backend.health().ready
         with self._changed:
             stock = self._stock(backend, spec, algorithm)
-            key = stock.take(expires_at if usable else _NEVER, now)
+            sealed = usable and stock.has_sealed
+        key_set = _key_set(backend) if sealed else None
+        with self._changed:
+            usable = usable and (key_set is not None or not stock.has_sealed)
+            key = stock.take(expires_at if usable else _NEVER, now, key_set)
             self._start()
             if stock.needy or stock.laden:
                 self._changed.notify_all()
@@ -218,6 +228,7 @@ class KeyPool:
         # Whole seconds: that is what the label of a resident key holds.
         expires_at = (made_at + lasts).replace(microsecond=0)
         try:
+            key_set = stock.backend.seal(_MARK).key_id
             key = stock.backend.generate_wrapping_key(
                 stock.spec, stock.algorithm, expires_at=expires_at
             )
@@ -225,7 +236,7 @@ class KeyPool:
             self._failed(stock, error, making=1)
             return
         with self._changed:
-            stock.put(Made(key, made_at, expires_at))
+            stock.put(Made(key, made_at, expires_at, key_set))
             self._changed.notify_all()
 
     def _discard(self, stock: Stock, private_key: PrivateKeyRef) -> bool:
@@ -287,7 +298,21 @@ class KeyPool:
 
 
 _NEVER = datetime.max.replace(tzinfo=UTC)
+_MARK = b"hsmwrap key-pair pool"
+"""What is sealed to learn the key set; as no import token looks like it, the seal is of no use."""
 _POOLS: WeakSet[KeyPool] = WeakSet()
+
+
+def _key_set(backend: Backend) -> str | None:
+    """The backend's current key set, as a seal says it; None if the backend fails.
+
+    Asked anew for each pair that is given out: another process may have retired the set that
+    sealed it. The caller learns of a failure by making a pair inline.
+    """
+    try:
+        return backend.seal(_MARK).key_id
+    except HsmwrapError:
+        return None
 
 
 def _utc_now() -> datetime:

@@ -26,7 +26,7 @@ class PairFacts:
         hits: Calls that were given a ready pair.
         misses: Calls for which none was ready.
         generated: Pairs made ahead.
-        discarded: Pairs that nobody was given: too old, or left at the end.
+        discarded: Pairs that nobody was given: too old, of an old key set, or left at the end.
         errors: Calls of the backend that failed in the background.
         stopped: Whether making pairs ahead was given up, for an error that does not pass.
     """
@@ -45,11 +45,25 @@ class PairFacts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Made:
-    """A pair that is ready; ``expires_at`` is when its resident private key may be reaped."""
+    """A pair that is ready.
+
+    Attributes:
+        key: The pair.
+        made_at: When it was made.
+        expires_at: When its resident private key may be reaped.
+        key_set: The backend's key set before it was made (:attr:`Seal.key_id`); if that was
+            replaced meanwhile, the pair passes for older than it is.
+    """
 
     key: WrappingKey
     made_at: datetime
     expires_at: datetime
+    key_set: str
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the private key can be used only as long as a key set is there."""
+        return self.key.private_key.custody is Custody.HSM_ENCRYPTED_DATABASE
 
 
 @dataclass(slots=True, eq=False)
@@ -92,9 +106,25 @@ class Stock:
         """Whether there is something to discard, once the backoff is over."""
         return bool(self.doomed) and not self.stopped
 
-    def take(self, expires_at: datetime, now: datetime) -> WrappingKey | None:
-        """Give away the oldest pair that lasts until ``expires_at``."""
+    @property
+    def has_sealed(self) -> bool:
+        """Whether it has pairs that a key set opens; all pairs of a kind are kept alike."""
+        return bool(self.ready) and self.ready[0].sealed
+
+    def take(
+        self, expires_at: datetime, now: datetime, key_set: str | None = None
+    ) -> WrappingKey | None:
+        """Give away the oldest pair that lasts until ``expires_at``.
+
+        Args:
+            expires_at: How long it has to last.
+            now: The current time.
+            key_set: The backend's current key set: pairs that another one seals are dropped, as
+                their import tokens would last only until that one is retired. None: not known.
+        """
         self.drop_aged(now)
+        if key_set is not None:
+            self._drop_sealed_by_others(key_set)
         made = next((made for made in self.ready if made.expires_at >= expires_at), None)
         if made is None:
             self.misses += 1
@@ -117,6 +147,16 @@ class Stock:
         """Doom the pairs that are too old."""
         while self.ready and self.ready[0].made_at + self.settings.max_age <= now:
             self._doom(self.ready.popleft())
+        self._lowered()
+
+    def _drop_sealed_by_others(self, key_set: str) -> None:
+        kept: deque[Made] = deque()
+        for made in self.ready:
+            if made.sealed and made.key_set != key_set:
+                self._doom(made)
+            else:
+                kept.append(made)
+        self.ready = kept
         self._lowered()
 
     def drop_all(self) -> None:
