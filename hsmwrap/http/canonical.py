@@ -7,12 +7,15 @@ send (measured): sorted by name, RFC 3986 percent-encoding of UTF-8, blank value
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from urllib.parse import quote
+from urllib.parse import quote_from_bytes
+
+_ENCODED = [quote_from_bytes(bytes([byte]), safe="") for byte in range(256)]
 
 
 def percent_encode(text: str) -> str:
-    """RFC 3986: everything but letters, digits, ``-``, ``_``, ``.`` and ``~``."""
-    return quote(text, safe="")
+    """RFC 3986: everything but letters, digits, ``-``, ``_``, ``.`` and ``~``, as UTF-8."""
+    # One character a byte, for translate: twice as fast as quote() on base64.
+    return text.encode().decode("latin-1").translate(_ENCODED)
 
 
 def query(parameters: Mapping[str, str]) -> str:

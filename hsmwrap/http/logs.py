@@ -13,6 +13,7 @@ import traceback
 from datetime import UTC, datetime
 from typing import Any
 
+_encode = json.JSONEncoder(default=str).encode
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -30,7 +31,7 @@ class JsonFormatter(logging.Formatter):
         line |= {n: v for n, v in vars(record).items() if n not in _STANDARD}
         if record.exc_info and record.exc_info[1]:
             line |= describe(record.exc_info[1])
-        return json.dumps(line, default=str)
+        return _encode(line)
 
 
 def configure(level: int = logging.INFO) -> None:
