@@ -11,7 +11,13 @@ with the same text, because every difference is an oracle (Bleichenbacher 1998, 
 
 from __future__ import annotations
 
-from typing import ClassVar
+import functools
+import traceback
+from collections.abc import Callable
+from typing import ClassVar, ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class HsmwrapError(Exception):
@@ -208,3 +214,39 @@ class BackendClosed(ServiceUnavailable):
 
 class HsmError(HsmwrapError):
     """The HSM answered with a return code that nothing here recovers from; the text names it."""
+
+
+# --- no secret in a frame ---------------------------------------------------------------------
+
+
+def without_frames(call: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Decorate a call that handles secrets: an exception from it keeps none of its frames.
+
+    A traceback holds the variables of every frame that it passed, and ``raise … from None`` still
+    holds the error before it: keys and plaintext, for whatever records variables with errors. So
+    the error is raised again from a frame without any. One that was not raised on purpose gets a
+    note that says where it came from, since its traceback no longer does.
+    """
+
+    @functools.wraps(call)
+    def guarded(*arguments: _P.args, **named: _P.kwargs) -> _T:
+        try:
+            return call(*arguments, **named)
+        except BaseException as caught:  # noqa: BLE001  # whatever it is, it has frames
+            error = _alone(caught)
+        del arguments, named
+        try:
+            raise error
+        finally:
+            del error  # which refers to this frame: nothing to collect
+
+    return guarded
+
+
+def _alone(error: BaseException) -> BaseException:
+    """The error without the frames that it passed and without the errors before it."""
+    if not isinstance(error, HsmwrapError):
+        innermost = traceback.extract_tb(error.__traceback__)[-1]
+        error.add_note(f"at {innermost.filename}:{innermost.lineno}, in {innermost.name}")
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error

@@ -29,6 +29,7 @@ from hsmwrap.errors import (
     InvalidKeyMaterial,
     KeyNotFound,
     UnsupportedOperation,
+    without_frames,
 )
 from hsmwrap.forkgate import LIBCRYPTO
 from hsmwrap.gate import Gate
@@ -44,10 +45,15 @@ _MASTER_KEY = "master key"
 
 
 class SoftwareBackend(Backend):
-    """RSA, AES and SM4 by pyca/cryptography, SM2 by libcrypto; custody is always sealed blobs."""
+    """RSA, AES and SM4 by pyca/cryptography, SM2 by libcrypto; custody is always sealed blobs.
+
+    Keys, material and plaintext are in variables of what is called from here, so every public call
+    is :func:`~hsmwrap.errors.without_frames`.
+    """
 
     contract_version: ClassVar[int] = 1
 
+    @without_frames
     def __init__(self, settings: SoftwareSettings | None = None) -> None:
         """Open the backend; the SM2 engine proves itself and the keyring is read.
 
@@ -64,17 +70,20 @@ class SoftwareBackend(Backend):
         self._gate = Gate("software backend")
 
     @classmethod
+    @without_frames
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """Open a backend from plain settings, see :class:`SoftwareSettings`."""
         return cls(SoftwareSettings.from_mapping(settings))
 
     @classmethod
+    @without_frames
     def list_keys(cls, settings: Mapping[str, Any]) -> tuple[KeySetInfo, ...]:
         """The master keys of the keyring file."""
         keyring = _keyring_file(settings).read()
         return tuple(KeySetInfo(i, i == keyring.current, _MASTER_KEY) for i in keyring.ids)
 
     @classmethod
+    @without_frames
     def initialise_keys(
         cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
     ) -> KeySetInfo:
@@ -84,6 +93,7 @@ class SoftwareBackend(Backend):
         )
 
     @classmethod
+    @without_frames
     def rotate_keys(
         cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
     ) -> KeySetInfo:
@@ -93,6 +103,7 @@ class SoftwareBackend(Backend):
         )
 
     @classmethod
+    @without_frames
     def retire_keys(cls, settings: Mapping[str, Any], key_id: str) -> None:
         """Remove a master key that is not current."""
         try:
@@ -117,11 +128,13 @@ class SoftwareBackend(Backend):
         with self._gate.enter(), LIBCRYPTO.passing():
             yield
 
+    @without_frames
     def capabilities(self) -> Capabilities:
         """Report what this backend can do."""
         with self._inside():
             return self._capabilities
 
+    @without_frames
     def generate_wrapping_key(
         self,
         spec: WrappingKeySpec,
@@ -139,6 +152,7 @@ class SoftwareBackend(Backend):
             private_key = PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, blob)
             return WrappingKey(spec, algorithm, public_key, private_key)
 
+    @without_frames
     def unwrap_material(
         self,
         private_key: PrivateKeyRef,
@@ -159,36 +173,43 @@ class SoftwareBackend(Backend):
             key = KeyRef(NAME, key_spec, Custody.HSM_ENCRYPTED_DATABASE, blob)
             return ImportedKey(key, check_value, Exposure.HOST)
 
+    @without_frames
     def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
         """Encrypt under an imported key, see :mod:`hsmwrap.software.cipher`."""
         with self._inside():
             return cipher.encrypt(key.key_spec, self._open_key(key), plaintext, additional_data)
 
+    @without_frames
     def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
         """Decrypt what :meth:`encrypt` made."""
         with self._inside():
             return cipher.decrypt(key.key_spec, self._open_key(key), ciphertext, additional_data)
 
+    @without_frames
     def destroy_key(self, key: KeyRef) -> None:  # noqa: ARG002  # a blob is the caller's to delete
         """Do nothing: the caller has the only copy."""
         with self._inside():
             return
 
+    @without_frames
     def seal(self, data: bytes) -> Seal:
         """Authenticate ``data`` under the current master key's import-token key."""
         with self._inside():
             return self._sealer.tag(data)
 
+    @without_frames
     def check_seal(self, data: bytes, seal: Seal) -> bool:
         """Whether ``seal`` is right for ``data``, in constant time; False for unknown key ids."""
         with self._inside():
             return self._sealer.check(data, seal)
 
+    @without_frames
     def reap(self, now: datetime) -> ReapReport:  # noqa: ARG002  # nothing resident can expire
         """Report that nothing is resident."""
         with self._inside():
             return ReapReport()
 
+    @without_frames
     def health(self) -> Health:
         """Report whether the backend is open and its keyring can be read."""
         facts = {"in_flight": self._gate.in_flight}
@@ -201,6 +222,7 @@ class SoftwareBackend(Backend):
         facts["master_keys"] = len(keyring.ids)
         return Health(ready=True, detail="ready", facts=facts)
 
+    @without_frames
     def close(self) -> None:
         """Wait for running calls, then let go of the keys. Safe to call again."""
         self._gate.close()

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, NoReturn, Self
 
-from hsmwrap.errors import ConfigurationError, KeyNotFound
+from hsmwrap.errors import ConfigurationError, KeyNotFound, without_frames
 
 MASTER_KEY_LENGTH = 32
 """Length of a master key in bytes."""
@@ -29,6 +29,7 @@ class Keyring:
 
     __slots__ = ("_current", "_keys")
 
+    @without_frames
     def __init__(self, current: str, keys: Mapping[str, bytes]) -> None:
         """Take the current key's id and every key (32 bytes) by its id (8 hex digits).
 
@@ -99,6 +100,7 @@ class Keyring:
         return json.dumps(document, indent=2).encode() + b"\n"
 
     @classmethod
+    @without_frames
     def from_json(cls, raw: bytes) -> Self:
         """Parse what :meth:`to_json` made.
 
@@ -110,7 +112,7 @@ class Keyring:
             version, current, keys = (document[name] for name in ("version", "current", "keys"))
             decoded = {key_id: base64.b64decode(key, validate=True) for key_id, key in keys.items()}
         except (ValueError, KeyError, TypeError, AttributeError, binascii.Error):
-            # The parser's own error would quote the file.
+            # The parser's own error would quote the file, and stays in nothing that leaves here.
             raise ConfigurationError("keyring: not a keyring in JSON") from None
         if version != _VERSION or not isinstance(current, str):
             raise ConfigurationError("keyring: its version is not known here")
