@@ -248,7 +248,8 @@ def from_environment() -> App:
 
     ``gunicorn -k hsmwrap.http.worker.KmsWorker 'hsmwrap.http.app:from_environment()'``. Other
     workers serve as well, but refuse long request lines, wait for ever for the rest of a request,
-    and log the text of requests that do not parse.
+    and log the text of requests that do not parse. Leave gunicorn's access log off: it writes down
+    request lines, and SDKs send plaintext in them.
     """
     path = os.environ.get("HSMWRAP_CONFIG")
     return from_config(Path(path) if path else None)

@@ -30,9 +30,9 @@ STALLS = {
     "request line": b"GET / HT",
     "head": b"GET / HTTP/1.1\r\nHost: h\r\nX-Half:",
     "second head": kept(HEALTHZ) + b"GET / HT",
-    "body": kept(post(b"A=", "Content-Length: 100")),
+    "body": kept(post(b"A=", "Content-Length: 10000")),
     "chunk size": kept(post(b"1", "Transfer-Encoding: chunked")),
-    "chunk": kept(post(b"64\r\nA=", "Transfer-Encoding: chunked")),
+    "chunk": kept(post(b"2710\r\nA=", "Transfer-Encoding: chunked")),
 }
 
 
