@@ -1,38 +1,86 @@
-"""Making, rotating, retiring and listing the backend's own keys: ``hsmwrap keys``."""
+"""Making, rotating, retiring and listing the backend's own keys: ``hsmwrap keys``.
+
+A key set is made key by key. One that is not finished has no seal key, is never current, and is
+destroyed again if its making fails; what a killed process leaves of one does no harm, is listed,
+and can be retired.
+"""
 
 from __future__ import annotations
 
+import logging
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 
+from pkcs11.constants import TokenFlag
 from pkcs11.exceptions import PKCS11Error
-from pkcs11.types import Session
+from pkcs11.types import Session, Token
 
 from hsmwrap.backend import KeySetInfo
-from hsmwrap.errors import ConfigurationError, HsmError, PinError
+from hsmwrap.errors import ConfigurationError, HsmError, HsmwrapError, PinError
 from hsmwrap.pkcs11.connection import Connection, find_token
 from hsmwrap.pkcs11.host import ModuleHost
-from hsmwrap.pkcs11.keys import KeySet, KeySets, Role
+from hsmwrap.pkcs11.keys import HIGHEST_NUMBER, KeySet, KeySets, Role
 from hsmwrap.pkcs11.pin import PinSource
-from hsmwrap.pkcs11.pool import PooledSession
-from hsmwrap.pkcs11.returncodes import code_name
+from hsmwrap.pkcs11.pool import PooledSession, close_quietly
+from hsmwrap.pkcs11.profiles import profile
+from hsmwrap.pkcs11.returncodes import code_name, recovery_of
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.templates import HsmAttributeMapper
 
+_EVERY_ROLE = frozenset(Role)
+_KEY_ENCRYPTION_ROLES = tuple(role for role in Role if role is not Role.SEAL)
+_DOUBTFUL_SO_PIN = (
+    TokenFlag.SO_PIN_COUNT_LOW,
+    TokenFlag.SO_PIN_FINAL_TRY,
+    TokenFlag.SO_PIN_LOCKED,
+)
+
+_log = logging.getLogger(__name__)
+
 
 def list_key_sets(settings: Pkcs11Settings) -> tuple[KeySetInfo, ...]:
-    """All key sets in the HSM token, oldest first."""
-    return tuple(each.info() for each in _found(settings))
+    """All key sets in the HSM token, oldest first; also those that were never finished."""
+    return tuple(each.info() for each in _survey(settings).sets)
 
 
-def _found(settings: Pkcs11Settings) -> list[KeySet]:
-    keys = KeySets(settings.key_prefix)
-    connection = Connection(settings)
-    try:
-        return connection.run(lambda pooled: keys.list(pooled.session))
-    finally:
-        connection.close()
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """What there is: the key sets, and every number that a label of ours has."""
+
+    sets: tuple[KeySet, ...]
+    numbers: frozenset[int]
+
+    @property
+    def finished(self) -> tuple[KeySet, ...]:
+        return tuple(each for each in self.sets if each.finished)
+
+    def free_number(self) -> int:
+        """Above every number, of unfinished sets as well: their keys would be in its way.
+
+        Raises:
+            ConfigurationError: There is none left.
+        """
+        number = max(self.numbers, default=0) + 1
+        if number > HIGHEST_NUMBER:
+            raise ConfigurationError(
+                f"a key is labelled as of key set {HIGHEST_NUMBER}, the highest that there can be; "
+                "retire that set if it is not current, else take another key_prefix"
+            )
+        return number
+
+
+def _survey(settings: Pkcs11Settings) -> _Survey:
+    keys = _key_sets(settings)
+
+    def look(pooled: PooledSession) -> _Survey:
+        found = _Survey(tuple(keys.list(pooled.session)), keys.numbers(pooled.session))
+        pooled.require_login()  # without one, the private keys are not seen
+        return found
+
+    with _connected(settings) as connection:
+        return connection.run(look)
 
 
 def initialise(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo:
@@ -43,76 +91,161 @@ def initialise(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo
         so_pin: The security officer's PIN; None makes key-encryption keys that are not trusted.
 
     Raises:
-        ConfigurationError: There is a key set already, or a backend of this process is open.
+        ConfigurationError: There is a key set already, another one is being made at the same
+            time, or a backend of this process is open.
+        PinError: A PIN is refused, or the next wrong one may lock the HSM token.
+        ServiceUnavailable, HsmError: The HSM failed; nothing is kept of the new set.
     """
-    if _found(settings):
+    present = _survey(settings)
+    if present.finished:
         raise ConfigurationError(
             "the HSM token has keys of this prefix already; `hsmwrap keys rotate` makes new ones"
         )
-    return _create(settings, so_pin, 1)
+    return _create(settings, so_pin, present.free_number())
 
 
 def rotate(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo:
     """Make another key set and make it current; the old ones keep opening what they sealed.
 
+    Args:
+        settings: Which HSM token, and the user PIN.
+        so_pin: As for :func:`initialise`.
+
     Raises:
         ConfigurationError: There is none yet, the present one is trusted and the SO PIN is
-            missing, or a backend of this process is open.
+            missing, another one is being made at the same time, or a backend of this process is
+            open.
+        PinError, ServiceUnavailable, HsmError: As for :func:`initialise`.
     """
-    present = _found(settings)
-    if not present:
+    present = _survey(settings)
+    if not present.finished:
         raise ConfigurationError("there are no keys to rotate; run `hsmwrap keys init`")
-    if so_pin is None and any(each.trusted for each in present):
+    if so_pin is None and any(each.trusted for each in present.finished):
         raise ConfigurationError(
             "the HSM token has trusted keys, and untrusted ones would not replace them; "
             "rotate with the SO PIN"
         )
-    return _create(settings, so_pin, present[-1].number + 1)
+    return _create(settings, so_pin, present.free_number())
 
 
 def retire(settings: Pkcs11Settings, key_id: str) -> None:
-    """Destroy a key set that is not current.
+    """Destroy a key set that is not current, whole or what there is of it.
 
-    Whatever it sealed is lost: import tokens (so wait 24 hours after the rotation) and imported
-    keys in custody HsmEncryptedDatabase (so import them again first).
+    Whatever it sealed is lost. Import tokens: so wait, after the rotation, for the lifetime of an
+    import token, the ``max_age`` of key-pair pools and :data:`~.keys.CURRENT_SET_LIFETIME`, in
+    which processes go on with the set that they know (25 hours and a minute, as they come).
+    Imported keys in custody HsmEncryptedDatabase: so import them again first. When the rotation
+    was and what was sealed since, the HSM token does not tell; nothing is refused for it.
+
+    Args:
+        settings: Which HSM token, and the user PIN.
+        key_id: Number of the key set.
 
     Raises:
         ConfigurationError: It is not there, or it is the current one.
+        ServiceUnavailable, HsmError: The HSM failed; call again to destroy what is left.
     """
-    sets = {str(each.number): each for each in _found(settings)}
-    if key_id not in sets:
-        raise ConfigurationError(f"there is no key set {key_id}; there are {', '.join(sets)}")
-    if sets[key_id].current:
+    present = _survey(settings)
+    if key_id not in map(str, present.numbers):
+        there = ", ".join(map(str, sorted(present.numbers))) or "none"
+        raise ConfigurationError(f"there is no key set {key_id}; there are {there}")
+    if any(each.current for each in present.sets if str(each.number) == key_id):
         raise ConfigurationError(f"key set {key_id} is current; rotate first")
-    keys = KeySets(settings.key_prefix)
-    connection = Connection(settings)
-    try:
-        connection.run(lambda pooled: keys.destroy(pooled.session, sets[key_id].number))
-    finally:
-        connection.close()
+    keys = _key_sets(settings)
+    with _connected(settings) as connection:
+        connection.run(lambda pooled: _destroy(pooled, keys, int(key_id)))
+
+
+def _destroy(pooled: PooledSession, keys: KeySets, number: int, made_by: str | None = None) -> None:
+    with pooled.token_writes:
+        keys.destroy(pooled.session, number, made_by)
+
+
+# --- making ------------------------------------------------------------------------------------
 
 
 def _create(settings: Pkcs11Settings, so_pin: PinSource | None, number: int) -> KeySetInfo:
-    keys = KeySets(settings.key_prefix)
-    keks: list[Role] = [role for role in Role if role is not Role.SEAL]
-    if so_pin is not None:
-        with _officer_session(settings, so_pin) as session:
-            for role in keks:
-                keys.create(session, role, number, trusted=True)
-        keks = []
+    """Make a key set, or leave nothing of it."""
+    keys, made_by = _key_sets(settings), secrets.token_hex(8)
+    try:
+        left = _KEY_ENCRYPTION_ROLES
+        if so_pin is not None:
+            with _officer_session(settings, so_pin) as session:
+                for role in left:
+                    keys.create(session, role, number, made_by, trusted=True)
+            left = ()
+        return _finish(settings, keys, number, made_by, left)
+    except PinError:
+        # Cleaning up would try a PIN again, which may lock the HSM token. What there is of the
+        # set, if anything, is listed as not finished.
+        raise
+    except BaseException:
+        _clean_up(settings, keys, number, made_by)
+        raise
+
+
+def _finish(
+    settings: Pkcs11Settings, keys: KeySets, number: int, made_by: str, left: tuple[Role, ...]
+) -> KeySetInfo:
+    """Make the keys that are left, the seal key last: with it, the set counts."""
+
+    def create(role: Role) -> None:
+        def operation(pooled: PooledSession) -> None:
+            with pooled.token_writes:
+                keys.create(pooled.session, role, number, made_by, trusted=False)
+
+        connection.run(operation, retry=False)
+
+    with _connected(settings) as connection:
+        for role in left:
+            create(role)
+        _require_complete(connection, keys, number, frozenset(_KEY_ENCRYPTION_ROLES))
+        create(Role.SEAL)
+        _require_complete(connection, keys, number, _EVERY_ROLE)
+        listed = connection.run(lambda pooled: keys.list(pooled.session))
+    return next(each.info() for each in listed if each.number == number)
+
+
+def _require_complete(
+    connection: Connection, keys: KeySets, number: int, roles: frozenset[Role]
+) -> None:
+    """Two at once may have chosen the same number; with two keys of a kind neither would be used.
+
+    Raises:
+        ConfigurationError: There is not exactly one of each.
+    """
+    if not connection.run(lambda pooled: keys.is_complete(pooled.session, number, roles)):
+        raise ConfigurationError(
+            f"key set {number} would not have exactly one key of each kind with the attributes "
+            "that it was made with, so nothing of it is kept; if somebody else makes a key set at "
+            "this moment, run the command again once they have finished"
+        )
+
+
+def _clean_up(settings: Pkcs11Settings, keys: KeySets, number: int, made_by: str) -> None:
+    try:
+        with _connected(settings) as connection:
+            connection.run(lambda pooled: _destroy(pooled, keys, number, made_by))
+    except HsmwrapError as error:
+        # The caller gets the error that came first. What is left is listed as not finished.
+        what = {"key_set": number, "error": type(error).__name__}
+        _log.warning("keys of an unfinished key set are left", extra=what)
+
+
+# --- sessions ----------------------------------------------------------------------------------
+
+
+def _key_sets(settings: Pkcs11Settings) -> KeySets:
+    return KeySets(settings.key_prefix, vendor=profile(settings.profile))
+
+
+@contextmanager
+def _connected(settings: Pkcs11Settings) -> Iterator[Connection]:
     connection = Connection(settings)
     try:
-        # The seal key comes last: a set without one does not count (KeySets.list).
-        for role in (*keks, Role.SEAL):
-            connection.run(partial(_create_one, keys, role, number), retry=False)
-        listed = connection.run(lambda pooled: keys.list(pooled.session))
-        return next(each.info() for each in listed if each.number == number)
+        yield connection
     finally:
         connection.close()
-
-
-def _create_one(keys: KeySets, role: Role, number: int, pooled: PooledSession) -> None:
-    keys.create(pooled.session, role, number, trusted=False)
 
 
 @contextmanager
@@ -122,26 +255,54 @@ def _officer_session(settings: Pkcs11Settings, so_pin: PinSource) -> Iterator[Se
     try:
         with host.inside(settings.session_wait) as (module, _generation):
             token = find_token(module, settings.selector)
-            try:
-                session = token.open(
-                    rw=True, so_pin=so_pin.read().reveal(), attribute_mapper=HsmAttributeMapper()
-                )
-            except PKCS11Error as error:
-                raise _officer_error(error) from None
+            if not settings.force_login:
+                _require_safe(token)
+            session = _open_officer_session(token, so_pin)
             try:
                 yield session
-            except PKCS11Error as error:
-                raise HsmError(f"the HSM answered {code_name(error)}") from None
             finally:
-                session.close()
+                # What was made is there: what the HSM says of the end of the session is no error.
+                close_quietly(session)
+    except PKCS11Error as error:
+        raise _typed(error) from None
     finally:
         host.release()
 
 
-def _officer_error(error: PKCS11Error) -> PinError | ConfigurationError:
-    name = code_name(error)
-    if name.startswith("PIN_"):
-        return PinError(f"the HSM token answered {name} to the security officer's PIN")
-    return ConfigurationError(
-        f"the security officer cannot log in ({name}); close this process's backends first"
-    )
+def _require_safe(token: Token) -> None:
+    """Stop where one more wrong PIN may lock the HSM token, as for the user PIN.
+
+    Raises:
+        PinError: It says so.
+    """
+    doubtful = [str(flag.name) for flag in _DOUBTFUL_SO_PIN if token.flags & flag]
+    if doubtful:
+        raise PinError(
+            f"not logging the security officer in: the HSM token says {', '.join(doubtful)}, so a "
+            "wrong PIN may lock it. Check the SO PIN, then set force_login once"
+        )
+
+
+def _open_officer_session(token: Token, so_pin: PinSource) -> Session:
+    try:
+        return token.open(
+            rw=True, so_pin=so_pin.read().reveal(), attribute_mapper=HsmAttributeMapper()
+        )
+    except PKCS11Error as error:
+        name = code_name(error)
+        if name.startswith("PIN_"):
+            raise PinError(
+                f"the HSM token answered {name} to the security officer's PIN; check it before "
+                "the next try, as more wrong ones may lock the token"
+            ) from None
+        if recovery_of(error) is not None:
+            raise
+        raise ConfigurationError(
+            f"the security officer cannot log in ({name}); close this process's backends first"
+        ) from None
+
+
+def _typed(error: PKCS11Error) -> HsmwrapError:
+    recovery = recovery_of(error)
+    kind = HsmError if recovery is None else recovery.error
+    return kind(f"the HSM answered {code_name(error)}")

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from pkcs11.mechanisms import Mechanism
@@ -34,8 +35,14 @@ from hsmwrap.errors import (
 )
 from hsmwrap.pkcs11 import admin, reaper, report, rsa, sm2
 from hsmwrap.pkcs11.clientfault import blame
-from hsmwrap.pkcs11.connection import Connection, destroy_by_id
-from hsmwrap.pkcs11.custody import WrappingKeyStore, new_object_id, parse_ref
+from hsmwrap.pkcs11.connection import Connection, Leftover, destroy_by_id
+from hsmwrap.pkcs11.custody import (
+    WrappingKeyStore,
+    bind,
+    new_object_id,
+    parse_ref,
+    require_bound,
+)
 from hsmwrap.pkcs11.gcm import AesGcm
 from hsmwrap.pkcs11.keys import KeySets, Role, is_trusted
 from hsmwrap.pkcs11.material import MaterialStore, Unwrap, create_from
@@ -59,6 +66,15 @@ class _Token:
     wrapping: WrappingKeyStore
     material: MaterialStore
     capabilities: Capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class _Wrapped:
+    """Key material as a client sent it."""
+
+    algorithm: WrappingAlgorithm
+    ciphertext: bytes
+    key_spec: KeySpec
 
 
 class Pkcs11Backend(Backend):
@@ -132,7 +148,7 @@ class Pkcs11Backend(Backend):
         role = self._role(algorithm, token.features)
         make = self._seal_pair if _is_sealed(capability) else self._keep_pair
         public_key, private_key = make(token, spec, algorithm, role, expires_at)
-        return WrappingKey(spec, algorithm, public_key, private_key)
+        return WrappingKey(spec, algorithm, public_key, bind(private_key, algorithm))
 
     def _seal_pair(
         self,
@@ -164,12 +180,14 @@ class Pkcs11Backend(Backend):
         role: Role,
         expires_at: datetime,
     ) -> tuple[bytes, PrivateKeyRef]:
-        object_id = new_object_id()
-        template = token.wrapping.resident_template(
-            role, algorithm, object_id, expires_at, trusted=token.trusted
-        )
+        leaves = Leftover(new_object_id())
 
         def operation(pooled: PooledSession) -> bytes:
+            trusted = self._keys.trusts(self._keys.current(pooled))
+            template = token.wrapping.resident_template(
+                role, algorithm, leaves.object_id, expires_at, trusted=trusted
+            )
+            leaves.possible = True
             with pooled.token_writes:
                 public, _private = self._generate(pooled, spec, template)
             try:
@@ -177,8 +195,8 @@ class Pkcs11Backend(Backend):
             finally:
                 public.destroy()
 
-        der = self._connection.run(operation, retry=False, leaves=object_id)
-        return der, token.wrapping.resident(role, object_id)
+        der = self._connection.run(operation, retry=False, leaves=leaves)
+        return der, token.wrapping.resident(role, leaves.object_id)
 
     def _generate(
         self, pooled: PooledSession, spec: WrappingKeySpec, template: dict[Any, Any]
@@ -193,6 +211,7 @@ class Pkcs11Backend(Backend):
 
     def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:
         """Destroy a resident wrapping key; nothing to do for a sealed one."""
+        self._connection.require_open()
         if private_key.custody is Custody.HSM_INTERNAL:
             object_id = parse_ref(private_key)[2]
             self._connection.run(lambda pooled: destroy_by_id(pooled, object_id))
@@ -211,55 +230,46 @@ class Pkcs11Backend(Backend):
     ) -> ImportedKey:
         """Unwrap inside the HSM token where it can, else through the host."""
         token = self._token()
-        object_id = object_id or new_object_id()
-        internal = token.material.custody is Custody.HSM_INTERNAL
+        require_bound(private_key, algorithm)
+        leaves = Leftover(object_id or new_object_id())
+
+        wrapped = _Wrapped(algorithm, encrypted_material, key_spec)
 
         def operation(pooled: PooledSession) -> ImportedKey:
             with token.wrapping.fetched(pooled, private_key) as (role, private):
-                unwrap, exposure = self._unwrapper(
-                    pooled, role, private, algorithm, encrypted_material, key_spec=key_spec
-                )
+                unwrap, exposure = self._unwrapper(pooled, token.features, role, private, wrapped)
                 key, check = token.material.make(
-                    pooled, unwrap, key_spec, expected_check_value, object_id
+                    pooled, unwrap, key_spec, expected_check_value, leaves
                 )
             return ImportedKey(key, check, exposure)
 
-        return self._connection.run(operation, leaves=object_id if internal else None)
+        return self._connection.run(operation, leaves=leaves)
 
     def _unwrapper(
         self,
         pooled: PooledSession,
+        features: TokenFeatures,
         role: Role,
         private: Any,
-        algorithm: WrappingAlgorithm,
-        ciphertext: bytes,
-        *,
-        key_spec: KeySpec,
+        wrapped: _Wrapped,
     ) -> tuple[Unwrap, Exposure]:
         if role is Role.WRAPPING_UNWRAP:
-            return (
-                lambda template: rsa.unwrap(private, algorithm, ciphertext, template),
-                Exposure.IN_HSM,
-            )
-        material = self._decrypted(role, private, algorithm, ciphertext, key_spec)
-        if len(material) != key_spec.material_length:
+            unwrap = partial(rsa.unwrap, private, wrapped.algorithm, wrapped.ciphertext)
+            return unwrap, Exposure.IN_HSM
+        material = self._decrypted(features, role, private, wrapped)
+        if len(material) != wrapped.key_spec.material_length:
             raise InvalidKeyMaterial
         return create_from(pooled.session, material), Exposure.HOST
 
     def _decrypted(
-        self,
-        role: Role,
-        private: Any,
-        algorithm: WrappingAlgorithm,
-        ciphertext: bytes,
-        key_spec: KeySpec,
+        self, features: TokenFeatures, role: Role, private: Any, wrapped: _Wrapped
     ) -> bytes:
         if role is Role.WRAPPING_DERIVE:
             layouts = self._settings.sm2_layouts
-            parsed = parse(ciphertext, key_spec.material_length, layouts)
+            parsed = parse(wrapped.ciphertext, wrapped.key_spec.material_length, layouts)
             return sm2.decrypt(private, parsed, self._vendor)
-        native = algorithm in self._token().features.decrypts
-        return rsa.decrypt(private, algorithm, ciphertext, native=native)
+        native = wrapped.algorithm in features.decrypts
+        return rsa.decrypt(private, wrapped.algorithm, wrapped.ciphertext, native=native)
 
     # --- use ---------------------------------------------------------------------------------
 

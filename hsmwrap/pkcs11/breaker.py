@@ -5,8 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from hsmwrap.errors import HsmUnavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What a call was let through with.
+
+    Attributes:
+        turn: How often the breaker had opened or closed by then. Of calls from before its last
+            turn the breaker learns nothing: one outage ends many calls, and counts once.
+        probe: Whether this is the one call that finds out whether the HSM is back.
+    """
+
+    turn: int
+    probe: bool = False
 
 
 class Breaker:
@@ -25,11 +40,10 @@ class Breaker:
         self._initial = initial_backoff
         self._max = max_backoff
         self._clock = clock
-        self._backoff = initial_backoff
+        self._reason = ""
         self._open_until: float | None = None
         self._probing = False
-        self._reason = ""
-        self.reset_lock()
+        self.reset()
 
     @property
     def state(self) -> str:
@@ -38,44 +52,64 @@ class Breaker:
             return "closed"
         return "half-open" if self._probing or self._clock() >= self._open_until else "open"
 
-    def check(self) -> None:
-        """Let the call pass, as the probe if it is time for one.
+    @property
+    def wait(self) -> float:
+        """Seconds until a call may probe; 0 where one may now, or none has to."""
+        until = self._open_until
+        return 0.0 if until is None else max(0.0, until - self._clock())
+
+    def check(self) -> Pass:
+        """Let a call pass, as the probe if it is time for one.
 
         Raises:
             HsmUnavailable: The breaker is open, or another call is probing.
         """
         with self._lock:
             if self._open_until is None:
-                return
-            wait = self._open_until - self._clock()
-            if wait > 0 or self._probing:
+                return Pass(self._turn)
+            if self.wait or self._probing:
                 raise HsmUnavailable(
-                    f"the HSM is away ({self._reason}); next try in {max(wait, 0):.1f} s"
+                    f"the HSM is away ({self._reason}); next try in {self.wait:.1f} s"
                 )
             self._probing = True
+            return Pass(self._turn, probe=True)
 
-    def succeeded(self) -> None:
+    def is_current(self, held: Pass) -> bool:
+        """Whether the breaker is still as it was when this call was let through."""
+        return held.turn == self._turn
+
+    def succeeded(self, held: Pass) -> None:
         """A call went through: close."""
         if self._open_until is None:
             return
         with self._lock:
-            self._open_until = None
-            self._probing = False
-            self._backoff = self._initial
+            if self.is_current(held):
+                self._turn += 1
+                self._open_until = None
+                self._probing = False
+                self._backoff = self._initial
 
-    def failed(self, reason: str) -> None:
+    def failed(self, held: Pass, reason: str) -> None:
         """The HSM did not come back: open, for longer each time."""
         with self._lock:
-            self._reason = reason
-            self._open_until = self._clock() + self._backoff
-            self._probing = False
-            self._backoff = min(self._backoff * 2, self._max)
+            if self.is_current(held):
+                self._turn += 1
+                self._reason = reason
+                self._open_until = self._clock() + self._backoff
+                self._probing = False
+                self._backoff = min(self._backoff * 2, self._max)
 
-    def probe_undecided(self) -> None:
-        """The probing call ended without touching the HSM: let another one probe."""
-        with self._lock:
-            self._probing = False
+    def undecided(self, held: Pass) -> None:
+        """A call ended without telling anything of the HSM: if it was the probe, another may be."""
+        if held.probe:
+            with self._lock:
+                if self.is_current(held):
+                    self._probing = False
 
-    def reset_lock(self) -> None:
-        """Make the lock anew, in a forked child."""
+    def reset(self) -> None:
+        """Close, with a lock that nobody holds: at the start, and in a forked child."""
         self._lock = threading.Lock()
+        self._turn = 0
+        self._backoff = self._initial
+        self._open_until = None
+        self._probing = False

@@ -47,6 +47,25 @@ def read(key: Any, attribute: Attribute) -> Any:
     return _certain(lambda: key[attribute])
 
 
+def read_if_known(key: Any, attribute: Attribute) -> Any:
+    """An attribute, or None where the HSM token does not have it.
+
+    A token without it is told from a connection that fails for a moment: it says no twice, and
+    tells another attribute in between.
+
+    Raises:
+        SessionHandleInvalid: It is the connection.
+    """
+    for _ in range(2):
+        try:
+            return key[attribute]
+        except PKCS11Error as fault:
+            if recovery_of(fault) is not None:
+                raise
+        read(key, Attribute.CLASS)
+    return None
+
+
 def _certain(get: Callable[[], Any]) -> Any:
     # Where python-pkcs11 reads an attribute, every return code becomes FUNCTION_FAILED (measured).
     try:

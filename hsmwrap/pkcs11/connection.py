@@ -14,8 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 from weakref import WeakSet
 
 from pkcs11.constants import Attribute, TokenFlag
@@ -31,10 +31,12 @@ from hsmwrap.errors import (
     InvalidKeyMaterial,
     KeyNotFound,
     PinError,
+    ServiceUnavailable,
     TokenSelectionError,
+    without_frames,
 )
 from hsmwrap.gate import Gate
-from hsmwrap.pkcs11.breaker import Breaker
+from hsmwrap.pkcs11.breaker import Breaker, Pass
 from hsmwrap.pkcs11.host import ModuleHost
 from hsmwrap.pkcs11.module import Module
 from hsmwrap.pkcs11.pool import (
@@ -44,15 +46,27 @@ from hsmwrap.pkcs11.pool import (
     close_quietly,
     open_worker_session,
 )
-from hsmwrap.pkcs11.returncodes import CKR, CryptokiError, Recovery, Remedy, code_name, recovery_of
+from hsmwrap.pkcs11.prober import Prober
+from hsmwrap.pkcs11.returncodes import (
+    CKR,
+    CryptokiError,
+    Recovery,
+    Remedy,
+    code_name,
+    is_vendor_defined,
+    recovery_of,
+)
 from hsmwrap.pkcs11.selection import TokenDescription, TokenSelector, select
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.templates import HsmAttributeMapper
 
-RESTART_TRIES = 3
-RESTART_PAUSE = 0.05
-"""Seconds between two tries. SoftHSM writes the token's file at each login, and another process
-that looks at that moment sees no token, or one without a PIN (measured, forks under load)."""
+RESTART_PAUSES = (0.05, 0.1, 0.2, 0.4)
+"""Seconds between the tries at connecting. SoftHSM writes the token's file at each login, and
+another process that looks at that moment sees no token, or one without a PIN, or gets GENERAL_ERROR
+for its own login (measured, forks under load)."""
+
+VENDOR_LOGINS = 3
+"""Answers to C_Login in a row with a vendor's own code, until no more is tried."""
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -70,23 +84,35 @@ class _Live:
 
 
 @dataclass(slots=True)
+class Leftover:
+    """A token object that a failed operation may leave behind.
+
+    Attributes:
+        object_id: Its CKA_ID.
+        possible: To be set by the operation right before it makes the object.
+    """
+
+    object_id: bytes
+    possible: bool = False
+
+
+@dataclass(slots=True)
 class _Failure(Exception):
     """An attempt that ended with a return code, and the state that it had seen."""
 
-    error: PKCS11Error
-    generation: int
-    logins: int
-    recovery: Recovery | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.recovery = recovery_of(self.error)
+    name: str
+    recovery: Recovery | None
+    held: Pass
+    generation: int = 0
+    logins: int = 0
 
     def public(self) -> HsmwrapError:
         """The typed error for the caller."""
-        name = code_name(self.error)
-        if self.recovery is None:
-            return HsmError(f"the HSM answered {name}")
-        return self.recovery.error(f"the HSM answered {name}")
+        return _public(self.name, self.recovery)
+
+
+class _VendorLogin(HsmUnavailable):
+    """C_Login answered with a vendor's own code, which may be its word for a refused PIN."""
 
 
 class Connection:
@@ -114,10 +140,12 @@ class Connection:
         self._make_room = make_room
         self._gate = Gate("PKCS#11 backend")
         self._breaker = Breaker(settings.initial_backoff, settings.max_backoff)
+        self._prober = Prober(self._breaker, lambda: self.run(lambda _pooled: None))
         self._mapper = HsmAttributeMapper()
         self._live: _Live | None = None
         self._was_live = settings.lazy
-        self._stopped: PinError | None = None
+        self._stopped: str | None = None
+        self._vendor_logins = 0
         self._orphans: set[bytes] = set()
         self._released = False
         self._lock = threading.Lock()
@@ -147,12 +175,13 @@ class Connection:
         """Number of the module's present life; handles of another one mean nothing."""
         return self._host.generation
 
+    @without_frames
     def run(
         self,
         operation: Callable[[PooledSession], _T],
         *,
         retry: bool = True,
-        leaves: bytes | None = None,
+        leaves: Leftover | None = None,
     ) -> _T:
         """Lend a session to ``operation`` and recover from what can be recovered from.
 
@@ -160,28 +189,34 @@ class Connection:
             operation: Gets a session for itself; may raise ``PKCS11Error`` or typed errors. Its
                 session is closed, with all its session objects, if it raises anything.
             retry: Whether it may run again after a recovery. False for key generation.
-            leaves: Id (CKA_ID) of a token object that a failed ``operation`` may have left
-                behind; it is destroyed before a retry and before the error is raised.
+            leaves: What a failed ``operation`` may have left behind; it is destroyed before a
+                retry and before the error is raised.
 
         Raises:
             BackendClosed, PoolTimeout, HsmUnavailable, HsmResourceExhausted, PinError, HsmError
         """
         with self._gate.enter():
-            if self._stopped is not None:
-                raise self._stopped
-            begun = False
+            return self._run_and_clear_up(operation, retry=retry, leaves=leaves)
 
-            def begin(pooled: PooledSession) -> _T:
-                nonlocal begun
-                begun = True
-                return operation(pooled)
+    def _run_and_clear_up(
+        self, operation: Callable[[PooledSession], _T], *, retry: bool, leaves: Leftover | None
+    ) -> _T:
+        self._require_not_stopped()
+        if leaves is not None and leaves.object_id in self._orphans:
+            # Left by a call before, under the same id; the reaper would take the new one along.
+            leaves.possible = True
+            if not self._cleared(leaves):
+                raise HsmUnavailable("what an earlier call left cannot be destroyed yet")
+            leaves.possible = False
+        try:
+            return self._run(operation, retry=retry, leaves=leaves)
+        except BaseException:
+            self._cleared(leaves)
+            raise
 
-            try:
-                return self._run(begin, retry=retry, leaves=leaves)
-            except BaseException:
-                if leaves is not None and begun:
-                    self._clear_up(leaves)
-                raise
+    def _require_not_stopped(self) -> None:
+        if self._stopped is not None:
+            raise PinError(self._stopped)
 
     def health(self) -> tuple[bool, str, dict[str, Any]]:
         """Whether calls can succeed, why not, and numbers; never waits for the HSM."""
@@ -198,27 +233,32 @@ class Connection:
         if self._gate.closed:
             return False, "closed", facts
         if self._stopped is not None:
-            return False, str(self._stopped), facts
-        if self._breaker.state == "open":
+            return False, self._stopped, facts
+        if self._breaker.state != "closed":
             return False, "the HSM is away", facts
         return live is not None, "ready" if live else "not connected yet", facts
 
     def close(self) -> None:
         """Wait for running calls, then close all sessions and give up the module."""
         self._gate.close()
+        self._prober.stop()
         with self._lock:
             if self._released:
                 return
             self._released = True
+        try:
+            if self._live is not None:
+                self._clear_up_orphans()
             live, self._live = self._live, None
-        if live is not None and live.generation == self._host.generation:
-            self._close_sessions(live)
-        self._host.release()
+            if live is not None and live.generation == self._host.generation:
+                self._close_sessions(live)
+        finally:
+            self._host.release()
 
     def _close_sessions(self, live: _Live) -> None:
         # Inside: another backend of this process may be restarting the module.
         with (
-            suppress(PKCS11Error, HsmUnavailable),
+            suppress(PKCS11Error, ServiceUnavailable),
             self._host.inside(self._settings.session_wait) as (_module, generation),
         ):
             if generation == live.generation:
@@ -226,24 +266,33 @@ class Connection:
                 close_quietly(live.login_session)
 
     def destroy_orphans(self) -> None:
-        """Try again to destroy objects that failed operations left while the HSM was away."""
+        """Try again to destroy objects that failed operations left while the HSM was away.
+
+        Raises:
+            BackendClosed: After :meth:`close`, which has tried it once more.
+        """
+        with self._gate.enter():
+            self._clear_up_orphans()
+
+    def _clear_up_orphans(self) -> None:
         for object_id in tuple(self._orphans):
             self._clear_up(object_id)
 
     # --- attempts and recovery ---------------------------------------------------------------
 
     def _run(
-        self, operation: Callable[[PooledSession], _T], *, retry: bool, leaves: bytes | None
+        self, operation: Callable[[PooledSession], _T], *, retry: bool, leaves: Leftover | None
     ) -> _T:
         try:
             return self._attempt(operation)
         except _CLIENT_S_FAULT:
             # Nobody is blamed for what does not happen twice: where python-pkcs11 reads an
-            # attribute, it turns every return code into FUNCTION_FAILED (measured).
+            # attribute, it turns every return code into FUNCTION_FAILED (measured). Always, as
+            # a second try for some failures only would tell them apart by the time they take.
             if not (retry and self._cleared(leaves)):
                 raise
         except _Failure as failure:
-            collided = leaves is not None and code_name(failure.error) in _COLLISION
+            collided = leaves is not None and failure.name in _COLLISION
             again = (self._recover(failure) and retry) or collided
             if not (again and self._cleared(leaves)):
                 raise failure.public() from None
@@ -255,28 +304,38 @@ class Connection:
 
     def _attempt(self, operation: Callable[[PooledSession], _T]) -> _T:
         deadline = time.monotonic() + self._settings.session_wait
-        self._breaker.check()
+        held = self._breaker.check()
         try:
             while True:
                 try:
-                    return self._attempt_once(operation, deadline)
+                    result = self._attempt_once(operation, deadline, held)
+                    break
                 except StalePool:
                     continue  # the module was restarted while we waited
-        finally:
-            self._breaker.probe_undecided()
+        except _Failure:
+            raise  # what it tells of the HSM is for _recover to say
+        except BaseException:
+            self._breaker.undecided(held)
+            raise
+        self._breaker.succeeded(held)
+        return result
 
-    def _attempt_once(self, operation: Callable[[PooledSession], _T], deadline: float) -> _T:
+    def _attempt_once(
+        self, operation: Callable[[PooledSession], _T], deadline: float, held: Pass
+    ) -> _T:
         wait = max(0.0, deadline - time.monotonic())
         generation, logins = self._host.generation, 0
         try:
             with self._host.inside(wait) as (module, generation):
                 live = self._connect(module, generation)
                 logins = live.logins
-                result = self._lend(live.pool, operation, deadline)
+                return self._lend(live.pool, operation, deadline)
+        except _VendorLogin as error:
+            self._open_breaker(held, str(error))
+            raise HsmUnavailable(str(error)) from None
         except PKCS11Error as error:
-            raise _Failure(error, generation, logins) from None
-        self._breaker.succeeded()
-        return result
+            failure = _Failure(code_name(error), recovery_of(error), held, generation, logins)
+        raise failure
 
     @staticmethod
     def _lend(pool: SessionPool, operation: Callable[[PooledSession], _T], deadline: float) -> _T:
@@ -305,42 +364,51 @@ class Connection:
         """Mend the connection; True if a retry makes sense."""
         recovery = failure.recovery
         if recovery is None:
+            self._breaker.undecided(failure.held)
             return False
-        name = code_name(failure.error)
-        self.recoveries[name] += 1
-        _log.warning("recovering", extra={"ckr": name, "remedy": recovery.remedy.name})
-        if recovery.remedy is Remedy.LOG_IN:
-            self._log_in_again(failure)
-        elif recovery.remedy is Remedy.RESTART:
-            self._restart(failure.generation, name)
-        elif recovery.remedy is Remedy.REAP:
-            with suppress(_Failure, HsmwrapError):
-                self._attempt(self._make_room)
-        elif recovery.remedy is Remedy.STOP:
-            self._stop(name)
+        self.recoveries[failure.name] += 1
+        _log.warning("recovering", extra={"ckr": failure.name, "remedy": recovery.remedy.name})
+        try:
+            if recovery.remedy is Remedy.LOG_IN:
+                self._log_in_again(failure)
+            elif recovery.remedy is Remedy.RESTART:
+                self._restart(failure)
+            elif recovery.remedy is Remedy.REAP:
+                with suppress(_Failure, HsmwrapError):
+                    self._attempt(self._make_room)
+            elif recovery.remedy is Remedy.STOP:
+                self._stop(failure.name)
+        finally:
+            self._breaker.undecided(failure.held)
         return recovery.retry
 
     def _log_in_again(self, failure: _Failure) -> None:
-        with self._host.inside(self._settings.session_wait) as (module, generation):
-            with self._lock:
-                live = self._live
-                if live is None or live.generation != generation or live.logins != failure.logins:
-                    return  # somebody else did
-                try:
-                    # The session that kept the login may be the one that died.
-                    session = self._open_logged_in(module, live.token)
-                except PKCS11Error as error:
-                    raise self._typed(error) from None
-                old, live.login_session = live.login_session, session
-                live.logins += 1
-            close_quietly(old)  # inside: after a restart its handle may be another session's
+        try:
+            with self._host.inside(self._settings.session_wait) as (module, generation):
+                old = self._renew_login(module, generation, failure.logins)
+                if old is not None:
+                    # Inside: after a restart its handle may be another session's.
+                    close_quietly(old)
+        except PKCS11Error as error:
+            raise _typed(error) from None
 
-    def _restart(self, seen: int, name: str) -> None:
+    def _renew_login(self, module: Module, generation: int, seen: int) -> Session | None:
+        """Log in, unless somebody else has since; returns the session that kept the login."""
+        with self._lock:
+            live = self._live
+            if live is None or live.generation != generation or live.logins != seen:
+                return None
+            # A new one: the session that kept the login may be the one that died.
+            old, live.login_session = live.login_session, self._open_logged_in(module, live.token)
+            live.logins += 1
+            return old
+
+    def _restart(self, failure: _Failure) -> None:
         """Restart the module and see whether the HSM token is there again."""
-        if self._breaker.state == "open":
-            raise HsmUnavailable(f"the HSM is away ({name})")
-        wait = self._settings.session_wait
-        for tries_left in reversed(range(RESTART_TRIES)):
+        seen, name, wait = failure.generation, failure.name, self._settings.session_wait
+        for pause in (*RESTART_PAUSES, None):
+            if not self._breaker.is_current(failure.held):
+                raise HsmUnavailable(f"the HSM is away ({name})")  # somebody else found out
             try:
                 self._host.restart(seen, wait)
                 with self._host.inside(wait) as (module, generation):
@@ -348,28 +416,26 @@ class Connection:
                     self._connect(module, generation)
                 break
             except PKCS11Error as error:
-                if not tries_left:
-                    self._breaker.failed(code_name(error))
-                    raise self._typed(error) from None
-            except HsmUnavailable as error:
-                self._breaker.failed(name)
+                if pause is None:
+                    self._open_breaker(failure.held, code_name(error))
+                    raise _typed(error) from None
+            except ServiceUnavailable as error:
+                self._open_breaker(failure.held, name)
                 raise HsmUnavailable(f"the HSM is away ({name}): {error}") from None
-            time.sleep(RESTART_PAUSE)
-        self._breaker.succeeded()
+            time.sleep(pause or 0.0)
+        self._breaker.succeeded(failure.held)
         _log.warning("HSM module restarted", extra={"generation": self._host.generation})
 
-    def _stop(self, name: str) -> None:
-        self._stopped = PinError(
+    def _open_breaker(self, held: Pass, reason: str) -> None:
+        self._breaker.failed(held, reason)
+        self._prober.start()
+
+    def _stop(self, name: str) -> NoReturn:
+        self._stopped = (
             f"the HSM token answered {name} to the login; not trying again, as that may lock it. "
             "Mend the PIN and open the backend anew"
         )
-        raise self._stopped
-
-    def _typed(self, error: PKCS11Error) -> HsmwrapError:
-        failure = _Failure(error, self._host.generation, 0)
-        if failure.recovery is not None and failure.recovery.remedy is Remedy.STOP:
-            self._stop(code_name(error))
-        return failure.public()
+        raise PinError(self._stopped)
 
     # --- connecting --------------------------------------------------------------------------
 
@@ -381,15 +447,13 @@ class Connection:
             raise
 
     def _first_call(self) -> None:
-        for tries_left in reversed(range(RESTART_TRIES)):
+        for pause in RESTART_PAUSES:
             try:
                 return self.run(lambda _session: None)
             except TokenSelectionError:
-                if not tries_left:
-                    raise
-            time.sleep(RESTART_PAUSE)
-            self._host.restart(self._host.generation, self._settings.session_wait)
-        return None
+                time.sleep(pause)
+                self._host.restart(self._host.generation, self._settings.session_wait)
+        return self.run(lambda _session: None)
 
     def _connect(self, module: Module, generation: int) -> _Live:
         live = self._live
@@ -400,22 +464,34 @@ class Connection:
             if live is not None and live.generation == generation:
                 return live
             if live is not None:
-                live.pool.abandon()
+                self._leave_behind(live)
             with _connecting():
                 self._live = self._log_in_anew(module, generation)
             self._was_live = True
             return self._live
 
+    def _leave_behind(self, live: _Live) -> None:
+        """Forget the sessions of a life that is over; close them if they outlived it."""
+        if self._host.sessions_live_on:
+            live.pool.close()
+            close_quietly(live.login_session)
+        else:
+            live.pool.abandon()
+
     def _log_in_anew(self, module: Module, generation: int) -> _Live:
         token = self._find_token(module)
         session = self._open_logged_in(module, token)
         pool = SessionPool(
-            lambda: open_worker_session(token, self._mapper),
+            lambda: self._open_worker(token),
             module.is_logged_in,
             self._host.token_writes(),
             self._settings.sessions,
         )
         return _Live(generation, token, session, pool)
+
+    def _open_worker(self, token: Token) -> Session:
+        with _connecting():
+            return open_worker_session(token, self._mapper)
 
     def _open_logged_in(self, module: Module, token: Token) -> Session:
         session = open_worker_session(token, self._mapper)
@@ -439,8 +515,7 @@ class Connection:
         pin = self._settings.pin
         if pin is None:
             return
-        if self._stopped is not None:
-            raise self._stopped
+        self._require_not_stopped()
         flags = _flags_of(session)
         doubtful = [f.name for f in _DOUBTFUL_PIN if flags & f]
         if doubtful and not self._settings.force_login:
@@ -448,16 +523,40 @@ class Connection:
                 f"not logging in: the HSM token says {', '.join(map(str, doubtful))}, so a wrong "
                 "PIN may lock it. Check the PIN, then set force_login once"
             )
-        module.log_in(session, pin.read().reveal())
+        try:
+            module.log_in(session, pin.read())
+        except PKCS11Error as error:
+            name, recovery = code_name(error), recovery_of(error)
+            # Here and not where it is recovered from: nobody may log in in between.
+            if recovery is not None and recovery.remedy is Remedy.STOP:
+                self._stop(name)
+            if is_vendor_defined(error):
+                self._doubt_login(name)
+            raise
+        self._vendor_logins = 0
+
+    def _doubt_login(self, name: str) -> NoReturn:
+        """A few tries, each after a backoff.
+
+        Raises:
+            PinError: That was the last.
+            HsmUnavailable: It was not.
+        """
+        self._vendor_logins += 1
+        if self._vendor_logins >= VENDOR_LOGINS:
+            self._stop(name)
+        raise _VendorLogin(f"the HSM token answered {name} to the login")
 
     # --- leftovers ---------------------------------------------------------------------------
 
-    def _cleared(self, leaves: bytes | None) -> bool:
-        """Whether a second try may begin.
+    def _cleared(self, leaves: Leftover | None) -> bool:
+        """Destroy what an attempt left; False if that is for later, so that none may follow it.
 
-        What the first one left would be destroyed later by its id, and the second's with it.
+        It would be destroyed by its id, and what a second attempt made under the id with it.
         """
-        return leaves is None or self._clear_up(leaves)
+        if leaves is None or not leaves.possible:
+            return True
+        return self._clear_up(leaves.object_id)
 
     def _clear_up(self, object_id: bytes) -> bool:
         """Destroy whatever has this id; if that fails now, remember it and return False.
@@ -476,7 +575,8 @@ class Connection:
     def reset_after_fork(self) -> None:
         """Start over in a child: locks that nobody holds, no handle of the parent's."""
         self._lock = threading.Lock()
-        self._breaker.reset_lock()
+        self._breaker.reset()
+        self._prober.reset()
         self._live = None
         self._orphans = set()
 
@@ -490,6 +590,15 @@ _DOUBTFUL_PIN = (
     TokenFlag.USER_PIN_FINAL_TRY,
     TokenFlag.USER_PIN_LOCKED,
 )
+
+
+def _typed(error: PKCS11Error) -> HsmwrapError:
+    return _public(code_name(error), recovery_of(error))
+
+
+def _public(name: str, recovery: Recovery | None) -> HsmwrapError:
+    """The typed error for the caller."""
+    return (recovery.error if recovery else HsmError)(f"the HSM answered {name}")
 
 
 @contextmanager

@@ -17,13 +17,15 @@ from datetime import datetime
 from typing import Any
 
 from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.exceptions import KeyHandleInvalid, ObjectHandleInvalid, WrappingKeyHandleInvalid
 from pkcs11.mechanisms import KeyType
 
 from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken
 from hsmwrap.pkcs11 import reaper
-from hsmwrap.pkcs11.keys import OPENS, KeySets, Role
+from hsmwrap.pkcs11.clientfault import blame
+from hsmwrap.pkcs11.keys import KeySets, Role
 from hsmwrap.pkcs11.pool import PooledSession
 from hsmwrap.pkcs11.probe import MECHANISMS, TokenFeatures
 from hsmwrap.pkcs11.templates import (
@@ -36,11 +38,23 @@ from hsmwrap.pkcs11.templates import (
 )
 
 OBJECT_ID_LENGTH = 16
+_GONE = (KeyHandleInvalid, ObjectHandleInvalid, WrappingKeyHandleInvalid)
 _VERSION = 1
 _HEAD = struct.Struct(">BBH")
 
-# Codes on the wire: never reused, never renumbered.
-_ROLES = (Role.WRAPPING_UNWRAP, Role.WRAPPING_DECRYPT, Role.WRAPPING_DERIVE)
+# What a wrapping key is for. Codes on the wire: never reused, never renumbered.
+_USES = (
+    (Role.WRAPPING_UNWRAP, WrappingAlgorithm.RSAES_OAEP_SHA_1),
+    (Role.WRAPPING_DECRYPT, WrappingAlgorithm.RSAES_OAEP_SHA_256),
+    (Role.WRAPPING_DERIVE, WrappingAlgorithm.SM2PKE),
+    (Role.WRAPPING_UNWRAP, WrappingAlgorithm.RSAES_PKCS1_V1_5),
+    (Role.WRAPPING_UNWRAP, WrappingAlgorithm.RSAES_OAEP_SHA_256),
+    (Role.WRAPPING_DECRYPT, WrappingAlgorithm.RSAES_PKCS1_V1_5),
+    (Role.WRAPPING_DECRYPT, WrappingAlgorithm.RSAES_OAEP_SHA_1),
+)
+_CODE = {use: code for code, use in enumerate(_USES)}
+# Until the algorithm is bound, the first use of the role stands for it.
+_CODE_OF_ROLE = {role: code for code, (role, _) in reversed(list(enumerate(_USES)))}
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +100,8 @@ class WrappingKeyStore:
 
     def sealing_template(self, role: Role, *, trusted: bool) -> Template:
         """Template to generate a private key with that will be sealed: extractable, no use."""
-        idle = {k: (False if v is True and k in _USES else v) for k, v in OPENS[role].items()}
+        becomes = self.keys.opens(role)
+        idle = {k: (False if v is True and k in _ACTIVE else v) for k, v in becomes.items()}
         template = {**idle, Attribute.EXTRACTABLE: True, **_guard(trusted=trusted)}
         return self.features.fit(template)
 
@@ -103,19 +118,33 @@ class WrappingKeyStore:
         becomes = self.features.fit(intermediate(trusted=trusted))
         pins = _pinned(algorithm, becomes) if role is Role.WRAPPING_UNWRAP else {}
         label = reaper.label(self.prefix, expires_at)
-        return stored(self.features.fit({**OPENS[role], **pins}), object_id, label)
+        return stored(self.features.fit({**self.keys.opens(role), **pins}), object_id, label)
 
     def seal(self, pooled: PooledSession, role: Role, private: Any, number: int) -> PrivateKeyRef:
-        """Wrap a freshly generated private key under the key set ``number``."""
+        """Wrap a freshly generated private key under the key set ``number``.
+
+        Under the one that is current instead, if that one was retired while the pair was made:
+        generating another pair would take long.
+
+        Raises:
+            ConfigurationError: There is no current key set, or it lacks the key.
+        """
+        try:
+            return self._seal(pooled, role, private, number)
+        except _GONE:
+            self.keys.forget()
+            return self._seal(pooled, role, private, self.keys.current(pooled))
+
+    def _seal(self, pooled: PooledSession, role: Role, private: Any, number: int) -> PrivateKeyRef:
         kek = self.keys.require(pooled, role, number)
         blob = kek.wrap_key(private, mechanism=AES_KEY_WRAP)
-        head = _HEAD.pack(_VERSION, _ROLES.index(role), number)
+        head = _HEAD.pack(_VERSION, _CODE_OF_ROLE[role], number)
         return PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, head + blob)
 
     @staticmethod
     def resident(role: Role, object_id: bytes) -> PrivateKeyRef:
         """Reference to a resident private key."""
-        head = _HEAD.pack(_VERSION, _ROLES.index(role), 0)
+        head = _HEAD.pack(_VERSION, _CODE_OF_ROLE[role], 0)
         return PrivateKeyRef(Custody.HSM_INTERNAL, head + object_id)
 
     @contextmanager
@@ -123,7 +152,8 @@ class WrappingKeyStore:
         """Yield the role and the private key object for the length of a ``with`` block.
 
         Raises:
-            InvalidImportToken: The key, or the key-encryption key that sealed it, is gone.
+            InvalidImportToken: The key, or the key-encryption key that sealed it, is gone, or
+                the blob does not open.
         """
         role, number, data = parse_ref(ref)
         if ref.custody is Custody.HSM_INTERNAL:
@@ -132,8 +162,9 @@ class WrappingKeyStore:
         kek = self.keys.find(pooled, role, number)
         if kek is None:
             raise InvalidImportToken("the key set that sealed this import token was retired")
-        template = for_unwrap(self.features.fit(OPENS[role]))
-        private = kek.unwrap_key(key_data=data, mechanism=AES_KEY_WRAP, **template)
+        template = for_unwrap(self.features.fit(self.keys.opens(role)))
+        with blame(kek, error=InvalidImportToken):
+            private = kek.unwrap_key(key_data=data, mechanism=AES_KEY_WRAP, **template)
         try:
             yield role, private
         finally:
@@ -147,22 +178,44 @@ class WrappingKeyStore:
         return found[0]
 
 
-_USES = frozenset({Attribute.UNWRAP, Attribute.DECRYPT, Attribute.DERIVE, Attribute.SIGN})
+_ACTIVE = frozenset({Attribute.UNWRAP, Attribute.DECRYPT, Attribute.DERIVE, Attribute.SIGN})
 
 
 def parse_ref(ref: PrivateKeyRef) -> tuple[Role, int, bytes]:
     """Role, key set number and data (blob or object id) of a private key reference.
 
     Raises:
-        InvalidImportToken: It is of a version that is not known here.
+        InvalidImportToken: It does not parse, or is of a version that is not known here.
     """
     try:
-        version, role, number = _HEAD.unpack_from(ref.data)
-        if version != _VERSION:
-            raise InvalidImportToken("the import token's private key has an unknown version")
-        return _ROLES[role], number, ref.data[_HEAD.size :]
+        version, code, number = _HEAD.unpack_from(ref.data)
+        (role, _), data = _USES[code], ref.data[_HEAD.size :]
     except (struct.error, IndexError):
         raise InvalidImportToken("the import token's private key does not parse") from None
+    if version != _VERSION:
+        raise InvalidImportToken("the import token's private key has an unknown version")
+    # An empty id would name every object that has none.
+    if ref.custody is Custody.HSM_INTERNAL and len(data) != OBJECT_ID_LENGTH:
+        raise InvalidImportToken("the import token's private key names no object")
+    return role, number, data
+
+
+def bind(ref: PrivateKeyRef, algorithm: WrappingAlgorithm) -> PrivateKeyRef:
+    """The reference to a private key that may be used by this algorithm and no other."""
+    role, number, data = parse_ref(ref)
+    head = _HEAD.pack(_VERSION, _CODE[role, algorithm], number)
+    return PrivateKeyRef(ref.custody, head + data)
+
+
+def require_bound(ref: PrivateKeyRef, algorithm: WrappingAlgorithm) -> None:
+    """Return if the reference is bound to this algorithm.
+
+    Raises:
+        InvalidImportToken: It is bound to another, or does not parse.
+    """
+    parse_ref(ref)
+    if _USES[_HEAD.unpack_from(ref.data)[1]][1] is not algorithm:
+        raise InvalidImportToken("the import token's private key is for another algorithm")
 
 
 def new_object_id() -> bytes:

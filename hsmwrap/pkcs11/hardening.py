@@ -18,7 +18,7 @@ from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType
 from pkcs11.types import Session
 
-from hsmwrap.pkcs11.returncodes import recovery_of
+from hsmwrap.pkcs11.clientfault import read_if_known
 from hsmwrap.pkcs11.templates import AES_KEY_WRAP, NestedTemplate, Template, secret_key
 
 NOTHING: frozenset[Attribute] = frozenset()
@@ -74,13 +74,8 @@ def _make_and_destroy(session: Session, template: Template) -> None:
 
 def missing_on(key_encryption_key: Any) -> frozenset[Attribute]:
     """Attributes that the key was made without; CKA_UNWRAP_TEMPLATE cannot be read (measured)."""
-    return frozenset(a for a in _READABLE if not _has(key_encryption_key, a))
-
-
-def _has(key: Any, attribute: Attribute) -> bool:
-    try:
-        return bool(key[attribute] == _READABLE[attribute])
-    except PKCS11Error as error:
-        if recovery_of(error) is not None:
-            raise
-        return False
+    return frozenset(
+        attribute
+        for attribute, value in _READABLE.items()
+        if read_if_known(key_encryption_key, attribute) != value
+    )

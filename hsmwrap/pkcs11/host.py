@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 from pkcs11.exceptions import PKCS11Error
@@ -35,7 +35,13 @@ FORK_WAIT = 5.0
 
 
 class ModuleHost:
-    """A loaded module, shared by the backends of this process that use it."""
+    """A loaded module, shared by the backends of this process that use it.
+
+    Attributes:
+        generation: Number of the module's present life.
+        sessions_live_on: Whether the last restart could not finalise the module, so that the
+            sessions of the life before are still open in it.
+    """
 
     _hosts: ClassVar[dict[str, ModuleHost]] = {}
     _hosts_lock: ClassVar[threading.Lock] = threading.Lock()
@@ -49,6 +55,7 @@ class ModuleHost:
         self._users = 0
         self._forked = False
         self._ready = False
+        self.sessions_live_on = False
         self._reset_lock()
 
     @classmethod
@@ -68,12 +75,15 @@ class ModuleHost:
             self._users -= 1
             if self._users:
                 return
-            self._hosts.pop(self.path, None)
         if self._quiesce(timeout):
             try:
+                # Still in the table: a backend that opens meanwhile waits at this very host.
                 self._finalise()
             finally:
                 self._let_in()
+        with self._hosts_lock:
+            if not self._users and not self._ready and not self._forked:
+                self._hosts.pop(self.path, None)
 
     def token_writes(self) -> AbstractContextManager[Any]:
         """Held while token objects are created or destroyed.
@@ -126,7 +136,7 @@ class ModuleHost:
             raise HsmUnavailable("calls into the PKCS#11 module do not return; cannot restart it")
         try:
             if self.generation == seen:
-                self._finalise()
+                self.sessions_live_on = not self._finalise()
                 self._load()
         finally:
             self._let_in()
@@ -175,12 +185,18 @@ class ModuleHost:
         self._ready = True
         self.generation += 1
 
-    def _finalise(self) -> None:
+    def _finalise(self) -> bool:
+        """Finalise the module if it is ours; True if no session can be left of this life."""
         self._ready = False
-        if self._module is not None:
-            # Whatever C_Finalize says of a lost HSM: what counts is whether it comes back.
-            with suppress(PKCS11Error):
-                self._module.finalize()
+        if self._module is None or self._forked:
+            return True  # a child has initialised nothing yet, and leaves the parent's state alone
+        # Whatever C_Finalize says of a lost HSM: what counts is whether it comes back.
+        ours = self._module.owned
+        try:
+            self._module.finalize()
+        except PKCS11Error:
+            return False
+        return ours
 
     def _quiesce(self, timeout: float) -> bool:
         """Let nobody in and wait for those inside; True when exclusive."""

@@ -10,27 +10,39 @@ CKA_WRAP_WITH_TRUSTED, so that no other key can wrap it (field note 20).
 Keys are found by their label, and whoever has the PIN can give any key that label. So a key counts
 only if it has the attributes of one that was made here; and beside a trusted key-encryption key
 those that are not trusted do not count, neither in its own set nor as a newer set.
+
+The seal key is made last and destroyed last: a set without one is unfinished, or is being retired,
+and nothing is sealed with it.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
 from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
-from pkcs11.exceptions import PKCS11Error
+from pkcs11.exceptions import (
+    FunctionFailed,
+    KeyHandleInvalid,
+    PKCS11Error,
+    SessionHandleInvalid,
+)
 from pkcs11.mechanisms import KeyType
 from pkcs11.types import Session
 
 from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.pkcs11 import hardening
+from hsmwrap.pkcs11.clientfault import read_if_known
 from hsmwrap.pkcs11.pool import PooledSession
+from hsmwrap.pkcs11.profiles import VendorSm2
 from hsmwrap.pkcs11.templates import (
     AES_KEY_WRAP,
     USES,
@@ -55,7 +67,7 @@ class Role(StrEnum):
     WRAPPING_DECRYPT = "kek-wrapping-decrypt"
     """Wraps RSA wrapping keys that may only C_Decrypt, for the paths through the host."""
     WRAPPING_DERIVE = "kek-wrapping-derive"
-    """Wraps SM2 wrapping keys, where the token can unwrap them."""
+    """Wraps SM2 wrapping keys, where the token can unwrap them (a vendor's may C_Decrypt)."""
     MATERIAL_AES = "kek-material-aes"
     """Wraps imported AES keys."""
     MATERIAL_SM4 = "kek-material-sm4"
@@ -72,20 +84,31 @@ OPENS: Mapping[Role, Template] = MappingProxyType(
     }
 )
 """What a blob of each key-encryption key becomes, and the only thing that it can become."""
+
+
+def opens(role: Role, vendor: VendorSm2 | None = None) -> Template:
+    """The same, where a vendor's SM2 keys are of a type of their own or decrypt by themselves."""
+    if role is not Role.WRAPPING_DERIVE or vendor is None:
+        return OPENS[role]
+    use = Attribute.DERIVE if vendor.decrypt is None else Attribute.DECRYPT
+    return private_key(vendor.key_type or KeyType.EC, use)
+
+
 _MATERIAL_ROLES = frozenset({Role.MATERIAL_AES, Role.MATERIAL_SM4})
 
 
-_HIGHEST_NUMBER = 0xFFFF
+HIGHEST_NUMBER = 0xFFFF
 """References to sealed keys have two bytes for the number of the key set."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A key of ours in the HSM token."""
+    """A key in the HSM token with a label of ours; ``made_here`` if its attributes are, too."""
 
     role: Role
     number: int
     trusted: bool
+    made_here: bool
     key: Any
 
 
@@ -98,27 +121,48 @@ class KeySet:
     roles: tuple[Role, ...]
     trusted: bool
 
+    @property
+    def finished(self) -> bool:
+        """Whether it has a seal key, which is made last."""
+        return Role.SEAL in self.roles
+
     def info(self) -> KeySetInfo:
         """For ``hsmwrap keys list``."""
         trust = "trusted" if self.trusted else "NOT trusted (made without the SO PIN)"
-        return KeySetInfo(
-            str(self.number), self.current, f"{len(self.roles)} keys, key-encryption keys {trust}"
-        )
+        detail = f"{len(self.roles)} keys, key-encryption keys {trust}"
+        if not self.finished:
+            detail = f"{len(self.roles)} keys, NOT finished: `hsmwrap keys retire` removes them"
+        return KeySetInfo(str(self.number), self.current, detail)
 
 
 class KeySets:
     """Finds the key sets of one prefix; an instance is shared by the threads of a backend."""
 
-    def __init__(self, prefix: str, *, must_be_trusted: bool = False) -> None:
-        """Take the label prefix of this backend's objects, and whether only trust counts."""
+    def __init__(
+        self, prefix: str, *, must_be_trusted: bool = False, vendor: VendorSm2 | None = None
+    ) -> None:
+        """Find and make keys.
+
+        Args:
+            prefix: Start of the labels of this backend's objects.
+            must_be_trusted: Whether only trusted key sets count.
+            vendor: The vendor's SM2 keys, if the profile names some.
+        """
         self._prefix = prefix
         self._must_be_trusted = must_be_trusted
+        self._vendor = vendor
         self._current: tuple[int, float] | None = None
         self._trusted: frozenset[int] = frozenset()
+        self._trusted_sets: frozenset[int] = frozenset()
+        self._epoch = 0
 
     def label(self, role: Role, number: int) -> str:
-        """CKA_LABEL of one key, and CKA_ID: NSS replaces a key by another of its id (measured)."""
+        """CKA_LABEL of one key."""
         return f"{self._prefix}:{role}:{number}"
+
+    def opens(self, role: Role) -> Template:
+        """What a blob of this key-encryption key becomes."""
+        return opens(role, self._vendor)
 
     def current(self, pooled: PooledSession) -> int:
         """Number of the current key set.
@@ -127,18 +171,28 @@ class KeySets:
             ConfigurationError: There is none, or the trusted ones that were there are gone.
         """
         known = self._current
-        if known is not None and time.monotonic() < known[1]:
+        if known is not None and time.monotonic() < known[1] and self._is_there(pooled, known[0]):
             return known[0]
         number = next((each.number for each in self.list(pooled.session) if each.current), None)
         if number is None:
             pooled.require_login()
             kind = "trusted " if self._must_be_trusted else ""
-            lost = "lost its trusted" if self._trusted else f"has no {kind}".rstrip()
+            lost = "lost its trusted" if self._trusted_sets else f"has no {kind}".rstrip()
             raise ConfigurationError(
                 f"the HSM token {lost} keys labelled {self._prefix}:…; run `hsmwrap keys init`"
             )
         self._current = (number, time.monotonic() + CURRENT_SET_LIFETIME)
         return number
+
+    def _is_there(self, pooled: PooledSession, number: int) -> bool:
+        # Costs a search in a session's first use: one that replaces a session that failed looks
+        # whether the set was retired meanwhile.
+        return self.find(pooled, Role.SEAL, number) is not None
+
+    def forget(self) -> None:
+        """Look again for everything: a key that was known turned out to be gone."""
+        self._current = None
+        self._epoch += 1
 
     def trusts(self, number: int) -> bool:
         """Whether this set's key-encryption keys were seen to be CKA_TRUSTED."""
@@ -146,38 +200,45 @@ class KeySets:
 
     def find(self, pooled: PooledSession, role: Role, number: int) -> Any:
         """The key object of this session, or None when there is no such key (any more)."""
-        label = self.label(role, number)
-        if label not in pooled.objects:
-            present = pooled.certain(lambda: list(self._search(pooled.session, label)))
-            found = [each for each in present if self._counts(each)]
-            if len(found) != 1:
-                return None
-            pooled.objects[label] = found[0].key
-        return pooled.objects[label]
+        label, epoch = self.label(role, number), self._epoch
+        known = pooled.objects.get(label)
+        if known is not None and known[0] == epoch:
+            return known[1]
+        present = pooled.certain(lambda: list(self._search(pooled.session, label)))
+        found = [each for each in present if self._counts(each)]
+        if len(found) != 1:
+            return None
+        pooled.objects[label] = epoch, found[0].key
+        return found[0].key
 
     def require(self, pooled: PooledSession, role: Role, number: int) -> Any:
-        """The key object of this session.
+        """The key object of this session, of the set that :meth:`current` said.
 
         Raises:
+            KeyHandleInvalid: The set was retired since, and another one is current: try again.
             ConfigurationError: There is no such key, or more than one.
         """
         key = self.find(pooled, role, number)
-        if key is None:
-            raise ConfigurationError(
-                f"the HSM token has not exactly one key {self.label(role, number)}; "
-                "`hsmwrap keys rotate` makes a new set"
-            )
-        return key
+        if key is not None:
+            return key
+        self.forget()
+        if self.current(pooled) != number:
+            raise KeyHandleInvalid
+        raise ConfigurationError(
+            f"the HSM token has not exactly one key {self.label(role, number)}; "
+            "`hsmwrap keys rotate` makes a new set"
+        )
 
     def list(self, session: Session) -> list[KeySet]:
-        """All key sets, oldest first; one without a seal key was never finished."""
-        found = tuple(self._search(session))
+        """All key sets, oldest first; one without a seal key is unfinished and never current."""
+        found = [each for each in self._search(session) if each.made_here]
         self._trusted |= {each.number for each in found if each.trusted}
         roles: dict[int, set[Role]] = {}
         for each in filter(self._counts, found):
             roles.setdefault(each.number, set()).add(each.role)
         finished = {number for number in roles if Role.SEAL in roles[number]}
-        only_trusted = self._must_be_trusted or self._trusted
+        self._trusted_sets |= finished & self._trusted
+        only_trusted = self._must_be_trusted or self._trusted_sets
         current = max(finished & self._trusted if only_trusted else finished, default=None)
         return [
             KeySet(
@@ -186,20 +247,36 @@ class KeySets:
                 roles=tuple(sorted(roles[number])),
                 trusted=number in self._trusted,
             )
-            for number in sorted(finished)
+            for number in sorted(roles)
         ]
 
+    def numbers(self, session: Session) -> frozenset[int]:
+        """Numbers that any label of ours has, of finished sets or not, whoever made the key."""
+        return frozenset(each.number for each in self._search(session))
+
+    def is_complete(self, session: Session, number: int, roles: frozenset[Role]) -> bool:
+        """Whether the set has exactly one key for each of these roles, and no other key."""
+        found = [each for each in self._search(session) if each.number == number]
+        self._trusted |= {each.number for each in found if each.trusted and each.made_here}
+        return Counter(each.role for each in found) == Counter(roles) and all(
+            self._counts(each) for each in found
+        )
+
     def _search(self, session: Session, label: str | None = None) -> Iterator[_Found]:
-        """Keys with a label of ours, or this one, and the attributes that :meth:`create` gives."""
+        """Keys with a label of ours, or this one, that may do what :meth:`create` allows."""
         wanted: list[Template] = [{Attribute.WRAP: True}, {Attribute.SIGN: True}]
         if label is not None:
             wanted = [{Attribute.LABEL: label}]
         stored: Template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.TOKEN: True}
+        seen: set[int | None] = set()
         for key in chain.from_iterable(session.get_objects(stored | each) for each in wanted):
-            attributes = key.get_attributes([Attribute.LABEL, Attribute.TRUSTED, *_TELLTALE])
+            attributes = _read(key, Attribute.LABEL, Attribute.TRUSTED, *_TELLTALE)
             named = self._parse(attributes.get(Attribute.LABEL, ""))
-            if named is not None and _made_here(named[0], attributes):
-                yield _Found(*named, bool(attributes.get(Attribute.TRUSTED, False)), key)
+            if named is None or key.handle in seen:
+                continue
+            seen.add(key.handle)
+            trusted = bool(attributes.get(Attribute.TRUSTED, False))
+            yield _Found(*named, trusted, _made_here(named[0], attributes), key)
 
     def _parse(self, label: str) -> tuple[Role, int] | None:
         try:
@@ -207,31 +284,37 @@ class KeySets:
             named = Role(role), int(number)
         except ValueError:
             return None
-        canonical = label == self.label(*named) and 0 < named[1] <= _HIGHEST_NUMBER
+        canonical = label == self.label(*named) and 0 < named[1] <= HIGHEST_NUMBER
         return named if canonical else None
 
     def _counts(self, found: _Found) -> bool:
         """A set with one trusted key-encryption key has no others."""
-        return found.role is Role.SEAL or found.trusted or found.number not in self._trusted
+        trust = found.role is Role.SEAL or found.trusted or found.number not in self._trusted
+        return found.made_here and trust
 
-    def create(self, session: Session, role: Role, number: int, *, trusted: bool) -> None:
+    def create(
+        self, session: Session, role: Role, number: int, made_by: str, *, trusted: bool
+    ) -> None:
         """Create one key, as hardened as the HSM token can.
 
-        A trusted key-encryption key needs the security officer's session.
+        A trusted key-encryption key needs the security officer's session. ``made_by`` is a fresh
+        word that :meth:`destroy` finds the keys again by, and nobody else's.
         """
+        create = partial(self._create, session, role, number, made_by, trusted=trusted)
         try:
-            self._create(session, role, number, trusted=trusted, refused=hardening.NOTHING)
+            create(refused=hardening.NOTHING)
         except PKCS11Error:
             refused = hardening.refused_by(session)
             if not refused:
                 raise
-            self._create(session, role, number, trusted=trusted, refused=refused)
+            create(refused=refused)
 
     def _create(
         self,
         session: Session,
         role: Role,
         number: int,
+        made_by: str,
         *,
         trusted: bool,
         refused: frozenset[Attribute],
@@ -239,30 +322,40 @@ class KeySets:
         if role is Role.SEAL:
             template, capabilities, key_type = _SEAL_KEY, MechanismFlag.SIGN, KeyType.GENERIC_SECRET
         else:
-            template = _key_encryption_key(role, trusted=trusted, refused=refused)
+            template = _key_encryption_key(role, self.opens(role), trusted=trusted, refused=refused)
             capabilities, key_type = MechanismFlag.WRAP | MechanismFlag.UNWRAP, KeyType.AES
         session.generate_key(
             key_type,
             256,
-            id=self.label(role, number).encode(),
+            id=self._id(role, number, made_by),
             label=self.label(role, number),
             store=True,
             capabilities=capabilities,
             template=without(template, refused),
         )
 
-    def destroy(self, session: Session, number: int) -> int:
-        """Destroy a key set; returns the number of keys destroyed."""
-        labels = [self.label(role, number) for role in Role]
-        found = [
-            key
-            for label in labels
-            for key in session.get_objects({Attribute.LABEL: label, Attribute.TOKEN: True})
-        ]
-        for key in found:
-            key.destroy()
-        self._current = None
-        return len(found)
+    def _id(self, role: Role, number: int, made_by: str) -> bytes:
+        """CKA_ID; never the same twice, as NSS replaces a key by another of its id (measured)."""
+        return f"{self.label(role, number)}:{made_by}".encode()
+
+    def destroy(self, session: Session, number: int, made_by: str | None = None) -> int:
+        """Destroy what there is of a key set, or only what one :meth:`create` made of it.
+
+        Returns:
+            The number of keys destroyed. After an error some may be left; another call goes on.
+        """
+        destroyed = 0
+        # What is being retired stays listed to the end; what was never finished must not look so.
+        seal_first = made_by is not None
+        for role in sorted(Role, key=lambda role: role is Role.SEAL, reverse=seal_first):
+            wanted: Template = {Attribute.LABEL: self.label(role, number), Attribute.TOKEN: True}
+            if made_by is not None:
+                wanted[Attribute.ID] = self._id(role, number, made_by)
+            for key in list(session.get_objects(wanted)):
+                key.destroy()
+                destroyed += 1
+        self.forget()
+        return destroyed
 
 
 _SEAL_KEY: Template = {
@@ -275,14 +368,16 @@ _SEAL_KEY: Template = {
 }
 
 
-def _key_encryption_key(role: Role, *, trusted: bool, refused: frozenset[Attribute]) -> Template:
+def _key_encryption_key(
+    role: Role, becomes: Template, *, trusted: bool, refused: frozenset[Attribute]
+) -> Template:
     # Imported keys may become token objects. Wrapping keys may not: what was unsealed while the
     # set was there must not outlive its retirement.
     loose = {Attribute.TOKEN} if role in _MATERIAL_ROLES else frozenset()
-    opens: Template = {key: value for key, value in OPENS[role].items() if key not in loose}
+    pinned: Template = {key: value for key, value in becomes.items() if key not in loose}
     template: Template = {
         **_SEAL_KEY,
-        Attribute.UNWRAP_TEMPLATE: NestedTemplate(without(opens, refused)),
+        Attribute.UNWRAP_TEMPLATE: NestedTemplate(without(pinned, refused)),
         Attribute.ALLOWED_MECHANISMS: (AES_KEY_WRAP,),
     }
     if trusted:
@@ -319,7 +414,14 @@ def _made_here(role: Role, attributes: Mapping[Attribute, Any]) -> bool:
 
 def is_trusted(key: Any) -> bool:
     """Whether this key-encryption key is CKA_TRUSTED."""
+    return bool(read_if_known(key, Attribute.TRUSTED))
+
+
+def _read(key: Any, *attributes: Attribute) -> Mapping[Attribute, Any]:
+    """Those of these attributes that the HSM token tells."""
     try:
-        return bool(key[Attribute.TRUSTED])
-    except PKCS11Error:
-        return False
+        found: Mapping[Attribute, Any] = key.get_attributes(attributes)
+    except FunctionFailed:
+        # That is what python-pkcs11 makes of every return code here, a lost session's too.
+        raise SessionHandleInvalid from None
+    return found

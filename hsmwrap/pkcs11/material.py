@@ -25,6 +25,7 @@ from hsmwrap.backend import Custody, KeyRef
 from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import InvalidKeyMaterial, KeyNotFound
 from hsmwrap.pkcs11.clientfault import blame
+from hsmwrap.pkcs11.connection import Leftover
 from hsmwrap.pkcs11.custody import OBJECT_ID_LENGTH, intermediate
 from hsmwrap.pkcs11.keys import OPENS, KeySets, Role
 from hsmwrap.pkcs11.pool import PooledSession
@@ -63,7 +64,7 @@ class MaterialStore:
         unwrap: Unwrap,
         key_spec: KeySpec,
         expected: bytes | None,
-        object_id: bytes,
+        leaves: Leftover,
     ) -> tuple[KeyRef, bytes]:
         """Turn material into a key; returns its reference and check value.
 
@@ -72,23 +73,24 @@ class MaterialStore:
             unwrap: Makes the material an object; its failures are already the client's.
             key_spec: What it has to become.
             expected: On a re-import, the check value before.
-            object_id: Id of the token object, where custody is HSM_INTERNAL.
+            leaves: Has the id of the token object, where custody is HSM_INTERNAL.
 
         Raises:
             InvalidKeyMaterial: Wrong length, or not the same material.
         """
         if not self.features.wraps_secret_keys:
-            return self._make_object(pooled, unwrap, key_spec, expected, object_id)
+            return self._make_object(pooled, unwrap, key_spec, expected, leaves)
         number = self.keys.current(pooled)
         blob, check = self._wrap(pooled, unwrap, key_spec, number)
         _require_same(expected, check)
         if self.custody is Custody.HSM_ENCRYPTED_DATABASE:
             return self._sealed_ref(key_spec, number, blob), check
         kek = self._kek(pooled, ROLE_OF[key_spec], number)
-        arguments = for_unwrap(self.features.fit(self._final(key_spec, object_id)))
+        arguments = for_unwrap(self.features.fit(self._final(key_spec, leaves.object_id)))
+        leaves.possible = True
         with pooled.token_writes:
             kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments)
-        return self._object_ref(key_spec, object_id), check
+        return self._object_ref(key_spec, leaves.object_id), check
 
     @contextmanager
     def opened(self, pooled: PooledSession, ref: KeyRef) -> Iterator[Any]:
@@ -154,9 +156,9 @@ class MaterialStore:
         unwrap: Unwrap,
         key_spec: KeySpec,
         expected: bytes | None,
-        object_id: bytes,
+        leaves: Leftover,
     ) -> tuple[KeyRef, bytes]:
-        final = self.features.fit(self._final(key_spec, object_id))
+        final = self.features.fit(self._final(key_spec, leaves.object_id))
         material = unwrap(
             self.features.fit({**intermediate(trusted=False), Attribute.EXTRACTABLE: False})
         )
@@ -166,9 +168,10 @@ class MaterialStore:
         finally:
             material.destroy()
         _require_same(expected, check)
+        leaves.possible = True
         with pooled.token_writes:
             unwrap(final)
-        return self._object_ref(key_spec, object_id), check
+        return self._object_ref(key_spec, leaves.object_id), check
 
     def _check_length(self, material: Any, key_spec: KeySpec) -> None:
         # Without CKA_VALUE_LEN the material came through the host, which checked its length.

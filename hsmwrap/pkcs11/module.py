@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 from typing import Any, Self
 
 from pkcs11._pkcs11 import lib  # the class behind the pkcs11.lib() factory
 from pkcs11.exceptions import PKCS11Error, UserAlreadyLoggedIn
 
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.pkcs11.pin import Pin
 from hsmwrap.pkcs11.returncodes import CKR, CryptokiError
 
 _CKR_OK = 0
@@ -25,8 +27,11 @@ _CKU_USER = 1
 _CKS_USER_FUNCTIONS = (1, 3)  # read-only and read-write
 
 
-_OURS: set[str] = set()
-"""Modules of this process that we initialised, also where finalising them failed since."""
+_OURS: dict[str, bool] = {}
+"""Modules of this process that we initialised, also where finalising them failed since; and whether
+they lock."""
+
+_log = logging.getLogger(__name__)
 
 
 class _InitializeArgs(ctypes.Structure):
@@ -98,9 +103,9 @@ class Module(lib):
         owned: False if somebody else in this process had initialised the module before; then
             ``finalize`` leaves it alone.
         os_locking: Whether C_Initialize was told of threads. False where the module cannot lock
-            (CANT_LOCK), and where it hands out private function tables (p11-kit's client), so
-            that only python-pkcs11 can initialise its own. Such a module is to be called by one
-            thread at a time.
+            (CANT_LOCK), where somebody else had initialised it, and where it hands out private
+            function tables (p11-kit's client), so that only python-pkcs11 can initialise its own.
+            Such a module is to be called by one thread at a time.
     """
 
     owned: bool
@@ -144,6 +149,10 @@ class Module(lib):
             return
         if not self.owned:
             self.owned = self._initialize(self._functions)
+            if not self.owned:
+                _log.warning(
+                    "somebody else initialised the module", extra={"pkcs11_module": self._path}
+                )
 
     def restart_after_fork(self) -> None:
         """Initialise again in a child; the parent's state here is a copy that must not be used.
@@ -157,7 +166,7 @@ class Module(lib):
                 super().finalize()
             super().initialize()
             return
-        _OURS.discard(self._path)
+        _OURS.pop(self._path, None)
         if not self._initialize(self._functions):
             self._functions.c_finalize(None)
             self._initialize(self._functions)
@@ -176,9 +185,9 @@ class Module(lib):
             if code not in (_CKR_OK, CKR["CRYPTOKI_NOT_INITIALIZED"]):
                 raise CryptokiError("C_Finalize", code)
             self.owned = False
-            _OURS.discard(self._path)
+            _OURS.pop(self._path, None)
 
-    def log_in(self, session: Any, pin: str) -> None:
+    def log_in(self, session: Any, pin: Pin) -> None:
         """Log the application in through a session that was opened without PIN.
 
         python-pkcs11 logs in only while it opens a session, loses that session's handle when
@@ -190,8 +199,7 @@ class Module(lib):
         if self._functions is None:
             self._log_in_by_opening(session, pin)
             return
-        secret = pin.encode()
-        code = self._functions.c_login(session.handle, _CKU_USER, secret, len(secret))
+        code = self._log_in_as_user(self._functions, session.handle, pin.reveal().encode())
         if code not in (_CKR_OK, CKR["USER_ALREADY_LOGGED_IN"]):
             raise CryptokiError("C_Login", code)
 
@@ -212,24 +220,32 @@ class Module(lib):
             raise CryptokiError("C_GetSessionInfo", code)
         return info.state in _CKS_USER_FUNCTIONS
 
-    def _log_in_by_opening(self, session: Any, pin: str) -> None:
+    @staticmethod
+    def _log_in_as_user(functions: Any, handle: int, secret: bytes) -> int:
+        # A frame of its own, which has ended when the answer becomes an exception.
+        code: int = functions.c_login(handle, _CKU_USER, secret, len(secret))
+        return code
+
+    def _log_in_by_opening(self, session: Any, pin: Pin) -> None:
         # Only python-pkcs11 reaches this function table. The session that logs in stays open
         # and is forgotten: closing it would log out.
         with contextlib.suppress(UserAlreadyLoggedIn):
-            session.token.open(rw=True, user_pin=pin)
+            session.token.open(rw=True, user_pin=pin.reveal())
 
     def _initialize(self, functions: _FunctionListHead) -> bool:
         """Initialise it unless it is; return whether it is ours to finalise."""
         arguments = _InitializeArgs(flags=_CKF_OS_LOCKING_OK, reserved=self._parameters)
         code = functions.c_initialize(ctypes.byref(arguments))
-        self.os_locking = code != CKR["CANT_LOCK"]
-        if not self.os_locking:
+        locks = code != CKR["CANT_LOCK"]
+        if not locks:
             arguments.flags = 0
             code = functions.c_initialize(ctypes.byref(arguments))
         if code not in (_CKR_OK, CKR["CRYPTOKI_ALREADY_INITIALIZED"]):
             raise CryptokiError("C_Initialize", code)
         if code == _CKR_OK:
-            _OURS.add(self._path)
+            _OURS[self._path] = locks
+        # Of one that somebody else initialised nobody knows whether for threads.
+        self.os_locking = _OURS.get(self._path, False)
         return self._path in _OURS
 
 

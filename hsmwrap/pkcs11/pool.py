@@ -266,11 +266,29 @@ class SessionPool:
                 return self._state.take()
             ticket = Ticket()
             self._state.queue.append(ticket)
-        if not ticket.called.wait(max(0.0, deadline - time.monotonic())):
+        try:
+            called = ticket.called.wait(max(0.0, deadline - time.monotonic()))
+        except BaseException:  # a signal handler's, which would leave a place that nobody takes
+            self._leave(ticket)
+            raise
+        if not called:
             self._give_up(ticket)
         if ticket.stale:
             raise StalePool
         return ticket.session
+
+    def _leave(self, ticket: Ticket) -> None:
+        """Leave the queue, or give what was given to somebody who is not there any more."""
+        with self._lock:
+            if ticket.stale:
+                return
+            if not ticket.called.is_set():
+                self._state.queue.remove(ticket)
+                return
+        if ticket.session is None:
+            self._failed_to_open(lower_cap=False)
+        else:
+            self.release(ticket.session)
 
     def _give_up(self, ticket: Ticket) -> None:
         with self._lock:

@@ -152,12 +152,14 @@ class _Prober:
 
     @staticmethod
     def _try(attempt: Callable[[], _T], otherwise: _T) -> _T:
-        try:
-            return attempt()
-        except PKCS11Error as error:
-            if recovery_of(error) is not None:
-                raise
-            return otherwise
+        # The answer is kept for as long as the backend is open: what fails once may work again.
+        for _ in range(2):
+            try:
+                return attempt()
+            except PKCS11Error as error:
+                if recovery_of(error) is not None:
+                    raise
+        return otherwise
 
     def _works(self, attempt: Callable[[], bool]) -> bool:
         return self._try(attempt, otherwise=False)

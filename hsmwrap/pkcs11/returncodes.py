@@ -122,6 +122,8 @@ CKR: Mapping[str, int] = MappingProxyType(
 )
 """Return codes by name (PKCS#11 v2.40, header file); those that something here acts on."""
 
+_VENDOR_DEFINED = 0x80000000
+
 _CODE_NAMES = {code: name for name, code in CKR.items()}
 
 
@@ -130,6 +132,7 @@ class CryptokiError(ck.PKCS11Error):
 
     def __init__(self, function: str, code: int) -> None:
         """Name the function and its return code."""
+        self.code = code
         self.name = _CODE_NAMES.get(code, f"{code:#x}")
         super().__init__(f"{function}: {self.name}")
 
@@ -175,6 +178,14 @@ def code_name(error: ck.PKCS11Error) -> str:
     if "not initialized" in str(error):
         return "CRYPTOKI_NOT_INITIALIZED"
     return str(error) if type(error) is ck.PKCS11Error else type(error).__name__
+
+
+def is_vendor_defined(error: ck.PKCS11Error) -> bool:
+    """Whether the return code is a vendor's own (CKR_VENDOR_DEFINED and above)."""
+    if isinstance(error, CryptokiError):
+        return error.code >= _VENDOR_DEFINED
+    # python-pkcs11 has no class for these either, and its text does not tell them from others.
+    return type(error) is ck.PKCS11Error
 
 
 def recovery_of(error: ck.PKCS11Error) -> Recovery | None:

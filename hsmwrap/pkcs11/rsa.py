@@ -20,7 +20,7 @@ from hsmwrap import oaep
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidKeyMaterial
-from hsmwrap.pkcs11.clientfault import blame
+from hsmwrap.pkcs11.clientfault import blame, read
 from hsmwrap.pkcs11.keys import Role
 from hsmwrap.pkcs11.probe import MECHANISMS, TokenFeatures
 from hsmwrap.pkcs11.templates import Template, for_unwrap
@@ -84,10 +84,9 @@ def generate(session: Session, private_template: Template) -> tuple[Any, Any]:
 
 def public_key_der(public: Any) -> bytes:
     """DER SubjectPublicKeyInfo of a public key object: 294 bytes."""
-    attributes = public.get_attributes([Attribute.PUBLIC_EXPONENT, Attribute.MODULUS])
     numbers = rsa.RSAPublicNumbers(
-        int.from_bytes(attributes[Attribute.PUBLIC_EXPONENT], "big"),
-        int.from_bytes(attributes[Attribute.MODULUS], "big"),
+        int.from_bytes(read(public, Attribute.PUBLIC_EXPONENT), "big"),
+        int.from_bytes(read(public, Attribute.MODULUS), "big"),
     )
     return numbers.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 

@@ -14,7 +14,7 @@ from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.errors import HsmError
-from hsmwrap.pkcs11.clientfault import blame
+from hsmwrap.pkcs11.clientfault import blame, read
 from hsmwrap.pkcs11.probe import derive_x
 from hsmwrap.pkcs11.profiles import CiphertextForm, VendorSm2
 from hsmwrap.pkcs11.templates import Template
@@ -44,7 +44,7 @@ def public_key_der(public: Any) -> bytes:
     Raises:
         HsmError: The token's CKA_EC_POINT is no point of the curve.
     """
-    point = bytes(public[Attribute.EC_POINT])
+    point = bytes(read(public, Attribute.EC_POINT))
     # PKCS#11 v2.40 wants a DER OCTET STRING; older tokens give the bare point.
     point = point.removeprefix(_OCTET_STRING_65) if len(point) > 65 else point  # noqa: PLR2004
     try:

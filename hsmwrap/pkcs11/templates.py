@@ -8,6 +8,7 @@ key's CKA_UNWRAP_TEMPLATE attribute by attribute, and one that is left out is a 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -57,6 +58,14 @@ def _unpack_mechanisms(packed: bytes) -> tuple[int, ...]:
     return tuple(memoryview(packed).cast("L"))
 
 
+def _unpack_key_type(packed: bytes) -> int:
+    number = int.from_bytes(packed, sys.byteorder)
+    try:
+        return KeyType(number)
+    except ValueError:
+        return number  # a vendor's own
+
+
 class HsmAttributeMapper(AttributeMapper):
     """python-pkcs11's attribute packing, and the array attributes that it leaves out."""
 
@@ -66,6 +75,9 @@ class HsmAttributeMapper(AttributeMapper):
         self.register_handler(
             Attribute.LABEL, str.encode, partial(str, encoding="utf-8", errors="replace")
         )
+        # Nor must keys of a vendor's own type; the number compares like any key type.
+        pack, _ = self.attribute_types[Attribute.KEY_TYPE]
+        self.register_handler(Attribute.KEY_TYPE, pack, _unpack_key_type)
         self.register_handler(Attribute.UNWRAP_TEMPLATE, lambda t: t.packed, bytes)
         self.register_handler(Attribute.ALLOWED_MECHANISMS, _pack_mechanisms, _unpack_mechanisms)
 

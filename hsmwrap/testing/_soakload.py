@@ -31,6 +31,7 @@ from hsmwrap.errors import (
 )
 from hsmwrap.imports import Cmk, ImportParameters, ImportService
 from hsmwrap.pkcs11.custody import parse_ref
+from hsmwrap.pkcs11.reaper import GRACE
 from hsmwrap.policy import Deployment
 from hsmwrap.sm2 import decode_spki, open_engine
 from hsmwrap.testing.clients import ClientFailed, decrypt_message, encrypt_message
@@ -249,7 +250,7 @@ def destroy(arena: Arena, dice: random.Random) -> None:
 
 def reap(arena: Arena, _dice: random.Random) -> None:
     """Remove resident wrapping keys that have expired."""
-    arena.backend.reap(_now())
+    arena.backend.reap(_now() + GRACE)
 
 
 def require_message(arena: Arena, held: Held) -> None:

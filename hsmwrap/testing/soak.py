@@ -39,6 +39,7 @@ from hsmwrap.errors import ServiceUnavailable
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.connection import Connection
 from hsmwrap.pkcs11.pool import PooledSession
+from hsmwrap.pkcs11.reaper import GRACE
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.testing._soakfaults import Rest, Weather
 from hsmwrap.testing._soakload import (
@@ -246,7 +247,7 @@ class Soak:
             arena.issued = [
                 issued for issued in arena.issued if issued.parameters.expires_at >= now
             ]
-            arena.backend.reap(now)
+            arena.backend.reap(now + GRACE)
             orphans = arena.backend.health().facts.get("orphans", 0)
             if orphans:
                 wrong.append(f"{arena.backend.name}: {orphans} orphans are left after reaping")

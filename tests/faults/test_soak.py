@@ -11,7 +11,7 @@ from pkcs11.exceptions import HostMemory, SessionCount, SessionHandleInvalid
 from hsmwrap.errors import HsmUnavailable
 from hsmwrap.pkcs11 import connection as connection_module
 from hsmwrap.pkcs11 import pool as pool_module
-from hsmwrap.pkcs11.connection import Connection
+from hsmwrap.pkcs11.connection import Connection, Leftover
 from hsmwrap.pkcs11.pool import SessionPool
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 
@@ -67,10 +67,11 @@ def orphans(connection):
     return connection.health()[2]["orphans"]
 
 
-def fails_once():
+def fails_once(leaves):
     faults = [SessionHandleInvalid]
 
     def operation(_pooled):
+        leaves.possible = True
         if faults:
             raise faults.pop()
         return "made"
@@ -84,7 +85,8 @@ def test_a_reaper_at_work_does_not_see_what_a_second_try_may_make(connection, mo
     monkeypatch.setattr(
         connection_module, "destroy_by_id", lambda *_: seen.append(orphans(connection))
     )
-    assert connection.run(fails_once(), leaves=OBJECT_ID) == "made"
+    leaves = Leftover(OBJECT_ID)
+    assert connection.run(fails_once(leaves), leaves=leaves) == "made"
     assert seen == [0]
 
 
@@ -96,8 +98,9 @@ def test_no_second_try_while_the_first_ones_leftovers_may_be_there(connection, m
 
     with monkeypatch.context() as patch:
         patch.setattr(connection_module, "destroy_by_id", fails)
+        leaves = Leftover(OBJECT_ID)
         with pytest.raises(HsmUnavailable):
-            connection.run(fails_once(), leaves=OBJECT_ID)
+            connection.run(fails_once(leaves), leaves=leaves)
     assert orphans(connection) == 1
     connection.destroy_orphans()
     assert orphans(connection) == 0
@@ -105,9 +108,10 @@ def test_no_second_try_while_the_first_ones_leftovers_may_be_there(connection, m
 
 def test_a_call_that_never_began_leaves_nothing_to_clear_up(connection):
     """Each call that failed fast while the HSM was away was remembered for the reaper."""
-    connection._breaker.failed("DEVICE_ERROR")
+    connection._breaker.failed(connection._breaker.check(), "DEVICE_ERROR")
+    leaves = Leftover(OBJECT_ID)
     with pytest.raises(HsmUnavailable):
-        connection.run(fails_once(), leaves=OBJECT_ID)
+        connection.run(fails_once(leaves), leaves=leaves)
     assert orphans(connection) == 0
 
 

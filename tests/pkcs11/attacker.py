@@ -28,6 +28,7 @@ from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.pkcs11.custody import parse_ref
 from hsmwrap.pkcs11.host import ModuleHost
 from hsmwrap.pkcs11.keys import OPENS, Role
+from hsmwrap.pkcs11.pin import Pin
 from hsmwrap.pkcs11.templates import USES, HsmAttributeMapper, for_unwrap
 from hsmwrap.sm2 import decode_spki, open_engine
 
@@ -111,7 +112,7 @@ class Attacker:
             token = module.get_token(token_label=softhsm.environment["HSMWRAP_TOKEN_LABEL"])
             self.session = token.open(rw=True, attribute_mapper=_Mapper())
             pin = Path(softhsm.environment["HSMWRAP_PIN_FILE"]).read_text().strip()
-            module.log_in(self.session, pin)
+            module.log_in(self.session, Pin(pin))
 
     def close(self):
         self.session.close()

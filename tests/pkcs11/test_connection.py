@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from hsmwrap.errors import (
 )
 from hsmwrap.pkcs11.breaker import Breaker
 from hsmwrap.pkcs11.connection import Connection
-from hsmwrap.pkcs11.pool import PooledSession, PoolState, Ticket
+from hsmwrap.pkcs11.pool import PooledSession, PoolState, SessionPool, Ticket
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 
 FORK = multiprocessing.get_context("fork")
@@ -138,6 +140,58 @@ def test_sessions_go_to_those_who_wait_in_their_order():
     assert first.session is session
     assert state.close() == []
     assert second.stale
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_place_in_the_queue_is_left_when_a_signal_interrupts_the_wait(connect):
+    """Sessions were given to those who had left, until there were none."""
+
+    def interrupt(*_):
+        raise Interrupted
+
+    connection = connect(sessions=1, session_wait=DEADLINE)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with connection_in_use(connection) as may_leave:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(Interrupted):
+                connection.run(random_bytes)
+            may_leave.set()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert len(connection.run(random_bytes)) == 8
+
+
+def test_what_was_given_to_one_who_leaves_goes_to_the_next():
+    pool = SessionPool(lambda: "opened", lambda _: True, nullcontext(), 1)
+    given = pool.acquire(time.monotonic() + DEADLINE)
+    ticket = Ticket()
+    pool._state.queue.append(ticket)
+    pool.release(given)
+    assert ticket.session is given
+    pool._leave(ticket)
+    assert pool.acquire(time.monotonic() + DEADLINE) is given
+
+
+@contextmanager
+def connection_in_use(connection):
+    inside, may_leave = threading.Event(), threading.Event()
+
+    def operation(_pooled):
+        inside.set()
+        may_leave.wait(DEADLINE)
+
+    worker = threading.Thread(target=connection.run, args=(operation,))
+    worker.start()
+    inside.wait(DEADLINE)
+    try:
+        yield may_leave
+    finally:
+        may_leave.set()
+        worker.join(DEADLINE)
 
 
 # --- closing ------------------------------------------------------------------------------------
@@ -369,23 +423,50 @@ def play(softhsm, tmp_path, scenario):
 def test_breaker_backs_off_and_probes_once():
     now = [0.0]
     breaker = Breaker(1.0, 4.0, clock=lambda: now[0])
-    breaker.check()
+    held = breaker.check()
     for expected in (1.0, 2.0, 4.0, 4.0):
-        breaker.failed("DEVICE_ERROR")
+        breaker.failed(held, "DEVICE_ERROR")
         assert breaker.state == "open"
         now[0] += expected - 0.01
         with pytest.raises(HsmUnavailable, match="DEVICE_ERROR"):
             breaker.check()
         now[0] += 0.01
         assert breaker.state == "half-open"
-        breaker.check()
+        held = breaker.check()
         with pytest.raises(HsmUnavailable):
             breaker.check()
-    breaker.succeeded()
+    breaker.succeeded(held)
     assert breaker.state == "closed"
-    breaker.failed("x")
+    breaker.failed(breaker.check(), "x")
     now[0] += 1.0
     breaker.check()
+
+
+def test_one_outage_counts_once_however_many_calls_it_ends():
+    now = [0.0]
+    breaker = Breaker(1.0, 30.0, clock=lambda: now[0])
+    held = [breaker.check() for _ in range(12)]
+    for each in held:
+        breaker.failed(each, "DEVICE_REMOVED")
+    assert breaker.wait == 1.0
+    now[0] = 1.0
+    probe = breaker.check()
+    for each in held:  # late ones: neither another outage, nor the end of this one
+        breaker.failed(each, "DEVICE_REMOVED")
+        breaker.succeeded(each)
+        breaker.undecided(each)
+    assert breaker.state == "half-open"
+    with pytest.raises(HsmUnavailable):
+        breaker.check()
+    breaker.succeeded(probe)
+    assert breaker.state == "closed"
+
+
+def test_a_probe_that_tells_nothing_lets_another_one_probe():
+    breaker = Breaker(0.0, 0.0)
+    breaker.failed(breaker.check(), "x")
+    breaker.undecided(breaker.check())
+    assert breaker.check().probe
 
 
 FORK_ORDER = """

@@ -1,0 +1,137 @@
+"""The vendors' own SM2, as far as it can be shown without their hardware."""
+
+import dataclasses
+import secrets
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+
+import pytest
+from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.exceptions import TemplateInconsistent
+from pkcs11.mechanisms import KeyType
+from vendor_token import VendorToken, packed
+
+from hsmwrap.catalog import WrappingAlgorithm
+from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
+from hsmwrap.pkcs11 import sm2
+from hsmwrap.pkcs11.custody import WrappingKeyStore, new_object_id
+from hsmwrap.pkcs11.keys import OPENS, KeySets, Role, opens
+from hsmwrap.pkcs11.profiles import PROFILES, CiphertextForm, vendor_key_type
+from hsmwrap.pkcs11.templates import USES
+from hsmwrap.sm2 import decode_spki, open_engine
+
+DECRYPTING = {name: vendor for name, vendor in PROFILES.items() if vendor.decrypt is not None}
+DECRYPTING["sansec, DER"] = dataclasses.replace(PROFILES["sansec"], form=CiphertextForm.DER)
+EVERYTHING = SimpleNamespace(fit=dict)
+"""A token that refuses no attribute."""
+SEALED, RESIDENT = "sealed", "resident"
+
+
+@pytest.fixture(params=DECRYPTING.values(), ids=DECRYPTING)
+def vendor(request):
+    return request.param
+
+
+def with_keys(vendor, configured):
+    """A token with a key set that was made with this profile configured."""
+    token, keys = VendorToken(vendor), KeySets("p", vendor=configured)
+    for role in Role:
+        keys.create(token, role, 1, "test", trusted=False)
+    return token, WrappingKeyStore(keys, "p", EVERYTHING)
+
+
+@pytest.fixture
+def token_and_store(vendor):
+    return with_keys(vendor, vendor)
+
+
+def make(token, store, vendor, custody):
+    """A wrapping key pair as the backend makes it: public key and reference."""
+    role, object_id = Role.WRAPPING_DERIVE, new_object_id()
+    if custody == SEALED:
+        template = store.sealing_template(role, trusted=False)
+    else:
+        expires = datetime.now(UTC) + timedelta(hours=1)
+        template = store.resident_template(
+            role, WrappingAlgorithm.SM2PKE, object_id, expires, trusted=False
+        )
+    public, private = sm2.generate(token, template, vendor)
+    der = sm2.public_key_der(public)
+    if custody == SEALED:
+        ref = store.seal(token.pooled(), role, private, 1)
+        private.destroy()
+    else:
+        ref = store.resident(role, object_id)
+    public.destroy()
+    return decode_spki(der), ref
+
+
+def decrypted(token, store, vendor, ref, ciphertext):
+    with store.fetched(token.pooled(), ref) as (_role, private):
+        return sm2.decrypt(private, ciphertext, vendor)
+
+
+@pytest.mark.parametrize("custody", [SEALED, RESIDENT])
+def test_material_arrives_by_the_vendor_s_mechanisms(token_and_store, vendor, custody):
+    token, store = token_and_store
+    public, ref = make(token, store, vendor, custody)
+    material = secrets.token_bytes(32)
+    ciphertext = open_engine("libcrypto").encrypt(public, material)
+    assert decrypted(token, store, vendor, ref, ciphertext) == material
+    used = [(name, int(mechanism)) for name, mechanism in token.calls if name != "wrap"]
+    ours = [call for call in used if call[0] != "unwrap"]
+    assert ours == [("generate", int(vendor.generate)), ("decrypt", int(vendor.decrypt))]
+    assert [name for name, _ in token.calls].count("unwrap") == (custody == SEALED)
+
+
+@pytest.mark.parametrize("custody", [SEALED, RESIDENT])
+def test_a_bad_ciphertext_is_the_client_s_fault(token_and_store, vendor, custody):
+    """Before, the vendor's key type made python-pkcs11 raise ValueError."""
+    token, store = token_and_store
+    public, ref = make(token, store, vendor, custody)
+    good = open_engine("libcrypto").encrypt(public, bytes(32))
+    bad = dataclasses.replace(good, c3=bytes(32))
+    with pytest.raises(InvalidKeyMaterial):
+        decrypted(token, store, vendor, ref, bad)
+
+
+def test_the_private_key_decrypts_and_does_nothing_else(token_and_store, vendor):
+    token, store = token_and_store
+    _, ref = make(token, store, vendor, RESIDENT)
+    with store.fetched(token.pooled(), ref) as (_role, private):
+        assert private.key_type == vendor.key_type
+        uses = private.get_attributes(USES)
+    assert [use for use in uses if uses[use]] == [Attribute.DECRYPT]
+
+
+def test_a_key_set_made_without_the_profile_opens_no_vendor_key(vendor):
+    """Its key-encryption key is pinned to CKK_EC and CKA_DERIVE: rotate with the profile set."""
+    token, plain = with_keys(vendor, None)
+    configured = WrappingKeyStore(KeySets("p", vendor=vendor), "p", EVERYTHING)
+    public, ref = make(token, configured, vendor, SEALED)
+    ciphertext = open_engine("libcrypto").encrypt(public, bytes(32))
+    for store in (plain, configured):
+        with pytest.raises((InvalidImportToken, TemplateInconsistent)):
+            decrypted(token, store, vendor, ref, ciphertext)
+
+
+def test_a_vendor_without_decryption_derives_with_keys_of_its_type():
+    template = opens(Role.WRAPPING_DERIVE, PROFILES["luna"])
+    assert template[Attribute.KEY_TYPE] == PROFILES["luna"].key_type
+    assert (template[Attribute.DERIVE], template[Attribute.DECRYPT]) == (True, False)
+
+
+def test_the_profile_changes_sm2_keys_only(vendor):
+    changed = {role for role in OPENS if opens(role, vendor) != OPENS[role]}
+    assert changed == {Role.WRAPPING_DERIVE}
+    assert all(opens(role) == OPENS[role] for role in OPENS)
+    assert OPENS[Role.WRAPPING_DERIVE][Attribute.KEY_TYPE] is KeyType.EC
+
+
+def test_a_vendor_s_symmetric_key_in_the_partition_stops_nothing(token_and_store):
+    token, store = token_and_store
+    theirs = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.KEY_TYPE: vendor_key_type(1 << 31)}
+    for use in (Attribute.WRAP, Attribute.SIGN):
+        token.keep(packed({**theirs, Attribute.TOKEN: True, use: True, Attribute.LABEL: "sm4"}))
+    assert [(each.number, each.current) for each in store.keys.list(token)] == [(1, True)]
+    assert store.keys.current(token.pooled()) == 1
