@@ -1,12 +1,14 @@
 """What all operations share: database, backends, import service, clock; and a key's row, settled.
 
 A row is settled when material whose time is over has been taken out. Every operation settles the
-row that it looks at, so expiry is on time whether or not a sweeper runs; so is deletion.
+row that it looks at, so expiry is on time whether or not a sweeper runs; so is deletion. Material
+that goes leaves a line in the audit log, whoever took it out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -15,7 +17,7 @@ from sqlalchemy.orm import Session
 from hsmwrap.backend import Backend, KeyRef
 from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.errors import KeyNotFound, UnsupportedProtectionLevel
-from hsmwrap.imports import ImportService
+from hsmwrap.imports import ImportService, UsedTokens
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.objects import Objects, doom
 from hsmwrap.kms.schema import Key
@@ -39,6 +41,8 @@ class Core:
         objects: Keeps the backends' objects in step with the rows.
         clock: Returns the current aware time.
         arn_prefix: What comes before the key id in an ARN.
+        audit: Writes a line on what the KMS does by itself: action and key id.
+        used_tokens: Where import tokens are marked as used; None: they are reusable.
         step: Called with the name of each step that a crash could fall behind; for tests.
     """
 
@@ -49,6 +53,8 @@ class Core:
     objects: Objects
     clock: Callable[[], datetime]
     arn_prefix: str
+    audit: Callable[[str, str], None]
+    used_tokens: UsedTokens | None = None
     step: Callable[[str], None] = no_step
 
     def backend_for(self, level: ProtectionLevel) -> Backend:
@@ -62,45 +68,57 @@ class Core:
             raise UnsupportedProtectionLevel("no-backend", f"no backend is configured for {level}")
         return backend
 
-    def current(self, key_id: str) -> Key:
-        """The settled row of a key, detached.
+    def current(self, key_id: str, now: datetime | None = None) -> Key:
+        """The settled row of a key, detached; ``now`` is instead of the clock's time.
 
         Raises:
             KeyNotFound: There is no such key.
+            AuditFailed: The material was over and is gone, but the audit log cannot say so.
         """
+        now = now or self.clock()
         with self.database.read() as transaction:
-            key = _find(transaction, key_id, self.clock())
-        if not _is_over(key, self.clock()):
+            key = _find(transaction, key_id, now)
+        if not _is_over(key, now):
             return key
+        over = key.reference
+        self.expire(key_id, now)
+        self.objects.destroy(over)
+        with self.database.read() as transaction:
+            return _find(transaction, key_id, now)
+
+    @contextmanager
+    def locked(self, key_id: str, now: datetime) -> Iterator[tuple[Session, Key]]:
+        """A transaction on the settled row of a key; other writers stay off it until it ends.
+
+        Raises:
+            KeyNotFound: There is no such key.
+            AuditFailed: As :meth:`current`.
+        """
+        # In a transaction of its own: what is over stays out if the operation is then refused.
+        self.current(key_id, now)
         with self.database.write() as transaction:
-            key = lock_settled(transaction, key_id, self.clock())
-        self.objects.destroy_due(self.clock())
-        return key
+            yield transaction, _find(transaction, key_id, now, lock=True)
 
     def expire(self, key_id: str, now: datetime) -> bool:
-        """Take material out that is over at ``now``; False if there is none (any more)."""
+        """Take material out that is over at ``now``; False if there is none (any more).
+
+        Raises:
+            AuditFailed: It is out, but the audit log cannot say so.
+        """
         with self.database.write() as transaction:
             key = transaction.get(Key, key_id, with_for_update=True)
             if key is None or not _is_over(key, now):
                 return False
             remove_material(transaction, key, now)
+        self.audit("ExpireKeyMaterial", key_id)
         return True
 
 
-def lock_settled(transaction: Session, key_id: str, now: datetime) -> Key:
-    """The settled row of a key; other writers stay off it until the transaction ends.
-
-    Raises:
-        KeyNotFound: There is no such key.
-    """
-    key = _find(transaction, key_id, now, lock=True)
-    if _is_over(key, now):
-        remove_material(transaction, key, now)
-    return key
-
-
 def remove_material(transaction: Session, key: Key, now: datetime) -> None:
-    """Take the material out of a locked row and doom its object; the check value stays."""
+    """Take the material out of a locked row and doom its object; the check value stays.
+
+    Once that is committed, :meth:`hsmwrap.kms.objects.Objects.destroy` destroys it.
+    """
     if key.reference is not None:
         doom(transaction, KeyRef.from_bytes(key.reference), now)
     key.reference = key.exposure = key.material_expires_at = None

@@ -13,7 +13,7 @@ from hsmwrap import policy
 from hsmwrap.backend import KeyRef
 from hsmwrap.catalog import KeySpec, Origin, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import InvalidParameter
-from hsmwrap.kms.core import Core, lock_settled, remove_material
+from hsmwrap.kms.core import Core, remove_material
 from hsmwrap.kms.material import make_own_material
 from hsmwrap.kms.objects import lift
 from hsmwrap.kms.schema import Key
@@ -130,9 +130,7 @@ class KeyLifecycle:
         return True
 
     def _change(self, operation: str, key_id: str, change: Callable[[Key], None]) -> Key:
-        core = self._core
-        with core.database.write() as transaction:
-            key = lock_settled(transaction, key_id, core.clock())
+        with self._core.locked(key_id, self._core.clock()) as (_, key):
             require(operation, key.state)
             change(key)
         return key
@@ -160,18 +158,13 @@ class KeyLifecycle:
 
     def _add_with_own_material(self, key: Key) -> Key:
         core = self._core
-        intended = core.objects.intend(core.backend_for(key.protection_level), key.key_spec)
-        core.step("intent written")
-        try:
+        with core.objects.making(core.backend_for(key.protection_level), key.key_spec) as intended:
             imported = make_own_material(core.imports, key.cmk(), intended)
             core.objects.require_as_intended(imported.key, intended)
             core.step("material imported")
             key.state, key.reference = KeyState.ENABLED, imported.key.to_bytes()
             key.check_value, key.exposure = imported.check_value, imported.exposure
             self._add(key, imported.key)
-        except BaseException:
-            core.objects.abandon(intended)
-            raise
         core.step("row committed")
         return key
 

@@ -12,7 +12,10 @@ configuration demands ``in_hsm`` the key is refused.
 
 from __future__ import annotations
 
+import logging
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 
@@ -23,12 +26,21 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 from hsmwrap.backend import Exposure, ImportedKey, KeyRef
 from hsmwrap.catalog import Origin, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.checkvalue import same_check_value
-from hsmwrap.errors import HsmError, InvalidKeyMaterial, UnsupportedOrigin
+from hsmwrap.errors import (
+    CombinationRefused,
+    HsmError,
+    HsmwrapError,
+    InvalidKeyMaterial,
+    UnsupportedOrigin,
+)
 from hsmwrap.imports import Cmk, ImportParameters, ImportResult, ImportService
-from hsmwrap.kms.core import Core, lock_settled, remove_material
+from hsmwrap.kms.core import Core, remove_material
+from hsmwrap.kms.database import left_nothing
 from hsmwrap.kms.objects import doom, lift
 from hsmwrap.kms.schema import Key
 from hsmwrap.kms.states import KeyState, require
+
+_log = logging.getLogger(__name__)
 
 
 class KeyMaterial:
@@ -68,15 +80,16 @@ class KeyMaterial:
 
         Raises:
             StateModifiedFailed: The key is about to be deleted.
+            LeaseLost: It took so long that others gave it up.
+            CommitUnknown: The database failed during the commit: DescribeKey tells what is there.
             ServiceUnavailable: The backend or the database is away for now.
         """
         core = self._core
         key = core.current(key_id)
         _require_external(key)
         require("ImportKeyMaterial", key.state)
-        intended = core.objects.intend(core.backend_for(key.protection_level), key.key_spec)
-        core.step("intent written")
-        try:
+        backend = core.backend_for(key.protection_level)
+        with core.objects.making(backend, key.key_spec) as intended:
             result = core.imports.import_key_material(
                 key.cmk(),
                 encrypted_key_material,
@@ -84,14 +97,12 @@ class KeyMaterial:
                 key_material_expire,
                 object_id=None if intended is None else intended.data,
             )
-            core.objects.require_as_intended(result.imported.key, intended)
-            core.step("material imported")
-            key = self._commit(key_id, result)
-        except BaseException:
-            core.objects.abandon(intended)
-            raise
+            with self._token_back_if_undone(result):
+                core.objects.require_as_intended(result.imported.key, intended)
+                core.step("material imported")
+                key, replaced = self._commit(key_id, result)
         core.step("row committed")
-        core.objects.destroy_due(core.clock())
+        core.objects.destroy(replaced)
         return key
 
     def delete_key_material(self, key_id: str) -> Key:
@@ -100,34 +111,55 @@ class KeyMaterial:
         Raises:
             UnsupportedOrigin: The KMS made the material itself.
         """
-        core = self._core
-        with core.database.write() as transaction:
-            key = lock_settled(transaction, key_id, core.clock())
+        core, now = self._core, self._core.clock()
+        with core.locked(key_id, now) as (transaction, key):
             _require_external(key)
             require("DeleteKeyMaterial", key.state)
-            remove_material(transaction, key, core.clock())
+            deleted = key.reference
+            remove_material(transaction, key, now)
         core.step("row committed")
-        core.objects.destroy_due(core.clock())
+        core.objects.destroy(deleted)
         return key
 
-    def _commit(self, key_id: str, result: ImportResult) -> Key:
+    def _commit(self, key_id: str, result: ImportResult) -> tuple[Key, bytes | None]:
+        """Put the material into the row; the reference that it replaces is doomed."""
         imported, now = result.imported, self._core.clock()
-        with self._core.database.write() as transaction:
-            key = lock_settled(transaction, key_id, now)
+        with self._core.locked(key_id, now) as (transaction, key):
             require("ImportKeyMaterial", key.state)
             if key.check_value is not None and not same_check_value(
                 key.check_value, imported.check_value
             ):
                 raise InvalidKeyMaterial
             lift(transaction, imported.key)
-            if key.reference is not None:
-                doom(transaction, KeyRef.from_bytes(key.reference), now)
+            replaced = key.reference
+            if replaced is not None:
+                doom(transaction, KeyRef.from_bytes(replaced), now)
             key.reference, key.exposure = imported.key.to_bytes(), imported.exposure
             key.check_value = imported.check_value
             key.material_expires_at = result.expires_at
             if key.state is KeyState.PENDING_IMPORT:
                 key.state = KeyState.ENABLED
-        return key
+        return key, replaced
+
+    @contextmanager
+    def _token_back_if_undone(self, result: ImportResult) -> Iterator[None]:
+        """Let a single-use token be used again if what follows the unwrapping came to nothing."""
+        try:
+            yield
+        except Exception as error:
+            if left_nothing(error):
+                self._give_token_back(result.token_id)
+            raise
+
+    def _give_token_back(self, token_id: bytes) -> None:
+        used = self._core.used_tokens
+        if used is None:
+            return
+        try:
+            used.release(token_id)
+        except HsmwrapError as error:
+            facts = {"token_id": token_id.hex(), "code": error.code}
+            _log.warning("import token of a failed import stays used", extra=facts)
 
 
 def make_own_material(
@@ -141,12 +173,18 @@ def make_own_material(
         intended: The object that was written down for it.
 
     Raises:
+        CombinationRefused: The backend or the required exposure refuses it; names Origin.
         HsmwrapError: As issuing and importing raise it.
     """
     as_external = replace(cmk, origin=Origin.EXTERNAL)
-    parameters = imports.get_parameters_for_import(
-        as_external, WrappingKeySpec.RSA_2048, WrappingAlgorithm.RSAES_OAEP_SHA_256
-    )
+    try:
+        parameters = imports.get_parameters_for_import(
+            as_external, WrappingKeySpec.RSA_2048, WrappingAlgorithm.RSAES_OAEP_SHA_256
+        )
+    except CombinationRefused as error:
+        # CreateKey has no parameter of the name that this error has.
+        why = f"has to be {Origin.EXTERNAL} here: {error}"
+        raise CombinationRefused("Origin", error.rule, why) from error
     result = imports.import_key_material(
         as_external,
         _encrypted(parameters.public_key, secrets.token_bytes(cmk.key_spec.material_length)),

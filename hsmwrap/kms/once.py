@@ -11,6 +11,7 @@ from datetime import datetime
 
 from sqlalchemy import delete
 
+from hsmwrap.imports import MARK_MARGIN
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.schema import UsedOnce
 
@@ -33,6 +34,10 @@ class OnceStore:
         ).returning(UsedOnce.digest)
         with self._database.write() as transaction:
             return transaction.execute(unless_used).first() is not None
+
+    def is_over(self, expires_at: datetime) -> bool:
+        """Whether the time has come, by the clock that says which marks are over."""
+        return expires_at <= self._clock()
 
     def forget(self, digest: bytes) -> None:
         """Take the mark away."""
@@ -71,8 +76,13 @@ class UsedImportTokens:
         self._once = once
 
     def claim(self, token_id: bytes, expires_at: datetime) -> bool:
-        """Mark the id as used, atomically; False if it was already."""
-        return self._once.use(_digest("import token", token_id), expires_at)
+        """Mark the id as used, atomically; False if it was already, or if its token is over.
+
+        The mark outlasts the token by :data:`hsmwrap.imports.MARK_MARGIN`.
+        """
+        if self._once.is_over(expires_at):
+            return False
+        return self._once.use(_digest("import token", token_id), expires_at + MARK_MARGIN)
 
     def release(self, token_id: bytes) -> None:
         """Take a claim back after a failed import."""

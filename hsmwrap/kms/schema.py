@@ -84,7 +84,8 @@ class DoomedObject(Row):
     """A backend object that will be destroyed at ``due_at``, unless a commit lifts the row first.
 
     Written before an import makes the object (``due_at`` is then the end of its lease) and when
-    a key lets go of one (``due_at`` is then). ``condemned`` rows are past lifting.
+    a key lets go of one (``due_at`` is then). ``condemned`` rows are past lifting. ``twice`` rows
+    are kept one lease more and destroyed again: a stalled import may yet make the object.
     """
 
     __tablename__ = "doomed_objects"
@@ -92,6 +93,7 @@ class DoomedObject(Row):
     reference: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
     due_at: Mapped[datetime] = mapped_column(Instant, index=True)
     condemned: Mapped[bool] = mapped_column(default=False)
+    twice: Mapped[bool]
 
 
 class UsedOnce(Row):

@@ -106,20 +106,32 @@ class Kms:
         self._arn_prefix = arn_prefix
         once = OnceStore(database, clock)
         self.nonces = NonceStore(once)
+        used_tokens = UsedImportTokens(once) if single_use else None
         imports = ImportService(
             backends,
             deployment,
             clock=clock,
             token_lifetime=token_lifetime,
             required_exposure=required_exposure,
-            used_tokens=UsedImportTokens(once) if single_use else None,
+            used_tokens=used_tokens,
             key_source=key_pool or generate_inline,
         )
         by_name = {backend.name: backend for backend in backends.values()}
         objects = Objects(database, by_name, clock, import_lease, step)
-        core = Core(database, self._backends, deployment, imports, objects, clock, arn_prefix, step)
+        core = Core(
+            database,
+            self._backends,
+            deployment,
+            imports,
+            objects,
+            clock,
+            arn_prefix,
+            self._audit_own,
+            used_tokens,
+            step,
+        )
         self.operations = Operations(core)
-        self._sweep = Sweep(core, once, self._audit_own, self._anchor)
+        self._sweep = Sweep(core, once, self._anchor)
         self.sweep()
         self._sweeper = Sweeper(self.sweep, sweep_seconds) if sweep_seconds else None
 

@@ -17,7 +17,7 @@ from weakref import WeakSet
 from sqlalchemy import select
 from sqlalchemy.sql.elements import ColumnElement
 
-from hsmwrap.errors import HsmwrapError
+from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 from hsmwrap.kms.core import Core
 from hsmwrap.kms.lifecycle import KeyLifecycle
 from hsmwrap.kms.once import OnceStore
@@ -29,18 +29,11 @@ _log = logging.getLogger(__name__)
 class Sweep:
     """One round of due work; any number of processes may sweep at once."""
 
-    def __init__(
-        self,
-        core: Core,
-        once: OnceStore,
-        audit: Callable[[str, str], None],
-        anchor: Callable[[], None],
-    ) -> None:
-        """Take the parts of the KMS, who audits (action, key id), and who anchors the log."""
+    def __init__(self, core: Core, once: OnceStore, anchor: Callable[[], None]) -> None:
+        """Take the parts of the KMS, and who anchors the audit log."""
         self._core = core
         self._lifecycle = KeyLifecycle(core)
         self._once = once
-        self._audit = audit
         self._anchor = anchor
 
     def __call__(self, now: datetime) -> None:
@@ -59,20 +52,41 @@ class Sweep:
                 part()
             except HsmwrapError as error:
                 _log.warning("sweep failed in part", extra={"code": error.code, "why": str(error)})
+            except Exception:  # noqa: BLE001 (whatever becomes of the others)
+                _log.exception("sweep failed in part")
 
     def _expire_material(self, now: datetime) -> None:
-        for key_id in self._keys(Key.material_expires_at <= now):
-            if self._core.expire(key_id, now):
-                self._audit("ExpireKeyMaterial", key_id)
+        keys = self._keys(Key.material_expires_at <= now)
+        _each(keys, lambda key_id: self._core.expire(key_id, now))
 
     def _delete_keys(self, now: datetime) -> None:
-        for key_id in self._keys(Key.deletion_at <= now):
-            if self._lifecycle.delete_due(key_id, now):
-                self._audit("DeleteKey", key_id)
+        _each(self._keys(Key.deletion_at <= now), lambda key_id: self._delete(key_id, now))
+
+    def _delete(self, key_id: str, now: datetime) -> None:
+        if self._lifecycle.delete_due(key_id, now):
+            self._core.audit("DeleteKey", key_id)
 
     def _keys(self, due: ColumnElement[bool]) -> Iterable[str]:
         with self._core.database.read() as transaction:
             return transaction.scalars(select(Key.key_id).where(due)).all()
+
+
+def _each(key_ids: Iterable[str], work: Callable[[str], object]) -> None:
+    """Do the work on each key, whatever becomes of the others; raise what failed last.
+
+    While the database is away there is no sense in trying the others.
+    """
+    failed: Exception | None = None
+    for key_id in key_ids:
+        try:
+            work(key_id)
+        except ServiceUnavailable:
+            raise
+        except Exception as error:  # noqa: BLE001 (raised below)
+            _log.error("due work failed", extra={"key_id": key_id, "error": type(error).__name__})
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 class Sweeper:

@@ -1,15 +1,27 @@
 """Imports, deletions and uses of one key at the same time: one after the other, whole or not."""
 
 import threading
+from datetime import UTC, datetime
 from functools import partial
 
 import pytest
-from kms_fakes import AES_MATERIAL, OTHER_MATERIAL, Client, import_request
+from kms_fakes import AES_MATERIAL, OTHER_MATERIAL, Client, build_kms, import_request
 from sqlalchemy import text
 
-from hsmwrap.errors import HsmError, HsmwrapError, InvalidKeyMaterial, ServiceUnavailable
+from hsmwrap.backend import Custody, KeyRef
+from hsmwrap.catalog import KeySpec
+from hsmwrap.errors import (
+    HsmError,
+    HsmwrapError,
+    InvalidImportToken,
+    InvalidKeyMaterial,
+    ServiceUnavailable,
+)
 from hsmwrap.kms import StateModifiedFailed
-from hsmwrap.kms.objects import LEASE
+from hsmwrap.kms.errors import CommitUnknown, LeaseLost
+from hsmwrap.kms.objects import LEASE, Objects, doom
+from hsmwrap.kms.once import UsedImportTokens
+from hsmwrap.kms.schema import DoomedObject
 
 
 def together(*calls):
@@ -37,22 +49,31 @@ def doomed(kms):
         return transaction.execute(text("SELECT count(*) FROM doomed_objects")).scalar()
 
 
-@pytest.fixture
-def stop(open_kms):
+class Stop(Client):
     """A client whose KMS runs a call of the test's between two steps of an import."""
 
-    class Stop(Client):
-        def at(self, step, call):
-            self.when, self.call = step, call
+    when = None
 
-    def step(name):
-        if name == client.when:
-            client.when = None
-            client.call()
+    def __init__(self, open_kms, **more):
+        super().__init__(open_kms(step=self.step, **more))
 
-    client = Stop(open_kms(step=step))
-    client.when = None
-    return client
+    def at(self, step, call):
+        self.when, self.call = step, call
+
+    def step(self, name):
+        if name == self.when:
+            self.when = None
+            self.call()
+
+
+@pytest.fixture
+def stop(open_kms):
+    return Stop(open_kms)
+
+
+@pytest.fixture
+def single_use(open_kms):
+    return Stop(open_kms, single_use=True)
 
 
 def test_many_imports_into_one_key(open_kms, objects):
@@ -125,11 +146,198 @@ def test_import_that_outlives_its_lease_fails(stop, open_kms, objects, clock):
         assert objects() == 0
 
     stop.at("material imported", others_give_it_up)
-    with pytest.raises(ServiceUnavailable):
+    with pytest.raises(LeaseLost):
         stop.import_material(key_id)
     assert (stop.state(key_id), objects(), doomed(stop.kms)) == ("PendingImport", 0, 0)
     stop.import_material(key_id)
     stop.usable(key_id)
+
+
+@pytest.fixture
+def given_up(open_kms, clock):
+    """Another process takes what is being imported for dead, and sweeps ``times`` times."""
+    other = Client(open_kms())
+
+    def give_up(times=1, *, away=False):
+        for _ in range(times):
+            clock.advance(seconds=LEASE.total_seconds())
+            other.kms._backends["HSM"].away = away
+            other.kms.sweep()
+        other.kms._backends["HSM"].away = False
+        other.kms.sweep()
+
+    return give_up
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_object_made_after_it_was_given_up_is_destroyed(stop, given_up, objects, times):
+    key_id = stop.create()
+    stop.at("intent written", lambda: given_up(times))
+    with pytest.raises(LeaseLost):
+        stop.import_material(key_id)
+    assert (stop.state(key_id), objects(), doomed(stop.kms)) == ("PendingImport", 0, 0)
+    stop.at("intent written", lambda: given_up(times))
+    with pytest.raises(LeaseLost):
+        stop("CreateKey", ProtectionLevel="HSM")
+    assert (objects(), doomed(stop.kms)) == (0, 0)
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_object_made_after_it_was_given_up_by_a_process_that_is_then_killed(
+    stop, given_up, objects, monkeypatch, away
+):
+    class Killed(BaseException):
+        pass
+
+    def die():
+        raise Killed
+
+    def given_up_then_killed():
+        given_up(away=away)
+        stop.at("material imported", die)
+
+    key_id = stop.create()
+    monkeypatch.setattr(Objects, "_abandon", lambda *_: None)
+    stop.at("intent written", given_up_then_killed)
+    with pytest.raises(Killed):
+        stop.import_material(key_id)
+    assert objects() == 1
+    given_up()
+    assert (objects(), doomed(stop.kms)) == (0, 0)
+
+
+def test_object_doomed_again_during_a_sweep_is_not_forgotten(stop, open_kms, objects, clock):
+    other = Client(open_kms())
+    importing = other.kms.operations.material._core.objects
+    backend = other.kms._backends["HSM"]
+    intended = importing._intend(backend, KeySpec.ALIYUN_AES_256)
+
+    def fail_meanwhile():
+        backend._file(intended.data).touch()
+        backend.away = True
+        importing._abandon(intended, LeaseLost())
+
+    stop.at("object destroyed", fail_meanwhile)
+    clock.advance(seconds=LEASE.total_seconds() + 1)
+    stop.kms.sweep()
+    assert (objects(), doomed(stop.kms)) == (1, 1)
+    stop.kms.sweep()
+    assert (objects(), doomed(stop.kms)) == (0, 0)
+
+
+@pytest.fixture
+def lose_the_answer(monkeypatch):
+    """The next commit of a KMS happens, but its answer is lost."""
+
+    def lose(kms):
+        dialect = kms._database.engine.dialect
+        commit = dialect.do_commit
+
+        def commits(connection):
+            monkeypatch.undo()
+            commit(connection)
+            raise dialect.loaded_dbapi.OperationalError("connection lost")
+
+        monkeypatch.setattr(dialect, "do_commit", commits)
+
+    return lose
+
+
+def test_commit_whose_answer_is_lost_keeps_the_object(stop, lose_the_answer, objects, clock):
+    key_id = stop.create()
+    stop.at("material imported", lambda: lose_the_answer(stop.kms))
+    with pytest.raises(CommitUnknown):
+        stop.import_material(key_id)
+    clock.advance(days=1)
+    stop.kms.sweep()
+    stop.usable(key_id)
+    assert (objects(), doomed(stop.kms)) == (1, 0)
+
+
+def fail_after_unwrapping(stop, other, key_id, given_up):
+    """Ways in which an import fails after the material was unwrapped."""
+
+    def schedule_deletion():
+        other("ScheduleKeyDeletion", KeyId=key_id, PendingWindowInDays="7")
+
+    def lose_the_database():
+        raise ServiceUnavailable("the database is away")
+
+    return {
+        "Rejected.StateModifiedFailed": schedule_deletion,
+        "InvalidKeyMaterial": lambda: other.import_material(key_id, OTHER_MATERIAL),
+        "lease lost": given_up,
+        "database away": lose_the_database,
+    }
+
+
+FAILURES = ["Rejected.StateModifiedFailed", "InvalidKeyMaterial", "lease lost", "database away"]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failed_import_gives_a_single_use_token_back(single_use, given_up, open_kms, failure):
+    other = Client(open_kms(single_use=True))
+    key_id = single_use.create()
+    parameters = single_use.parameters(key_id)
+    fails = fail_after_unwrapping(single_use, other, key_id, given_up)[failure]
+    single_use.at("material imported", fails)
+    with pytest.raises(HsmwrapError):
+        single_use.import_material(key_id, AES_MATERIAL, parameters)
+    if failure == "Rejected.StateModifiedFailed":
+        other("CancelKeyDeletion", KeyId=key_id)
+    material = OTHER_MATERIAL if failure == "InvalidKeyMaterial" else AES_MATERIAL
+    other.import_material(key_id, material, parameters)
+    other.usable(key_id)
+    with pytest.raises(InvalidImportToken):
+        other.import_material(key_id, material, parameters)
+
+
+def test_import_that_may_have_happened_keeps_a_single_use_token(single_use, lose_the_answer):
+    key_id = single_use.create()
+    parameters = single_use.parameters(key_id)
+    single_use.at("material imported", lambda: lose_the_answer(single_use.kms))
+    with pytest.raises(CommitUnknown):
+        single_use.import_material(key_id, AES_MATERIAL, parameters)
+    with pytest.raises(InvalidImportToken):
+        single_use.import_material(key_id, AES_MATERIAL, parameters)
+
+
+def test_token_that_cannot_be_given_back_hides_no_failure(single_use, monkeypatch, caplog):
+    key_id = single_use.create()
+    parameters = single_use.parameters(key_id)
+
+    def lose_the_database():
+        def away(*_):
+            raise ServiceUnavailable("the database is away")
+
+        monkeypatch.setattr(UsedImportTokens, "release", away)
+        raise ZeroDivisionError
+
+    single_use.at("material imported", lose_the_database)
+    with pytest.raises(ZeroDivisionError):
+        single_use.import_material(key_id, AES_MATERIAL, parameters)
+    assert "stays used" in caplog.text
+
+
+def test_sweeps_do_not_wait_for_the_locks_of_others(postgres_cluster, open_backend, tmp_path):
+    kms = build_kms(postgres_cluster.new_database(), open_backend(), tmp_path / "audit.log")
+    keys = [
+        KeyRef("software", KeySpec.ALIYUN_SM4, Custody.HSM_INTERNAL, bytes([i])) for i in (1, 2)
+    ]
+    now = datetime.now(UTC)
+    with kms._database.write() as transaction:
+        for key in keys:
+            doom(transaction, key, now)
+    with kms._database.write() as transaction:
+        transaction.get(DoomedObject, keys[0].to_bytes(), with_for_update=True)
+        sweep = threading.Thread(target=kms.sweep)
+        sweep.start()
+        sweep.join(5)
+        assert not sweep.is_alive()
+        assert doomed(kms) == 1
+    kms.sweep()
+    assert doomed(kms) == 0
+    kms.close()
 
 
 def test_condemned_object_is_not_taken_into_a_row(stop, open_kms, objects, clock):

@@ -1,14 +1,20 @@
 """Material goes on time, keys are deleted on time: at use, by the sweeper, and across restarts."""
 
+import json
+from contextlib import nullcontext
+
 import pytest
 from kms_fakes import AES_MATERIAL, OTHER_MATERIAL, Client
 from sqlalchemy import text
 
 from hsmwrap.backend import Custody, KeyRef
 from hsmwrap.catalog import KeySpec
-from hsmwrap.errors import InvalidKeyMaterial, KeyNotFound
-from hsmwrap.kms import RejectedPendingImport
-from hsmwrap.kms.objects import doom
+from hsmwrap.errors import InvalidKeyMaterial, KeyNotFound, ServiceUnavailable
+from hsmwrap.kms import RejectedPendingImport, StateModifiedFailed
+from hsmwrap.kms.core import Core
+from hsmwrap.kms.lifecycle import KeyLifecycle
+from hsmwrap.kms.objects import Objects, doom
+from hsmwrap.kms.once import OnceStore
 from hsmwrap.kms.sweeper import Sweeper
 
 
@@ -80,6 +86,148 @@ def test_object_of_a_backend_that_is_gone_keeps_no_other(client, clock, expiring
     assert objects() == 0
     with client.kms._database.read() as transaction:
         assert transaction.execute(text("SELECT count(*) FROM doomed_objects")).scalar() == 1
+
+
+@pytest.fixture
+def expired(tmp_path):
+    """Who took material out of which keys, by the audit log."""
+
+    def read():
+        lines = map(json.loads, (tmp_path / "audit.log").read_text().splitlines())
+        expiries = [line for line in lines if line["action"] == "ExpireKeyMaterial"]
+        return [(line["access_key_id"], line["key_id"]) for line in expiries]
+
+    return read
+
+
+TOUCHES = {
+    "EnableKey": StateModifiedFailed,
+    "DisableKey": StateModifiedFailed,
+    "CancelKeyDeletion": StateModifiedFailed,
+    "Encrypt": RejectedPendingImport,
+    "DescribeKey": None,
+    "DeleteKeyMaterial": None,
+    "GetParametersForImport": None,
+}
+
+
+@pytest.mark.parametrize("action", TOUCHES)
+def test_request_that_touches_expired_material_takes_it_out(
+    client, expiring, objects, expired, action
+):
+    """For good, also where it is then refused; and the audit log says that it went."""
+    needed = {
+        "Encrypt": {"Plaintext": "aGVsbG8="},
+        "GetParametersForImport": {
+            "WrappingKeySpec": "RSA_2048",
+            "WrappingAlgorithm": "RSAES_OAEP_SHA_256",
+        },
+    }
+    client.kms._clock.advance(hours=1)
+    refused = TOUCHES[action]
+    with pytest.raises(refused) if refused else nullcontext():
+        client(action, KeyId=expiring, **needed.get(action, {}))
+    assert row(client.kms, expiring) == ("PendingImport", None, None, None)
+    assert objects() == 0
+    client.kms.sweep()
+    assert expired() == [("system", expiring)]
+
+
+def test_material_that_expires_during_an_import_is_settled_first(open_kms, clock, expired):
+    client = Client(open_kms(step=lambda name: clock.advance(minutes=5)))
+    key_id = client.create()
+    client.import_material(key_id, KeyMaterialExpireUnix=clock.unix(minutes=30))
+    client("DisableKey", KeyId=key_id)
+    clock.advance(minutes=9)
+    client.import_material(key_id)
+    assert expired() == [("system", key_id)]
+    assert client.state(key_id) == "Enabled"
+
+
+def test_broken_audit_log_keeps_no_material(client, clock, objects, tmp_path, caplog):
+    keys = [client.create() for _ in range(3)]
+    for key_id in keys:
+        client.import_material(key_id, KeyMaterialExpireUnix=clock.unix(hours=1))
+    scheduled = client.create()
+    client("ScheduleKeyDeletion", KeyId=scheduled, PendingWindowInDays="7")
+    (tmp_path / "audit.log").rename(tmp_path / "away.log")
+    (tmp_path / "audit.log").mkdir()
+    clock.advance(days=7)
+    client.kms.sweep()
+    with client.kms._database.read() as transaction:
+        left = transaction.execute(text("SELECT count(reference), count(*) FROM keys")).one()
+    assert (tuple(left), objects()) == ((0, 3), 0)
+    assert {getattr(record, "key_id", None) for record in caplog.records} >= {*keys, scheduled}
+
+
+def test_sweep_goes_on_whatever_fails(client, expiring, objects, monkeypatch, caplog):
+    clock = client.kms._clock
+
+    def fail(*_arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(OnceStore, "purge", fail)
+    monkeypatch.setattr(client.kms._backends["HSM"], "reap", fail)
+    monkeypatch.setattr(KeyLifecycle, "delete_due", fail)
+    monkeypatch.setattr(Core, "expire", fail)
+    anchored = []
+    client.kms._sweep._anchor = lambda: anchored.append(True)
+    with client.kms._database.write() as transaction:
+        doom(transaction, KeyRef.from_bytes(row(client.kms, expiring)[1]), clock())
+    clock.advance(hours=1)
+    client.kms.sweep()
+    assert (objects(), anchored) == (0, [True])
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.fixture
+def backlog(client, clock, open_backend):
+    """Another's object that is due, and the backend's record of what is destroyed."""
+    foreign = KeyRef("software", KeySpec.ALIYUN_SM4, Custody.HSM_INTERNAL, bytes(16))
+    with client.kms._database.write() as transaction:
+        doom(transaction, foreign, clock())
+    backend, destroyed = client.kms._backends["HSM"], []
+    destroy = backend.destroy_key
+
+    def told(key):
+        destroyed.append(key)
+        destroy(key)
+
+    backend.destroy_key = told
+    return foreign, destroyed
+
+
+def test_requests_destroy_what_they_let_go_of_and_no_more(client, clock, backlog):
+    foreign, destroyed = backlog
+    key_id = client.create()
+    client.import_material(key_id)
+    client.import_material(key_id)
+    client("DeleteKeyMaterial", KeyId=key_id)
+    client.import_material(key_id, KeyMaterialExpireUnix=clock.unix(hours=1))
+    with pytest.raises(InvalidKeyMaterial):
+        client.import_material(key_id, OTHER_MATERIAL)
+    clock.advance(hours=1)
+    client.state(key_id)
+    # Replaced, deleted, refused, expired.
+    assert (len(destroyed), foreign in destroyed) == (4, False)
+    client.kms.sweep()
+    assert destroyed[4:] == [foreign]
+
+
+def test_request_is_done_though_its_object_cannot_be_destroyed(client, objects, monkeypatch):
+    key_id = client.create()
+    client.import_material(key_id)
+
+    def away(*_arguments):
+        raise ServiceUnavailable("the database is away")
+
+    monkeypatch.setattr(Objects, "_condemn", away)
+    client.import_material(key_id)
+    client("DeleteKeyMaterial", KeyId=key_id)
+    monkeypatch.undo()
+    assert (client.state(key_id), objects()) == ("PendingImport", 2)
+    client.kms.sweep()
+    assert objects() == 0
 
 
 def test_sealed_material_goes_too(open_kms, clock):

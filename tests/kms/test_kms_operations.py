@@ -214,7 +214,10 @@ def test_own_material(open_kms, custody, objects):
 
 def test_own_material_is_refused_where_it_must_stay_in_the_hsm(open_kms, objects):
     client = Client(open_kms(required_exposure=Exposure.IN_HSM))
-    refused("InvalidParameter", client, "CreateKey", ProtectionLevel="HSM")
+    error = refused("InvalidParameter", client, "CreateKey", ProtectionLevel="HSM")
+    assert error.name == "Origin"
+    assert error.name in OPERATIONS["CreateKey"].parameters
+    assert "has to be EXTERNAL" in str(error)
     assert client("ListKeys")["TotalCount"] == objects() == 0
 
 

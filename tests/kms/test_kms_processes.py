@@ -6,7 +6,7 @@ import warnings
 from datetime import timedelta
 
 import pytest
-from kms_fakes import AES_MATERIAL, Client
+from kms_fakes import AES_MATERIAL, Client, Clock
 
 from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
 from hsmwrap.kms import RejectedPendingImport
@@ -86,6 +86,25 @@ def test_single_use_holds_across(open_kms):
         with pytest.raises(InvalidImportToken):
             client.import_material(key_id, AES_MATERIAL, parameters)
     one.import_material(key_id)
+
+
+def test_single_use_holds_where_clocks_differ(open_kms, clock):
+    ahead = Clock()
+    fast, slow = open_kms(single_use=True, clock=ahead), Client(open_kms(single_use=True))
+    key_id = slow.create()
+    parameters = slow.parameters(key_id)
+    slow.import_material(key_id, AES_MATERIAL, parameters)
+    clock.advance(hours=24, minutes=-2)
+    ahead.advance(hours=24, minutes=2)
+    fast.sweep()
+    with pytest.raises(InvalidImportToken):
+        slow.import_material(key_id, AES_MATERIAL, parameters)
+
+
+def test_token_that_is_over_is_not_claimed(open_kms, clock):
+    used = open_kms(single_use=True).operations.material._core.used_tokens
+    assert not used.claim(b"a", clock())
+    assert used.claim(b"a", clock() + timedelta(seconds=1))
 
 
 def _use_in_child(client, key_id, blob, answers):
