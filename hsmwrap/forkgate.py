@@ -17,7 +17,9 @@ from contextlib import contextmanager
 class ForkGate:
     """Calls pass together; a fork waits until none is under way, and holds new ones back.
 
-    Calls may be nested in one thread: only the outermost counts.
+    Calls may be nested in one thread: only the outermost counts. A signal handler may fork in the
+    middle of a call: Python runs it between two calls into the library, when this thread holds
+    none of the library's locks, so a fork waits for other threads alone.
     """
 
     def __init__(self) -> None:
@@ -29,35 +31,36 @@ class ForkGate:
     @contextmanager
     def passing(self) -> Iterator[None]:
         """For the duration of one call."""
-        if getattr(self._mine, "inside", False):
+        me = threading.get_ident()
+        if me in self._inside:
             yield
             return
-        with self._changed:
-            self._changed.wait_for(lambda: not self._forking)
-            self._running += 1
-        self._mine.inside = True
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._forking)
+                self._inside.add(me)
             yield
         finally:
-            self._mine.inside = False
             with self._changed:
-                self._running -= 1
+                self._inside.discard(me)
                 self._changed.notify_all()
 
     def _reset(self) -> None:
         """A child starts afresh: of the parent's threads it has none but the one that forked."""
-        self._changed = threading.Condition(threading.Lock())
-        self._mine = threading.local()
-        self._running = self._forking = 0
+        # Reentrant: a signal handler may find its own thread holding it.
+        self._changed = threading.Condition(threading.RLock())
+        self._inside: set[int] = set()
+        self._forking: set[int] = set()
 
     def _before(self) -> None:
-        # The lock stays held over the fork, so that the count is still zero in it.
+        # The lock stays held over the fork, so that nobody comes in before it.
         self._changed.acquire()
-        self._forking += 1
-        self._changed.wait_for(lambda: not self._running)
+        self._forking.add(threading.get_ident())
+        # Two threads that both fork inside a call would else wait for each other.
+        self._changed.wait_for(lambda: self._inside <= self._forking)
 
     def _after(self) -> None:
-        self._forking -= 1
+        self._forking.discard(threading.get_ident())
         self._changed.notify_all()
         self._changed.release()
 

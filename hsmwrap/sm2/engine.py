@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import ClassVar, Final, cast
+from typing import ClassVar, Final, NoReturn, cast
 
 from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidKeyMaterial, SelfTestFailed
 from hsmwrap.sm2 import known_answer
@@ -28,7 +28,7 @@ _ENGINES: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Sm2KeyPair:
-    """An SM2 key pair.
+    """An SM2 key pair; does not pickle or copy.
 
     Attributes:
         private: The scalar d, 32 bytes big-endian.
@@ -37,6 +37,9 @@ class Sm2KeyPair:
 
     private: bytes = field(repr=False)
     public: bytes
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an SM2 key pair does not pickle or copy: it holds a private key")
 
 
 class Sm2Engine(ABC):

@@ -1,6 +1,8 @@
+import copy
 import ctypes
 import logging
 import os
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -140,6 +142,14 @@ def test_private_key_is_not_in_the_repr(engine):
     assert "private" not in repr(pair)
     assert repr(pair.private) not in repr(pair)
     assert pair.private.hex() not in repr(engine.__dict__)
+
+
+@pytest.mark.parametrize("leak", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_key_pairs_do_not_pickle_or_copy(leak):
+    pair = Sm2KeyPair(scalar(2), G)
+    assert replace(pair, private=scalar(3)).public == G
+    with pytest.raises(TypeError, match="private key"):
+        leak(pair)
 
 
 def test_threads(engine):

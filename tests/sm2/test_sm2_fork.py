@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -69,17 +71,77 @@ def test_fork_waits_for_running_calls():
     threads[0].start()
     inside.wait()
     threads[1].start()
-    assert in_child(lambda: left.is_set() and not _GATE._running and not _GATE._forking)
+    assert in_child(lambda: left.is_set() and not _GATE._inside and not _GATE._forking)
     for thread in threads:
         thread.join()
-    assert not _GATE._running
+    assert not _GATE._inside
     assert not _GATE._forking
+
+
+FORKS_INSIDE_CALLS = """
+import os, signal, threading
+from hsmwrap.forkgate import LIBCRYPTO as gate
+
+def fork(*_):
+    child = os.fork()
+    if not child:
+        return  # as a handler does: back into the call that it interrupted
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+def interrupted_by_a_fork():
+    parent = os.getpid()
+    signal.raise_signal(signal.SIGUSR1)
+    return os.getpid() != parent
+
+def leave_if(is_child):
+    if is_child:
+        with gate.passing():
+            os._exit(7 if len(gate._inside) == 1 and not gate._forking else 1)
+
+signal.signal(signal.SIGUSR1, fork)
+with gate.passing():
+    is_child = interrupted_by_a_fork()
+    assert len(gate._inside) == (not is_child)
+leave_if(is_child)
+with gate._changed:  # where a call comes in or leaves
+    is_child = interrupted_by_a_fork()
+leave_if(is_child)
+
+def fork_beside_another():
+    with gate.passing():
+        inside.wait()
+        child = os.fork()
+        if not child:
+            os._exit(7)
+        os.waitpid(child, 0)
+
+inside = threading.Barrier(2)
+threads = [threading.Thread(target=fork_beside_another) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not gate._inside and not gate._forking
+print("done")
+"""
+
+
+def test_a_fork_inside_a_call_does_not_wait_for_itself():
+    """By a signal handler, wherever it strikes; and by two threads at once."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS_INSIDE_CALLS],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 def test_calls_pass_the_gate(libcrypto):
     with libcrypto._scope():
-        assert _GATE._running == 1
-    assert _GATE._running == 0
+        assert len(_GATE._inside) == 1
+    assert not _GATE._inside
 
 
 def test_forks_under_load(libcrypto):
