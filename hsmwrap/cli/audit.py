@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,18 @@ def add_parser(subparsers: Subparsers) -> None:
         help="find lines that were changed, removed or reordered",
         description="Follow the chain of an audit log. With --config, the path, the key and the "
         "line that the database remembers come from the server's configuration; that line is "
-        "what shows that the end was cut off. Exit code 1 if something is wrong.",
+        "what shows that the end was cut off. Exit code 1 if something is wrong, or if the "
+        "database remembers no line of a log that has some.",
     )
     where = verify.add_mutually_exclusive_group(required=True)
     where.add_argument("--config", type=Path, metavar="FILE", help="the server's TOML file")
     where.add_argument("--file", type=Path, metavar="FILE", help="the audit log itself")
     verify.add_argument("--key-file", type=Path, metavar="FILE", help="HMAC key, with --file")
+    verify.add_argument(
+        "--without-anchor",
+        action="store_true",
+        help="with --config, accept that the database remembers no line of the log",
+    )
     add_json_option(verify)
     verify.set_defaults(run=run)
 
@@ -39,23 +46,39 @@ def run(args: argparse.Namespace) -> int:
     require_server()
     from hsmwrap.kms.audit import verify  # noqa: PLC0415 (the extra may be absent)
 
-    path, key, anchors = _from_config(args.config) if args.config else _from_arguments(args)
+    log = _from_config(args.config) if args.config else _from_arguments(args)
     try:
-        report = verify(path, key, anchors)
+        report = verify(log.path, log.key, log.anchors)
     except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from None
-    print(_json(report) if args.json else _text(path, report, anchored=bool(anchors)))
-    return 0 if report.ok else 1
+        raise ConfigurationError(f"{log.path}: {error.strerror}") from None
+    # Somebody who can rename the log, or the host, must not get the end unchecked by that.
+    missing = bool(args.config and report.lines and not log.anchors)
+    whole = report.ok and (args.without_anchor or not missing)
+    print(_json(log, report, whole=whole) if args.json else _text(log, report, missing=missing))
+    return 0 if whole else 1
 
 
-def _from_arguments(args: argparse.Namespace) -> tuple[Path, bytes | None, tuple[Anchor, ...]]:
+@dataclass(frozen=True, slots=True)
+class _Log:
+    """What to verify: the file, its HMAC key, and the lines that it must have.
+
+    ``name`` is what the database calls it; None where there is no database to ask.
+    """
+
+    path: Path
+    key: bytes | None = field(repr=False)
+    anchors: tuple[Anchor, ...] = ()
+    name: str | None = None
+
+
+def _from_arguments(args: argparse.Namespace) -> _Log:
     from hsmwrap.kms.opening import audit_key  # noqa: PLC0415 (the extra may be absent)
 
-    return args.file, audit_key(args.key_file), ()
+    return _Log(args.file, audit_key(args.key_file))
 
 
-def _from_config(file: Path) -> tuple[Path, bytes | None, tuple[Anchor, ...]]:
-    from hsmwrap.kms.anchors import remembered  # noqa: PLC0415 (the extra may be absent)
+def _from_config(file: Path) -> _Log:
+    from hsmwrap.kms.anchors import log_id, remembered  # noqa: PLC0415 (the extra may be absent)
     from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
     from hsmwrap.kms.opening import open_audit_log, open_database  # noqa: PLC0415 (the extra may be absent)
 
@@ -63,23 +86,30 @@ def _from_config(file: Path) -> tuple[Path, bytes | None, tuple[Anchor, ...]]:
     log = open_audit_log(config)
     database = open_database(config)
     try:
-        return log.path, log.key, remembered(database, log.path)
+        return _Log(log.path, log.key, remembered(database, log), log_id(log))
     finally:
         database.close()
 
 
-def _json(report: AuditReport) -> str:
+def _json(log: _Log, report: AuditReport, *, whole: bool) -> str:
     return tables.to_json(
         {
-            "ok": report.ok,
+            "ok": whole,
+            "anchored": bool(log.anchors),
             "lines": report.lines,
             "problems": [{"line": p.line, "problem": p.problem} for p in report.problems],
         }
     )
 
 
-def _text(path: Path, report: AuditReport, *, anchored: bool) -> str:
-    found = [f"{path}: {problem}" for problem in report.problems]
+def _text(log: _Log, report: AuditReport, *, missing: bool) -> str:
+    found = [f"{log.path}: {problem}" for problem in report.problems]
     verdict = "wrong" if found else "whole"
-    end = "" if anchored else "; whether the end was cut off, only --config can tell"
-    return "\n".join([*found, f"{path}: {report.lines} lines, {verdict}{end}"])
+    end = "" if log.name else "; whether the end was cut off, only --config can tell"
+    if missing:
+        end = (
+            f"; whether the end was cut off cannot be told: the database remembers no line of a "
+            f"log called {log.name!r}. If the host was renamed or the log moved, set audit_log_id; "
+            "if no server has used this log with this database yet, accept it by --without-anchor"
+        )
+    return "\n".join([*found, f"{log.path}: {report.lines} lines, {verdict}{end}"])

@@ -19,7 +19,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,17 @@ class AuditEntry:
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """A line of an audit log: its sequence number and digest."""
+    """A line of an audit log.
+
+    Attributes:
+        sequence: Its number, from 1; 0 is what the first line is chained to.
+        digest: Its digest.
+        position: Where it begins in the file, or any line's beginning before that.
+    """
 
     sequence: int
     digest: str
+    position: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +108,14 @@ class AuditLog:
         clock: Returns the current aware time.
         key: HMAC key of the chain; None: SHA-256.
         sync: True waits for the disk with each line.
+        log_id: What a database calls the log; None: host and path.
     """
 
     path: Path
     clock: Callable[[], datetime]
     key: bytes | None = field(default=None, repr=False)
     sync: bool = False
+    log_id: str | None = None
 
     def append(self, entry: AuditEntry) -> None:
         """Write one line.
@@ -131,6 +140,26 @@ class AuditLog:
             with self._locked() as file:
                 return _last_line(file)
         except (OSError, ValueError) as error:
+            raise AuditFailed(f"audit log {self.path}: {error}") from error
+
+    def check(self) -> None:
+        """Make sure that a line could be written now; only whether there is room is not seen.
+
+        Raises:
+            AuditFailed: It could not.
+        """
+        self.head()
+
+    def holds(self, line: Anchor) -> bool:
+        """Whether the log still has this line. Reads from its position to the line alone.
+
+        Raises:
+            AuditFailed: The file cannot be read.
+        """
+        try:
+            with self._locked() as file:
+                return line == _NOTHING or _line_from(file, line) == line
+        except OSError as error:
             raise AuditFailed(f"audit log {self.path}: {error}") from error
 
     @contextmanager
@@ -171,7 +200,7 @@ def verify(path: Path, key: bytes | None = None, anchors: tuple[Anchor, ...] = (
         OSError: The file cannot be read.
     """
     problems: list[AuditProblem] = []
-    missing = {anchor.sequence: anchor.digest for anchor in anchors}
+    missing = {anchor.sequence: anchor.digest for anchor in anchors if anchor != _NOTHING}
     last, number = _NOTHING, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -236,11 +265,23 @@ def _last_line(file: int) -> Anchor:
     torn = tail[whole:]
     if not (torn.startswith(_BEGIN) or _BEGIN.startswith(torn)) or (start and not whole):
         raise ValueError("ends in something that is no line of an audit log")
-    last = _parse(tail[tail.rfind(b"\n", 0, whole - 1) + 1 : whole])[0] if whole else _NOTHING
+    begin = tail.rfind(b"\n", 0, max(0, whole - 1)) + 1
+    last = _parse(tail[begin:whole])[0] if whole else _NOTHING
     if start + whole < size:
         _log.warning("audit log: torn last line cut off", extra={"bytes": size - start - whole})
         os.ftruncate(file, start + whole)
-    return last
+    return replace(last, position=start + begin)
+
+
+def _line_from(file: int, sought: Anchor) -> Anchor | None:
+    """The first line from the position of ``sought`` on that does not come before it."""
+    with os.fdopen(os.dup(file), "rb") as lines:
+        lines.seek(sought.position)
+        try:
+            found = (_parse(line)[0] for line in lines)
+            return next((line for line in found if line.sequence >= sought.sequence), None)
+        except ValueError:
+            return None
 
 
 def _without_zeros(file: int, end: int) -> int:

@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import ManagedHsm, ProtectionLevel
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.kms.schema import LOG_ID_LENGTH
 from hsmwrap.policy import Deployment
 
 ENV_PREFIX = "HSMWRAP_SERVER_"
@@ -63,6 +64,8 @@ class ServerConfig(BaseSettings):
         required_exposure: ``in_hsm`` refuses HSM-level imports through the host.
         access_key_file: TOML file of access keys, mode 600; None: the embedder brings them.
         audit_file: The audit log.
+        audit_log_id: What the database calls this audit log, another for each file; None: host
+            and path. Say it where the host's name changes, as in containers.
         audit_key_file: File with the HMAC key of the audit log's chain, mode 600; None: SHA-256.
         audit_sync: True waits for the disk with each line.
         sweep_interval: Pause between sweeps; 0 switches the sweeper off.
@@ -91,6 +94,7 @@ class ServerConfig(BaseSettings):
     required_exposure: Exposure | None = None
     access_key_file: Path | None = None
     audit_file: Path = Path("audit.log")
+    audit_log_id: str | None = Field(default=None, min_length=1, max_length=LOG_ID_LENGTH)
     audit_key_file: Path | None = None
     audit_sync: bool = False
     sweep_interval: timedelta = Field(default=timedelta(seconds=60), ge=timedelta(0))

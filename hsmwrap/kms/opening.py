@@ -87,6 +87,7 @@ def open_audit_log(config: ServerConfig) -> AuditLog:
         lambda: datetime.now(UTC),
         audit_key(config.audit_key_file),
         config.audit_sync,
+        config.audit_log_id,
     )
 
 

@@ -15,6 +15,8 @@ from hsmwrap.catalog import KeySpec, Origin, ProtectionLevel
 from hsmwrap.imports import Cmk
 from hsmwrap.kms.states import KeyState
 
+LOG_ID_LENGTH = 512
+"""Longest name of an audit log."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -110,6 +112,7 @@ class AuditAnchor(Row):
 
     __tablename__ = "audit_anchors"
 
-    log: Mapped[str] = mapped_column(String(512), primary_key=True)
+    log: Mapped[str] = mapped_column(String(LOG_ID_LENGTH), primary_key=True)
     sequence: Mapped[int] = mapped_column(BigInteger)
     digest: Mapped[str] = mapped_column(String(64))
+    position: Mapped[int] = mapped_column(BigInteger)

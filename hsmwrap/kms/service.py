@@ -17,7 +17,7 @@ from hsmwrap.keypool import KeyPool
 from hsmwrap.kms import anchors
 from hsmwrap.kms.access import AccessKeys, Caller
 from hsmwrap.kms.api import OPERATIONS, Operations, Request
-from hsmwrap.kms.audit import AuditEntry, AuditLog
+from hsmwrap.kms.audit import AuditEntry, AuditFailed, AuditLog
 from hsmwrap.kms.core import Core, no_step
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.errors import InvalidAction, NoPermission
@@ -151,8 +151,11 @@ class Kms:
             The answer's fields, RequestId included; JSON-able.
 
         Raises:
+            AuditFailed: The audit log cannot be written; the request was not run, unless the log
+                failed just then.
             HsmwrapError: ``code``, ``http_status`` and ``api_message`` are the answer.
         """
+        self._audit_log.check()
         named = self._without_arn(parameters)
         with self._audited(action, named.get("KeyId"), caller, request_id) as audited:
             operation = OPERATIONS.get(action)
@@ -181,11 +184,15 @@ class Kms:
             health = backend.health()
             parts[f"backend {level}"] = health.detail
             ready = ready and health.ready
-        try:
-            self._database.ping()
-            parts["database"] = "ready"
-        except ServiceUnavailable as error:
-            parts["database"], ready = str(error), False
+        for part, check in (
+            ("database", self._database.ping),
+            ("audit log", self._audit_log.check),
+        ):
+            try:
+                check()
+                parts[part] = "ready"
+            except (ServiceUnavailable, AuditFailed) as error:
+                parts[part], ready = str(error), False
         return KmsHealth(ready, parts)
 
     def watched(self) -> tuple[tuple[Backend, ...], tuple[KeyPool, ...]]:

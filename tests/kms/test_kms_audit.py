@@ -7,15 +7,20 @@ import os
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 from kms_fakes import AES_MATERIAL, Client
+from sqlalchemy import text
 
 from hsmwrap.cli import audit as audit_command
 from hsmwrap.errors import HsmwrapError
 from hsmwrap.kms import Caller, Permissions, anchors, audit
-from hsmwrap.kms.audit import Anchor, AuditEntry, AuditFailed, AuditLog, verify
+from hsmwrap.kms.audit import FIRST, Anchor, AuditEntry, AuditFailed, AuditLog, verify
+from hsmwrap.kms.database import Database
+from hsmwrap.kms.schema import AuditAnchor
 
 KEY = bytes(range(32))
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -138,6 +143,8 @@ def test_new_chain_cannot_be_made_without_the_key(log):
 def test_empty_log(tmp_path, key):
     (tmp_path / "e.log").touch()
     assert verify(tmp_path / "e.log", key).ok
+    head = AuditLog(tmp_path / "e.log", lambda: NOW, key).head()
+    assert verify(tmp_path / "e.log", key, (head,)).ok
     assert not verify(tmp_path / "e.log", key, (Anchor(1, "x"),)).ok
 
 
@@ -318,27 +325,171 @@ def test_unforeseen_failure_is_audited_and_passed_on(client, tmp_path):
     )
 
 
-def test_nothing_is_answered_without_an_audit_log(client, tmp_path):
-    (tmp_path / "audit.log").unlink()
-    (tmp_path / "audit.log").mkdir()
-    with pytest.raises(AuditFailed):
-        client("ListKeys")
+@pytest.fixture
+def broken_log(tmp_path):
+    """Call it to make the KMS's audit log unwritable."""
+
+    def break_it():
+        (tmp_path / "audit.log").unlink(missing_ok=True)
+        (tmp_path / "audit.log").mkdir()
+
+    return break_it
 
 
-def test_database_remembers_the_end(open_kms, tmp_path, caplog):
+def test_nothing_is_done_without_an_audit_log(client, broken_log):
+    key_id = client.create()
+    broken_log()
+    for call in (
+        client.create,
+        lambda: client("ListKeys"),
+        lambda: client("Nothing"),
+        lambda: client("ScheduleKeyDeletion", KeyId=key_id, PendingWindowInDays="7"),
+    ):
+        with pytest.raises(AuditFailed):
+            call()
+    lifecycle = client.kms.operations.lifecycle
+    assert lifecycle.list_keys(1, 10).total == 1
+    assert lifecycle.describe_key(key_id).state == "PendingImport"
+
+
+def test_health_says_that_the_audit_log_is_broken(client, broken_log):
+    assert client.kms.health().parts["audit log"] == "ready"
+    broken_log()
+    health = client.kms.health()
+    assert not health.ready
+    assert "audit.log" in health.parts["audit log"]
+
+
+class TestAnchors:
+    """The database remembers the last line, and goes on to a later one only from that line."""
+
+    @pytest.fixture
+    def database(self, database_url):
+        database = Database(database_url, sync=False)
+        database.migrate()
+        yield database
+        database.close()
+
+    def test_follows_the_log(self, database, log):
+        assert anchors.remembered(database, log) == ()
+        for number in range(3):
+            anchors.remember(database, log)
+            assert anchors.remembered(database, log) == (log.head(),)
+            log.append(entry(number))
+        (anchor,) = anchors.remembered(database, log)
+        assert (anchor.sequence, verify(log.path, log.key, (anchor,)).ok) == (8, True)
+        assert log.path.read_bytes()[anchor.position :].startswith(b'{"sequence":8,')
+
+    def test_begins_with_an_empty_log(self, database, tmp_path):
+        log = AuditLog(tmp_path / "new.log", lambda: NOW)
+        anchors.remember(database, log)
+        assert anchors.remembered(database, log) == (Anchor(0, FIRST),)
+        log.append(entry(1))
+        anchors.remember(database, log)
+        assert anchors.remembered(database, log) == (log.head(),)
+
+    @pytest.mark.parametrize("appended", [0, 1, 2, 9])
+    def test_lines_cut_off_stay_missing_however_the_log_grows(
+        self, database, log, caplog, appended
+    ):
+        anchors.remember(database, log)
+        before = anchors.remembered(database, log)
+        rewrite(log, lambda lines: lines[:4])
+        for number in range(appended):
+            log.append(entry(number + 100))
+            anchors.remember(database, log)
+        anchors.remember(database, log)
+        assert anchors.remembered(database, log) == before
+        assert not verify(log.path, log.key, before).ok
+        assert "lacks a line that it had" in caplog.text
+
+    def test_another_line_of_the_same_number_is_another(self, database, log, caplog):
+        anchors.remember(database, log)
+        before = anchors.remembered(database, log)
+        rewrite(log, lambda lines: lines[:5])
+        log.append(entry(100))
+        assert log.head().sequence == before[0].sequence
+        anchors.remember(database, log)
+        assert anchors.remembered(database, log) == before
+        assert "lacks a line that it had" in caplog.text
+
+    def test_reads_no_more_than_what_is_new(self, database, log, monkeypatch):
+        anchors.remember(database, log)
+        for number in range(3):
+            log.append(entry(number))
+        read = []
+        parse = audit._parse
+        monkeypatch.setattr(audit, "_parse", lambda line: read.append(line) or parse(line))
+        anchors.remember(database, log)
+        # The head, and the line that was remembered.
+        assert [parse(line)[0].sequence for line in read] == [9, 6]
+
+    def test_anchor_of_an_older_release_is_looked_for_from_the_beginning(self, database, log):
+        anchors.remember(database, log)
+        with database.write() as transaction:
+            transaction.execute(text("UPDATE audit_anchors SET position = 0"))
+        log.append(entry(7))
+        anchors.remember(database, log)
+        assert anchors.remembered(database, log) == (log.head(),)
+
+    @pytest.fixture
+    def overtaken(self, database, log):
+        """Remember while another process is about to commit; it does ``first`` before."""
+
+        def run(first):
+            thread = ThreadPoolExecutor(1)
+            with database.write() as transaction:
+                transaction.execute(text("UPDATE used_once SET expires_at = 0"))
+                first(transaction)
+                later = thread.submit(anchors.remember, database, log)
+                time.sleep(0.5)
+                log.append(entry(7))
+                head = log.head()
+                moved = text("UPDATE audit_anchors SET sequence = :s, digest = :d, position = :p")
+                values = {"s": head.sequence, "d": head.digest, "p": head.position}
+                transaction.execute(moved, values)
+            later.result(10)
+            thread.shutdown()
+
+        return run
+
+    def test_first_boot_of_two_processes(self, database, log, overtaken):
+        def insert(transaction):
+            transaction.add(AuditAnchor(log=anchors.log_id(log), sequence=0, digest="", position=0))
+            transaction.flush()
+
+        overtaken(insert)
+        assert anchors.remembered(database, log) == (log.head(),)
+
+    def test_process_that_was_overtaken_raises_no_alarm(self, database, log, overtaken, caplog):
+        anchors.remember(database, log)
+        lock = text("UPDATE audit_anchors SET sequence = sequence")
+        overtaken(lambda transaction: transaction.execute(lock))
+        assert anchors.remembered(database, log) == (log.head(),)
+        assert "lacks" not in caplog.text
+
+    def test_log_id_outlives_the_name_of_the_host(self, database, log, monkeypatch):
+        named = replace(log, log_id="main")
+        for remembering in (log, named):
+            anchors.remember(database, remembering)
+        monkeypatch.setattr(anchors.socket, "gethostname", lambda: "another")
+        assert anchors.remembered(database, log) == ()
+        assert anchors.remembered(database, named) == (log.head(),)
+
+
+def test_sweeps_remember_the_end(open_kms, tmp_path, caplog):
     kms = open_kms()
     client = Client(kms)
     for _ in range(4):
         client("ListKeys")
     kms.sweep()
-    path = tmp_path / "audit.log"
-    (anchor,) = anchors.remembered(kms._database, path)
+    (anchor,) = anchors.remembered(kms._database, kms._audit_log)
     assert anchor == kms._audit_log.head()
     rewrite(kms._audit_log, lambda lines: lines[:2])
     kms.sweep()
-    assert "shorter than it was" in caplog.text
-    assert anchors.remembered(kms._database, path) == (anchor,)
-    assert not verify(path, None, (anchor,)).ok
+    assert "lacks a line that it had" in caplog.text
+    assert anchors.remembered(kms._database, kms._audit_log) == (anchor,)
+    assert not verify(tmp_path / "audit.log", None, (anchor,)).ok
 
 
 class TestCommand:
@@ -363,19 +514,41 @@ class TestCommand:
         assert (code, found["ok"], found["lines"]) == (1, False, 5)
         assert found["problems"][0]["line"] == 1
 
-    def test_config(self, open_kms, database_url, tmp_path, capsys):
-        kms = open_kms()
-        Client(kms)("ListKeys")
-        Client(kms)("ListKeys")
-        kms.sweep()
+    @pytest.fixture
+    def config(self, database_url, tmp_path):
         config = tmp_path / "server.toml"
         config.write_text(
             f'database_url = "{database_url}"\naudit_file = "{tmp_path}/audit.log"\n'
             '[backends.HSM]\nplugin = "software"\n'
         )
+        return config
+
+    def test_config(self, open_kms, config, tmp_path, capsys):
+        kms = open_kms()
+        Client(kms)("ListKeys")
+        Client(kms)("ListKeys")
+        kms.sweep()
         code, out = self.run(capsys, "--config", config)
         assert (code, out) == (0, f"{tmp_path}/audit.log: 2 lines, whole\n")
         rewrite(kms._audit_log, lambda lines: lines[:1])
         code, out = self.run(capsys, "--config", config)
         assert code == 1
         assert "ends without line 2" in out
+
+    def test_no_anchor_is_no_proof(self, open_kms, config, capsys, monkeypatch):
+        kms = open_kms()
+        (config.parent / "audit.log").touch()
+        assert self.run(capsys, "--config", config)[0] == 0
+        Client(kms)("ListKeys")
+        kms.sweep()
+        monkeypatch.setattr(anchors.socket, "gethostname", lambda: "another")
+        code, out = self.run(capsys, "--config", config)
+        assert (code, "remembers no line of a log called 'another:" in out) == (1, True)
+        assert "set audit_log_id" in out
+        code, out = self.run(capsys, "--config", config, "--json")
+        assert (code, json.loads(out)["ok"], json.loads(out)["anchored"]) == (1, False, False)
+        assert self.run(capsys, "--config", config, "--without-anchor")[0] == 0
+        monkeypatch.setenv("HSMWRAP_SERVER_AUDIT_LOG_ID", "main")
+        assert self.run(capsys, "--config", config)[0] == 1
+        anchors.remember(kms._database, replace(kms._audit_log, log_id="main"))
+        assert self.run(capsys, "--config", config)[0] == 0

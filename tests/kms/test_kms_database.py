@@ -6,18 +6,19 @@ import threading
 import time
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from kms_fakes import AES_MATERIAL, Client
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import OperationalError
 
 from hsmwrap.errors import ServiceUnavailable
 from hsmwrap.kms import database as database_module
 from hsmwrap.kms.blobs import CiphertextBlob
-from hsmwrap.kms.database import Database, left_nothing
+from hsmwrap.kms.database import Database, left_nothing, migration_config
 from hsmwrap.kms.errors import CommitUnknown
-from hsmwrap.kms.schema import Row
+from hsmwrap.kms.schema import AuditAnchor, DoomedObject, Row
 
 
 @pytest.fixture
@@ -33,6 +34,17 @@ def test_migrations_make_the_schema(database):
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Row.metadata) == []
+
+
+def test_rows_of_the_first_release_are_migrated(database):
+    with database._writing.begin() as connection:
+        command.upgrade(migration_config(connection), "0001")
+        connection.execute(text("INSERT INTO audit_anchors VALUES ('a', 1, 'd')"))
+        connection.execute(text("INSERT INTO doomed_objects VALUES ('r', 1, false)"))
+    database.migrate()
+    with database.read() as transaction:
+        assert transaction.scalar(select(AuditAnchor.position)) == 0
+        assert transaction.scalar(select(DoomedObject.twice))
 
 
 def test_processes_migrate_at_once(database_url):
@@ -60,7 +72,7 @@ def test_processes_migrate_at_once(database_url):
 
 def test_write_is_whole_or_nothing(database):
     database.migrate()
-    insert = text("INSERT INTO audit_anchors VALUES ('a', 1, 'd')")
+    insert = text("INSERT INTO audit_anchors VALUES ('a', 1, 'd', 0)")
 
     def fail():
         with database.write() as transaction:
@@ -210,7 +222,7 @@ def test_sqlite_writers_take_turns(sqlite_url):
     database = Database(sqlite_url, sync=False)
     database.migrate()
     with database.write() as transaction:
-        transaction.execute(text("INSERT INTO audit_anchors VALUES ('a', 0, 'd')"))
+        transaction.execute(text("INSERT INTO audit_anchors VALUES ('a', 0, 'd', 0)"))
 
     def count_up():
         for _ in range(25):

@@ -386,6 +386,7 @@ def test_health_and_close(open_kms):
         "backend SOFTWARE": "ready",
         "backend HSM": "ready",
         "database": "ready",
+        "audit log": "ready",
     }
     kms.close()
     kms.close()
