@@ -19,8 +19,17 @@ A backend seals import tokens, wrapping keys and imported keys under keys of its
 in sets. The newest set is current; older ones open what they sealed until they are retired.
 The settings come from options, or from HSMWRAP_PKCS11_MODULE, HSMWRAP_TOKEN_LABEL,
 HSMWRAP_PIN_FILE and HSMWRAP_SO_PIN_FILE. With the security officer's PIN the key-encryption keys
-of an HSM token become CKA_TRUSTED, and nothing else can wrap what they wrap. `reap` removes
-resident wrapping keys whose import tokens have expired, whichever process made them.
+of an HSM token become CKA_TRUSTED, and nothing else can wrap what they wrap.
+
+`retire` destroys a set that is not current, and with it the use of all that it sealed. After
+`rotate`, wait until no import token needs it any more: the lifetime of a token, the max_age of
+key-pair pools, and 60 seconds in which running processes go on with the set that they know; that
+is 25 hours and a minute unless you configured otherwise. Imported keys that it sealed
+(HsmEncryptedDatabase) have to be imported again before. The command cannot know, and does not ask.
+A set that `list` calls not finished sealed nothing: retire it at any time.
+
+`reap` removes resident wrapping keys whose import tokens expired more than 15 minutes ago,
+whichever process made them.
 """
 
 _WEAKER = """\
@@ -43,6 +52,8 @@ _OPTIONS = {
         "token_serial",
         "pin_file",
         "key_prefix",
+        "profile",
+        "force_login",
     ),
     "software": ("keyring_file",),
 }
@@ -57,11 +68,17 @@ def add_parser(subparsers: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=("init", "rotate", "retire", "list", "reap"))
-    parser.add_argument("key_id", nargs="?", help="the key set to retire")
+    parser.add_argument("key_id", nargs="?", help="the key set to retire; see above for when")
     parser.add_argument("--backend", default="pkcs11", help="default: pkcs11")
     parser.add_argument("--so-pin-file", help="file with the security officer's PIN")
     for option in dict.fromkeys(name for names in _OPTIONS.values() for name in names):
-        parser.add_argument(f"--{option.replace('_', '-')}")
+        if option != "force_login":
+            parser.add_argument(f"--{option.replace('_', '-')}")
+    parser.add_argument(
+        "--force-login",
+        action="store_true",
+        help="log in although one more wrong PIN may lock the HSM token; check the PIN before",
+    )
     add_json_option(parser)
     parser.set_defaults(run=run)
 

@@ -1,10 +1,14 @@
 """hsmwrap keys, on both backends."""
 
 import json
+from datetime import timedelta
 
 import pytest
 
 from hsmwrap.cli import main
+from hsmwrap.imports import TOKEN_LIFETIME
+from hsmwrap.keypool import PoolSettings
+from hsmwrap.pkcs11.keys import CURRENT_SET_LIFETIME
 
 
 @pytest.fixture
@@ -44,6 +48,17 @@ def test_the_life_of_key_sets_in_an_hsm_token(softhsm):
     assert [(each["key_id"], each["current"]) for each in rotated] == [("1", False), ("2", True)]
     left = json.loads(softhsm.run_keys("retire", "cli-keys", "1"))["key_sets"]
     assert [each["key_id"] for each in left] == ["2"]
+
+
+def test_the_help_says_when_a_key_set_may_be_retired(capsys):
+    """Token lifetime, the pool's max_age, and the time that processes keep the current set for."""
+    wait = TOKEN_LIFETIME + PoolSettings().max_age + timedelta(seconds=CURRENT_SET_LIFETIME)
+    assert wait == timedelta(hours=25, minutes=1)
+    with pytest.raises(SystemExit):
+        main(["keys", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "25 hours and a minute" in text
+    assert "wait 24 hours" not in text
 
 
 def test_init_without_the_so_pin_says_what_is_weaker(softhsm, monkeypatch, capsys):
