@@ -24,6 +24,7 @@ from hsmwrap.backend import (
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.checkvalue import check_value, same_check_value
 from hsmwrap.errors import (
+    BackendClosed,
     ConfigurationError,
     InvalidImportToken,
     InvalidKeyMaterial,
@@ -66,7 +67,8 @@ class SoftwareBackend(Backend):
         self._keyring()
         self._sealer = Sealer(self._keyring)
         self._schemes = open_schemes(self._settings)
-        self._capabilities = report(self._settings, self._schemes.values())
+        with LIBCRYPTO.passing():
+            self._capabilities = report(self._settings, self._schemes.values())
         self._gate = Gate("software backend")
 
     @classmethod
@@ -153,6 +155,12 @@ class SoftwareBackend(Backend):
             return WrappingKey(spec, algorithm, public_key, private_key)
 
     @without_frames
+    def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:  # noqa: ARG002  # as below
+        """Do nothing: the caller has the only copy."""
+        with self._inside():
+            return
+
+    @without_frames
     def unwrap_material(
         self,
         private_key: PrivateKeyRef,
@@ -217,6 +225,8 @@ class SoftwareBackend(Backend):
             return Health(ready=False, detail="closed", facts=facts)
         try:
             keyring = self._keyring()
+        except BackendClosed:  # in between
+            return Health(ready=False, detail="closed", facts=facts)
         except ConfigurationError as error:
             return Health(ready=False, detail=str(error), facts=facts)
         facts["master_keys"] = len(keyring.ids)
@@ -274,7 +284,7 @@ def _keyring_file(settings: Mapping[str, Any]) -> KeyringFile:
 
 
 def _closed_keyring() -> Keyring:
-    raise KeyNotFound("the keys were let go when the backend was closed")
+    raise BackendClosed("this software backend was closed: open a new one")
 
 
 def _checked_value(key_spec: KeySpec, material: bytes, expected: bytes | None) -> bytes:

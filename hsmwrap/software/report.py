@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 from hsmwrap.backend import Capabilities, Custody, Exposure, KeyCapability, WrappingCapability
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingKeySpec
-from hsmwrap.software import cipher
+from hsmwrap.software import cipher, rsa
 from hsmwrap.software.schemes import Scheme
 from hsmwrap.software.settings import SoftwareSettings
 
@@ -15,8 +15,16 @@ NAME = "software"
 
 _HOST = "Keys and key material are in this process's memory while they are used."
 _PKCS1 = (
-    "RSAES_PKCS1_V1_5 has no integrity: with OpenSSL 3.2 or newer a wrong ciphertext decrypts to "
-    "random bytes, of which about 1 in 200 pass for a key. Prefer RSAES_OAEP_SHA_256."
+    "RSAES_PKCS1_V1_5 has no integrity, and its padding is decoded in this process. "
+    "Prefer RSAES_OAEP_SHA_256, and refuse it by refused_algorithms where no client needs it. "
+)
+_IMPLICIT = (
+    "pyca's OpenSSL rejects implicitly (tried): a wrong ciphertext decrypts to random bytes, of "
+    "which about 1 in 200 pass for a key."
+)
+_EXPLICIT = (
+    "pyca's OpenSSL DOES NOT REJECT IMPLICITLY (tried): wrong padding is one error with the rest, "
+    "but its timing can be an oracle that decrypts a captured ciphertext (Bleichenbacher 1998)."
 )
 _EPHEMERAL = (
     "EPHEMERAL KEYRING: no keyring_file is configured. Every import token and every imported key "
@@ -40,7 +48,7 @@ def report(settings: SoftwareSettings, schemes: Collection[Scheme]) -> Capabilit
         ),
         keys=tuple(KeyCapability(spec, cipher.is_usable(spec), sealed) for spec in KeySpec),
         production=not warnings,
-        notes=(*warnings, _HOST, _PKCS1, *_missing(schemes)),
+        notes=(*warnings, _HOST, _pkcs1(), *_missing(schemes)),
     )
 
 
@@ -48,6 +56,10 @@ def _levels(settings: SoftwareSettings) -> frozenset[ProtectionLevel]:
     if settings.serve_hsm_level:
         return frozenset(ProtectionLevel)
     return frozenset({ProtectionLevel.SOFTWARE})
+
+
+def _pkcs1() -> str:
+    return _PKCS1 + (_IMPLICIT if rsa.rejects_implicitly() else _EXPLICIT)
 
 
 def _warnings(settings: SoftwareSettings, schemes: Collection[Scheme]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -97,14 +98,34 @@ def load(secret: bytes) -> rsa.RSAPrivateKey:
     return numbers.private_key(unsafe_skip_rsa_key_validation=True)
 
 
+@cache
+def rejects_implicitly() -> bool:
+    """Whether pyca's OpenSSL answers wrong PKCS#1 v1.5 padding with random bytes, not an error.
+
+    Tried once per process, on a fresh key: one with a fixed key would be quicker by 0.1 s, and a
+    private key in the source. OpenSSL does it from 3.2 on, and distributions brought it to older
+    ones and can turn it off, so its version does not tell.
+    """
+    private_key = rsa.generate_private_key(_EXPONENT, _BITS)
+    # The number 1 is its own encryption, and as a block starts with neither 00 02 nor a filling.
+    block = (1).to_bytes(_BITS // 8, "big")
+    try:
+        private_key.decrypt(block, _PADDINGS[WrappingAlgorithm.RSAES_PKCS1_V1_5])
+    except ValueError:
+        return False
+    return True
+
+
 def decrypt(
     private_key: rsa.RSAPrivateKey, algorithm: WrappingAlgorithm, ciphertext: bytes
 ) -> bytes:
     """Decrypt a client's ciphertext to a message of any length.
 
-    With RSAES_PKCS1_V1_5 on OpenSSL 3.2 or newer (pyca's wheels) wrong padding does not fail: it
-    decrypts to bytes of random length that depend on key and ciphertext only. That is the right
-    answer to Bleichenbacher's attack, and means that success proves nothing.
+    With RSAES_PKCS1_V1_5 and implicit rejection (see :func:`rejects_implicitly`) wrong padding does
+    not fail: it decrypts to bytes of random length that depend on key and ciphertext only. That is
+    the right answer to Bleichenbacher's attack, and means that success proves nothing. Without it
+    wrong padding fails here and a wrong length after it, with the same error but not in the same
+    time.
 
     Raises:
         InvalidKeyMaterial: It does not decrypt; never says why.

@@ -21,7 +21,7 @@ from hsmwrap.errors import (
     SelfTestFailed,
     UnsupportedOperation,
 )
-from hsmwrap.software import SoftwareBackend, cipher, schemes
+from hsmwrap.software import SoftwareBackend, cipher, rsa, schemes
 from hsmwrap.software import backend as backend_module
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -281,6 +281,22 @@ def test_ephemeral_keyring_is_announced(backend, durable):
     assert any("RSAES_PKCS1_V1_5 has no integrity" in note for note in told.notes)
 
 
+def test_implicit_rejection_is_tried_and_said(monkeypatch):
+    def note():
+        with SoftwareBackend() as opened:
+            notes = opened.capabilities().notes
+        (said,) = (each for each in notes if each.startswith("RSAES_PKCS1_V1_5"))
+        assert "refused_algorithms" in said
+        return said
+
+    there = rsa.rejects_implicitly()
+    assert ("OpenSSL rejects implicitly" in note()) == there
+    assert ("DOES NOT REJECT IMPLICITLY" in note()) == (not there)
+    for answer, words in ((True, "OpenSSL rejects implicitly"), (False, "DOES NOT REJECT")):
+        monkeypatch.setattr(rsa, "rejects_implicitly", lambda answer=answer: answer)
+        assert words in note()
+
+
 def test_serving_hsm_level_is_announced(keyring_file):
     settings = {"keyring_file": str(keyring_file._path), "serve_hsm_level": True}
     with SoftwareBackend.from_settings(settings) as opened:
@@ -348,6 +364,7 @@ def test_closed_backend_answers_nothing_but_health(backend, imported):
     calls = {
         "capabilities": backend.capabilities,
         "generate": lambda: backend.generate_wrapping_key(pair.spec, OAEP, expires_at=NOW),
+        "discard": lambda: backend.discard_wrapping_key(pair.private_key),
         "unwrap": lambda: backend.unwrap_material(
             pair.private_key, OAEP, b"", key_spec=KeySpec.ALIYUN_AES_256
         ),
@@ -360,6 +377,7 @@ def test_closed_backend_answers_nothing_but_health(backend, imported):
     }
     seal = backend.seal(b"")
     backend.destroy_key(outcome.key)
+    backend.discard_wrapping_key(pair.private_key)
     assert backend.health().ready
     backend.close()
     backend.close()
@@ -371,8 +389,25 @@ def test_closed_backend_answers_nothing_but_health(backend, imported):
 
 def test_close_lets_go_of_the_keys(backend):
     backend.close()
-    with pytest.raises(KeyNotFound):
+    with pytest.raises(BackendClosed):
         backend._sealer.tag(b"")
+
+
+def test_health_beside_close_says_closed(backend, monkeypatch):
+    class ClosesNow:
+        """Closed between the two looks that health() takes."""
+
+        in_flight = 0
+
+        @property
+        def closed(self):
+            monkeypatch.undo()
+            backend.close()
+            return False
+
+    monkeypatch.setattr(backend, "_gate", ClosesNow())
+    health = backend.health()
+    assert (health.ready, health.detail) == (False, "closed")
 
 
 def test_close_waits_for_a_running_call(backend, imported, monkeypatch):
@@ -487,7 +522,7 @@ def test_forks_wait_for_calls_into_libcrypto(backend, monkeypatch):
     from hsmwrap.forkgate import LIBCRYPTO
 
     seen = []
-    monkeypatch.setattr(backend._sealer, "tag", lambda data: seen.append(LIBCRYPTO._running))
+    monkeypatch.setattr(backend._sealer, "tag", lambda data: seen.append(len(LIBCRYPTO._inside)))
     backend.seal(b"data")
     assert seen == [1]
-    assert LIBCRYPTO._running == 0
+    assert not LIBCRYPTO._inside

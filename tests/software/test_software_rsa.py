@@ -67,7 +67,21 @@ def test_wycheproof_pkcs1():
             assert outcome != vector["msg"], vector["tcId"]
             paddings[vector["tcId"]] = outcome
     assert (len(tried), len(paddings)) == (67, 19)
-    assert len({outcome == REFUSED for outcome in paddings.values()}) == 1
+    refused = {outcome == REFUSED for outcome in paddings.values()}
+    assert refused == {not rsa.rejects_implicitly()}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_openssl_does_with_wrong_padding_is_tried(monkeypatch, there):
+    class Key:
+        def decrypt(self, ciphertext, padding):
+            assert (len(ciphertext), type(padding).__name__) == (256, "PKCS1v15")
+            if not there:
+                raise ValueError("Decryption failed")
+            return b"random bytes"
+
+    monkeypatch.setattr(rsa.rsa, "generate_private_key", lambda *_: Key())
+    assert rsa.rejects_implicitly.__wrapped__() is there
 
 
 def test_generated_pair_loads_whole():
