@@ -8,7 +8,9 @@ import ctypes
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 _TESTS = str(Path(__file__).resolve().parent)
 
@@ -83,6 +85,12 @@ def _parts(value):
         yield from value
     elif is_dataclass(value) and not isinstance(value, type):
         yield from (getattr(value, field.name) for field in fields(value))
+    elif isinstance(value, partial):
+        yield from [*value.args, *value.keywords.values()]
+    elif isinstance(value, FunctionType):
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # a cell that is empty by now
+                yield cell.cell_contents
     elif hasattr(value, "private_numbers"):
         numbers = value.private_numbers()
         yield from (

@@ -310,6 +310,8 @@ def a_child_that_only_closes(shim, settings):
             with Pkcs11Backend.from_settings(settings) as its_own:
                 os._exit(0 if its_own.seal(b"data") else 1)
         assert os.waitpid(pid, 0)[1] == 0
+        # Its own C_Initialize, not the one that it inherited.
+        assert shim.counters().initialized_with_locking == before.initialized_with_locking + 1
         assert backend.seal(b"data")
     assert not shim.counters().violations
 

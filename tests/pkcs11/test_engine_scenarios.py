@@ -20,7 +20,7 @@ def test_scenario(softhsm, tmp_path, scenario):
     command = [sys.executable, SCENARIOS, scenario, tmp_path / "shim", json.dumps(settings)]
     done = subprocess.run(
         command,
-        env=os.environ | {"PYTHONPATH": str(SCENARIOS.parents[1])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=DEADLINE,
