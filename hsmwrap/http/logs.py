@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import traceback
 from datetime import UTC, datetime
 from typing import Any
 
+_PLACE = re.compile(r"at [^\s:]+\.py:\d+, in \w+", re.ASCII)
 _encode = json.JSONEncoder(default=str).encode
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -53,8 +55,14 @@ def describe(error: BaseException) -> dict[str, str]:
         chain.append(cause)
     return {
         "exception": " <- ".join(f"{type(e).__module__}.{type(e).__qualname__}" for e in chain),
-        "traceback": "".join(line for e in chain for line in traceback.format_tb(e.__traceback__)),
+        "traceback": "".join(line for e in chain for line in _places(e)),
     }
+
+
+def _places(error: BaseException) -> list[str]:
+    """Where it came through; of one without frames (``hsmwrap.errors.without_frames``) the note."""
+    notes = [note for note in getattr(error, "__notes__", ()) if _PLACE.fullmatch(note)]
+    return [*traceback.format_tb(error.__traceback__), *(f"  {note}\n" for note in notes)]
 
 
 def _cause(error: BaseException) -> BaseException | None:

@@ -449,3 +449,19 @@ def test_metrics_without_the_library(bench, monkeypatch):
     assert response.status_code == 404
     assert "prometheus_client" in response.get_json()["Message"]
     assert bench.get(v1_query()).status_code == 200
+
+
+def test_a_foreign_exception_without_frames_is_logged_with_its_place():
+    from hsmwrap.errors import without_frames
+    from hsmwrap.http.logs import describe
+
+    @without_frames
+    def broken():
+        raise TypeError("SECRET")
+
+    with pytest.raises(TypeError) as caught:
+        broken()
+    caught.value.add_note("at SECRET")
+    described = describe(caught.value)
+    assert re.search(r"at \S+test_protocol.py:\d+, in broken", described["traceback"])
+    assert "SECRET" not in str(described)
