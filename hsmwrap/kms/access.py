@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 from hsmwrap.errors import ConfigurationError
 
+MAX_ID_LENGTH = 128
+"""Longest id of an access key: keys remember their creator, and logs name who asked."""
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -73,11 +75,21 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class AccessKey:
-    """An access key: its id, the secret that signs requests, and what it may do."""
+    """An access key: its id, the secret that signs requests, and what it may do.
+
+    Raises:
+        ConfigurationError: The id is longer than :data:`MAX_ID_LENGTH`.
+    """
 
     access_key_id: str
     secret: str = field(repr=False)
     permissions: Permissions
+
+    def __post_init__(self) -> None:
+        if len(self.access_key_id) > MAX_ID_LENGTH:
+            raise ConfigurationError(
+                f"access keys: an id has more than {MAX_ID_LENGTH} characters; take a shorter one"
+            )
 
     def caller(self) -> Caller:
         """The caller that a request signed with this key stands for."""
@@ -162,7 +174,8 @@ def parse_access_keys(document: Mapping[str, Any]) -> list[AccessKey]:
     """Read the access keys of a parsed file.
 
     Raises:
-        ConfigurationError: A key is missing, unknown or of the wrong kind; no value is quoted.
+        ConfigurationError: A key is missing, unknown or of the wrong kind, or an id is too long;
+            no value is quoted.
     """
     try:
         _only(document, "access_key")

@@ -5,8 +5,9 @@ from kms_fakes import ADMIN, AES_MATERIAL, Client
 
 from hsmwrap.errors import ConfigurationError, HsmwrapError
 from hsmwrap.kms import AccessKey, Caller, Grant, NoPermission, Permissions
-from hsmwrap.kms.access import FileAccessKeys
+from hsmwrap.kms.access import MAX_ID_LENGTH, FileAccessKeys, parse_access_keys
 from hsmwrap.kms.api import OPERATIONS
+from hsmwrap.kms.schema import Key
 
 UNKNOWN_KEY = "8a8e3a5f-0000-4000-8000-000000000000"
 NEEDED = {
@@ -184,3 +185,15 @@ def test_access_key_file_errors_quote_no_secret(access_file, text):
 def test_access_key_file_that_is_missing(tmp_path):
     with pytest.raises(ConfigurationError):
         FileAccessKeys(tmp_path / "none")
+
+
+def test_id_that_is_too_long_for_a_row_is_refused():
+    longest = "i" * MAX_ID_LENGTH
+    entry = {"secret": "x", "allow": []}
+    assert parse_access_keys({"access_key": [{"id": longest, **entry}]})[0].access_key_id == longest
+    with pytest.raises(ConfigurationError, match=f"more than {MAX_ID_LENGTH} characters") as caught:
+        parse_access_keys({"access_key": [{"id": longest + "i", **entry}]})
+    assert "iii" not in str(caught.value)
+    with pytest.raises(ConfigurationError):
+        AccessKey(longest + "i", "x", Permissions())
+    assert Key.creator.type.length >= MAX_ID_LENGTH
