@@ -30,10 +30,12 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the configuration, or raise the ConfigurationError that says what is wrong."""
     require_server()
-    from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.config import load_config, require_own_names  # noqa: PLC0415 (the extra may be absent)
     from hsmwrap.kms.explain import explain  # noqa: PLC0415 (the extra may be absent)
 
-    settings = explain(load_config(args.config), args.config)
+    config = load_config(args.config)
+    require_own_names(config)
+    settings = explain(config, args.config)
     if args.json:
         print(tables.to_json({"settings": [asdict(setting) for setting in settings]}))
     else:

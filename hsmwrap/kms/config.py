@@ -69,6 +69,7 @@ class ServerConfig(BaseSettings):
         audit_key_file: File with the HMAC key of the audit log's chain, mode 600; None: SHA-256.
         audit_sync: True waits for the disk with each line.
         sweep_interval: Pause between sweeps; 0 switches the sweeper off.
+        startup_wait: How long to wait at start for an HSM or a database that is away; 0: not.
         key_pool: Wrapping key pairs of each kind that are made ahead; 0: none.
         limits: How much is taken from a client at once.
     """
@@ -98,6 +99,7 @@ class ServerConfig(BaseSettings):
     audit_key_file: Path | None = None
     audit_sync: bool = False
     sweep_interval: timedelta = Field(default=timedelta(seconds=60), ge=timedelta(0))
+    startup_wait: timedelta = Field(default=timedelta(seconds=60), ge=timedelta(0))
     key_pool: int = Field(default=0, ge=0, le=10_000)
     limits: LimitsConfig = LimitsConfig()
 
@@ -118,6 +120,30 @@ class ServerConfig(BaseSettings):
         if self.managed_hsm is None:
             return Deployment.of_region(self.region, dedicated=self.dedicated)
         return Deployment(self.managed_hsm, dedicated=self.dedicated)
+
+
+def require_own_names(config: ServerConfig) -> None:
+    """Refuse different backends of the same name, without opening them.
+
+    The name is taken to be the setting ``name``, else the plug-in's, as it is with the backends of
+    this package. The server asks the backends themselves once they are open.
+
+    Raises:
+        ConfigurationError: Two have the same name.
+    """
+    named: dict[str, BackendConfig] = {}
+    for backend in config.backends.values():
+        name = str(backend.settings.get("name", backend.plugin))
+        if named.setdefault(name, backend) != backend:
+            raise same_name(name)
+
+
+def same_name(name: str) -> ConfigurationError:
+    """What is wrong where different backends have the same name, and what to do."""
+    return ConfigurationError(
+        f"two backends are named {name!r}; give one another name (the setting 'name', where its "
+        "plug-in has one), or give both levels the same plug-in and settings"
+    )
 
 
 def load_config(path: Path | None = None) -> ServerConfig:

@@ -7,7 +7,7 @@ that goes leaves a line in the audit log, whoever took it out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,6 +18,7 @@ from hsmwrap.backend import Backend, KeyRef
 from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.errors import KeyNotFound, UnsupportedProtectionLevel
 from hsmwrap.imports import ImportService, UsedTokens
+from hsmwrap.kms.config import same_name
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.objects import Objects, doom
 from hsmwrap.kms.schema import Key
@@ -27,6 +28,20 @@ from hsmwrap.policy import Deployment
 
 def no_step(_name: str) -> None:
     """The step hook of production: nothing happens between the steps."""
+
+
+def by_name(backends: Iterable[Backend]) -> dict[str, Backend]:
+    """The backends by the name that key references have; one backend may be there repeatedly.
+
+    Raises:
+        ConfigurationError: Two have the same name, so that keys of one would be looked for in
+            the other.
+    """
+    named: dict[str, Backend] = {}
+    for backend in backends:
+        if named.setdefault(backend.name, backend) is not backend:
+            raise same_name(backend.name)
+    return named
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,12 @@ from sqlalchemy.exc import ArgumentError
 from hsmwrap.kms.config import ENV_PREFIX, ServerConfig, read_file
 
 MASK = "(set, not shown)"
-# A setting that may hold a secret itself; one that says where the secret is may be shown.
+# A setting that may hold a secret itself; one that says where the secret is may be shown, but not
+# a command, whose arguments are anybody's guess.
 _SECRET = re.compile(r"(?i)pin|secret|password|passphrase|credential")
-_WHERE = re.compile(r"(?i)_(file|env|path|source|command)$")
+_WHERE = re.compile(r"(?i)_(file|env|path)$")
+# The PIN attributes of a PKCS#11 URI (RFC 7512), with all behind them: a PIN may hold a bare &.
+_URI_PIN = re.compile(r"(?i)(pin-(?:value|source))\s*=.*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +59,26 @@ def _leaves(keys: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...]
 def _text(keys: tuple[str, ...], value: Any) -> str:
     if isinstance(value, SecretStr):
         return _url(value.get_secret_value())
-    if _SECRET.search(keys[-1]) and not _WHERE.search(keys[-1]):
+    if value is None:
+        return "-"
+    return str(MASK if any(map(_is_secret, keys[:-1])) else _masked(keys[-1], value))
+
+
+def _masked(key: str, value: Any) -> Any:
+    """The value with every secret in it masked, however deep; a yes or no tells nothing."""
+    if isinstance(value, bool):
+        return value
+    if _is_secret(key):
         return MASK
-    return "-" if value is None else str(value)
+    if isinstance(value, Mapping):
+        return {name: _masked(str(name), inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(key, inner) for inner in value]
+    return _URI_PIN.sub(rf"\1={MASK}", value) if isinstance(value, str) else value
+
+
+def _is_secret(key: str) -> bool:
+    return bool(_SECRET.search(key)) and not _WHERE.search(key)
 
 
 def _url(url: str) -> str:

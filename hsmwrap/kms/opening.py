@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from hsmwrap.backend import Backend
 from hsmwrap.catalog import ProtectionLevel
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, ServiceUnavailable
 from hsmwrap.keypool import KeyPool, PoolSettings
 from hsmwrap.kms.access import AccessKeys, FileAccessKeys, read_private
 from hsmwrap.kms.audit import AuditLog
 from hsmwrap.kms.config import ServerConfig
+from hsmwrap.kms.core import by_name
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.service import Kms
 from hsmwrap.observe import Observer, observed
 from hsmwrap.registry import open_backend
 
 _MIN_AUDIT_KEY = 32
+# Seconds between attempts to open what is away.
+_FIRST_PAUSE = 0.25
+_LONGEST_PAUSE = 4.0
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
 
 
 def open_kms(
@@ -29,6 +42,9 @@ def open_kms(
 ) -> Kms:
     """Open backends and database, migrate the schema, recover, start the sweeper.
 
+    What is away for now is waited for, as long as the configuration says: a process that is
+    started again during an outage should outlast it, as those that run do.
+
     Args:
         config: The configuration.
         access_keys: Instead of the configuration's file of access keys.
@@ -38,8 +54,9 @@ def open_kms(
         ConfigurationError: Something that the configuration names cannot be used.
         HsmwrapError: A backend or the database does not open; nothing is left open.
     """
+    deadline = time.monotonic() + config.startup_wait.total_seconds()
     with ExitStack() as opened:
-        backends = _open_backends(config, observer, opened)
+        backends = _open_backends(config, observer, opened, deadline)
         key_pool = KeyPool(
             PoolSettings(
                 config.key_pool, config.key_pool // 2, token_lifetime=config.token_lifetime
@@ -48,7 +65,7 @@ def open_kms(
         opened.callback(key_pool.close)
         database = open_database(config)
         opened.callback(database.close)
-        database.migrate()
+        _patiently(database.migrate, deadline)
         kms = Kms(
             database,
             backends,
@@ -112,14 +129,30 @@ def _access_keys(config: ServerConfig) -> AccessKeys:
 
 
 def _open_backends(
-    config: ServerConfig, observer: Observer | None, opened: ExitStack
+    config: ServerConfig, observer: Observer | None, opened: ExitStack, deadline: float
 ) -> dict[ProtectionLevel, Backend]:
     backends: dict[ProtectionLevel, Backend] = {}
     for level, wanted in config.backends.items():
         same = next((b for known, b in backends.items() if config.backends[known] == wanted), None)
         if same is None:
-            same = open_backend(wanted.plugin, wanted.settings)
+            same = _patiently(partial(open_backend, wanted.plugin, wanted.settings), deadline)
             opened.callback(same.close)
             same = observed(same, observer) if observer else same
         backends[level] = same
+        by_name(backends.values())
     return backends
+
+
+def _patiently(call: Callable[[], _T], deadline: float) -> _T:
+    """Call again, ever less often, while what it needs is away; until the monotonic deadline."""
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            return call()
+        except ServiceUnavailable as error:
+            if not error.retryable or time.monotonic() + pause > deadline:
+                raise
+            facts = {"code": error.code, "why": str(error), "seconds": pause}
+            _log.warning("cannot start yet; trying again", extra=facts)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)

@@ -18,7 +18,7 @@ from hsmwrap.kms import anchors
 from hsmwrap.kms.access import AccessKeys, Caller
 from hsmwrap.kms.api import OPERATIONS, Operations, Request
 from hsmwrap.kms.audit import AuditEntry, AuditFailed, AuditLog
-from hsmwrap.kms.core import Core, no_step
+from hsmwrap.kms.core import Core, by_name, no_step
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.errors import InvalidAction, NoPermission
 from hsmwrap.kms.objects import LEASE, Objects
@@ -95,6 +95,7 @@ class Kms:
             step: Called with the name of each step that a crash could fall behind; for tests.
 
         Raises:
+            ConfigurationError: Two backends have the same name.
             UnsupportedProtectionLevel: A backend may not serve the level that it is given for.
         """
         self.access_keys = access_keys
@@ -116,8 +117,7 @@ class Kms:
             used_tokens=used_tokens,
             key_source=key_pool or generate_inline,
         )
-        by_name = {backend.name: backend for backend in backends.values()}
-        objects = Objects(database, by_name, clock, import_lease, step)
+        objects = Objects(database, by_name(backends.values()), clock, import_lease, step)
         core = Core(
             database,
             self._backends,

@@ -5,13 +5,19 @@ import json
 from datetime import timedelta
 
 import pytest
-from kms_fakes import Client
+from kms_fakes import Client, Clock
 
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import ManagedHsm, ProtectionLevel
 from hsmwrap.cli import config as config_command
-from hsmwrap.errors import BackendLoadError, ConfigurationError
-from hsmwrap.kms import load_config, open_kms
+from hsmwrap.errors import BackendClosed, BackendLoadError, ConfigurationError, HsmUnavailable
+from hsmwrap.kms import Kms, StaticAccessKeys, load_config, open_kms, opening
+from hsmwrap.kms.audit import AuditLog
+from hsmwrap.kms.database import Database
+from hsmwrap.kms.explain import MASK
+from hsmwrap.policy import Deployment
+from hsmwrap.software import SoftwareBackend
+from hsmwrap.software.keyring_file import KeyringFile
 
 FILE = """
 database_url = "postgresql+psycopg://kms:pass-word@db.example/kms?sslkey=hidden"
@@ -109,6 +115,9 @@ def test_no_secret_in_repr(file):
     assert "pass-word" not in repr(load_config(file))
 
 
+INLINE_SETTINGS = next(line for line in FILE.splitlines() if line.startswith("settings = "))
+
+
 def check(capsys, *arguments):
     parser = argparse.ArgumentParser()
     config_command.add_parser(parser.add_subparsers())
@@ -134,6 +143,60 @@ def test_check_explains(file, monkeypatch, capsys):
     assert table.splitlines()[0].split() == ["setting", "value", "source"]
     for secret in ("pass-word", "12345678", "hidden"):
         assert secret not in out + table
+
+
+PINS = """
+allow_pin_value = true
+uri = "pkcs11:token=A?module-path=/usr/lib/x.so&pin-value=12345678&rest"
+fallbacks = ["pkcs11:token=B?PIN-Value=12345678", "pkcs11:token=C?pin-source=|echo 12345678"]
+tokens = [{ label = "D", user_pin = "12345678" }]
+credentials = { user = "12345678" }
+pin_command = "echo 12345678"
+"""
+
+
+def test_check_masks_pins_wherever_they_are(file, capsys):
+    settings = "".join(f"{line}\n" for line in PINS.strip().splitlines())
+    file.write_text(FILE + f"[backends.HSM.settings]\n{settings}")
+    file.write_text(file.read_text().replace(INLINE_SETTINGS, ""))
+    out = check(capsys, "--config", file, "--json")
+    explained = {s["name"]: s["value"] for s in json.loads(out)["settings"]}
+    shown = {name.removeprefix("backends.HSM.settings."): v for name, v in explained.items()}
+    assert "12345678" not in out
+    assert "12345678" not in check(capsys, "--config", file)
+    assert shown["allow_pin_value"] == "True"
+    assert shown["uri"] == f"pkcs11:token=A?module-path=/usr/lib/x.so&pin-value={MASK}"
+    assert shown["fallbacks"] == str(
+        [f"pkcs11:token=B?PIN-Value={MASK}", f"pkcs11:token=C?pin-source={MASK}"]
+    )
+    assert shown["tokens"] == str([{"label": "D", "user_pin": MASK}])
+    assert shown["credentials.user"] == shown["pin_command"] == MASK
+
+
+TWO_TOKENS = """
+[backends.SOFTWARE]
+plugin = "pkcs11"
+settings = { token_label = "a"SETTING }
+
+[backends.HSM]
+plugin = "pkcs11"
+settings = { token_label = "b" }
+"""
+
+
+@pytest.mark.parametrize("name", [None, "pkcs11"])
+def test_check_refuses_two_backends_of_one_name(file, capsys, name):
+    setting = f', name = "{name}"' if name else ""
+    file.write_text(TWO_TOKENS.replace("SETTING", setting))
+    with pytest.raises(ConfigurationError, match="two backends are named 'pkcs11'; give one"):
+        check(capsys, "--config", file)
+
+
+def test_check_takes_two_names_or_one_backend(file, capsys):
+    file.write_text(TWO_TOKENS.replace("SETTING", ', name = "other"'))
+    assert "other" in check(capsys, "--config", file)
+    file.write_text(TWO_TOKENS.replace("SETTING", "").replace('"b"', '"a"'))
+    assert "pkcs11" in check(capsys, "--config", file)
 
 
 @pytest.fixture
@@ -193,3 +256,83 @@ def test_open_kms_refuses(real, monkeypatch, name, value, error):
     monkeypatch.setenv(f"HSMWRAP_SERVER_{name}", value)
     with pytest.raises(error):
         open_kms(load_config(real))
+
+
+def test_two_backends_of_one_name_are_refused(real, tmp_path, monkeypatch):
+    other = tmp_path / "other-keyring.json"
+    KeyringFile(other).create()
+    software, hsm = real.read_text().split("[backends.HSM]")
+    real.write_text(f"{software}[backends.HSM]{hsm.replace('keyring.json', other.name)}")
+    monkeypatch.setattr(opening, "Kms", None)  # not after the database was opened
+    with pytest.raises(ConfigurationError, match="two backends are named 'software'"):
+        open_kms(load_config(real))
+
+
+def test_kms_refuses_two_backends_of_one_name(open_backend, sqlite_url, tmp_path):
+    backends = [open_backend(), open_backend()]
+    database = Database(sqlite_url)
+    with pytest.raises(ConfigurationError, match="two backends are named 'software'"):
+        Kms(
+            database,
+            dict(zip(ProtectionLevel, backends, strict=True)),
+            Deployment(),
+            access_keys=StaticAccessKeys(()),
+            audit_log=AuditLog(tmp_path / "audit.log", Clock()),
+        )
+    database.close()
+    for backend in backends:
+        backend.close()
+
+
+class Away:
+    """Stands before a function that fails some times before it works."""
+
+    def __init__(self, monkeypatch, owner, name, error, times):
+        self.calls, self.pauses = 0, []
+        inner = getattr(owner, name)
+
+        def call(*arguments):
+            self.calls += 1
+            if self.calls <= times:
+                raise error
+            return inner(*arguments)
+
+        monkeypatch.setattr(owner, name, call)
+        monkeypatch.setattr(opening.time, "sleep", self.pause)
+        monkeypatch.setattr(opening.time, "monotonic", lambda: sum(self.pauses))
+
+    def pause(self, seconds):
+        self.pauses.append(seconds)
+
+
+@pytest.mark.parametrize("part", [(Database, "migrate"), (opening, "open_backend")])
+def test_start_waits_for_what_is_away(real, monkeypatch, part, caplog):
+    monkeypatch.setenv("HSMWRAP_SERVER_SWEEP_INTERVAL", "PT0S")
+    away = Away(monkeypatch, *part, HsmUnavailable("away"), times=6)
+    with open_kms(load_config(real)) as kms:
+        assert kms.health().ready
+    assert away.pauses == [0.25, 0.5, 1, 2, 4, 4]
+    assert "cannot start yet" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wait", "error", "waited"),
+    [
+        ("PT30S", HsmUnavailable("away"), (26, 30)),
+        ("PT0S", HsmUnavailable("away"), (0, 0)),
+        ("PT30S", BackendClosed("closed"), (0, 0)),
+        ("PT30S", ConfigurationError("wrong"), (0, 0)),
+    ],
+)
+def test_start_does_not_wait_for_ever(real, monkeypatch, wait, error, waited):
+    monkeypatch.setenv("HSMWRAP_SERVER_STARTUP_WAIT", wait)
+    away = Away(monkeypatch, Database, "migrate", error, times=1000)
+    closed = []
+    close = SoftwareBackend.close
+    monkeypatch.setattr(
+        SoftwareBackend, "close", lambda backend: (closed.append(1), close(backend))
+    )
+    with pytest.raises(type(error)):
+        open_kms(load_config(real))
+    assert waited[0] <= sum(away.pauses) <= waited[1]
+    assert closed == [1]
