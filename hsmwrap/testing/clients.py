@@ -18,7 +18,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric import padding
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherAlgorithm, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA1, SHA256
+from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from hsmwrap.backend import MESSAGE_VERSION, NONCE_LENGTH, TAG_LENGTH
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm
@@ -50,6 +54,19 @@ _OPENSSL_OPTIONS: Mapping[WrappingAlgorithm, tuple[str, ...]] = MappingProxyType
         WrappingAlgorithm.SM2PKE: (),
     }
 )
+_PYCA_PADDINGS: Mapping[WrappingAlgorithm, padding.AsymmetricPadding] = MappingProxyType(
+    {
+        WrappingAlgorithm.RSAES_PKCS1_V1_5: padding.PKCS1v15(),
+        WrappingAlgorithm.RSAES_OAEP_SHA_1: padding.OAEP(
+            padding.MGF1(SHA1()),  # noqa: S303  # the API's algorithm
+            SHA1(),  # noqa: S303  # as above
+            label=None,
+        ),
+        WrappingAlgorithm.RSAES_OAEP_SHA_256: padding.OAEP(
+            padding.MGF1(SHA256()), SHA256(), label=None
+        ),
+    }
+)
 _SM2_POINT_LENGTH = 64
 
 
@@ -72,6 +89,21 @@ def openssl_encrypt(algorithm: WrappingAlgorithm, public_key: bytes, material: b
     if done.returncode:
         raise ClientFailed(f"openssl: {done.stderr.decode(errors='replace').strip()}")
     return done.stdout
+
+
+def pyca_encrypt(algorithm: WrappingAlgorithm, public_key: bytes, material: bytes) -> bytes:
+    """Encrypt by pyca/cryptography: RSA only, but in this process, and empty material as well.
+
+    Raises:
+        ClientFailed: pyca has no such algorithm, or refused the public key.
+    """
+    scheme = _PYCA_PADDINGS.get(algorithm)
+    if scheme is None:
+        raise ClientFailed(f"pyca has no {algorithm}")
+    key = load_der_public_key(public_key)
+    if not isinstance(key, RSAPublicKey):
+        raise ClientFailed(f"{algorithm} is for RSA keys")
+    return key.encrypt(material, scheme)
 
 
 def gmssl_encrypt(algorithm: WrappingAlgorithm, public_key: bytes, material: bytes) -> bytes:

@@ -2,8 +2,6 @@
 
 import pytest
 
-from hsmwrap import registry
-
 
 @pytest.fixture
 def count_token_objects(softhsm):
@@ -14,17 +12,3 @@ def count_token_objects(softhsm):
     connection = Connection(Pkcs11Settings.from_mapping(softhsm.bare_settings()))
     yield lambda: connection.run(lambda pooled: len(list(pooled.session.get_objects())))
     connection.close()
-
-
-@pytest.fixture
-def open_pkcs11(softhsm):
-    opened = []
-
-    def opens(prefix, **more):
-        backend = registry.open_backend("pkcs11", softhsm.settings(prefix, **more))
-        opened.append(backend)
-        return backend
-
-    yield opens
-    for backend in opened:
-        backend.close()

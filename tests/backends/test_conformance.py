@@ -1,48 +1,64 @@
 """One suite over every backend that is registered, in each way that it keeps keys."""
 
 import pytest
+from kept_open import KeptOpen
 
 from hsmwrap import registry
+from hsmwrap.software import SoftwareBackend
 from hsmwrap.testing.conformance import BackendConformance
 
 
 class TestSoftware(BackendConformance):
+    engine = "libcrypto"
+
     @pytest.fixture
-    def backend(self):
-        with registry.open_backend("software", {}) as backend:
+    def settings(self, tmp_path):
+        settings = {"keyring_file": str(tmp_path / "keyring"), "sm2_engine": self.engine}
+        SoftwareBackend.initialise_keys(settings)
+        return settings
+
+    @pytest.fixture
+    def backend(self, settings):
+        with registry.open_backend("software", settings) as backend:
             yield backend
 
-
-class TestSoftwareWithGmssl(BackendConformance):
     @pytest.fixture
-    def backend(self):
-        with registry.open_backend("software", {"sm2_engine": "gmssl"}) as backend:
-            yield backend
+    def reopen(self, settings):
+        return lambda: registry.open_backend("software", settings)
 
 
-class _Pkcs11(BackendConformance):
+class TestSoftwareWithGmssl(TestSoftware):
+    engine = "gmssl"
+
+
+class _SoftHsm(KeptOpen):
     @pytest.fixture
     def count_objects(self, backend, count_token_objects):
         backend.capabilities()  # the probe makes session objects of its own
         return count_token_objects
 
 
-class TestSoftHsmSealed(_Pkcs11):
-    @pytest.fixture
-    def backend(self, open_pkcs11):
-        return open_pkcs11("sealed")
+class TestSoftHsmSealed(_SoftHsm):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def settings(cls, softhsm):
+        return softhsm.settings("sealed")
 
 
-class TestSoftHsmResident(_Pkcs11):
-    @pytest.fixture
-    def backend(self, open_pkcs11):
-        return open_pkcs11("resident", wrapping_custody="resident", material_custody="HsmInternal")
+class TestSoftHsmResident(_SoftHsm):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def settings(cls, softhsm):
+        return softhsm.settings(
+            "resident", wrapping_custody="resident", material_custody="HsmInternal"
+        )
 
 
-class TestSoftHsmWithoutTrust(_Pkcs11):
-    @pytest.fixture
-    def backend(self, open_pkcs11):
-        return open_pkcs11("untrusted", trusted=False)
+class TestSoftHsmWithoutTrust(_SoftHsm):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def settings(cls, softhsm):
+        return softhsm.settings("untrusted", trusted=False)
 
 
 def test_every_registered_backend_is_under_test():

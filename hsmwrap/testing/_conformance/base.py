@@ -1,0 +1,238 @@
+"""What every part of the kit stands on: fixtures, a client, and what a caller sees of a call."""
+
+# A test kit: asserts do it.
+# ruff: noqa: S101
+
+from __future__ import annotations
+
+import multiprocessing
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+from hsmwrap.backend import Backend, Custody, ImportedKey, WrappingCapability, WrappingKey
+from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial
+from hsmwrap.testing.clients import openssl_encrypt, pyca_encrypt
+
+Pair = tuple[WrappingKeySpec, WrappingAlgorithm]
+
+PAIRS: tuple[Pair, ...] = (
+    (WrappingKeySpec.RSA_2048, WrappingAlgorithm.RSAES_PKCS1_V1_5),
+    (WrappingKeySpec.RSA_2048, WrappingAlgorithm.RSAES_OAEP_SHA_1),
+    (WrappingKeySpec.RSA_2048, WrappingAlgorithm.RSAES_OAEP_SHA_256),
+    (WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE),
+)
+FORK_TIMEOUT = 60
+
+CountObjects = Callable[[], int]
+Reopen = Callable[[], Backend]
+UsableKey = tuple[ImportedKey, bytes]
+"""An imported key that can encrypt, and its material."""
+Outcome = tuple[object, ...]
+"""All that a caller can see of a call."""
+
+DONE: Outcome = ("no error",)
+
+
+def seen(error: HsmwrapError) -> Outcome:
+    """What a caller sees of an error: type, text, attributes, notes, and what it came from.
+
+    A context that ``raise … from None`` hides is in no log, so it does not count.
+    """
+    shown = None if error.__suppress_context__ else error.__context__
+    return type(error), error.args, str(error), repr(vars(error)), error.__cause__, shown
+
+
+def outcome(call: Callable[[], object]) -> Outcome:
+    """What a caller sees of this call."""
+    try:
+        call()
+    except HsmwrapError as error:
+        return seen(error)
+    return DONE
+
+
+REFUSED = seen(InvalidKeyMaterial())
+"""The one answer to a client's ciphertext that does not become the key."""
+
+
+def flip(data: bytes, bit: int) -> bytes:
+    """``data`` with one bit changed."""
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << (bit % 8)
+    return bytes(changed)
+
+
+def tomorrow() -> datetime:
+    """When an import token expires."""
+    return datetime.now(UTC) + timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A wrapping key, and a client that encrypts under it."""
+
+    backend: Backend
+    key: WrappingKey
+
+    @property
+    def capability(self) -> WrappingCapability:
+        """What the backend says of this pair."""
+        found = self.backend.capabilities().wrapping_for(self.key.spec, self.key.algorithm)
+        assert found is not None
+        return found
+
+    def encrypt(self, material: bytes) -> bytes:
+        """The client's part."""
+        return openssl_encrypt(self.key.algorithm, self.key.public_key, material)
+
+    def encrypt_here(self, material: bytes) -> bytes:
+        """The client's part, without a process for it where pyca can."""
+        if self.key.spec is WrappingKeySpec.RSA_2048:
+            return pyca_encrypt(self.key.algorithm, self.key.public_key, material)
+        return self.encrypt(material)
+
+    def bring_in(
+        self, ciphertext: bytes, key_spec: KeySpec, expected: bytes | None = None
+    ) -> ImportedKey:
+        """The backend's part."""
+        return self.backend.unwrap_material(
+            self.key.private_key,
+            self.key.algorithm,
+            ciphertext,
+            key_spec=key_spec,
+            expected_check_value=expected,
+        )
+
+    def attempt(
+        self, ciphertext: bytes, key_spec: KeySpec, expected: bytes | None = None
+    ) -> Outcome:
+        """What the client sees of the backend's part; a key that came of it is destroyed."""
+        return outcome(
+            lambda: self.backend.destroy_key(self.bring_in(ciphertext, key_spec, expected).key)
+        )
+
+
+def converse(backend: Backend, spec: WrappingKeySpec, algorithm: WrappingAlgorithm) -> Conversation:
+    """A conversation under a fresh wrapping key; skips if the backend does not serve the pair."""
+    if backend.capabilities().wrapping_for(spec, algorithm) is None:
+        pytest.skip(f"capability: does not serve {algorithm}")
+    return Conversation(
+        backend, backend.generate_wrapping_key(spec, algorithm, expires_at=tomorrow())
+    )
+
+
+def converse_anyhow(backend: Backend) -> Conversation:
+    """A conversation under the pair that the backend lists last."""
+    last = backend.capabilities().wrapping[-1]
+    return converse(backend, last.spec, last.algorithm)
+
+
+def import_one(backend: Backend, key_spec: KeySpec) -> UsableKey:
+    """Import fresh material."""
+    conversation = converse_anyhow(backend)
+    material = secrets.token_bytes(key_spec.material_length)
+    return conversation.bring_in(conversation.encrypt(material), key_spec), material
+
+
+def a_key_spec(backend: Backend) -> KeySpec:
+    """Any key spec that the backend imports."""
+    return backend.capabilities().keys[0].key_spec
+
+
+def in_child(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Begin ``call`` in a forked child; the function returned waits for what it returned."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_report, args=(call, theirs))
+    child.start()
+    theirs.close()
+
+    def wait() -> Any:
+        answer = ours.recv() if ours.poll(FORK_TIMEOUT) else None
+        child.join(FORK_TIMEOUT)
+        assert child.exitcode == 0, "the forked child failed or hangs"
+        return answer
+
+    return wait
+
+
+def _report(call: Callable[[], Any], to: Connection) -> None:
+    to.send(call())
+
+
+class ConformanceFixtures:
+    """The fixtures that a plug-in author overrides, and those that tests ask for."""
+
+    @pytest.fixture
+    def backend(self) -> Backend:
+        """An open backend."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def settings(self) -> Mapping[str, Any]:
+        """Settings that ``from_settings`` takes."""
+        return {}
+
+    @pytest.fixture
+    def reopen(self) -> Reopen | None:
+        """Opens the backend once more, on the same keys; None where that cannot be done."""
+        return None
+
+    @pytest.fixture
+    def count_objects(self) -> CountObjects | None:
+        """Counts the objects in the HSM, session objects too; None where there are none."""
+        return None
+
+    @pytest.fixture
+    def counted(self, backend: Backend, count_objects: CountObjects | None) -> CountObjects:
+        """Counts the objects in the HSM; whoever keeps objects has to say how."""
+        if count_objects is None:
+            report = backend.capabilities()
+            custodies = {w.custody for w in report.wrapping} | {k.custody for k in report.keys}
+            resident = Custody.HSM_INTERNAL in custodies
+            assert not resident, "custody is HsmInternal: override the fixture count_objects"
+            pytest.skip("capability: has no objects to count")
+        return count_objects
+
+    @pytest.fixture
+    def another(self, backend: Backend, reopen: Reopen | None) -> Iterator[Backend]:
+        """A second instance on the same keys, as another process or machine has it."""
+        if reopen is None:
+            pytest.skip("capability: is not opened twice")
+        with reopen() as second:
+            assert second is not backend
+            yield second
+
+    @pytest.fixture(params=PAIRS, ids=[str(algorithm) for _, algorithm in PAIRS])
+    def pair(self, request: pytest.FixtureRequest) -> Pair:
+        """Each pair of the catalogue."""
+        chosen: Pair = request.param
+        return chosen
+
+    @pytest.fixture
+    def conversation(self, backend: Backend, pair: Pair) -> Conversation:
+        """One conversation for each pair that the backend serves."""
+        return converse(backend, *pair)
+
+    @pytest.fixture(params=list(KeySpec), ids=[str(spec) for spec in KeySpec])
+    def key_spec(self, backend: Backend, request: pytest.FixtureRequest) -> KeySpec:
+        """Each key spec that the backend can import."""
+        spec: KeySpec = request.param
+        if backend.capabilities().key_for(spec) is None:
+            pytest.skip(f"capability: does not import {spec}")
+        return spec
+
+    @pytest.fixture
+    def usable_key(self, backend: Backend, key_spec: KeySpec) -> UsableKey:
+        """An imported key that can encrypt, and its material."""
+        capability = backend.capabilities().key_for(key_spec)
+        if capability is None or not capability.usable:
+            pytest.skip(f"capability: keeps {key_spec} keys but cannot use them")
+        return import_one(backend, key_spec)

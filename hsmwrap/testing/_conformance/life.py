@@ -1,0 +1,171 @@
+"""A server's life: threads, forks, expiry, the end; and nothing secret in what it says."""
+
+# A test kit: asserts do it.
+# ruff: noqa: S101
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from hsmwrap.backend import Backend
+from hsmwrap.catalog import KeySpec
+from hsmwrap.errors import BackendClosed, HsmwrapError
+from hsmwrap.testing._conformance.base import (
+    ConformanceFixtures,
+    Conversation,
+    CountObjects,
+    a_key_spec,
+    converse,
+    converse_anyhow,
+    flip,
+    import_one,
+    in_child,
+    tomorrow,
+)
+from hsmwrap.testing._conformance.leaks import leaks
+
+
+class LifeConformance(ConformanceFixtures):
+    """What a KMS that runs for months needs."""
+
+    def test_threads_do_not_mix_up_their_keys(
+        self, conversation: Conversation, key_spec: KeySpec
+    ) -> None:
+        def one(material: bytes) -> bytes:
+            return conversation.bring_in(conversation.encrypt(material), key_spec).check_value
+
+        materials = [secrets.token_bytes(key_spec.material_length) for _ in range(12)]
+        expected = [one(material) for material in materials]
+        with ThreadPoolExecutor(6) as threads:
+            assert list(threads.map(one, materials)) == expected
+
+    def test_a_forked_child_works_and_the_parent_goes_on(
+        self, backend: Backend, key_spec: KeySpec
+    ) -> None:
+        imported, material = import_one(backend, key_spec)
+
+        def again() -> bytes:
+            conversation = converse_anyhow(backend)
+            return conversation.bring_in(conversation.encrypt(material), key_spec).check_value
+
+        childs = in_child(again)
+        assert again() == imported.check_value
+        assert childs() == imported.check_value
+        assert again() == imported.check_value
+
+    def test_reaping_spares_what_has_not_expired(self, conversation: Conversation) -> None:
+        conversation.backend.reap(datetime.now(UTC))
+        key_spec = a_key_spec(conversation.backend)
+        material = secrets.token_bytes(key_spec.material_length)
+        conversation.bring_in(conversation.encrypt(material), key_spec)
+
+    def test_reaping_removes_expired_resident_keys(
+        self, conversation: Conversation, counted: CountObjects
+    ) -> None:
+        conversation.backend.reap(datetime.now(UTC) + timedelta(hours=48))
+        before = counted()
+        key = conversation.key
+        converse(conversation.backend, key.spec, key.algorithm)
+        conversation.backend.reap(datetime.now(UTC) + timedelta(hours=48))
+        assert counted() == before
+
+    def test_no_secret_in_logs_reprs_and_errors(
+        self,
+        conversation: Conversation,
+        caplog: pytest.LogCaptureFixture,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        caplog.set_level(logging.DEBUG)
+        rehearsal = _Rehearsal(conversation)
+        said = [*rehearsal.play(), *capfd.readouterr()]
+        said += [record.getMessage() + repr(vars(record)) for record in caplog.records]
+        # Text in the repr of text has its backslashes doubled.
+        readings = [text.encode() for said_once in said for text in _unescaped(said_once)]
+        for what, secret in rehearsal.secrets.items():
+            assert not any(leaks(secret, reading) for reading in readings), what
+
+    def test_everything_is_closed_after_close(self, backend: Backend) -> None:
+        key_spec = a_key_spec(backend)
+        imported, _ = import_one(backend, key_spec)
+        key = converse_anyhow(backend).key
+        seal = backend.seal(b"data")
+        backend.close()
+        backend.close()
+        calls: list[Callable[[], object]] = [
+            backend.capabilities,
+            lambda: backend.generate_wrapping_key(key.spec, key.algorithm, expires_at=tomorrow()),
+            lambda: Conversation(backend, key).bring_in(bytes(256), key_spec),
+            lambda: backend.encrypt(imported.key, b""),
+            lambda: backend.decrypt(imported.key, bytes(40)),
+            lambda: backend.destroy_key(imported.key),
+            lambda: backend.seal(b"data"),
+            lambda: backend.check_seal(b"data", seal),
+            lambda: backend.reap(datetime.now(UTC)),
+        ]
+        for call in calls:
+            with pytest.raises(BackendClosed):
+                call()
+        assert not backend.health().ready
+
+    def test_discarding_is_closed_after_close(self, backend: Backend) -> None:
+        key = converse_anyhow(backend).key
+        backend.close()
+        with pytest.raises(BackendClosed):
+            backend.discard_wrapping_key(key.private_key)
+
+
+def _unescaped(text: str) -> tuple[str, str]:
+    return text, text.replace(r"\\", "\\")
+
+
+class _Rehearsal:
+    """Imports that succeed and fail, and uses of the key; gathers what could be printed of them."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+        self._key_spec = a_key_spec(conversation.backend)
+        length = self._key_spec.material_length
+        self.secrets = {
+            "the material": secrets.token_bytes(length),
+            "other material": secrets.token_bytes(length),
+            "material of another length": secrets.token_bytes(length + 8),
+            "the message": secrets.token_bytes(40),
+        }
+
+    def play(self) -> Iterator[str]:
+        """The reprs and errors, one after the other."""
+        conversation, backend = self._conversation, self._conversation.backend
+        material, other, longer, message = self.secrets.values()
+        imported = conversation.bring_in(conversation.encrypt(material), self._key_spec)
+        yield repr((imported, imported.key, conversation.key, conversation.key.private_key))
+        yield repr((backend, str(backend), backend.capabilities(), backend.health()))
+        for bad, expected in ((other, imported.check_value), (longer, None)):
+            ciphertext = conversation.encrypt(bad)
+            yield from _errors(
+                lambda c=ciphertext, e=expected: conversation.bring_in(c, self._key_spec, e)  # type: ignore[misc]
+            )
+        with suppress(HsmwrapError):  # a key that is kept but not used
+            sealed = backend.encrypt(imported.key, message)
+            backend.decrypt(imported.key, sealed)
+            yield from _errors(lambda: backend.decrypt(imported.key, flip(sealed, 8)))
+            yield from _errors(lambda: backend.decrypt(imported.key, sealed, b"other"))
+        yield repr((backend, backend.seal(b"data"), backend.health()))
+
+
+def _errors(call: Callable[[], object]) -> Iterator[str]:
+    """All that an error says, and those that it came from, hidden or not."""
+    error: BaseException | None = None
+    try:
+        call()
+    except HsmwrapError as raised:
+        error = raised
+    while error is not None:
+        yield repr((str(error), error.args, error, vars(error)))
+        error = error.__cause__ or error.__context__

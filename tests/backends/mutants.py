@@ -1,0 +1,724 @@
+"""Backends that each break one promise, and the tests of the kit that have to notice."""
+
+import base64
+import itertools
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from honest_backend import INTERNAL, HonestBackend
+
+from hsmwrap.backend import (
+    Custody,
+    Exposure,
+    ImportedKey,
+    KeyRef,
+    PrivateKeyRef,
+    Seal,
+    WrappingKey,
+)
+from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.checkvalue import check_value
+from hsmwrap.errors import (
+    HsmError,
+    InvalidImportToken,
+    InvalidKeyMaterial,
+    KeyNotFound,
+)
+from hsmwrap.oaep import mgf1
+from hsmwrap.sm2 import encode_point, encode_spki, parse, sm2_kdf, sm3
+from hsmwrap.sm2.kdf import xor
+from hsmwrap.software.rsa import RsaScheme, load
+from hsmwrap.software.sealing import Purpose
+from hsmwrap.testing._conformance.points import G, multiples_of, multiply
+
+SEALED, RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, INTERNAL
+OAEP1, SM2PKE = WrappingAlgorithm.RSAES_OAEP_SHA_1, WrappingAlgorithm.SM2PKE
+
+AT_FIRST = "test_no_bad_ciphertext_becomes_a_key_at_first"
+ONE_ERROR = "test_every_bad_ciphertext_is_the_same_error"
+SHOWN = "test_neither_reference_nor_check_value_shows_the_material"
+BECOMES = "test_material_becomes_a_key"
+ASKED_FOR = "test_a_wrapping_key_is_what_was_asked_for_and_hides_its_private_part"
+SECRETS = "test_no_secret_in_logs_reprs_and_errors"
+LENGTHS = "test_only_the_exact_length_is_accepted"
+CLOSED = "test_everything_is_closed_after_close"
+DAMAGED = "test_a_damaged_wrapping_key_reference_is_no_import_token"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A broken backend, the finding that it stands for, and the test that has to fail."""
+
+    finding: str
+    backend: type
+    test: str
+    custody: Custody = SEALED
+    counts: bool = True
+
+    def __str__(self):
+        return f"{self.finding}-{self.backend.__name__}"
+
+
+MUTANTS = []
+
+
+def mutant(finding, test, custody=SEALED, *, counts=True) -> Callable[[type], type]:
+    def register(backend):
+        MUTANTS.append(Mutant(finding, backend, test, custody, counts))
+        return backend
+
+    return register
+
+
+def material_of(backend, key):
+    """The material of an imported key, as a broken backend has it at hand."""
+    return backend.inner._sealer.open(
+        Purpose.KEY_MATERIAL, backend.inner_key(key).data, backend.inner.name, key.key_spec
+    )
+
+
+def sealed_material(backend, material, key_spec):
+    return backend.inner._sealer.seal(Purpose.KEY_MATERIAL, material, backend.inner.name, key_spec)
+
+
+# --- B1 and B13: no integrity, no curve ------------------------------------------------------
+
+
+class _Scheme:
+    """Replaces one of the software backend's schemes; the rest is as it was."""
+
+    def __init__(self, whole):
+        self.whole = whole
+
+    def __getattr__(self, name):
+        return getattr(self.whole, name)
+
+
+class _WithScheme(HonestBackend):
+    scheme = None
+
+    def __init__(self, directory, custody):
+        super().__init__(directory, custody)
+        algorithm = self.scheme.algorithm
+        whole = self.inner._schemes[algorithm]
+        self.inner._schemes = {**self.inner._schemes, algorithm: self.scheme(whole)}
+
+
+class _Sm2WithoutC3(_Scheme):
+    algorithm = SM2PKE
+
+    def decrypt(self, secret, ciphertext, material_length):
+        parsed = parse(ciphertext, material_length, self.whole._layouts)
+        shared = multiply(int.from_bytes(secret[:32]), multiples_of((parsed.x, parsed.y)))
+        x2, y2 = (number.to_bytes(32) for number in shared)
+        return xor(parsed.c2, sm2_kdf(x2, y2, material_length))
+
+
+@mutant("B1", AT_FIRST)
+class IgnoresC3(_WithScheme):
+    scheme = _Sm2WithoutC3
+
+
+class _OaepWithoutHash(_Scheme):
+    algorithm = OAEP1
+
+    def decrypt(self, secret, ciphertext, material_length):
+        numbers = load(secret).private_numbers()
+        n = numbers.public_numbers.n
+        encoded = pow(int.from_bytes(ciphertext), numbers.d, n).to_bytes(256)
+        seed = xor(encoded[1:21], mgf1(encoded[21:], 20, "sha1"))
+        block = xor(encoded[21:], mgf1(seed, 235, "sha1"))
+        padding, separator, material = block[20:].partition(b"\x01")
+        if encoded[0] or any(padding) or not separator or len(ciphertext) != 256:
+            raise InvalidKeyMaterial
+        return material
+
+
+@mutant("B1", AT_FIRST)
+class IgnoresOaepHash(_WithScheme):
+    scheme = _OaepWithoutHash
+
+
+class _Sm2OnAnyCurve(_Scheme):
+    """C1C3C2 only, with C3 checked and C1 taken as it comes."""
+
+    algorithm = SM2PKE
+
+    def generate(self):
+        d = 1 + 6 * secrets.randbelow(2**200)
+        public = encode_point(*multiply(d, multiples_of(G)))
+        return encode_spki(public), d.to_bytes(32) + public
+
+    def decrypt(self, secret, ciphertext, material_length):
+        if len(ciphertext) != 97 + material_length:
+            return self.whole.decrypt(secret, ciphertext, material_length)
+        x, y = int.from_bytes(ciphertext[1:33]), int.from_bytes(ciphertext[33:65])
+        c3, c2 = ciphertext[65:97], ciphertext[97:]
+        try:
+            shared = multiply(int.from_bytes(secret[:32]), multiples_of((x, y)))
+            x2, y2 = (number.to_bytes(32) for number in shared)
+        except (TypeError, ValueError):
+            raise InvalidKeyMaterial from None
+        material = xor(c2, sm2_kdf(x2, y2, material_length))
+        if sm3(x2 + material + y2) != c3:
+            raise InvalidKeyMaterial
+        return material
+
+
+@mutant("B13", "test_points_of_other_curves_are_refused")
+class TakesAnyPoint(_WithScheme):
+    scheme = _Sm2OnAnyCurve
+
+
+@mutant("B13", "test_every_sm2_layout_is_read")
+class ReadsDerOnly(HonestBackend):
+    sm2_layouts = ("DER",)
+
+
+# --- B2 and B3: errors that say why ----------------------------------------------------------
+
+
+class _Says(HonestBackend):
+    """Answers ``error()`` where the honest one answers InvalidKeyMaterial."""
+
+    at_first_only = False
+
+    def unwrap_material(self, *args, **kwargs):
+        if self.at_first_only and kwargs.get("expected_check_value") is not None:
+            return super().unwrap_material(*args, **kwargs)
+        try:
+            return super().unwrap_material(*args, **kwargs)
+        except InvalidKeyMaterial:
+            raise self.error() from self.cause()
+
+    def error(self):
+        return InvalidKeyMaterial()
+
+    def cause(self):
+        return None
+
+
+@mutant("B2", AT_FIRST)
+class SaysWrongPaddingAtFirst(_Says):
+    at_first_only = True
+
+    def error(self):
+        return HsmError("wrong padding")
+
+
+@mutant("B2", LENGTHS)
+class SaysWrongLengthAtFirst(_Says):
+    at_first_only = True
+
+    def error(self):
+        return HsmError("wrong length")
+
+
+@mutant("B3", ONE_ERROR)
+class SaysWhyInANote(_Says):
+    def error(self):
+        error = InvalidKeyMaterial()
+        error.add_note("wrong padding")
+        return error
+
+
+@mutant("B3", ONE_ERROR)
+class SaysWhyInAnAttribute(_Says):
+    def error(self):
+        error = InvalidKeyMaterial()
+        error.reason = "wrong padding"
+        return error
+
+
+@mutant("B3", ONE_ERROR)
+class SaysWhyInTheCause(_Says):
+    def cause(self):
+        return ValueError("wrong padding")
+
+
+class BadPadding(InvalidKeyMaterial):
+    pass
+
+
+@mutant("B3", ONE_ERROR)
+class SaysWhyInTheType(_Says):
+    def error(self):
+        return BadPadding()
+
+
+@mutant("B3", ONE_ERROR)
+class SaysWhyInTheContext(HonestBackend):
+    def unwrap_material(self, *args, **kwargs):
+        try:
+            return super().unwrap_material(*args, **kwargs)
+        except InvalidKeyMaterial as error:
+            error.__suppress_context__ = False
+            error.__context__ = ValueError("wrong padding")
+            raise
+
+
+# --- B4 and B5: secrets in what is stored ----------------------------------------------------
+
+
+class _Imports(HonestBackend):
+    """Changes what an import returns."""
+
+    def unwrap_material(self, *args, expected_check_value=None, **kwargs):
+        imported = super().unwrap_material(*args, **kwargs)
+        spoiled = self.spoil(imported)
+        if expected_check_value not in (None, spoiled.check_value):
+            raise InvalidKeyMaterial
+        return spoiled
+
+    def spoil(self, imported: ImportedKey) -> ImportedKey:
+        raise NotImplementedError
+
+
+class _CheckValueIs(_Imports):
+    spelling = staticmethod(bytes)
+
+    def spoil(self, imported):
+        spelled = self.spelling(material_of(self, imported.key))
+        return replace(imported, check_value=b"\x07" + spelled)
+
+
+@mutant("B4", SHOWN)
+class CheckValueIsTheKey(_CheckValueIs):
+    pass
+
+
+@mutant("B4", SHOWN)
+class CheckValueIsHex(_CheckValueIs):
+    spelling = staticmethod(lambda material: material.hex().encode())
+
+
+@mutant("B4", SHOWN)
+class CheckValueIsBase64(_CheckValueIs):
+    spelling = staticmethod(base64.b64encode)
+
+
+@mutant("B4", SHOWN)
+class CheckValueIsHalfTheKey(_CheckValueIs):
+    spelling = staticmethod(lambda material: material[: len(material) // 2])
+
+
+@mutant("B4", "test_check_values_of_method_1_are_the_documented_ones")
+class CheckValueOfAnotherBlock(_Imports):
+    def spoil(self, imported):
+        material = material_of(self, imported.key)
+        return replace(imported, check_value=b"\x01" + check_value(material)[:0:-1])
+
+
+@mutant("B5", SHOWN)
+class KeyRefIsHex(_Imports):
+    def spoil(self, imported):
+        data = material_of(self, imported.key).hex().encode()
+        return replace(imported, key=replace(imported.key, data=data))
+
+
+class _PrivateKeyIs(HonestBackend):
+    algorithm = OAEP1
+
+    def generate_wrapping_key(self, spec, algorithm, *, expires_at):
+        key = super().generate_wrapping_key(spec, algorithm, expires_at=expires_at)
+        if algorithm is not self.algorithm:
+            return key
+        secret = self.inner._open_wrapping_key(key.private_key, self.inner._schemes[algorithm])
+        return replace(key, private_key=replace(key.private_key, data=self.spelling(secret)))
+
+    spelling = staticmethod(lambda secret: b"honest\x01" + secret)
+
+
+@mutant("B5", ASKED_FOR)
+class PrivateKeyIsPq(_PrivateKeyIs):
+    pass
+
+
+@mutant("B5", ASKED_FOR)
+class PrivateKeyIsPem(_PrivateKeyIs):
+    @staticmethod
+    def spelling(secret):
+        return load(secret).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+@mutant("B5", ASKED_FOR)
+class PrivateKeyIsTheScalarInHex(_PrivateKeyIs):
+    algorithm = SM2PKE
+    spelling = staticmethod(lambda secret: secret[:32].hex().encode())
+
+
+# --- B6: secrets in what is said -------------------------------------------------------------
+
+
+@mutant("B6", SECRETS)
+class LogsTheMaterial(_Imports):
+    def spoil(self, imported):
+        extra = {"material": material_of(self, imported.key).hex()}
+        logging.getLogger("acme").debug("imported", extra=extra)
+        return imported
+
+
+@mutant("B6", SECRETS)
+class PrintsTheMaterial(_Imports):
+    def spoil(self, imported):
+        print(list(material_of(self, imported.key)))
+        return imported
+
+
+@mutant("B6", SECRETS)
+class ShowsTheMaterialInItsRepr(_Imports):
+    last = b""
+
+    def spoil(self, imported):
+        self.last = material_of(self, imported.key)
+        return imported
+
+    def __repr__(self):
+        return f"<Acme {self.last!r}>"
+
+
+@mutant("B6", SECRETS)
+class RaisesWithTheMaterial(HonestBackend):
+    def unwrap_material(self, *args, expected_check_value=None, **kwargs):
+        imported = super().unwrap_material(*args, **kwargs)
+        if expected_check_value not in (None, imported.check_value):
+            error = InvalidKeyMaterial()
+            error.__context__ = ValueError(f"not {material_of(self, imported.key)!r}")
+            raise error from None
+        return imported
+
+
+@mutant("B6", SECRETS)
+class LogsTheMessage(HonestBackend):
+    def encrypt(self, key, plaintext, additional_data=b""):
+        logging.getLogger("acme").info("encrypting %s", base64.b64encode(plaintext))
+        return super().encrypt(key, plaintext, additional_data)
+
+
+# --- B7 and B8: not what was asked for -------------------------------------------------------
+
+
+class _Pairs(HonestBackend):
+    """Changes what it says of a wrapping key."""
+
+    def generate_wrapping_key(self, spec, algorithm, *, expires_at):
+        return self.spoil(super().generate_wrapping_key(spec, algorithm, expires_at=expires_at))
+
+    def spoil(self, key: WrappingKey) -> WrappingKey:
+        raise NotImplementedError
+
+
+@mutant("B7", ASKED_FOR)
+class LiesAboutTheWrappingKeysCustody(_Pairs):
+    def spoil(self, key):
+        return replace(key, private_key=PrivateKeyRef(RESIDENT, key.private_key.data))
+
+
+@mutant("B7", ASKED_FOR)
+class ForAnotherAlgorithm(_Pairs):
+    def spoil(self, key):
+        return replace(key, algorithm=WrappingAlgorithm.RSAES_OAEP_SHA_256)
+
+
+@mutant("B7", ASKED_FOR)
+class ForAnotherSpec(_Pairs):
+    def spoil(self, key):
+        return replace(key, spec=WrappingKeySpec.RSA_2048)
+
+
+@mutant("B7", BECOMES)
+class LiesAboutTheKeysCustody(_Imports):
+    def spoil(self, imported):
+        return replace(imported, key=replace(imported.key, custody=RESIDENT))
+
+
+@mutant("B7", BECOMES)
+class NamesAnotherBackend(_Imports):
+    def spoil(self, imported):
+        return replace(imported, key=replace(imported.key, backend="software"))
+
+
+@mutant("B7", BECOMES)
+class LiesAboutTheKeySpec(_Imports):
+    def spoil(self, imported):
+        return replace(imported, key=replace(imported.key, key_spec=KeySpec.ALIYUN_SM4))
+
+
+@mutant("B7", BECOMES)
+class LiesAboutTheExposure(_Imports):
+    def spoil(self, imported):
+        return replace(imported, exposure=Exposure.IN_HSM)
+
+
+@mutant("B7", "test_a_wrapping_key_is_where_its_custody_says")
+class SealsAndKeepsAnObject(_Pairs):
+    def spoil(self, key):
+        self.store(secrets.token_bytes(16), b"")
+        return key
+
+
+@mutant("B8", "test_what_is_not_served_is_refused")
+class ServesWhatItDoesNotList(HonestBackend):
+    def generate_wrapping_key(self, spec, algorithm, *, expires_at):
+        return self.inner.generate_wrapping_key(spec, algorithm, expires_at=expires_at)
+
+
+@mutant("B8", "test_a_key_spec_that_is_not_listed_is_refused")
+class ImportsWhatItDoesNotList(HonestBackend):
+    def capabilities(self):
+        report = super().capabilities()
+        return replace(report, keys=report.keys[:1])
+
+    def unwrap_material(self, private_key, *args, **kwargs):
+        return self.inner.unwrap_material(private_key, *args, **kwargs)
+
+
+# --- B9 and B10: life and leaks --------------------------------------------------------------
+
+
+@mutant("B9", CLOSED)
+class GeneratesAfterClose(HonestBackend):
+    def generate_wrapping_key(self, spec, algorithm, *, expires_at):
+        if not self.inner._gate.closed:
+            return super().generate_wrapping_key(spec, algorithm, expires_at=expires_at)
+        return WrappingKey(spec, algorithm, b"", PrivateKeyRef(self.custody, b""))
+
+
+@mutant("B9", "test_discarding_is_closed_after_close")
+class DiscardsAfterClose(HonestBackend):
+    def discard_wrapping_key(self, private_key):
+        pass
+
+
+@mutant("B10", "test_a_wrapping_key_is_where_its_custody_says", RESIDENT)
+class DiscardsNothing(HonestBackend):
+    def discard_wrapping_key(self, private_key):
+        self.capabilities()
+
+
+@mutant("B10", "test_a_discarded_resident_wrapping_key_is_gone", RESIDENT)
+class RemembersWhatIsDiscarded(HonestBackend):
+    def __init__(self, directory, custody):
+        super().__init__(directory, custody)
+        self.copies = {}
+
+    def generate_wrapping_key(self, spec, algorithm, *, expires_at):
+        key = super().generate_wrapping_key(spec, algorithm, expires_at=expires_at)
+        self.copies[key.private_key.data] = super().fetch(key.private_key)
+        return key
+
+    def fetch(self, private_key):
+        return self.copies.get(private_key.data) or super().fetch(private_key)
+
+
+@mutant("B10", "test_a_discarded_resident_wrapping_key_is_gone", RESIDENT)
+class AnotherErrorAfterDiscard(HonestBackend):
+    def fetch(self, private_key):
+        try:
+            return super().fetch(private_key)
+        except InvalidImportToken:
+            raise KeyNotFound("gone") from None
+
+
+@mutant("B10", "test_an_import_leaves_its_key_and_nothing_else", RESIDENT)
+class LeaksOnSuccess(_Imports):
+    def spoil(self, imported):
+        self.store(secrets.token_bytes(16), b"")
+        return imported
+
+
+@mutant("B10", "test_a_destroyed_object_is_not_found", RESIDENT)
+class DestroysNothing(HonestBackend):
+    def destroy_key(self, key):
+        self.capabilities()
+
+
+@mutant("B12", "test_an_import_leaves_its_key_and_nothing_else", RESIDENT, counts=False)
+class CountsNothing(HonestBackend):
+    pass
+
+
+# --- B11 -------------------------------------------------------------------------------------
+
+
+class _CountedNonces(HonestBackend):
+    """Nonces from a counter: unique only where the counter is."""
+
+    def __init__(self, directory, custody):
+        super().__init__(directory, custody)
+        self.counter = itertools.count()
+
+    def encrypt(self, key, plaintext, additional_data=b""):
+        nonce = self.start() + next(self.counter).to_bytes(4)
+        gcm = AESGCM(material_of(self, key))
+        return b"\x01" + nonce + gcm.encrypt(nonce, plaintext, additional_data)
+
+
+@mutant("B11", "test_no_nonce_twice_across_instances")
+class NoncesRestart(_CountedNonces):
+    key_specs = (KeySpec.ALIYUN_AES_256,)
+
+    def start(self):
+        return bytes(8)
+
+
+@mutant("B11", "test_no_nonce_twice_across_a_fork")
+class NoncesFork(_CountedNonces):
+    key_specs = (KeySpec.ALIYUN_AES_256,)
+
+    def __init__(self, directory, custody):
+        super().__init__(directory, custody)
+        self.instance = secrets.token_bytes(8)
+
+    def start(self):
+        return self.instance
+
+
+class _TakesLength(HonestBackend):
+    length = 0
+
+    def unwrap_material(self, private_key, algorithm, encrypted_material, **kwargs):
+        try:
+            return super().unwrap_material(private_key, algorithm, encrypted_material, **kwargs)
+        except InvalidKeyMaterial:
+            scheme = self.inner._schemes[algorithm]
+            secret = self.inner._open_wrapping_key(private_key, scheme)
+            material = scheme.decrypt(secret, encrypted_material, self.length)
+            if len(material) != self.length:
+                raise
+            key_spec = kwargs["key_spec"]
+            data = sealed_material(self, material, key_spec)
+            key = KeyRef(self.name, key_spec, self.custody, data)
+            return ImportedKey(key, b"\x07", Exposure.HOST)
+
+
+for _length in (0, 20, 30, 48, 100):
+    mutant("B11", LENGTHS)(type(f"Takes{_length}Bytes", (_TakesLength,), {"length": _length}))
+
+
+@mutant("B11", "test_no_two_wrapping_keys_are_the_same")
+class RecyclesTwoPairs(HonestBackend):
+    def __init__(self, directory, custody):
+        super().__init__(directory, custody)
+        self.made = {}
+
+    def generate_wrapping_key(self, spec, algorithm, *, expires_at):
+        made = self.made.setdefault(algorithm, [])
+        if len(made) < 2:
+            made.append(super().generate_wrapping_key(spec, algorithm, expires_at=expires_at))
+            return made[-1]
+        made.reverse()
+        return made[0]
+
+
+@mutant("B11", "test_a_seal_has_the_contract_s_form")
+class LongSealKeyId(HonestBackend):
+    def seal(self, data):
+        return replace(super().seal(data), key_id="9" * 60)
+
+
+@mutant("B11", "test_a_seal_has_the_contract_s_form")
+class ShortTag(HonestBackend):
+    def seal(self, data):
+        seal = super().seal(data)
+        return Seal(seal.key_id, seal.tag[:16])
+
+
+@mutant("B11", "test_a_cut_seal_does_not_hold")
+class TakesTheEmptyTag(HonestBackend):
+    def check_seal(self, data, seal):
+        return not seal.tag or super().check_seal(data, seal)
+
+
+@mutant("B11", "test_a_cut_seal_does_not_hold")
+class TakesCutTags(HonestBackend):
+    def check_seal(self, data, seal):
+        whole = super().seal(data)
+        same_key = whole.key_id == seal.key_id
+        return same_key and len(seal.tag) > 3 and whole.tag.startswith(seal.tag)
+
+
+@mutant("B11", "test_a_wrapping_key_serves_its_own_algorithm_only")
+class ServesEveryAlgorithm(HonestBackend):
+    algorithms = (OAEP1, WrappingAlgorithm.RSAES_OAEP_SHA_256)
+
+    def unwrap_material(self, private_key, algorithm, encrypted_material, **kwargs):
+        try:
+            return super().unwrap_material(private_key, algorithm, encrypted_material, **kwargs)
+        except InvalidImportToken:
+            issued_for = next(a for a in self.algorithms if a is not algorithm)
+            secret = self.inner._open_wrapping_key(private_key, RsaScheme(issued_for))
+            material = RsaScheme(algorithm).decrypt(secret, encrypted_material, 0)
+            key_spec = kwargs["key_spec"]
+            data = sealed_material(self, material, key_spec)
+            key = KeyRef(self.name, key_spec, self.custody, data)
+            return ImportedKey(key, check_value(material), Exposure.HOST)
+
+
+@mutant("B11", "test_an_unknown_setting_is_refused")
+class TakesEverySetting(HonestBackend):
+    @classmethod
+    def from_settings(cls, settings):
+        return cls(settings["directory"], settings["custody"])
+
+
+# --- B14 -------------------------------------------------------------------------------------
+
+
+@mutant("B14", "test_a_token_for_the_longest_cmk_id_fits")
+class BigReferences(_Pairs):
+    def spoil(self, key):
+        data = key.private_key.data + bytes(3700)
+        return replace(key, private_key=replace(key.private_key, data=data))
+
+
+@mutant("B14", DAMAGED)
+class CallsDamageAnHsmError(HonestBackend):
+    def unwrap_material(self, *args, **kwargs):
+        try:
+            return super().unwrap_material(*args, **kwargs)
+        except InvalidImportToken:
+            raise HsmError("CKR_WRAPPED_KEY_INVALID") from None
+
+
+@mutant("B14", DAMAGED)
+class CallsDamageInvalidKeyMaterial(HonestBackend):
+    def unwrap_material(self, *args, **kwargs):
+        try:
+            return super().unwrap_material(*args, **kwargs)
+        except InvalidImportToken:
+            raise InvalidKeyMaterial from None
+
+
+@mutant("B14", "test_another_instance_honours_import_tokens")
+class KnowsItsOwnPairsOnly(HonestBackend):
+    def __init__(self, directory, custody):
+        super().__init__(directory, custody)
+        self.mine = set()
+
+    def generate_wrapping_key(self, spec, algorithm, *, expires_at):
+        key = super().generate_wrapping_key(spec, algorithm, expires_at=expires_at)
+        self.mine.add(key.private_key.data)
+        return key
+
+    def fetch(self, private_key):
+        if private_key.data not in self.mine:
+            raise InvalidImportToken("not mine")
+        return super().fetch(private_key)
+
+
+@mutant("B14", "test_another_instance_honours_import_tokens")
+class SealsUnderAKeyOfItsOwn(HonestBackend):
+    def __init__(self, directory, custody):
+        super().__init__(directory, custody)
+        self.own = secrets.token_bytes(16)
+
+    def seal(self, data):
+        return super().seal(self.own + data)
+
+    def check_seal(self, data, seal):
+        return super().check_seal(self.own + data, seal)

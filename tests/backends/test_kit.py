@@ -1,0 +1,59 @@
+"""The kit itself: an honest plug-in passes all of it, and each that breaks a promise is caught."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from honest_backend import Sm4Only
+from honest_kit import HonestKit
+from mutants import MUTANTS
+
+from hsmwrap.backend import Custody
+from hsmwrap.errors import HsmwrapError
+
+# What a test of the kit fails with; anything else is a mutant that does not work as meant.
+VERDICTS = (AssertionError, pytest.fail.Exception, HsmwrapError, ValueError)
+
+
+class TestHonestSealed(HonestKit):
+    pass
+
+
+class TestHonestResident(HonestKit):
+    custody = Custody.HSM_INTERNAL
+
+
+class TestSm4Only(HonestKit):
+    opens = Sm4Only
+
+
+class Jury:
+    """A pytest plug-in: of each mutant's kit only the test that has to fail, and how it did."""
+
+    def __init__(self):
+        self.verdicts = defaultdict(list)
+
+    def pytest_pycollect_makeitem(self, collector, name):
+        spoiled = getattr(getattr(collector, "cls", None), "spoiled", None)
+        return [] if spoiled and name != spoiled.test else None
+
+    def pytest_runtest_makereport(self, item, call):
+        if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
+            self.verdicts[str(item.cls.spoiled)].append(call.excinfo.value)
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    jury = Jury()
+    kit = Path(__file__).with_name("kit_over_mutants.py")
+    options = ["-s", "--noconftest", "-o", "addopts="]
+    options += ["-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:faulthandler"]
+    assert pytest.main([*options, str(kit)], plugins=[jury]) == pytest.ExitCode.TESTS_FAILED
+    return jury.verdicts
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_the_kit_catches(mutant, verdicts):
+    raised = verdicts[str(mutant)]
+    assert raised, f"{mutant.test} passed"
+    assert [error for error in raised if not isinstance(error, VERDICTS)] == []
