@@ -3,15 +3,29 @@
 A backend makes wrapping key pairs, turns encrypted key material into usable keys, uses them, and
 authenticates import tokens. It knows nothing of CMKs, policy or the API: :mod:`hsmwrap.imports`
 does. Two backends come with hsmwrap (``software``, ``pkcs11``); others are found by the entry
-point group ``hsmwrap.backends``, whose entries name a :class:`Backend` subclass.
+point group ``hsmwrap.backends``, whose entries name a :class:`Backend` subclass::
 
-Rules that every implementation keeps, and that the conformance kit tests:
+    [project.entry-points."hsmwrap.backends"]
+    acme = "acme_hsm:AcmeBackend"
+
+``acme`` is what a configuration calls the plug-in; :attr:`Backend.name` is what import tokens and
+key references say. PLUGINS.md is the guide, with a plug-in that runs.
+
+Rules that every implementation keeps, and that the conformance kit tests
+(:mod:`hsmwrap.testing.conformance`; ``pip install 'hsmwrap[testing]'``, openssl on the PATH):
 
 * A call succeeds, or raises a :class:`hsmwrap.errors.HsmwrapError` and leaves nothing behind.
 * Whatever is wrong with a client's ciphertext is one error, ``InvalidKeyMaterial()``.
 * Every method may be called from any thread, and in a child after ``fork()``.
-* After :meth:`Backend.close` every method raises ``BackendClosed``; ``close`` itself may be
-  called again.
+* After :meth:`Backend.close` every method raises ``BackendClosed``, also those that would have
+  nothing to do (:meth:`Backend.discard_wrapping_key`); :meth:`Backend.health` answers, and
+  ``close`` itself may be called again.
+* What the capabilities do not list is refused by ``UnsupportedOperation``: a pair of wrapping key
+  spec and algorithm, a key spec, the use of a key.
+* A private key's reference is bound to the algorithm that it was issued for.
+* Nothing is left in the HSM but what a reference names, session objects included; whoever keeps
+  objects (HSM_INTERNAL) gives the kit a ``count_objects`` that counts both kinds.
+* Import tokens and key references hold in every process on the same keys, and after a restart.
 * No secret in a repr, a log record or an exception.
 """
 
@@ -118,7 +132,11 @@ class PrivateKeyRef:
     """A private wrapping key, as an import token carries it.
 
     ``data`` is the wrapped private key (HSM_ENCRYPTED_DATABASE) or the id of a resident object
-    (HSM_INTERNAL), in a form that only its backend reads. It is not a secret by itself.
+    (HSM_INTERNAL), in a form that only its backend reads. It is not a secret by itself: clients
+    see it. It is bound to the algorithm that the pair was issued for.
+
+    At most 3,679 bytes: an import token has 4,096 (:mod:`hsmwrap.tokens`), of which the longest
+    CMK id, backend name and seal key id leave as much. A wrapped RSA-2048 PKCS#8 takes 1,250.
     """
 
     custody: Custody
@@ -207,7 +225,10 @@ class ImportedKey:
     Attributes:
         key: Reference for later use of the key.
         check_value: Tells equal material from different material on a re-import; reveals nothing
-            else about it. The first byte names the method.
+            else about it. The first byte names the method: 1 is the common one, computed by
+            :func:`hsmwrap.checkvalue.check_value`; a backend that cannot takes one from 128 on.
+            Values of two methods never match, so a backend keeps to one method for a key spec:
+            after a change, and on another backend, the same material is refused on re-import.
         exposure: Where the material was in plaintext.
     """
 
@@ -345,11 +366,23 @@ class Backend(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Name in import tokens and key references (ASCII, at most 32 characters)."""
+        """Name in import tokens and key references (ASCII, at most 32 characters).
+
+        It tells whose keys they are, so it is the same in all processes on the same keys, differs
+        between two partitions that one KMS uses, and never changes while tokens or keys are out.
+        It may be the entry point's name (what a configuration calls the plug-in), or a setting.
+        """
 
     @abstractmethod
     def capabilities(self) -> Capabilities:
-        """Report what this backend can do, as measured."""
+        """Report what this backend can do, as measured.
+
+        Called several times in each request: measure once, keep the report, and make no object
+        and no round trip to the HSM here.
+
+        Raises:
+            BackendClosed: After :meth:`close`.
+        """
 
     @abstractmethod
     def generate_wrapping_key(
@@ -369,7 +402,12 @@ class Backend(ABC):
     def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:  # noqa: B027 (a default)
         """Destroy a wrapping key that will not be used; a second call does nothing.
 
-        A backend whose wrapping keys are all sealed has nothing to do here.
+        A backend whose wrapping keys are all sealed has nothing to do here, but to refuse once it
+        is closed: override it for that. The import of a discarded resident key raises
+        ``InvalidImportToken``.
+
+        Raises:
+            BackendClosed: After :meth:`close`.
         """
 
     @abstractmethod
@@ -385,9 +423,18 @@ class Backend(ABC):
     ) -> ImportedKey:
         """Turn encrypted key material into a usable key.
 
+        OAEP: MGF1 with the same hash, empty label; :func:`hsmwrap.oaep.decode` decodes it in the
+        host for an HSM that has raw RSA only. SM2PKE: clients send three layouts, C1 ‖ C3 ‖ C2
+        (97 bytes over the material), the same without the leading 04 (96) and DER
+        ``SEQUENCE {x, y, hash, ciphertext}``; all three have to be read, and C1 has to be on the
+        curve before the private key touches it. :func:`hsmwrap.sm2.parse` does both, and
+        :func:`hsmwrap.sm2.decrypt_with_x2` finishes what an HSM with plain ECDH begins.
+
         Args:
             private_key: From the authenticated import token.
-            algorithm: From the authenticated import token.
+            algorithm: From the authenticated import token. Not to be relied on alone: it has to
+                be the one that ``private_key`` was issued for and is bound to, because one key
+                under two paddings makes each an oracle for the other (Bardou et al., 2012).
             encrypted_material: The client's ciphertext, raw bytes.
             key_spec: What the material has to become; its length is exact.
             expected_check_value: On a re-import, the check value of the material before.
@@ -396,13 +443,21 @@ class Backend(ABC):
                 then these bytes. Made here when None.
 
         Raises:
-            InvalidKeyMaterial: It did not become that key; says nothing more.
-            InvalidImportToken: The private key is not there (any more).
+            InvalidKeyMaterial: It did not become that key; says nothing more, neither by text nor
+                by type, attribute, note or cause.
+            InvalidImportToken: The private key is not there (any more), its reference is damaged,
+                or it was issued for another algorithm.
+            UnsupportedOperation: The key spec is not among the capabilities.
         """
 
     @abstractmethod
     def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
         """Encrypt under an imported key: version ‖ nonce (12) ‖ ciphertext ‖ tag (16), by GCM.
+
+        No nonce may come twice under one key, in whatever thread, process, forked child, machine
+        or instance after a restart: one repetition gives GCM's authentication key away. Twelve
+        random bytes do (for up to 2^32 messages per key, NIST SP 800-38D, 8.3); a counter does
+        only if the HSM keeps it.
 
         Raises:
             KeyNotFound: The key is not there (any more).

@@ -3,7 +3,13 @@
 A check value is one byte that names the method, then 16 bytes: one constant block, encrypted by AES
 under the key. An Aliyun_SM4 key is taken as an AES-128 key for this. HMAC would be the cleaner
 choice for it, but SoftHSM takes no HMAC-SHA-256 key under 32 bytes (measured), and backends should
-agree on the value. An HSM that cannot do that with its SM4 keys takes another method number.
+agree on the value.
+
+Method bytes: 0 is none, 1 is this one, 2 to 127 are kept for later ones of hsmwrap, 128 to 255 are
+the plug-ins' own, for an HSM that cannot do method 1 (with its SM4 keys, for example). Check values
+are compared whole, so material imported under one method does not match under another: on a
+backend that changes its method, or after a move to a backend with another one, the re-import of
+the same material is refused as different. Such a change is a migration, as is one of the value.
 """
 
 from __future__ import annotations
