@@ -11,13 +11,21 @@ import tomllib
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from hsmwrap.backend import Exposure
-from hsmwrap.catalog import ManagedHsm, ProtectionLevel
+from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.kms.schema import LOG_ID_LENGTH
 from hsmwrap.policy import Deployment
@@ -25,6 +33,17 @@ from hsmwrap.policy import Deployment
 ENV_PREFIX = "HSMWRAP_SERVER_"
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+def _as_seconds(value: Any) -> Any:
+    """Variables are text, and pydantic takes text for ISO 8601 only."""
+    return (
+        float(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
+    )
+
+
+Seconds = Annotated[timedelta, BeforeValidator(_as_seconds)]
+"""A duration: a number of seconds, or ISO 8601 (``PT24H``)."""
 
 
 class BackendConfig(BaseModel):
@@ -41,7 +60,7 @@ class LimitsConfig(BaseModel):
 
     model_config = _STRICT
 
-    max_request_bytes: int = Field(default=65_536, ge=4_096)
+    max_request_bytes: int = Field(default=131_072, ge=4_096)
     max_threads: int = Field(default=16, ge=1)
     database_pool_size: int = Field(default=16, ge=1)
     shutdown_seconds: float = Field(default=30, ge=0)
@@ -59,9 +78,10 @@ class ServerConfig(BaseSettings):
         managed_hsm: Class of the managed HSM; None: what the region has.
         dedicated: True for a dedicated KMS instance.
         account_id: Account id in ARNs.
-        token_lifetime: Validity of import tokens (seconds or ISO 8601).
+        token_lifetime: Validity of import tokens.
         single_use: True makes import tokens single-use.
         required_exposure: ``in_hsm`` refuses HSM-level imports through the host.
+        refused_algorithms: Wrapping algorithms that are turned off.
         access_key_file: TOML file of access keys, mode 600; None: the embedder brings them.
         audit_file: The audit log.
         audit_log_id: What the database calls this audit log, another for each file; None: host
@@ -90,18 +110,30 @@ class ServerConfig(BaseSettings):
     managed_hsm: ManagedHsm | None = None
     dedicated: bool = False
     account_id: str = Field(default="1000000000000000", pattern=r"^[0-9]{1,20}$")
-    token_lifetime: timedelta = Field(default=timedelta(hours=24), gt=timedelta(0))
+    token_lifetime: Seconds = Field(default=timedelta(hours=24), gt=timedelta(0))
     single_use: bool = False
     required_exposure: Exposure | None = None
+    refused_algorithms: frozenset[WrappingAlgorithm] = frozenset()
     access_key_file: Path | None = None
     audit_file: Path = Path("audit.log")
     audit_log_id: str | None = Field(default=None, min_length=1, max_length=LOG_ID_LENGTH)
     audit_key_file: Path | None = None
     audit_sync: bool = False
-    sweep_interval: timedelta = Field(default=timedelta(seconds=60), ge=timedelta(0))
-    startup_wait: timedelta = Field(default=timedelta(seconds=60), ge=timedelta(0))
+    sweep_interval: Seconds = Field(default=timedelta(seconds=60), ge=timedelta(0))
+    startup_wait: Seconds = Field(default=timedelta(seconds=60), ge=timedelta(0))
     key_pool: int = Field(default=0, ge=0, le=10_000)
     limits: LimitsConfig = LimitsConfig()
+
+    @field_validator("backends", mode="before")
+    @classmethod
+    def _levels_in_capitals(cls, value: Any) -> Any:
+        """Take the levels as they are named in variables, which arrive in small letters."""
+        if not isinstance(value, dict):
+            return value
+        merged: dict[str, Any] = {}
+        for level in sorted(value):  # capitals first: what the environment says comes after
+            merged = _merged(merged, {str(level).upper(): value[level]})
+        return merged
 
     @classmethod
     def settings_customise_sources(
@@ -158,6 +190,13 @@ def load_config(path: Path | None = None) -> ServerConfig:
     except ValidationError as error:
         lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ConfigurationError("configuration: " + "; ".join(lines)) from None
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Tables put over each other, ``above`` outranking ``below`` key by key."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _merged(below.get(key), value) for key, value in above.items()}
 
 
 def read_file(path: Path | None) -> dict[str, Any]:

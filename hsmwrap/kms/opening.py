@@ -76,6 +76,7 @@ def open_kms(
             token_lifetime=config.token_lifetime,
             single_use=config.single_use,
             required_exposure=config.required_exposure,
+            refused_algorithms=config.refused_algorithms,
             key_pool=key_pool,
             sweep_seconds=config.sweep_interval.total_seconds() or None,
         )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
 from hsmwrap.backend import Backend, Exposure
-from hsmwrap.catalog import ProtectionLevel
+from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 from hsmwrap.imports import TOKEN_LIFETIME, ImportService, generate_inline
 from hsmwrap.keypool import KeyPool
@@ -71,6 +71,7 @@ class Kms:
         token_lifetime: timedelta = TOKEN_LIFETIME,
         single_use: bool = False,
         required_exposure: Exposure | None = None,
+        refused_algorithms: Collection[WrappingAlgorithm] = (),
         key_pool: KeyPool | None = None,
         import_lease: timedelta = LEASE,
         sweep_seconds: float | None = None,
@@ -89,6 +90,7 @@ class Kms:
             token_lifetime: Validity of import tokens.
             single_use: True makes import tokens single-use, on all processes of the database.
             required_exposure: ``Exposure.IN_HSM`` refuses HSM-level imports through the host.
+            refused_algorithms: Wrapping algorithms that are turned off.
             key_pool: Makes wrapping key pairs ahead; None: one per call. The KMS closes it.
             import_lease: How long an import may take before others take it for dead.
             sweep_seconds: Pause between sweeps; None: only :meth:`sweep` sweeps.
@@ -114,6 +116,7 @@ class Kms:
             clock=clock,
             token_lifetime=token_lifetime,
             required_exposure=required_exposure,
+            refused_algorithms=refused_algorithms,
             used_tokens=used_tokens,
             key_source=key_pool or generate_inline,
         )

@@ -8,7 +8,7 @@ import pytest
 from kms_fakes import Client, Clock
 
 from hsmwrap.backend import Exposure
-from hsmwrap.catalog import ManagedHsm, ProtectionLevel
+from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm
 from hsmwrap.cli import config as config_command
 from hsmwrap.errors import BackendClosed, BackendLoadError, ConfigurationError, HsmUnavailable
 from hsmwrap.kms import Kms, StaticAccessKeys, load_config, open_kms, opening
@@ -104,6 +104,33 @@ def test_unknown_variables_are_errors(file, monkeypatch, name):
         load_config(file)
 
 
+def test_durations_in_variables_are_seconds_or_iso_8601(file, monkeypatch):
+    monkeypatch.setenv("HSMWRAP_SERVER_TOKEN_LIFETIME", "600")
+    monkeypatch.setenv("HSMWRAP_SERVER_SWEEP_INTERVAL", "PT2M")
+    config = load_config(file)
+    assert config.token_lifetime == timedelta(minutes=10)
+    assert config.sweep_interval == timedelta(minutes=2)
+
+
+def test_backends_in_variables(file, monkeypatch):
+    monkeypatch.setenv("HSMWRAP_SERVER_BACKENDS__HSM__SETTINGS__TOKEN_LABEL", "another")
+    monkeypatch.setenv("HSMWRAP_SERVER_BACKENDS__SOFTWARE", '{"plugin": "software"}')
+    backends = load_config(file).backends
+    assert backends[ProtectionLevel.HSM].plugin == "pkcs11"
+    assert backends[ProtectionLevel.HSM].settings["token_label"] == "another"
+    assert backends[ProtectionLevel.HSM].settings["module"]
+    assert backends[ProtectionLevel.SOFTWARE].plugin == "software"
+
+
+def test_an_algorithm_that_is_turned_off(tmp_path):
+    file = tmp_path / "off.toml"
+    file.write_text(f'refused_algorithms = ["RSAES_PKCS1_V1_5"]\n{FILE}')
+    assert load_config(file).refused_algorithms == {WrappingAlgorithm.RSAES_PKCS1_V1_5}
+    file.write_text(f'refused_algorithms = ["PKCS1"]\n{FILE}')
+    with pytest.raises(ConfigurationError, match="refused_algorithms"):
+        load_config(file)
+
+
 def test_missing_file_and_missing_keys(tmp_path):
     with pytest.raises(ConfigurationError, match=r"none\.toml"):
         load_config(tmp_path / "none.toml")
@@ -133,7 +160,7 @@ def test_check_explains(file, monkeypatch, capsys):
     assert explained["region"] == ("cn-hangzhou", "HSMWRAP_SERVER_REGION")
     assert explained["port"] == ("8443", "default")
     assert explained["limits.max_threads"] == ("4", "file")
-    assert explained["limits.max_request_bytes"] == ("65536", "default")
+    assert explained["limits.max_request_bytes"] == ("131072", "default")
     assert explained["backends.HSM.plugin"] == ("pkcs11", "file")
     assert explained["backends.HSM.settings.pin_file"] == ("/etc/hsmwrap/pin", "file")
     assert explained["backends.HSM.settings.user_pin"] == ("(set, not shown)", "file")

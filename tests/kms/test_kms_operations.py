@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from kms_fakes import AES_MATERIAL, OTHER_MATERIAL, SM4_MATERIAL, Client
 
 from hsmwrap.backend import Exposure
-from hsmwrap.catalog import ManagedHsm, ProtectionLevel
+from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm
 from hsmwrap.errors import HsmwrapError
 from hsmwrap.kms.api import OPERATIONS
 from hsmwrap.kms.blobs import CiphertextBlob, additional_data
@@ -219,6 +219,16 @@ def test_own_material_is_refused_where_it_must_stay_in_the_hsm(open_kms, objects
     assert error.name in OPERATIONS["CreateKey"].parameters
     assert "has to be EXTERNAL" in str(error)
     assert client("ListKeys")["TotalCount"] == objects() == 0
+
+
+def test_an_algorithm_that_is_turned_off(open_kms):
+    client = Client(open_kms(refused_algorithms={WrappingAlgorithm.RSAES_PKCS1_V1_5}))
+    key_id = client.create()
+    wanted = {"KeyId": key_id, "WrappingKeySpec": "RSA_2048"}
+    row = wanted | {"WrappingAlgorithm": "RSAES_PKCS1_V1_5"}
+    error = refused("InvalidParameter", client, "GetParametersForImport", **row)
+    assert error.name == "WrappingAlgorithm"
+    assert client("GetParametersForImport", **wanted, WrappingAlgorithm="RSAES_OAEP_SHA_256")
 
 
 def test_no_hsm_key_without_a_managed_hsm(open_kms):
