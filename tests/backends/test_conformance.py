@@ -4,8 +4,11 @@ import pytest
 from kept_open import KeptOpen
 
 from hsmwrap import registry
+from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.software import SoftwareBackend
 from hsmwrap.testing.conformance import BackendConformance
+
+SM2 = (WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE)
 
 
 class TestSoftware(BackendConformance):
@@ -29,6 +32,11 @@ class TestSoftware(BackendConformance):
 
 class TestSoftwareWithGmssl(TestSoftware):
     engine = "gmssl"
+
+    @pytest.fixture(params=[SM2], ids=["SM2PKE"])
+    def pair(self, request):
+        """RSA has nothing to do with the engine."""
+        return request.param
 
 
 class _SoftHsm(KeptOpen):

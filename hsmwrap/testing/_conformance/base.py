@@ -8,7 +8,8 @@ from __future__ import annotations
 import multiprocessing
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -80,6 +81,7 @@ class Conversation:
 
     backend: Backend
     key: WrappingKey
+    imported: list[ImportedKey] = field(default_factory=list, repr=False)
 
     @property
     def capability(self) -> WrappingCapability:
@@ -102,13 +104,15 @@ class Conversation:
         self, ciphertext: bytes, key_spec: KeySpec, expected: bytes | None = None
     ) -> ImportedKey:
         """The backend's part."""
-        return self.backend.unwrap_material(
+        imported = self.backend.unwrap_material(
             self.key.private_key,
             self.key.algorithm,
             ciphertext,
             key_spec=key_spec,
             expected_check_value=expected,
         )
+        self.imported.append(imported)
+        return imported
 
     def attempt(
         self, ciphertext: bytes, key_spec: KeySpec, expected: bytes | None = None
@@ -117,6 +121,13 @@ class Conversation:
         return outcome(
             lambda: self.backend.destroy_key(self.bring_in(ciphertext, key_spec, expected).key)
         )
+
+    def clean_up(self) -> None:
+        """Leave nothing in the HSM: searches in it take longer with every object."""
+        with suppress(HsmwrapError):
+            self.backend.discard_wrapping_key(self.key.private_key)
+            for imported in self.imported:
+                self.backend.destroy_key(imported.key)
 
 
 def converse(backend: Backend, spec: WrappingKeySpec, algorithm: WrappingAlgorithm) -> Conversation:
@@ -217,9 +228,11 @@ class ConformanceFixtures:
         return chosen
 
     @pytest.fixture
-    def conversation(self, backend: Backend, pair: Pair) -> Conversation:
+    def conversation(self, backend: Backend, pair: Pair) -> Iterator[Conversation]:
         """One conversation for each pair that the backend serves."""
-        return converse(backend, *pair)
+        conversation = converse(backend, *pair)
+        yield conversation
+        conversation.clean_up()
 
     @pytest.fixture(params=list(KeySpec), ids=[str(spec) for spec in KeySpec])
     def key_spec(self, backend: Backend, request: pytest.FixtureRequest) -> KeySpec:
@@ -230,9 +243,12 @@ class ConformanceFixtures:
         return spec
 
     @pytest.fixture
-    def usable_key(self, backend: Backend, key_spec: KeySpec) -> UsableKey:
+    def usable_key(self, backend: Backend, key_spec: KeySpec) -> Iterator[UsableKey]:
         """An imported key that can encrypt, and its material."""
         capability = backend.capabilities().key_for(key_spec)
         if capability is None or not capability.usable:
             pytest.skip(f"capability: keeps {key_spec} keys but cannot use them")
-        return import_one(backend, key_spec)
+        conversation = converse_anyhow(backend)
+        material = secrets.token_bytes(key_spec.material_length)
+        yield conversation.bring_in(conversation.encrypt(material), key_spec), material
+        conversation.clean_up()
