@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,14 @@ from pkcs11.exceptions import PKCS11Error
 from pkcs11.types import Session, Token
 
 from hsmwrap.backend import KeySetInfo
-from hsmwrap.errors import ConfigurationError, HsmError, HsmwrapError, PinError
-from hsmwrap.pkcs11.connection import Connection, find_token
+from hsmwrap.errors import (
+    ConfigurationError,
+    HsmError,
+    HsmwrapError,
+    PinError,
+    TokenSelectionError,
+)
+from hsmwrap.pkcs11.connection import RESTART_PAUSES, Connection, find_token
 from hsmwrap.pkcs11.host import ModuleHost
 from hsmwrap.pkcs11.keys import HIGHEST_NUMBER, KeySet, KeySets, Role
 from hsmwrap.pkcs11.pin import PinSource
@@ -93,7 +100,8 @@ def initialise(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo
     Raises:
         ConfigurationError: There is a key set already, another one is being made at the same
             time, or a backend of this process is open.
-        PinError: A PIN is refused, or the next wrong one may lock the HSM token.
+        PinError: A PIN is refused, or the next wrong one may lock the HSM token. As it is not
+            tried again, keys that were made by then are left; :func:`list_key_sets` shows them.
         ServiceUnavailable, HsmError: The HSM failed; nothing is kept of the new set.
     """
     present = _survey(settings)
@@ -159,6 +167,7 @@ def retire(settings: Pkcs11Settings, key_id: str) -> None:
 def _destroy(pooled: PooledSession, keys: KeySets, number: int, made_by: str | None = None) -> None:
     with pooled.token_writes:
         keys.destroy(pooled.session, number, made_by)
+    pooled.require_login()  # without one, what is left is not seen, or counts as gone
 
 
 # --- making ------------------------------------------------------------------------------------
@@ -253,6 +262,7 @@ def _officer_session(settings: Pkcs11Settings, so_pin: PinSource) -> Iterator[Se
     """A security officer's session; nobody else may be logged in in this process."""
     host = ModuleHost.acquire(settings.module, settings.library_parameters)
     try:
+        _await_token(host, settings)
         with host.inside(settings.session_wait) as (module, _generation):
             token = find_token(module, settings.selector)
             if not settings.force_login:
@@ -267,6 +277,24 @@ def _officer_session(settings: Pkcs11Settings, so_pin: PinSource) -> Iterator[Se
         raise _typed(error) from None
     finally:
         host.release()
+
+
+def _await_token(host: ModuleHost, settings: Pkcs11Settings) -> None:
+    """Look more than once, as a connection does: another process's login hides the token briefly.
+
+    Raises:
+        TokenSelectionError: Not exactly one HSM token matches.
+    """
+    for pause in (*RESTART_PAUSES, None):
+        try:
+            with host.inside(settings.session_wait) as (module, _generation):
+                find_token(module, settings.selector)
+                return
+        except TokenSelectionError:
+            if pause is None:
+                raise
+            time.sleep(pause)
+        host.restart(host.generation, settings.session_wait)
 
 
 def _require_safe(token: Token) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -31,6 +32,7 @@ from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.exceptions import (
     FunctionFailed,
     KeyHandleInvalid,
+    ObjectHandleInvalid,
     PKCS11Error,
     SessionHandleInvalid,
 )
@@ -96,6 +98,10 @@ def opens(role: Role, vendor: VendorSm2 | None = None) -> Template:
 
 _MATERIAL_ROLES = frozenset({Role.MATERIAL_AES, Role.MATERIAL_SM4})
 
+
+SEARCHES = 10
+"""How often a search begins anew because an object vanished in the middle of it."""
+_GONE = (KeyHandleInvalid, ObjectHandleInvalid)
 
 HIGHEST_NUMBER = 0xFFFF
 """References to sealed keys have two bytes for the number of the key set."""
@@ -269,7 +275,7 @@ class KeySets:
             wanted = [{Attribute.LABEL: label}]
         stored: Template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.TOKEN: True}
         seen: set[int | None] = set()
-        for key in chain.from_iterable(session.get_objects(stored | each) for each in wanted):
+        for key in chain.from_iterable(_objects(session, stored | each) for each in wanted):
             attributes = _read(key, Attribute.LABEL, Attribute.TRUSTED, *_TELLTALE)
             named = self._parse(attributes.get(Attribute.LABEL, ""))
             if named is None or key.handle in seen:
@@ -351,7 +357,11 @@ class KeySets:
             wanted: Template = {Attribute.LABEL: self.label(role, number), Attribute.TOKEN: True}
             if made_by is not None:
                 wanted[Attribute.ID] = self._id(role, number, made_by)
-            for key in list(session.get_objects(wanted)):
+            for key in _objects(session, wanted):
+                with suppress(*_GONE):  # somebody else may destroy the same set
+                    key.destroy()
+                    destroyed += 1
+            for key in _objects(session, wanted):  # but what is found again was not gone
                 key.destroy()
                 destroyed += 1
         self.forget()
@@ -417,10 +427,24 @@ def is_trusted(key: Any) -> bool:
     return bool(read_if_known(key, Attribute.TRUSTED))
 
 
+def _objects(session: Session, template: Template) -> list[Any]:
+    """All objects that match.
+
+    python-pkcs11 reads attributes of what it finds, and fails if somebody destroys that first,
+    be it another backend's key in the same partition: then the search begins anew.
+    """
+    for _ in range(SEARCHES - 1):
+        with suppress(*_GONE):
+            return list(session.get_objects(template))
+    return list(session.get_objects(template))
+
+
 def _read(key: Any, *attributes: Attribute) -> Mapping[Attribute, Any]:
-    """Those of these attributes that the HSM token tells."""
+    """Those of these attributes that the HSM token tells; none if the object is gone."""
     try:
         found: Mapping[Attribute, Any] = key.get_attributes(attributes)
+    except _GONE:
+        return {}
     except FunctionFailed:
         # That is what python-pkcs11 makes of every return code here, a lost session's too.
         raise SessionHandleInvalid from None

@@ -1,5 +1,6 @@
 """Making, rotating and retiring key sets when something goes wrong, or runs meanwhile."""
 
+import itertools
 import json
 import os
 import secrets
@@ -11,15 +12,16 @@ from pathlib import Path
 import pytest
 from attacker import OAEP1, Attacker, bring, issue
 from pkcs11.constants import Attribute, ObjectClass, TokenFlag
-from pkcs11.exceptions import FunctionFailed, SessionHandleInvalid
+from pkcs11.exceptions import FunctionFailed, ObjectHandleInvalid, SessionHandleInvalid
 from pkcs11.mechanisms import KeyType
 from softhsm_token import ROOT, make_softhsm
 
 from hsmwrap.backend import Custody, PrivateKeyRef
-from hsmwrap.errors import ConfigurationError, InvalidImportToken, PinError
+from hsmwrap.errors import ConfigurationError, InvalidImportToken, PinError, TokenSelectionError
 from hsmwrap.pkcs11 import Pkcs11Backend, admin, keys, rsa, sm2
-from hsmwrap.pkcs11.connection import Connection
+from hsmwrap.pkcs11.connection import RESTART_PAUSES, Connection
 from hsmwrap.pkcs11.custody import WrappingKeyStore, parse_ref
+from hsmwrap.pkcs11.host import ModuleHost
 from hsmwrap.pkcs11.keys import KeySets, Role
 from hsmwrap.pkcs11.profiles import vendor_key_type
 from hsmwrap.pkcs11.settings import Pkcs11Settings
@@ -218,6 +220,18 @@ def test_a_running_process_goes_on_after_a_retirement(softhsm, prefix, first):
         assert backend.seal(b"data").key_id == "2"
 
 
+def test_a_session_that_knows_the_seal_key_alone_goes_on_after_a_retirement(softhsm, prefix):
+    settings = softhsm.settings(prefix)
+    with Pkcs11Backend.from_settings(settings) as backend:
+        backend.capabilities()
+        assert backend.seal(b"data").key_id == "1"
+        for session in backend._connection._live.pool._state.idle:
+            del session.objects[f"{prefix}:{Role.WRAPPING_UNWRAP}:1"]
+        softhsm.run_keys("rotate", prefix)
+        softhsm.run_keys("retire", prefix, "1")
+        assert parse_ref(issue(backend, OAEP1).private_key)[1] == 2
+
+
 def test_an_import_goes_on_after_a_retirement(softhsm, prefix):
     """Of a resident wrapping key, which no key set seals; its material is sealed under the new."""
     settings = softhsm.settings(prefix, wrapping_custody="resident")
@@ -262,6 +276,29 @@ def test_the_officer_s_login_stops_before_it_locks_the_token(softhsm, tmp_path):
     assert init(right, "--force-login").returncode == 0
 
 
+@pytest.mark.parametrize("hidden", [len(RESTART_PAUSES), len(RESTART_PAUSES) + 1])
+def test_the_officer_looks_again_for_a_token_that_a_login_hides(softhsm, monkeypatch, hidden):
+    """SoftHSM writes the token's file at each login; meanwhile others see none (measured)."""
+    settings = Pkcs11Settings.from_mapping(softhsm.bare_settings())
+    looks, find = itertools.count(), admin.find_token
+
+    def look(*arguments):
+        if next(looks) < hidden:
+            raise TokenSelectionError("none")
+        return find(*arguments)
+
+    monkeypatch.setattr(admin, "find_token", look)
+    host = ModuleHost.acquire(settings.module)
+    try:
+        if hidden == len(RESTART_PAUSES):
+            admin._await_token(host, settings)
+        else:
+            with pytest.raises(TokenSelectionError):
+                admin._await_token(host, settings)
+    finally:
+        host.release()
+
+
 @pytest.mark.parametrize("flag", ["SO_PIN_COUNT_LOW", "SO_PIN_FINAL_TRY", "SO_PIN_LOCKED"])
 def test_each_warning_of_the_token_stops_the_officer(flag):
     class Token:
@@ -304,12 +341,53 @@ class Broken:
         raise FunctionFailed
 
 
+class Gone(Broken):
+    """An object that somebody destroyed after it was found."""
+
+    handle = 4712
+
+    def get_attributes(self, _names):
+        raise ObjectHandleInvalid
+
+
 class Session:
-    def __init__(self, *objects):
-        self.objects = objects
+    def __init__(self, *objects, vanishing=0):
+        self.objects, self.vanishing = objects, vanishing
 
     def get_objects(self, _template):
-        return iter(self.objects)
+        self.vanishing -= 1
+        for each in self.objects:
+            if self.vanishing >= 0:
+                raise ObjectHandleInvalid
+            yield each
+
+
+def test_keys_that_others_destroy_meanwhile_stop_nothing():
+    """Another backend's rotation in the same partition, for example."""
+    seal = Foreign(LABEL="p:seal:1", KEY_TYPE=KeyType.GENERIC_SECRET)
+    for vanishing in (0, 9):
+        session = Session(seal, Gone(), vanishing=vanishing)
+        assert KeySets("p").numbers(session) == {1}
+    with pytest.raises(ObjectHandleInvalid):
+        KeySets("p").numbers(Session(seal, vanishing=10))
+
+
+class Stubborn(Broken):
+    """Says that it is gone, once, and is still there."""
+
+    def __init__(self, times):
+        self.times = times
+
+    def destroy(self):
+        self.times -= 1
+        if self.times >= 0:
+            raise ObjectHandleInvalid
+
+
+def test_what_only_seemed_to_be_gone_is_destroyed():
+    assert KeySets("p").destroy(Session(Stubborn(1)), 1) == len(Role) * 2 - 1
+    with pytest.raises(ObjectHandleInvalid):
+        KeySets("p").destroy(Session(Stubborn(2)), 1)
 
 
 def test_a_foreign_key_of_a_vendor_s_type_stops_nothing():
