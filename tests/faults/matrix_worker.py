@@ -1,11 +1,14 @@
-"""Runs every operation of the backend against every fault, in a process of its own.
+"""Runs operations of the backend against every fault, in a process of its own.
 
-Usage: matrix_worker.py SHIM_DIRECTORY SETTINGS_JSON OPERATION... ; prints one JSON object a line.
+Usage: matrix_worker.py SHIM_DIRECTORY SETTINGS_JSON SO_PIN_FILE SHARE SHARES OPERATION...
 
-In a process of its own, because the shim and a backend that loads SoftHSM directly would share
-one SoftHSM.
+Prints one JSON object a line: every SHARES-th case, from number SHARE on. In a process of its own,
+because the shim and a backend that loads SoftHSM directly would share one SoftHSM.
+
+Of an operation that calls a function many times, different codes hit different calls.
 """
 
+import itertools
 import json
 import secrets
 import sys
@@ -19,8 +22,9 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import HsmwrapError
-from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.pkcs11 import Pkcs11Backend, admin
 from hsmwrap.pkcs11.returncodes import RECOVERY
+from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.sm2 import decode_spki, open_engine
 from hsmwrap.testing.faults import CKR, FaultShim
 
@@ -29,6 +33,8 @@ AES = KeySpec.ALIYUN_AES_256
 # handle nobody has can only go with the module.
 CREATORS = {"C_GenerateKeyPair", "C_UnwrapKey", "C_CreateObject", "C_DeriveKey"}
 NOT_OURS = {"C_GetFunctionList", "C_GetInfo"}
+NEVER = {"function": "C_SeedRandom", "code": CKR.DEVICE_ERROR}
+MANY_CALLS = {"capabilities", "keys_init", "keys_rotate", "keys_retire"}
 
 
 def encrypt(key, material):
@@ -52,10 +58,13 @@ class Prepared:
 class Stage:
     """A backend behind the shim, with keys to work on."""
 
-    def __init__(self, shim, settings):
+    def __init__(self, shim, settings, so_pin_file):
         self.shim = shim
         self.settings = settings
+        self.keys = settings | {"key_prefix": "administered"}
+        self.so_pin_file = so_pin_file
         self.backend = self.open()
+        self.undisturbed = self.backend.capabilities()
         self.prepared = {
             algorithm: self.prepare(spec, algorithm)
             for spec, algorithm in (
@@ -65,9 +74,40 @@ class Stage:
             )
         }
         self.seal = self.backend.seal(b"data")
+        self.rule = NEVER
+        self.arm()
 
     def open(self):
         return Pkcs11Backend.from_settings(self.settings)
+
+    def open_anew(self, *, probed):
+        """As an operator does; what the probe found is still true, and takes long to find."""
+        known = self.backend._probed
+        self.backend.close()
+        self.backend = self.open()
+        if probed and known is not None:
+            self.backend._probed = known
+            self.backend._keys = known.wrapping.keys
+
+    # --- the fault -----------------------------------------------------------------------------
+
+    def arm(self):
+        """The next calls are those of the operation."""
+        self.hit, self.begun = None, self.shim.counters()
+        self.shim.fail(**self.rule)
+
+    def begin(self, rule):
+        """An operation, which has to look for its keys."""
+        self.backend._keys.forget()
+        self.rule = rule
+        self.arm()
+
+    def disarm(self):
+        """What follows is not the operation any more; sees whether the fault was met."""
+        if self.hit is None:
+            self.hit = self.rule["function"] not in self.shim.pending()
+            self.ended = self.shim.counters()
+        self.shim.clear()
 
     def prepare(self, spec, algorithm):
         expires = datetime.now(UTC) + timedelta(hours=1)
@@ -91,7 +131,7 @@ class Stage:
             WrappingAlgorithm.SM2PKE,
             expires_at=datetime.now(UTC) + timedelta(hours=1),
         )
-        self.shim.clear()
+        self.disarm()
         right = self.bring_in(Prepared(key, encrypt(key, bytes(32)))).check_value[:1] == b"\x01"
         self.backend.discard_wrapping_key(key.private_key)
         return right
@@ -107,7 +147,7 @@ class Stage:
     def _import(self, algorithm):
         prepared = self.prepared[algorithm]
         imported = self.bring_in(prepared)
-        self.shim.clear()
+        self.disarm()
         self.backend.destroy_key(imported.key)
         return imported.check_value == prepared.check_value
 
@@ -123,7 +163,7 @@ class Stage:
     def encrypt(self):
         prepared = self.prepared[WrappingAlgorithm.SM2PKE]
         sealed = self.backend.encrypt(prepared.reference, b"other")
-        self.shim.clear()
+        self.disarm()
         return self.backend.decrypt(prepared.reference, sealed) == b"other"
 
     def decrypt(self):
@@ -137,34 +177,121 @@ class Stage:
         return self.backend.reap(datetime.now(UTC)).removed == ()
 
     def open_again(self):
-        self.backend.close()
-        self.backend = self.open()
+        self.open_anew(probed=True)
         return self.token()
 
     def restart(self):
         """A seal that finds the HSM lost; the fault then hits the recovery."""
+        self.shim.clear()
+        self.backend.check_seal(b"data", self.seal)
+        self.arm()
         self.shim.fail("C_SignInit", CKR.DEVICE_REMOVED)
         return self.token()
 
     def discard(self):
-        expires = datetime.now(UTC) + timedelta(hours=1)
-        rule = self.pending_rule
         self.shim.clear()
         key = self.backend.generate_wrapping_key(
-            WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE, expires_at=expires
+            WrappingKeySpec.EC_SM2,
+            WrappingAlgorithm.SM2PKE,
+            expires_at=datetime.now(UTC) + timedelta(hours=1),
         )
-        self.shim.fail(**rule)
+        self.arm()
         try:
             self.backend.discard_wrapping_key(key.private_key)
         finally:
-            self.shim.clear()
+            self.disarm()
             self.recover()
             self.backend.discard_wrapping_key(key.private_key)
         return True
 
+    def capabilities(self):
+        """The probe, at the first call; what disturbs it must not be taken for an inability."""
+        self.shim.clear()
+        self.backend.close()
+        self.backend = self.open()
+        self.arm()
+        try:
+            self.backend.capabilities()
+        finally:
+            self.disarm()
+            self.recover(probed=False)
+            assert self.backend.capabilities() == self.undisturbed
+        return True
+
+    # --- the backend's own keys, under another prefix; with the SO PIN, so no user is logged in
+
+    def keys_init(self):
+        def act():
+            Pkcs11Backend.initialise_keys(self.keys, so_pin_file=self.so_pin_file)
+
+        return self.administer(act, before=0, after=1)
+
+    def keys_rotate(self):
+        def act():
+            Pkcs11Backend.rotate_keys(self.keys, so_pin_file=self.so_pin_file)
+
+        return self.administer(act, before=1, after=2)
+
+    def keys_retire(self):
+        def act():
+            Pkcs11Backend.retire_keys(self.keys, self.oldest)
+
+        return self.administer(act, before=2, after=1)
+
+    def administer(self, act, *, before, after):
+        """One command; if it failed, it can be repeated. ``before``, ``after``: numbers of sets."""
+        self.shim.clear()
+        self.backend.close()
+        self.provide(before)
+        self.oldest = next((each.key_id for each in Pkcs11Backend.list_keys(self.keys)), None)
+        self.arm()
+        try:
+            act()
+        except HsmwrapError as error:
+            self.disarm()
+            self.rule = NEVER
+            self.require_as_before(error, before)
+            if len(Pkcs11Backend.list_keys(self.keys)) != after:  # the error may have come last
+                act()
+            raise
+        finally:
+            self.disarm()
+            sets = Pkcs11Backend.list_keys(self.keys)
+            assert len(sets) == after, sets
+            assert all("6 keys" in each.detail for each in sets), sets
+            assert [each.current for each in sets] == [False] * (after - 1) + [True]
+            self.provide(before)
+        return True
+
+    def require_as_before(self, error, before):
+        """Nothing is left of a set that was not finished.
+
+        But after an error that speaks of the PIN: cleaning up would try it again.
+        """
+        sets = Pkcs11Backend.list_keys(self.keys)
+        if type(error).__name__ == "PinError":
+            for each in sets:
+                if "NOT finished" in each.detail:
+                    Pkcs11Backend.retire_keys(self.keys, each.key_id)
+            return
+        assert not any("NOT finished" in each.detail for each in sets), sets
+        assert len(sets) <= before, sets
+
+    def provide(self, count):
+        """So many key sets."""
+        sets = Pkcs11Backend.list_keys(self.keys)
+        for each in sets[: max(0, len(sets) - count)]:
+            settings = Pkcs11Settings.from_mapping(self.keys)
+            made, number = admin._key_sets(settings), int(each.key_id)
+            with admin._connected(settings) as connection:
+                connection.run(lambda pooled: made.destroy(pooled.session, number))  # noqa: B023
+        for there in range(len(sets), count):
+            make = Pkcs11Backend.rotate_keys if there else Pkcs11Backend.initialise_keys
+            make(self.keys, so_pin_file=self.so_pin_file)
+
     # --- one case ------------------------------------------------------------------------------
 
-    def recover(self):
+    def recover(self, *, probed=True):
         """A normal call works again; a backend that a PIN error stopped is opened anew."""
         for _ in range(3):
             try:
@@ -173,22 +300,19 @@ class Stage:
             except HsmwrapError as error:
                 last = error
                 if type(error).__name__ in {"PinError", "BackendClosed"}:
-                    self.backend.close()
-                    self.backend = self.open()
+                    self.open_anew(probed=probed)
         raise last
 
-    def case(self, operation, function, code, *, after):
+    def case(self, operation, rule):
         before, violations = self.settle(), self.shim.counters().violations
-        self.pending_rule = {"function": function, "code": CKR[code], "after": after}
-        self.shim.fail(**self.pending_rule)
+        self.begin(rule)
         try:
             outcome = "right" if getattr(self, operation)() else "WRONG ANSWER"
         except HsmwrapError as error:
             outcome = type(error).__name__
         except Exception as error:
             outcome = f"UNTYPED {type(error).__name__}: {traceback.format_exc(limit=-4)}"
-        hit = not self.shim.pending()
-        self.shim.clear()
+        self.disarm()
         try:
             self.recover()
             after_state = self.settle()
@@ -196,33 +320,43 @@ class Stage:
         except Exception as error:
             left = f"NOT RECOVERED {type(error).__name__}: {error}"
         misuse = self.shim.counters().violations != violations
-        return {"outcome": outcome, "left": left, "hit": hit, "misuse": misuse}
+        return {"outcome": outcome, "left": left, "hit": self.hit, "misuse": misuse}
 
     def settle(self):
         self.backend.reap(datetime.now(UTC))  # leftovers that could not be destroyed at once
-        self.token()
+        self.backend.check_seal(b"data", self.seal)
         return self.shim.counters().held
 
-    def functions_of(self, operation):
-        before = self.shim.counters()
-        self.pending_rule = {"function": "C_SeedRandom", "code": CKR.DEVICE_ERROR, "after": False}
+    def calls_of(self, operation):
+        """The functions that an undisturbed operation calls, and how often."""
+        self.begin(NEVER)
         assert getattr(self, operation)(), operation
-        self.shim.clear()
-        called = self.shim.counters().calls_since(before)
-        return sorted(set(called) - NOT_OURS)
+        self.disarm()
+        self.recover()
+        called = self.ended.calls_since(self.begun)
+        return {name: called[name] for name in sorted(set(called) - NOT_OURS)}
+
+
+def rules(operation, calls):
+    """Every function by every code."""
+    for function, count in calls.items():
+        for index, code in enumerate(RECOVERY):
+            for after in (False, True) if function in CREATORS else (False,):
+                nth = 1 + index * count // len(RECOVERY) if operation in MANY_CALLS else 1
+                yield code, {"function": function, "code": CKR[code], "nth": nth, "after": after}
 
 
 def main():
-    directory, settings, operations = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
+    directory, settings, so_pin_file = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+    share, shares, operations = int(sys.argv[4]), int(sys.argv[5]), sys.argv[6:]
     shim = FaultShim(settings["module"], directory)
-    stage = Stage(shim, settings | {"module": str(shim.path)})
+    stage = Stage(shim, settings | {"module": str(shim.path)}, so_pin_file)
     for operation in operations:
-        for function in stage.functions_of(operation):
-            for code in RECOVERY:
-                for after in (False, True) if function in CREATORS else (False,):
-                    case = {"operation": operation, "function": function, "code": code}
-                    case |= stage.case(operation, function, code, after=after) | {"after": after}
-                    print(json.dumps(case), flush=True)
+        cases = rules(operation, stage.calls_of(operation))
+        for code, rule in itertools.islice(cases, share, None, shares):
+            case = {"operation": operation, **rule, "code": code}
+            case |= stage.case(operation, rule)
+            print(json.dumps(case), flush=True)
     stage.backend.close()
     print(json.dumps({"operation": "close", "held": shim.counters().held}), flush=True)
 
