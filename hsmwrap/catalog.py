@@ -20,11 +20,13 @@ _E = TypeVar("_E", bound=StrEnum)
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
 
-def shown(text: str) -> str:
+def shown(text: object) -> str:
     """Return a caller's text as errors may repeat it: as it is if it may be a name, else its size.
 
-    What is no name may be a secret in the wrong place, or fill a log.
+    What is no name may be a secret in the wrong place, or fill a log. Of what is no text: its type.
     """
+    if not isinstance(text, str):
+        return f"({type(text).__name__})"
     return text if _NAME.fullmatch(text) else f"({len(text)} characters)"
 
 
