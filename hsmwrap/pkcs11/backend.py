@@ -48,7 +48,7 @@ from hsmwrap.pkcs11.keys import KeySets, Role, is_trusted
 from hsmwrap.pkcs11.material import MaterialStore, Unwrap, create_from
 from hsmwrap.pkcs11.pin import PinFile
 from hsmwrap.pkcs11.pool import PooledSession
-from hsmwrap.pkcs11.probe import TokenFeatures, probe
+from hsmwrap.pkcs11.probe import OwnKeys, TokenFeatures, probe
 from hsmwrap.pkcs11.profiles import profile
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.sm2 import parse
@@ -86,9 +86,13 @@ class Pkcs11Backend(Backend):
         """Connect to the HSM token; see :class:`Connection` for the errors."""
         self._settings = settings
         self._vendor = profile(settings.profile)
-        self._keys = KeySets(settings.key_prefix, must_be_trusted=settings.require_trusted_keys)
+        self._keys = KeySets(
+            settings.key_prefix,
+            must_be_trusted=settings.require_trusted_keys,
+            vendor=self._vendor,
+        )
         self._probed: _Token | None = None
-        self._connection = Connection(settings, make_room=self._make_room)
+        self._connection = Connection(settings, self._make_room, self._keys.forget)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -372,9 +376,13 @@ class Pkcs11Backend(Backend):
 
     def _probe(self, pooled: PooledSession) -> _Token:
         number = self._keys.current(pooled)
-        kek = self._keys.require(pooled, Role.WRAPPING_UNWRAP, number)
+        own = OwnKeys(
+            self._keys.require(pooled, Role.WRAPPING_UNWRAP, number),
+            self._keys.require(pooled, Role.WRAPPING_DERIVE, number),
+        )
         gcm = AesGcm(self._settings.module)
-        features, trusted = probe(pooled.session, kek, gcm), is_trusted(kek)
+        features = probe(pooled.session, own, gcm, self._vendor)
+        trusted = is_trusted(own.unwrap)
         custody = report.material_custody(self._settings, features)
         prefix = self._settings.key_prefix
         return _Token(

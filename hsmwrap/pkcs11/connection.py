@@ -122,12 +122,14 @@ class Connection:
         self,
         settings: Pkcs11Settings,
         make_room: Callable[[PooledSession], None] = lambda _pooled: None,
+        forget: Callable[[], None] = lambda: None,
     ) -> None:
         """Load the module and log in; with ``settings.lazy`` at the first call instead.
 
         Args:
             settings: Which module, token and PIN; how many sessions.
             make_room: Called when the HSM has no memory left.
+            forget: Called when a handle means nothing any more, so that objects are found again.
 
         Raises:
             ConfigurationError: The module cannot be loaded.
@@ -138,6 +140,7 @@ class Connection:
         self.recoveries: Counter[str] = Counter()
         self._settings = settings
         self._make_room = make_room
+        self._forget = forget
         self._gate = Gate("PKCS#11 backend")
         self._breaker = Breaker(settings.initial_backoff, settings.max_backoff)
         self._prober = Prober(self._breaker, lambda: self.run(lambda _pooled: None))
@@ -371,6 +374,8 @@ class Connection:
         try:
             if recovery.remedy is Remedy.LOG_IN:
                 self._log_in_again(failure)
+            elif recovery.remedy is Remedy.FIND_AGAIN:
+                self._forget()
             elif recovery.remedy is Remedy.RESTART:
                 self._restart(failure)
             elif recovery.remedy is Remedy.REAP:

@@ -17,13 +17,16 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from pkcs11 import MGF
 from pkcs11.constants import Attribute, MechanismFlag
 from pkcs11.exceptions import PKCS11Error
-from pkcs11.mechanisms import KDF, KeyType, Mechanism
+from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.catalog import WrappingAlgorithm
-from hsmwrap.pkcs11 import hardening
+from hsmwrap.errors import InvalidKeyMaterial
+from hsmwrap.pkcs11 import hardening, sm2
 from hsmwrap.pkcs11.clientfault import read
 from hsmwrap.pkcs11.gcm import AesGcm
+from hsmwrap.pkcs11.keys import Role, opens
+from hsmwrap.pkcs11.profiles import VendorSm2
 from hsmwrap.pkcs11.returncodes import recovery_of
 from hsmwrap.pkcs11.templates import (
     AES_KEY_WRAP,
@@ -33,7 +36,8 @@ from hsmwrap.pkcs11.templates import (
     secret_key,
     without,
 )
-from hsmwrap.sm2.curve import FIELD_BYTES, GX, GY, OID_DER, encode_point
+from hsmwrap.sm2 import decode_spki, open_engine
+from hsmwrap.sm2.curve import FIELD_BYTES, GX, GY, encode_point
 
 MECHANISMS: Mapping[WrappingAlgorithm, tuple[Mechanism, Any]] = MappingProxyType(
     {
@@ -96,44 +100,59 @@ class TokenFeatures:
         return without(template, self.refused)
 
 
-def probe(session: Session, key_encryption_key: Any, gcm: AesGcm) -> TokenFeatures:
+@dataclass(frozen=True, slots=True)
+class OwnKeys:
+    """The backend's own key-encryption keys that the probe tries: by the role of what they wrap."""
+
+    unwrap: Any
+    derive: Any
+
+
+def probe(
+    session: Session, own: OwnKeys, gcm: AesGcm, vendor: VendorSm2 | None = None
+) -> TokenFeatures:
     """Try everything that the backend might want to do.
 
     Args:
         session: A session to make session objects in.
-        key_encryption_key: One of the backend's own, for RSA private keys.
+        own: The backend's own key-encryption keys of wrapping keys.
         gcm: How the backend will use imported keys.
+        vendor: The vendor's SM2, if the profile names some.
 
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
+        ConfigurationError: A vendor's SM2 cannot be tried, as there is no engine to encrypt with.
     """
-    prober = _Prober(session, hardening.missing_on(key_encryption_key))
+    prober = _Prober(session, hardening.missing_on(own.unwrap), vendor)
     try:
-        return prober.run(key_encryption_key, gcm)
+        return prober.run(own, gcm)
     finally:
         prober.clean_up()
 
 
 class _Prober:
-    def __init__(self, session: Session, refused: frozenset[Attribute]) -> None:
+    def __init__(
+        self, session: Session, refused: frozenset[Attribute], vendor: VendorSm2 | None
+    ) -> None:
         self._session = session
         self._refused = refused
+        self._vendor = vendor
         self._made: list[Any] = []
 
-    def run(self, own: Any, gcm: AesGcm) -> TokenFeatures:
+    def run(self, own: OwnKeys, gcm: AesGcm) -> TokenFeatures:
         public, private = self._keep_pair(self._rsa_pair())
         client = _public_key(public)
         kek = self._wrapping_key()
         works = self._works
         unwraps = self._working(lambda a: self._unwrap(private, client, a))
-        pinned = works(lambda: self._unwrap_template(own, private))
+        pinned = works(lambda: self._unwrap_template(own.unwrap, private))
         return TokenFeatures(
             unwraps=unwraps,
             decrypts=self._working(lambda a: self._decrypt(private, client, a)),
             raw_rsa=works(lambda: self._raw(private, client)),
             wrapped_lengths=self._try(lambda: self._wrapped_lengths(kek), {}),
-            wraps_rsa=works(lambda: self._wrap_private(kek, private, KeyType.RSA)),
-            wraps_sm2=works(lambda: self._wrap_sm2(kek)),
+            wraps_rsa=works(lambda: self._wrap_rsa(kek, private)),
+            wraps_sm2=works(lambda: self._wrap_sm2(own.derive)),
             sm2=works(self._sm2),
             gcm=works(lambda: self._gcm(gcm)),
             ecb=works(self._ecb),
@@ -248,29 +267,35 @@ class _Prober:
         self._keep(kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments))
         return len(blob)
 
-    def _wrap_private(self, kek: Any, private: Any, key_type: KeyType) -> bool:
+    def _wrap_rsa(self, kek: Any, private: Any) -> bool:
+        return self._wrap_and_unwrap(kek, private, private_key(KeyType.RSA, Attribute.UNWRAP))
+
+    def _wrap_and_unwrap(self, kek: Any, private: Any, becomes: Template) -> bool:
         blob = kek.wrap_key(private, mechanism=AES_KEY_WRAP)
-        use = Attribute.UNWRAP if key_type is KeyType.RSA else Attribute.DERIVE
-        arguments = self._for_unwrap(private_key(key_type, use))
+        arguments = self._for_unwrap(becomes)
         self._keep(kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments))
         return True
 
     def _sm2_pair(self) -> tuple[Any, Any]:
-        return self._keep_pair(
-            self._session.generate_keypair(
-                KeyType.EC,
-                capabilities=MechanismFlag.DERIVE,
-                mechanism=Mechanism.EC_KEY_PAIR_GEN,
-                public_template={Attribute.EC_PARAMS: OID_DER},
-                private_template={Attribute.EXTRACTABLE: True},
-            )
-        )
+        template = {**opens(Role.WRAPPING_DERIVE, self._vendor), Attribute.EXTRACTABLE: True}
+        fitting = without(template, self._refused)
+        return self._keep_pair(sm2.generate(self._session, fitting, self._vendor))
 
-    def _wrap_sm2(self, kek: Any) -> bool:
-        return self._wrap_private(kek, self._sm2_pair()[1], KeyType.EC)
+    def _wrap_sm2(self, own: Any) -> bool:
+        # By our own key: its unwrap template has to let this very kind of key through.
+        becomes = opens(Role.WRAPPING_DERIVE, self._vendor)
+        return self._wrap_and_unwrap(own, self._sm2_pair()[1], becomes)
 
     def _sm2(self) -> bool:
-        return len(derive_x(self._sm2_pair()[1], encode_point(GX, GY))) == FIELD_BYTES
+        public, private = self._sm2_pair()
+        if self._vendor is None or self._vendor.decrypt is None:
+            return len(sm2.derive_x(private, encode_point(GX, GY))) == FIELD_BYTES
+        message, point = secrets.token_bytes(_AES_256), decode_spki(sm2.public_key_der(public))
+        ciphertext = open_engine("libcrypto").encrypt(point, message)
+        try:
+            return sm2.decrypt(private, ciphertext, self._vendor) == message
+        except InvalidKeyMaterial:
+            return False
 
     def _gcm(self, gcm: AesGcm) -> bool:
         capabilities = MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT
@@ -302,25 +327,6 @@ class _Prober:
         return for_unwrap(without(template, self._refused))
 
 
-def derive_x(private: Any, point: bytes) -> bytes:
-    """x([d]P) by CKM_ECDH1_DERIVE with CKD_NULL: 32 bytes; ``point`` is uncompressed.
-
-    The caller has checked that the point is on the curve.
-    """
-    derived = private.derive_key(
-        KeyType.GENERIC_SECRET,
-        256,
-        capabilities=0,
-        mechanism=Mechanism.ECDH1_DERIVE,
-        mechanism_param=(KDF.NULL, None, point),
-        template={Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True},
-    )
-    try:
-        return bytes(read(derived, Attribute.VALUE))
-    finally:
-        derived.destroy()
-
-
 def _padding(algorithm: WrappingAlgorithm) -> padding.AsymmetricPadding:
     if algorithm is WrappingAlgorithm.RSAES_PKCS1_V1_5:
         return padding.PKCS1v15()
@@ -331,6 +337,6 @@ def _padding(algorithm: WrappingAlgorithm) -> padding.AsymmetricPadding:
 
 def _public_key(public: Any) -> rsa.RSAPublicKey:
     return rsa.RSAPublicNumbers(
-        int.from_bytes(public[Attribute.PUBLIC_EXPONENT], "big"),
-        int.from_bytes(public[Attribute.MODULUS], "big"),
+        int.from_bytes(read(public, Attribute.PUBLIC_EXPONENT), "big"),
+        int.from_bytes(read(public, Attribute.MODULUS), "big"),
     ).public_key()

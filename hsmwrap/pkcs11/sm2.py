@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from pkcs11.constants import Attribute
-from pkcs11.mechanisms import KeyType, Mechanism
+from pkcs11.mechanisms import KDF, KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.errors import HsmError
 from hsmwrap.pkcs11.clientfault import blame, read
-from hsmwrap.pkcs11.probe import derive_x
 from hsmwrap.pkcs11.profiles import CiphertextForm, VendorSm2
 from hsmwrap.pkcs11.templates import Template
 from hsmwrap.sm2 import OID_DER, Sm2Ciphertext, decode_point, decrypt_with_x2, encode_spki
@@ -52,6 +51,25 @@ def public_key_der(public: Any) -> bytes:
     except ValueError:
         raise HsmError("the HSM token's CKA_EC_POINT is no uncompressed SM2 point") from None
     return encode_spki(point)
+
+
+def derive_x(private: Any, point: bytes) -> bytes:
+    """x([d]P) by CKM_ECDH1_DERIVE with CKD_NULL: 32 bytes; ``point`` is uncompressed.
+
+    The caller has checked that the point is on the curve.
+    """
+    derived = private.derive_key(
+        KeyType.GENERIC_SECRET,
+        256,
+        capabilities=0,
+        mechanism=Mechanism.ECDH1_DERIVE,
+        mechanism_param=(KDF.NULL, None, point),
+        template={Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True},
+    )
+    try:
+        return bytes(read(derived, Attribute.VALUE))
+    finally:
+        derived.destroy()
 
 
 def decrypt(private: Any, ciphertext: Sm2Ciphertext, vendor: VendorSm2 | None) -> bytes:

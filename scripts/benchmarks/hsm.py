@@ -28,7 +28,7 @@ from hsmwrap.pkcs11.host import ModuleHost
 from hsmwrap.pkcs11.keys import OPENS, KeySets, Role, is_trusted
 from hsmwrap.pkcs11.module import Module
 from hsmwrap.pkcs11.pool import PooledSession, open_worker_session
-from hsmwrap.pkcs11.probe import MECHANISMS, TokenFeatures, derive_x, probe
+from hsmwrap.pkcs11.probe import MECHANISMS, OwnKeys, TokenFeatures, probe
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.templates import AES_KEY_WRAP, HsmAttributeMapper, for_unwrap
 from hsmwrap.sm2 import DEFAULT_LAYOUTS, parse
@@ -60,9 +60,9 @@ class RawToken:
             self._token = find_token(module, checked.selector)
         self._keys = KeySets(self.prefix)
         session = self.session()
-        kek = session.key(Role.WRAPPING_UNWRAP)
-        self.trusted = is_trusted(kek)
-        self.features: TokenFeatures = probe(session.session, kek, AesGcm(checked.module))
+        own = OwnKeys(session.key(Role.WRAPPING_UNWRAP), session.key(Role.WRAPPING_DERIVE))
+        self.trusted = is_trusted(own.unwrap)
+        self.features: TokenFeatures = probe(session.session, own, AesGcm(checked.module))
 
     def session(self) -> RawSession:
         """Open a session like the backend's own."""
@@ -199,11 +199,11 @@ class RawSession:
         def loop() -> None:
             self.authenticate(_SHORT_TOKEN_BYTES)
             (private,) = self.session.get_objects(wanted)
-            derive_x(private, point)
+            sm2.derive_x(private, point)
             seal(create())
 
         (private,) = self.session.get_objects(wanted)
-        return Raw(Side(loop), Side(lambda: derive_x(private, point)))
+        return Raw(Side(loop), Side(lambda: sm2.derive_x(private, point)))
 
     def _unsealing(self, role: Role, blob: bytes) -> Callable[[], Any]:
         arguments = for_unwrap(self._token.features.fit(OPENS[role]))

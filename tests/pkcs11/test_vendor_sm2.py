@@ -13,7 +13,7 @@ from vendor_token import VendorToken, packed
 
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
-from hsmwrap.pkcs11 import sm2
+from hsmwrap.pkcs11 import probe, sm2
 from hsmwrap.pkcs11.custody import WrappingKeyStore, new_object_id
 from hsmwrap.pkcs11.keys import OPENS, KeySets, Role, opens
 from hsmwrap.pkcs11.profiles import PROFILES, CiphertextForm, vendor_key_type
@@ -25,6 +25,7 @@ DECRYPTING["sansec, DER"] = dataclasses.replace(PROFILES["sansec"], form=Ciphert
 EVERYTHING = SimpleNamespace(fit=dict)
 """A token that refuses no attribute."""
 SEALED, RESIDENT = "sealed", "resident"
+DERIVE = Role.WRAPPING_DERIVE
 
 
 @pytest.fixture(params=DECRYPTING.values(), ids=DECRYPTING)
@@ -134,3 +135,24 @@ def test_a_vendor_s_symmetric_key_in_the_partition_stops_nothing(token_and_store
         token.keep(packed({**theirs, Attribute.TOKEN: True, use: True, Attribute.LABEL: "sm4"}))
     assert [(each.number, each.current) for each in store.keys.list(token)] == [(1, True)]
     assert store.keys.current(token.pooled()) == 1
+
+
+def test_the_probe_tries_the_vendor_s_own_mechanisms(vendor):
+    token, store = with_keys(vendor, vendor)
+    own = next(found.key for found in store.keys._search(token) if found.role is DERIVE)
+    prober = probe._Prober(token, frozenset(), vendor)
+    assert prober._sm2()
+    assert prober._wrap_sm2(own)
+
+
+def test_the_probe_finds_out_that_the_vendor_takes_another_form(vendor):
+    token, _store = with_keys(vendor, vendor)
+    form = CiphertextForm.DER if vendor.form is not CiphertextForm.DER else CiphertextForm.C1C3C2
+    assert not probe._Prober(token, frozenset(), dataclasses.replace(vendor, form=form))._sm2()
+
+
+def test_the_probe_finds_out_that_a_key_set_was_made_without_the_profile(vendor):
+    token, store = with_keys(vendor, None)
+    own = next(found.key for found in store.keys._search(token) if found.role is DERIVE)
+    prober = probe._Prober(token, frozenset(), vendor)
+    assert not prober._works(lambda: prober._wrap_sm2(own))
