@@ -26,13 +26,14 @@ from hsmwrap.errors import (
     PinError,
     TokenSelectionError,
 )
-from hsmwrap.pkcs11.connection import RESTART_PAUSES, Connection, find_token
+from hsmwrap.pkcs11.connection import RESTART_PAUSES, Connection
 from hsmwrap.pkcs11.host import ModuleHost
 from hsmwrap.pkcs11.keys import HIGHEST_NUMBER, KeySet, KeySets, Role
 from hsmwrap.pkcs11.pin import PinSource
 from hsmwrap.pkcs11.pool import PooledSession, close_quietly
 from hsmwrap.pkcs11.profiles import profile
 from hsmwrap.pkcs11.returncodes import code_name, recovery_of
+from hsmwrap.pkcs11.selection import find_token
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.templates import HsmAttributeMapper
 

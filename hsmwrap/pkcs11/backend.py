@@ -218,7 +218,9 @@ class Pkcs11Backend(Backend):
         self._connection.require_open()
         if private_key.custody is Custody.HSM_INTERNAL:
             object_id = parse_ref(private_key)[2]
-            self._connection.run(lambda pooled: destroy_by_id(pooled, object_id))
+            # What cannot be destroyed now is, as soon as it can: nobody else knows of it.
+            leaves = Leftover(object_id, possible=True)
+            self._connection.run(lambda pooled: destroy_by_id(pooled, object_id), leaves=leaves)
 
     # --- import ------------------------------------------------------------------------------
 

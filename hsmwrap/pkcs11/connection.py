@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakSet
 
-from pkcs11.constants import Attribute, TokenFlag
-from pkcs11.exceptions import PKCS11Error, SessionHandleInvalid, TokenNotPresent, TokenNotRecognised
+from pkcs11.constants import Attribute
+from pkcs11.exceptions import PKCS11Error, SessionHandleInvalid
 from pkcs11.types import Object, Session, Token
 
 from hsmwrap.errors import (
@@ -30,7 +30,6 @@ from hsmwrap.errors import (
     InvalidImportToken,
     InvalidKeyMaterial,
     KeyNotFound,
-    PinError,
     ServiceUnavailable,
     TokenSelectionError,
     without_frames,
@@ -38,6 +37,7 @@ from hsmwrap.errors import (
 from hsmwrap.gate import Gate
 from hsmwrap.pkcs11.breaker import Breaker, Pass
 from hsmwrap.pkcs11.host import ModuleHost
+from hsmwrap.pkcs11.login import UserLogin, VendorLogin
 from hsmwrap.pkcs11.module import Module
 from hsmwrap.pkcs11.pool import (
     PooledSession,
@@ -53,10 +53,9 @@ from hsmwrap.pkcs11.returncodes import (
     Recovery,
     Remedy,
     code_name,
-    is_vendor_defined,
     recovery_of,
 )
-from hsmwrap.pkcs11.selection import TokenDescription, TokenSelector, select
+from hsmwrap.pkcs11.selection import find_token
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.templates import HsmAttributeMapper
 
@@ -64,9 +63,6 @@ RESTART_PAUSES = (0.05, 0.1, 0.2, 0.4)
 """Seconds between the tries at connecting. SoftHSM writes the token's file at each login, and
 another process that looks at that moment sees no token, or one without a PIN, or gets GENERAL_ERROR
 for its own login (measured, forks under load)."""
-
-VENDOR_LOGINS = 3
-"""Answers to C_Login in a row with a vendor's own code, until no more is tried."""
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -111,10 +107,6 @@ class _Failure(Exception):
         return _public(self.name, self.recovery)
 
 
-class _VendorLogin(HsmUnavailable):
-    """C_Login answered with a vendor's own code, which may be its word for a refused PIN."""
-
-
 class Connection:
     """One HSM token, shared by all threads of a backend."""
 
@@ -147,8 +139,7 @@ class Connection:
         self._mapper = HsmAttributeMapper()
         self._live: _Live | None = None
         self._was_live = settings.lazy
-        self._stopped: str | None = None
-        self._vendor_logins = 0
+        self._login = UserLogin(settings.pin, force=settings.force_login)
         self._orphans: set[bytes] = set()
         self._released = False
         self._lock = threading.Lock()
@@ -204,7 +195,7 @@ class Connection:
     def _run_and_clear_up(
         self, operation: Callable[[PooledSession], _T], *, retry: bool, leaves: Leftover | None
     ) -> _T:
-        self._require_not_stopped()
+        self._login.require_not_stopped()
         if leaves is not None and leaves.object_id in self._orphans:
             # Left by a call before, under the same id; the reaper would take the new one along.
             leaves.possible = True
@@ -216,10 +207,6 @@ class Connection:
         except BaseException:
             self._cleared(leaves)
             raise
-
-    def _require_not_stopped(self) -> None:
-        if self._stopped is not None:
-            raise PinError(self._stopped)
 
     def health(self) -> tuple[bool, str, dict[str, Any]]:
         """Whether calls can succeed, why not, and numbers; never waits for the HSM."""
@@ -235,8 +222,8 @@ class Connection:
             facts |= live.pool.facts()
         if self._gate.closed:
             return False, "closed", facts
-        if self._stopped is not None:
-            return False, self._stopped, facts
+        if self._login.stopped is not None:
+            return False, self._login.stopped, facts
         if self._breaker.state != "closed":
             return False, "the HSM is away", facts
         return live is not None, "ready" if live else "not connected yet", facts
@@ -333,7 +320,7 @@ class Connection:
                 live = self._connect(module, generation)
                 logins = live.logins
                 return self._lend(live.pool, operation, deadline)
-        except _VendorLogin as error:
+        except VendorLogin as error:
             self._open_breaker(held, str(error))
             raise HsmUnavailable(str(error)) from None
         except PKCS11Error as error:
@@ -382,7 +369,7 @@ class Connection:
                 with suppress(_Failure, HsmwrapError):
                     self._attempt(self._make_room)
             elif recovery.remedy is Remedy.STOP:
-                self._stop(failure.name)
+                self._login.stop(failure.name)
         finally:
             self._breaker.undecided(failure.held)
         return recovery.retry
@@ -434,13 +421,6 @@ class Connection:
     def _open_breaker(self, held: Pass, reason: str) -> None:
         self._breaker.failed(held, reason)
         self._prober.start()
-
-    def _stop(self, name: str) -> NoReturn:
-        self._stopped = (
-            f"the HSM token answered {name} to the login; not trying again, as that may lock it. "
-            "Mend the PIN and open the backend anew"
-        )
-        raise PinError(self._stopped)
 
     # --- connecting --------------------------------------------------------------------------
 
@@ -501,7 +481,7 @@ class Connection:
     def _open_logged_in(self, module: Module, token: Token) -> Session:
         session = open_worker_session(token, self._mapper)
         try:
-            self._log_in(module, session)
+            self._login.log_in(module, session)
         except BaseException:
             close_quietly(session)
             raise
@@ -515,42 +495,6 @@ class Connection:
             if self._was_live:
                 raise CryptokiError(str(error), CKR["TOKEN_NOT_PRESENT"]) from None
             raise
-
-    def _log_in(self, module: Module, session: Session) -> None:
-        pin = self._settings.pin
-        if pin is None:
-            return
-        self._require_not_stopped()
-        flags = _flags_of(session)
-        doubtful = [f.name for f in _DOUBTFUL_PIN if flags & f]
-        if doubtful and not self._settings.force_login:
-            raise PinError(
-                f"not logging in: the HSM token says {', '.join(map(str, doubtful))}, so a wrong "
-                "PIN may lock it. Check the PIN, then set force_login once"
-            )
-        try:
-            module.log_in(session, pin.read())
-        except PKCS11Error as error:
-            name, recovery = code_name(error), recovery_of(error)
-            # Here and not where it is recovered from: nobody may log in in between.
-            if recovery is not None and recovery.remedy is Remedy.STOP:
-                self._stop(name)
-            if is_vendor_defined(error):
-                self._doubt_login(name)
-            raise
-        self._vendor_logins = 0
-
-    def _doubt_login(self, name: str) -> NoReturn:
-        """A few tries, each after a backoff.
-
-        Raises:
-            PinError: That was the last.
-            HsmUnavailable: It was not.
-        """
-        self._vendor_logins += 1
-        if self._vendor_logins >= VENDOR_LOGINS:
-            self._stop(name)
-        raise _VendorLogin(f"the HSM token answered {name} to the login")
 
     # --- leftovers ---------------------------------------------------------------------------
 
@@ -590,11 +534,6 @@ _CLIENT_S_FAULT = (InvalidCiphertext, InvalidImportToken, InvalidKeyMaterial, Ke
 # What SoftHSM answers to the creation of a token object when another process does the same. Not
 # tried again blindly: what the first try left is found by its id and destroyed before.
 _COLLISION = frozenset({"GeneralError", "FunctionFailed"})
-_DOUBTFUL_PIN = (
-    TokenFlag.USER_PIN_COUNT_LOW,
-    TokenFlag.USER_PIN_FINAL_TRY,
-    TokenFlag.USER_PIN_LOCKED,
-)
 
 
 def _typed(error: PKCS11Error) -> HsmwrapError:
@@ -617,10 +556,6 @@ def _connecting() -> Iterator[None]:
         raise CryptokiError(code_name(error), CKR["TOKEN_NOT_PRESENT"]) from None
 
 
-def _flags_of(session: Session) -> TokenFlag:
-    return session.token.slot.get_token().flags
-
-
 def destroy_by_id(pooled: PooledSession, object_id: bytes) -> int:
     """Destroy every object with this CKA_ID; returns how many there were."""
     found = pooled.find({Attribute.ID: object_id})
@@ -628,38 +563,6 @@ def destroy_by_id(pooled: PooledSession, object_id: bytes) -> int:
         for each in found:
             each.destroy()
     return len(found)
-
-
-def find_token(module: Module, selector: TokenSelector) -> Token:
-    """The one HSM token that matches.
-
-    Raises:
-        TokenSelectionError: None or several match.
-        PKCS11Error: The module does not answer.
-    """
-    present = {t.slot.slot_id: t for t in _tokens_of(module)}
-    chosen = select(selector, [_describe(token) for token in present.values()])
-    return present[chosen.slot_id]
-
-
-def _tokens_of(module: Module) -> list[Token]:
-    tokens = []
-    for slot in module.get_slots(token_present=True):
-        try:
-            tokens.append(slot.get_token())
-        except (TokenNotPresent, TokenNotRecognised):
-            continue  # pulled between the two calls
-    return tokens
-
-
-def _describe(token: Token) -> TokenDescription:
-    return TokenDescription(
-        slot_id=token.slot.slot_id,
-        label=token.label,
-        serial=token.serial.decode("utf-8", "replace"),
-        manufacturer=token.manufacturer_id,
-        model=token.model,
-    )
 
 
 _CONNECTIONS: WeakSet[Connection] = WeakSet()

@@ -7,7 +7,11 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
+from pkcs11.exceptions import TokenNotPresent, TokenNotRecognised
+from pkcs11.types import Token
+
 from hsmwrap.errors import ConfigurationError, TokenSelectionError
+from hsmwrap.pkcs11.module import Module
 from hsmwrap.pkcs11.uri import Pkcs11Uri
 
 SETTING_NAMES: Mapping[str, str] = MappingProxyType(
@@ -160,3 +164,35 @@ def _differs(name: str, tokens: Sequence[TokenDescription]) -> bool:
 
 def _plain(value: Any) -> Any:
     return value.rstrip(" \0") if isinstance(value, str) else value
+
+
+def find_token(module: Module, selector: TokenSelector) -> Token:
+    """The one HSM token that matches.
+
+    Raises:
+        TokenSelectionError: None or several match.
+        PKCS11Error: The module does not answer.
+    """
+    present = {t.slot.slot_id: t for t in _tokens_of(module)}
+    chosen = select(selector, [_describe(token) for token in present.values()])
+    return present[chosen.slot_id]
+
+
+def _tokens_of(module: Module) -> list[Token]:
+    tokens = []
+    for slot in module.get_slots(token_present=True):
+        try:
+            tokens.append(slot.get_token())
+        except (TokenNotPresent, TokenNotRecognised):
+            continue  # pulled between the two calls
+    return tokens
+
+
+def _describe(token: Token) -> TokenDescription:
+    return TokenDescription(
+        slot_id=token.slot.slot_id,
+        label=token.label,
+        serial=token.serial.decode("utf-8", "replace"),
+        manufacturer=token.manufacturer_id,
+        model=token.model,
+    )

@@ -21,7 +21,6 @@ from benchmarks.timing import Side
 from hsmwrap import checkvalue
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.pkcs11 import rsa, sm2
-from hsmwrap.pkcs11.connection import find_token
 from hsmwrap.pkcs11.custody import WrappingKeyStore, intermediate, new_object_id, parse_ref
 from hsmwrap.pkcs11.gcm import AesGcm
 from hsmwrap.pkcs11.host import ModuleHost
@@ -29,6 +28,7 @@ from hsmwrap.pkcs11.keys import OPENS, KeySets, Role, is_trusted
 from hsmwrap.pkcs11.module import Module
 from hsmwrap.pkcs11.pool import PooledSession, open_worker_session
 from hsmwrap.pkcs11.probe import MECHANISMS, OwnKeys, TokenFeatures, probe
+from hsmwrap.pkcs11.selection import find_token
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.templates import AES_KEY_WRAP, HsmAttributeMapper, for_unwrap
 from hsmwrap.sm2 import DEFAULT_LAYOUTS, parse

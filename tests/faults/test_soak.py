@@ -7,6 +7,7 @@ import time
 
 import pytest
 from pkcs11.exceptions import HostMemory, SessionCount, SessionHandleInvalid
+from softhsm_token import make_softhsm
 
 from hsmwrap.errors import HsmUnavailable
 from hsmwrap.pkcs11 import connection as connection_module
@@ -21,15 +22,21 @@ SOAK = [
 ]
 
 
-def soak(softhsm, *arguments):
-    environment = os.environ | softhsm.environment
+@pytest.fixture
+def token(tmp_path):
+    """Its own: what a soak may leave in a token is not for other tests to find."""
+    return make_softhsm(tmp_path / "token", label="soaked")
+
+
+def soak(token, *arguments):
+    environment = os.environ | token.environment
     return subprocess.run(
         arguments, env=environment, capture_output=True, text=True, timeout=180, check=False
     )
 
 
-def test_all_holds_while_faults_come_at_random(softhsm):
-    done = soak(softhsm, *SOAK, "20261124")
+def test_all_holds_while_faults_come_at_random(token):
+    done = soak(token, *SOAK, "20261124")
     summary = done.stdout.splitlines()[-1]
     assert summary.startswith("soak held"), done.stdout + done.stderr[-3000:]
     assert done.returncode == 0
@@ -45,8 +52,8 @@ sys.exit(soak.main())
 """
 
 
-def test_the_soak_can_fail(softhsm):
-    done = soak(softhsm, sys.executable, "-c", BROKEN)
+def test_the_soak_can_fail(token):
+    done = soak(token, sys.executable, "-c", BROKEN)
     assert done.returncode != 0
     assert done.stdout.splitlines()[-1].startswith("soak FAILED")
 
@@ -129,7 +136,7 @@ def test_a_login_that_fails_leaves_no_session(connection, monkeypatch):
     def no_login(*_):
         raise HostMemory
 
-    monkeypatch.setattr(connection, "_log_in", no_login)
+    monkeypatch.setattr(connection._login, "log_in", no_login)
     module, token = connection._host._module, connection._live.token
     with pytest.raises(HostMemory):
         connection._open_logged_in(module, token)

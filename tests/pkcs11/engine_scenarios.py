@@ -229,6 +229,24 @@ def an_id_that_an_earlier_call_left(shim, settings):
         assert backend.encrypt(imported.key, b"message")
 
 
+def a_wrapping_key_that_cannot_be_discarded_yet(shim, settings):
+    """The import token was never issued, and the key would have stayed until it expired."""
+    with Pkcs11Backend.from_settings(settings) as backend:
+        before = shim.counters().token_objects_delta
+        key = backend.generate_wrapping_key(
+            WrappingKeySpec.EC_SM2,
+            WrappingAlgorithm.SM2PKE,
+            expires_at=datetime.now(UTC) + timedelta(hours=24),
+        )
+        assert shim.counters().token_objects_delta == before + 1
+        shim.fail("C_DestroyObject", CKR.DEVICE_MEMORY, always=True)
+        failed = outcome(backend.discard_wrapping_key, key.private_key)
+        assert isinstance(failed, HsmwrapError)
+        shim.clear()
+        backend.reap(datetime.now(UTC))
+        assert shim.counters().token_objects_delta == before
+
+
 def a_bad_ciphertext_under_an_id_in_use(shim, settings):
     with Pkcs11Backend.from_settings(settings | {"material_custody": "HsmInternal"}) as backend:
         reference, ciphertext = wrapped(backend, OAEP_1)

@@ -363,10 +363,10 @@ def test_a_doubtful_pin_is_not_tried_unless_forced(connect, monkeypatch, flag):
     import pkcs11.types
     from pkcs11.constants import TokenFlag
 
-    from hsmwrap.pkcs11 import connection as module
+    from hsmwrap.pkcs11 import login as module
 
     bit = TokenFlag[flag]
-    monkeypatch.setattr(module, "_flags_of", lambda session: bit)
+    monkeypatch.setattr(module, "flags_of", lambda session: bit)
     with pytest.raises(PinError, match=flag):
         connect()
     assert connect(force_login=True).run(random_bytes)
