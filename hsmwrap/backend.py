@@ -476,7 +476,10 @@ class Backend(ABC):
 
     @abstractmethod
     def destroy_key(self, key: KeyRef) -> None:
-        """Destroy an imported key's object; nothing to do for a sealed blob or a second call."""
+        """Destroy an imported key's object; nothing to do for a sealed blob or a second call.
+
+        After an error the object may still be there: call again. A backend may do so by itself.
+        """
 
     @abstractmethod
     def seal(self, data: bytes) -> Seal:

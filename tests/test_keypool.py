@@ -120,6 +120,7 @@ def sealed(backend):
 def test_sealed_pairs_of_an_old_key_set_are_not_handed_out(sealed, filled):
     """The old set may be retired by now: their import tokens would be refused."""
     sealed.key_set = "2"
+    filled.time.move(SECOND)
     assert filled.take(sealed).public_key == b"public 4"  # made inline, under the new set
     assert (filled.fact().level, filled.fact().discarded, filled.fact().misses) == (0, 4, 1)
     filled.work()
@@ -141,6 +142,15 @@ def test_a_pair_during_whose_making_the_keys_were_rotated_is_not_handed_out(pool
     assert (pool.fact().discarded, pool.fact().hits) == (1, 1)
 
 
+def test_a_backend_is_asked_for_its_key_set_once_a_second(sealed, filled):
+    asked, seal = [], sealed.seal
+    sealed.seal = lambda data: asked.append(data) or seal(data)
+    for moment, times in ((0.9, 0), (0.1, 1), (0.9, 1), (0.1, 2)):
+        filled.time.move(moment * SECOND)
+        assert filled.take(sealed)
+        assert len(asked) == times
+
+
 def test_resident_pairs_outlive_the_key_set(backend, filled):
     backend.key_set = "2"
     assert filled.take(backend).public_key == b"public 0"
@@ -149,6 +159,7 @@ def test_resident_pairs_outlive_the_key_set(backend, filled):
 
 def test_sealed_pairs_are_kept_while_the_backend_cannot_say_its_key_set(sealed, filled):
     sealed.seal_fails = HsmUnavailable("away")
+    filled.time.move(SECOND)
     assert filled.take(sealed).public_key == b"public 4"
     assert (filled.fact().level, filled.fact().discarded) == (4, 0)
     sealed.seal_fails = None

@@ -18,6 +18,7 @@ from hsmwrap.backend import Custody
 from hsmwrap.catalog import KeySpec, ProtectionLevel
 from hsmwrap.imports import Cmk, ImportService
 from hsmwrap.keypool import KeyPool, PoolSettings
+from hsmwrap.keypool import pool as pool_module
 from hsmwrap.pkcs11.connection import Connection
 from hsmwrap.pkcs11.reaper import GRACE
 from hsmwrap.pkcs11.settings import Pkcs11Settings
@@ -113,8 +114,9 @@ def test_a_pooled_pair_imports_like_any_other(pool, backend, pair):
     assert backend.decrypt(key, backend.encrypt(key, b"message")) == b"message"
 
 
-def test_no_pair_of_a_retired_key_set_is_handed_out(softhsm):
+def test_no_pair_of_a_retired_key_set_is_handed_out(softhsm, monkeypatch):
     """The process had the set cached; its import tokens would be dead on arrival."""
+    monkeypatch.setattr(pool_module, "KEY_SET_LIFETIME", 0.0)
     settings = softhsm.settings(f"keypool-{secrets.token_hex(4)}")
     prefix = settings["key_prefix"]
     with registry.open_backend("pkcs11", settings) as backend, KeyPool(SETTINGS) as pool:

@@ -31,6 +31,10 @@ from hsmwrap.imports import generate_inline
 from hsmwrap.keypool.settings import Pair, PoolSettings
 from hsmwrap.keypool.stock import LONGEST_PAUSE, Made, PairFacts, Stock
 
+KEY_SET_LIFETIME = 1.0
+"""Seconds for which a backend is not asked again which key set is current. A pool at work learns
+it with each pair that it makes; only one at rest asks before it gives a sealed pair away."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -145,7 +149,7 @@ class KeyPool:
         with self._changed:
             stock = self._stock(backend, spec, algorithm)
             sealed = usable and stock.has_sealed
-        key_set = _key_set(backend) if sealed else None
+        key_set = self._known_key_set(backend) if sealed else None
         with self._changed:
             usable = usable and (key_set is not None or not stock.has_sealed)
             key = stock.take(expires_at if usable else _NEVER, now, key_set)
@@ -168,6 +172,26 @@ class KeyPool:
                 stock.worked()
                 self._changed.notify_all()
         return key
+
+    def _known_key_set(self, backend: Backend) -> str | None:
+        """The backend's current key set, as it was a moment ago; None if the backend fails.
+
+        Another process may have retired the set that sealed a pair. The caller learns of a
+        failure by making a pair inline.
+        """
+        key_set, until = self._key_sets.get(id(backend), ("", self._timer()))
+        if self._timer() < until:
+            return key_set
+        try:
+            return self._ask_key_set(backend)
+        except HsmwrapError:
+            return None
+
+    def _ask_key_set(self, backend: Backend) -> str:
+        until = self._timer() + KEY_SET_LIFETIME
+        key_set = backend.seal(_MARK).key_id  # a seal says it
+        self._key_sets[id(backend)] = key_set, until
+        return key_set
 
     def _stock(
         self, backend: Backend, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
@@ -228,7 +252,7 @@ class KeyPool:
         # Whole seconds: that is what the label of a resident key holds.
         expires_at = (made_at + lasts).replace(microsecond=0)
         try:
-            key_set = stock.backend.seal(_MARK).key_id
+            key_set = self._ask_key_set(stock.backend)
             key = stock.backend.generate_wrapping_key(
                 stock.spec, stock.algorithm, expires_at=expires_at
             )
@@ -294,6 +318,7 @@ class KeyPool:
         """
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
+        self._key_sets: dict[int, tuple[str, float]] = {}
         self._stocks = {key: stock.emptied() for key, stock in self._stocks.items()}
 
 
@@ -301,18 +326,6 @@ _NEVER = datetime.max.replace(tzinfo=UTC)
 _MARK = b"hsmwrap key-pair pool"
 """What is sealed to learn the key set; as no import token looks like it, the seal is of no use."""
 _POOLS: WeakSet[KeyPool] = WeakSet()
-
-
-def _key_set(backend: Backend) -> str | None:
-    """The backend's current key set, as a seal says it; None if the backend fails.
-
-    Asked anew for each pair that is given out: another process may have retired the set that
-    sealed it. The caller learns of a failure by making a pair inline.
-    """
-    try:
-        return backend.seal(_MARK).key_id
-    except HsmwrapError:
-        return None
 
 
 def _utc_now() -> datetime:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from hsmwrap.errors import (
     PinError,
     TokenSelectionError,
 )
-from hsmwrap.pkcs11.connection import RESTART_PAUSES, Connection
+from hsmwrap.pkcs11.connection import RESTART_PAUSES, Connection, sleep_about
 from hsmwrap.pkcs11.host import ModuleHost
 from hsmwrap.pkcs11.keys import HIGHEST_NUMBER, KeySet, KeySets, Role
 from hsmwrap.pkcs11.pin import PinSource
@@ -294,7 +293,7 @@ def _await_token(host: ModuleHost, settings: Pkcs11Settings) -> None:
         except TokenSelectionError:
             if pause is None:
                 raise
-            time.sleep(pause)
+            sleep_about(pause)
         host.restart(host.generation, settings.session_wait)
 
 

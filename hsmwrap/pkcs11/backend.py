@@ -45,7 +45,7 @@ from hsmwrap.pkcs11.custody import (
 )
 from hsmwrap.pkcs11.gcm import AesGcm
 from hsmwrap.pkcs11.keys import KeySets, Role, is_trusted
-from hsmwrap.pkcs11.material import MaterialStore, Unwrap, create_from
+from hsmwrap.pkcs11.material import MaterialStore, Unwrap, create_from, parse_key_ref
 from hsmwrap.pkcs11.pin import PinFile
 from hsmwrap.pkcs11.pool import PooledSession
 from hsmwrap.pkcs11.probe import OwnKeys, TokenFeatures, probe
@@ -217,10 +217,7 @@ class Pkcs11Backend(Backend):
         """Destroy a resident wrapping key; nothing to do for a sealed one."""
         self._connection.require_open()
         if private_key.custody is Custody.HSM_INTERNAL:
-            object_id = parse_ref(private_key)[2]
-            # What cannot be destroyed now is, as soon as it can: nobody else knows of it.
-            leaves = Leftover(object_id, possible=True)
-            self._connection.run(lambda pooled: destroy_by_id(pooled, object_id), leaves=leaves)
+            self._destroy(parse_ref(private_key)[2])
 
     # --- import ------------------------------------------------------------------------------
 
@@ -318,8 +315,14 @@ class Pkcs11Backend(Backend):
 
     def destroy_key(self, key: KeyRef) -> None:
         """Destroy an imported key's object; nothing to do for a sealed blob."""
-        material = self._token().material
-        self._connection.run(lambda pooled: material.destroy(pooled, key))
+        self._connection.require_open()
+        if key.custody is Custody.HSM_INTERNAL:
+            self._destroy(parse_key_ref(key)[1])
+
+    def _destroy(self, object_id: bytes) -> None:
+        # What cannot be destroyed now is, as soon as it can: nobody else may know of it.
+        leaves = Leftover(object_id, possible=True)
+        self._connection.run(lambda pooled: destroy_by_id(pooled, object_id), leaves=leaves)
 
     # --- import tokens -----------------------------------------------------------------------
 

@@ -32,7 +32,6 @@ from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.exceptions import (
     FunctionFailed,
     KeyHandleInvalid,
-    ObjectHandleInvalid,
     PKCS11Error,
     SessionHandleInvalid,
 )
@@ -43,7 +42,7 @@ from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.pkcs11 import hardening
 from hsmwrap.pkcs11.clientfault import read_if_known
-from hsmwrap.pkcs11.pool import PooledSession
+from hsmwrap.pkcs11.pool import GONE, PooledSession
 from hsmwrap.pkcs11.profiles import VendorSm2
 from hsmwrap.pkcs11.templates import (
     AES_KEY_WRAP,
@@ -101,7 +100,6 @@ _MATERIAL_ROLES = frozenset({Role.MATERIAL_AES, Role.MATERIAL_SM4})
 
 SEARCHES = 10
 """How often a search begins anew because an object vanished in the middle of it."""
-_GONE = (KeyHandleInvalid, ObjectHandleInvalid)
 
 HIGHEST_NUMBER = 0xFFFF
 """References to sealed keys have two bytes for the number of the key set."""
@@ -358,7 +356,7 @@ class KeySets:
             if made_by is not None:
                 wanted[Attribute.ID] = self._id(role, number, made_by)
             for key in _objects(session, wanted):
-                with suppress(*_GONE):  # somebody else may destroy the same set
+                with suppress(*GONE):  # somebody else may destroy the same set
                     key.destroy()
                     destroyed += 1
             for key in _objects(session, wanted):  # but what is found again was not gone
@@ -434,7 +432,7 @@ def _objects(session: Session, template: Template) -> list[Any]:
     be it another backend's key in the same partition: then the search begins anew.
     """
     for _ in range(SEARCHES - 1):
-        with suppress(*_GONE):
+        with suppress(*GONE):
             return list(session.get_objects(template))
     return list(session.get_objects(template))
 
@@ -443,7 +441,7 @@ def _read(key: Any, *attributes: Attribute) -> Mapping[Attribute, Any]:
     """Those of these attributes that the HSM token tells; none if the object is gone."""
     try:
         found: Mapping[Attribute, Any] = key.get_attributes(attributes)
-    except _GONE:
+    except GONE:
         return {}
     except FunctionFailed:
         # That is what python-pkcs11 makes of every return code here, a lost session's too.

@@ -23,7 +23,7 @@ from pkcs11.types import Session
 from hsmwrap import checkvalue
 from hsmwrap.backend import Custody, KeyRef
 from hsmwrap.catalog import KeySpec
-from hsmwrap.errors import InvalidKeyMaterial, KeyNotFound
+from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial, KeyNotFound
 from hsmwrap.pkcs11.clientfault import blame
 from hsmwrap.pkcs11.connection import Leftover
 from hsmwrap.pkcs11.custody import OBJECT_ID_LENGTH, intermediate
@@ -99,7 +99,7 @@ class MaterialStore:
         Raises:
             KeyNotFound: The key, or the key-encryption key that sealed it, is gone.
         """
-        number, data = _parse(ref)
+        number, data = parse_key_ref(ref)
         if ref.custody is Custody.HSM_INTERNAL:
             yield self._find(pooled, data)
             return
@@ -109,13 +109,6 @@ class MaterialStore:
             yield key
         finally:
             key.destroy()
-
-    def destroy(self, pooled: PooledSession, ref: KeyRef) -> None:
-        """Destroy a key's object, if it has one and it is still there."""
-        if ref.custody is Custody.HSM_INTERNAL:
-            with pooled.token_writes:
-                for key in _objects(pooled, _parse(ref)[1]):
-                    key.destroy()
 
     # --- with AES key wrap -------------------------------------------------------------------
 
@@ -194,9 +187,12 @@ class MaterialStore:
 
     @staticmethod
     def _find(pooled: PooledSession, object_id: bytes) -> Any:
-        found = _objects(pooled, object_id)
-        if len(found) != 1:
+        usable = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.ENCRYPT: True}
+        found = pooled.find(usable | {Attribute.ID: object_id})
+        if not found:
             raise KeyNotFound("the key object is not in the HSM token (any more)")
+        if not _are_one_key(found):
+            raise KeyNotFound("more than one key in the HSM token has the id of this one")
         return found[0]
 
 
@@ -205,11 +201,23 @@ def create_from(session: Session, material: bytes) -> Unwrap:
     return lambda template: session.create_object({**template, Attribute.VALUE: material})
 
 
-def _objects(pooled: PooledSession, object_id: bytes) -> list[Any]:
-    return pooled.find({Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.ID: object_id})
+def _are_one_key(found: list[Any]) -> bool:
+    """Whether these handles mean one key; another that was planted under its id must not be used.
+
+    SoftHSM 2.6.1 gives an object a second handle, in the process that made it, if another thread
+    looks at the token between the making of the object's file and its entry in the list, and
+    another process has written meanwhile (OSToken.cpp, createObject and index; measured, a few
+    objects in a thousand with three busy processes). It keeps it until the object is destroyed.
+    """
+    return len(found) == 1 or len({_aes_check(each, error=KeyNotFound) for each in found}) == 1
 
 
-def _parse(ref: KeyRef) -> tuple[int, bytes]:
+def parse_key_ref(ref: KeyRef) -> tuple[int, bytes]:
+    """Key set number and data (blob or object id) of a reference to an imported key.
+
+    Raises:
+        KeyNotFound: It does not parse, or is of a version that is not known here.
+    """
     if ref.custody is Custody.HSM_INTERNAL:
         if len(ref.data) != OBJECT_ID_LENGTH:
             raise KeyNotFound("the key reference names no object")
@@ -223,9 +231,9 @@ def _parse(ref: KeyRef) -> tuple[int, bytes]:
     return number, ref.data[_HEAD.size :]
 
 
-def _aes_check(key: Any) -> bytes:
+def _aes_check(key: Any, *, error: type[HsmwrapError] = InvalidKeyMaterial) -> bytes:
     # Fails for material that is no AES key: SoftHSM made an object of it all the same.
-    with blame(key):
+    with blame(key, error=error):
         value = bytes(key.encrypt(checkvalue.CHECK_BLOCK, mechanism=Mechanism.AES_ECB))
     return bytes([checkvalue.METHOD_AES_ECB]) + value
 

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 from pkcs11.constants import Attribute
 from pkcs11.exceptions import (
+    KeyHandleInvalid,
+    ObjectHandleInvalid,
     PKCS11Error,
     SessionClosed,
     SessionCount,
@@ -29,6 +31,9 @@ from hsmwrap.errors import HsmResourceExhausted, PoolTimeout
 
 CAP_LIFETIME = 2.0
 """Seconds until the HSM, which had no more sessions, is asked again whether it has."""
+
+GONE = (KeyHandleInvalid, ObjectHandleInvalid)
+"""What a module answers to the handle of an object that is not there any more."""
 
 _T = TypeVar("_T")
 
@@ -64,6 +69,25 @@ class PooledSession:
             PKCS11Error: The search failed.
         """
         return self.certain(lambda: list(self.session.get_objects(template)))
+
+    def destroy(self, template: dict[Attribute, Any]) -> None:
+        """Destroy all token objects that match; those that vanish meanwhile are as good.
+
+        Raises:
+            UserNotLoggedIn: Nothing matches, and without a login nothing could.
+            PKCS11Error: The search failed, or one could not be destroyed.
+        """
+        vanished = False
+        found = self.find(template)
+        with self.token_writes:
+            for each in found:
+                try:
+                    each.destroy()
+                except GONE:
+                    vanished = True
+            if vanished:
+                for each in self.find(template):  # but what is found again was not gone
+                    each.destroy()
 
     def certain(self, search: Callable[[], list[_T]]) -> list[_T]:
         """What ``search`` finds; nothing only if it finds nothing in a session with a login.

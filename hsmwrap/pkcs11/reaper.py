@@ -13,10 +13,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.exceptions import FunctionFailed, KeyHandleInvalid, ObjectHandleInvalid, PKCS11Error
+from pkcs11.exceptions import FunctionFailed, PKCS11Error
 
 from hsmwrap.backend import ReapReport
-from hsmwrap.pkcs11.pool import PooledSession
+from hsmwrap.pkcs11.pool import GONE, PooledSession
 from hsmwrap.pkcs11.returncodes import recovery_of
 
 GRACE = timedelta(minutes=15)
@@ -28,7 +28,6 @@ SEARCHES = 10
 """How often a search begins anew after a key vanished in the middle of it."""
 
 _RESIDENT = {Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.TOKEN: True}
-_GONE = (KeyHandleInvalid, ObjectHandleInvalid)
 
 _log = logging.getLogger(__name__)
 
@@ -60,18 +59,18 @@ def reap(pooled: PooledSession, prefix: str, now: datetime) -> ReapReport:
     """
     removed: list[str] = []
     failed: list[str] = []
-    examined = 0
+    examined: set[bytes] = set()  # by id: SoftHSM may list one key twice, see material.py
     for key in _resident(pooled):
         expires_at, object_id = _described(pooled, prefix, key)
         if expires_at is None:
             continue
-        examined += 1
+        examined.add(object_id)
         if expires_at + GRACE < now:
             outcome = _destroy(pooled, key)
             if outcome is not None:
                 (removed if outcome else failed).append(object_id.hex())
-    _log.info("reaped", extra={"examined": examined, "removed": removed, "failed": failed})
-    return ReapReport(examined, tuple(removed), tuple(failed))
+    _log.info("reaped", extra={"examined": len(examined), "removed": removed, "failed": failed})
+    return ReapReport(len(examined), tuple(removed), tuple(failed))
 
 
 def _resident(pooled: PooledSession) -> Iterator[Any]:
@@ -90,7 +89,7 @@ def _search(pooled: PooledSession) -> tuple[list[Any], bool]:
     found: list[Any] = []
     try:
         found.extend(pooled.session.get_objects(_RESIDENT))
-    except _GONE:
+    except GONE:
         # python-pkcs11 reads attributes of what it has found, which one may have outlived.
         pooled.require_login()
         return found, False
@@ -103,7 +102,7 @@ def _described(pooled: PooledSession, prefix: str, key: Any) -> tuple[datetime |
     """When the key expires, None if it is not ours or is gone; and its id."""
     try:
         attributes = key.get_attributes([Attribute.LABEL, Attribute.ID])
-    except (*_GONE, FunctionFailed):
+    except (*GONE, FunctionFailed):
         # FUNCTION_FAILED is what python-pkcs11 makes of every return code here.
         pooled.require_login()
         return None, b""
@@ -116,7 +115,7 @@ def _destroy(pooled: PooledSession, key: Any) -> bool | None:
     try:
         with pooled.token_writes:
             key.destroy()
-    except _GONE:
+    except GONE:
         pooled.require_login()
         return None
     except PKCS11Error as error:

@@ -247,6 +247,22 @@ def a_wrapping_key_that_cannot_be_discarded_yet(shim, settings):
         assert shim.counters().token_objects_delta == before
 
 
+def a_key_whose_destruction_collides(shim, settings):
+    """SoftHSM answers GENERAL_ERROR to some destructions beside other processes' writes."""
+    with Pkcs11Backend.from_settings(settings | {"material_custody": "HsmInternal"}) as backend:
+        reference, ciphertext = wrapped(backend, OAEP_1)
+        before = shim.counters().token_objects_delta
+        first, second = (bring_in(backend, reference, OAEP_1, ciphertext) for _ in range(2))
+        shim.fail("C_DestroyObject", CKR.GENERAL_ERROR, nth=1)
+        backend.destroy_key(first.key)
+        assert shim.counters().token_objects_delta == before + 1
+        shim.fail("C_DestroyObject", CKR.DEVICE_MEMORY, always=True)
+        assert isinstance(outcome(backend.destroy_key, second.key), HsmwrapError)
+        shim.clear()
+        backend.reap(datetime.now(UTC))  # what was to be destroyed is, by whoever comes next
+        assert shim.counters().token_objects_delta == before
+
+
 def a_bad_ciphertext_under_an_id_in_use(shim, settings):
     with Pkcs11Backend.from_settings(settings | {"material_custody": "HsmInternal"}) as backend:
         reference, ciphertext = wrapped(backend, OAEP_1)
