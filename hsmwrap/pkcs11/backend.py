@@ -166,7 +166,8 @@ class Pkcs11Backend(Backend):
             number = self._keys.current(pooled)
             trusted = self._keys.trusts(number)
             template = token.wrapping.sealing_template(role, trusted=trusted)
-            public, private = self._generate(pooled, spec, template)
+            with pooled.lock.aside():  # session objects both, and it takes long
+                public, private = self._generate(pooled, spec, template)
             try:
                 der = _public_key_der(spec, public)
                 return der, token.wrapping.seal(pooled, role, private, number)

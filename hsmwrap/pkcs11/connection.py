@@ -333,7 +333,8 @@ class Connection:
     def _lend(pool: SessionPool, operation: Callable[[PooledSession], _T], deadline: float) -> _T:
         session = pool.acquire(deadline)
         try:
-            return operation(session)
+            with session.lock.looking():
+                return operation(session)
         except _CLIENT_S_FAULT:
             session.tainted = True
             # Before the client is blamed: SoftHSM answers GENERAL_ERROR to a key operation that
@@ -471,7 +472,7 @@ class Connection:
         pool = SessionPool(
             lambda: self._open_worker(token),
             module.is_logged_in,
-            self._host.token_writes(),
+            self._host.object_lock(),
             self._settings.sessions,
         )
         return _Live(generation, token, session, pool)

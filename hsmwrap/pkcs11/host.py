@@ -20,18 +20,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar
+from contextlib import contextmanager
+from typing import ClassVar
 
 from pkcs11.exceptions import PKCS11Error
 
 import hsmwrap.forkgate  # noqa: F401  # its hooks come first, see the end
 from hsmwrap.errors import HsmUnavailable, PoolTimeout
 from hsmwrap.pkcs11.module import Module
+from hsmwrap.pkcs11.objectlock import NO_LOCK, ObjectLock
 from hsmwrap.pkcs11.returncodes import CKR, CryptokiError, code_name
 
 FORK_WAIT = 5.0
 """Seconds that ``fork()`` waits for calls in flight before it goes ahead regardless."""
+
+OBJECT_WAIT = 30.0
+"""Seconds that a thread waits for others to be done with token objects, where they must be."""
 
 
 class ModuleHost:
@@ -85,15 +89,11 @@ class ModuleHost:
             if not self._users and not self._ready and not self._forked:
                 self._hosts.pop(self.path, None)
 
-    def token_writes(self) -> AbstractContextManager[Any]:
-        """Held while token objects are created or destroyed.
-
-        SoftHSM answers GENERAL_ERROR to one in a hundred creations while other threads create
-        and destroy token objects (measured, eight threads); other modules need no lock.
-        """
+    def object_lock(self) -> ObjectLock:
+        """Keeps this process's threads apart, where the module does not; once it is loaded."""
         module = self._module
         softhsm = module is not None and module.manufacturer_id.startswith("SoftHSM")
-        return self._token_writes if softhsm else nullcontext()
+        return self._object_lock if softhsm else NO_LOCK
 
     @property
     def one_at_a_time(self) -> bool:
@@ -222,7 +222,7 @@ class ModuleHost:
         self._queue: deque[object] = deque()
         self._in_flight = 0
         self._exclusive = False
-        self._token_writes = threading.RLock()
+        self._object_lock = ObjectLock(OBJECT_WAIT)
 
     @classmethod
     def _before_fork(cls) -> None:

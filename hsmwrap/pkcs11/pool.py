@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from pkcs11.exceptions import (
 from pkcs11.types import Session, Token
 
 from hsmwrap.errors import HsmResourceExhausted, PoolTimeout
+from hsmwrap.pkcs11.objectlock import NO_LOCK, ObjectLock
 
 CAP_LIFETIME = 2.0
 """Seconds until the HSM, which had no more sessions, is asked again whether it has."""
@@ -49,7 +50,7 @@ class PooledSession:
     Attributes:
         session: python-pkcs11's session, opened without PIN.
         is_logged_in: Asks the module whether a login covers the session.
-        token_writes: To be held while token objects are created or destroyed.
+        lock: Keeps those who look at token objects and those who write them apart.
         objects: Objects by label, bound to this session (python-pkcs11 runs an operation on the
             session that an object was found with).
         tainted: Set after any error; the session is then closed instead of pooled.
@@ -57,9 +58,14 @@ class PooledSession:
 
     session: Session
     is_logged_in: Callable[[Session], bool]
-    token_writes: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    lock: ObjectLock = NO_LOCK
     objects: dict[str, Any] = field(default_factory=dict)
     tainted: bool = False
+
+    @property
+    def token_writes(self) -> AbstractContextManager[None]:
+        """To be held while token objects are created or destroyed."""
+        return self.lock.writing()
 
     def find(self, template: dict[Attribute, Any]) -> list[Any]:
         """All objects that match.
@@ -203,13 +209,13 @@ class SessionPool:
         self,
         open_session: Callable[[], Session],
         is_logged_in: Callable[[Session], bool],
-        token_writes: AbstractContextManager[Any],
+        lock: ObjectLock,
         size: int,
     ) -> None:
         """Take what makes a :class:`PooledSession`, and the most sessions there may be."""
         self._open = open_session
         self._is_logged_in = is_logged_in
-        self._token_writes = token_writes
+        self._object_lock = lock
         self._state = PoolState(size)
         self._cap_ends = 0.0
         self._unclosed: list[Session] = []
@@ -245,7 +251,7 @@ class SessionPool:
             if pooled is not None:
                 return pooled
             try:
-                return PooledSession(self._open(), self._is_logged_in, self._token_writes)
+                return PooledSession(self._open(), self._is_logged_in, self._object_lock)
             except SessionCount:
                 self._failed_to_open(lower_cap=True)
                 if not self._state.total:

@@ -80,7 +80,7 @@ class RawToken:
 
     def token_writes(self) -> Any:
         """The lock that SoftHSM needs around the creation of token objects."""
-        return self._host.token_writes()
+        return self._host.object_lock().writing()
 
 
 class RawSession:

@@ -13,6 +13,7 @@ from hsmwrap.errors import HsmUnavailable
 from hsmwrap.pkcs11 import connection as connection_module
 from hsmwrap.pkcs11 import pool as pool_module
 from hsmwrap.pkcs11.connection import Connection, Leftover
+from hsmwrap.pkcs11.objectlock import NO_LOCK
 from hsmwrap.pkcs11.pool import SessionPool
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 
@@ -164,7 +165,7 @@ def pool_of(*sessions):
             raise session
         return session
 
-    return SessionPool(open_session, lambda _: True, None, 2)
+    return SessionPool(open_session, lambda _: True, NO_LOCK, 2)
 
 
 def borrow(pool):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from hsmwrap.errors import (
 )
 from hsmwrap.pkcs11.breaker import Breaker
 from hsmwrap.pkcs11.connection import Connection
+from hsmwrap.pkcs11.objectlock import NO_LOCK
 from hsmwrap.pkcs11.pool import PooledSession, PoolState, SessionPool, Ticket
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 
@@ -166,7 +167,7 @@ def test_a_place_in_the_queue_is_left_when_a_signal_interrupts_the_wait(connect)
 
 
 def test_what_was_given_to_one_who_leaves_goes_to_the_next():
-    pool = SessionPool(lambda: "opened", lambda _: True, nullcontext(), 1)
+    pool = SessionPool(lambda: "opened", lambda _: True, NO_LOCK, 1)
     given = pool.acquire(time.monotonic() + DEADLINE)
     ticket = Ticket()
     pool._state.queue.append(ticket)
