@@ -1,6 +1,7 @@
 """Who may touch token objects at the same time, on a module that mixes them up."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -95,18 +96,24 @@ def test_whoever_steps_aside_is_in_nobodys_way(lock):
 
 def test_a_writer_is_not_overtaken_by_those_who_come_later():
     lock, order = ObjectLock(LONG), []
+
+    def come(manager, name):
+        with manager():
+            order.append(name)
+
     with ThreadPoolExecutor(2) as pool, ExitStack() as looking:
         looking.enter_context(lock.looking())
-        writer = pool.submit(lambda: [order.append("write") for _ in [0] if enter(lock.writing())])
-        while not lock._queue:
-            pass
-        reader = pool.submit(lambda: [order.append("look") for _ in [0] if enter(lock.looking())])
-        while len(lock._queue) < 2:
-            pass
+        came = []
+        for manager, name in ((lock.writing, "writer"), (lock.looking, "later")):
+            came.append(pool.submit(come, manager, name))
+            deadline = time.monotonic() + LONG
+            while len(lock._queue) < len(came) and not came[-1].done():
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
         looking.close()
-        writer.result(LONG)
-        reader.result(LONG)
-    assert sorted(order) == ["look", "write"]
+        for each in came:
+            each.result(LONG)
+    assert order == ["writer", "later"]
 
 
 def test_an_error_gives_everything_back(lock):
