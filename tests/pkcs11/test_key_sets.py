@@ -36,13 +36,6 @@ def prefix():
     return f"sets-{secrets.token_hex(4)}"
 
 
-@pytest.fixture
-def attacker(softhsm):
-    made = Attacker(softhsm)
-    yield made
-    made.close()
-
-
 @pytest.mark.parametrize(
     "scenario",
     [

@@ -8,7 +8,7 @@ import secrets
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from attacker import AES, OAEP1, SM2, Attacker, bring, issue
+from attacker import AES, OAEP1, SM2, bring, issue
 from pkcs11.exceptions import KeyHandleInvalid
 
 from hsmwrap.errors import KeyNotFound
@@ -25,13 +25,6 @@ def backend(softhsm):
         backend.capabilities()
         yield backend
         backend.reap(LATER)
-
-
-@pytest.fixture
-def attacker(softhsm):
-    made = Attacker(softhsm)
-    yield made
-    made.close()
 
 
 @pytest.fixture

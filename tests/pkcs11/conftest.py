@@ -1,0 +1,11 @@
+"""What several files of these tests use."""
+
+import pytest
+from attacker import Attacker
+
+
+@pytest.fixture
+def attacker(softhsm):
+    made = Attacker(softhsm)
+    yield made
+    made.close()
