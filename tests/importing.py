@@ -9,7 +9,7 @@ from hsmwrap import registry
 from hsmwrap.backend import Backend
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.imports import Cmk, ImportService
-from hsmwrap.pkcs11.connection import Connection
+from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.policy import Deployment
 from hsmwrap.testing.clients import openssl_encrypt

@@ -7,7 +7,7 @@ import pytest
 from pkcs11.exceptions import PKCS11Error
 
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.pkcs11.host import ModuleHost
+from hsmwrap.pkcs11.binding.host import ModuleHost
 
 LABEL = "NSS Certificate DB"
 NO_NSS = "capability: NSS softokn is not installed"

@@ -19,9 +19,9 @@ from hsmwrap.catalog import KeySpec, ProtectionLevel
 from hsmwrap.imports import Cmk, ImportService
 from hsmwrap.keypool import KeyPool, PoolSettings
 from hsmwrap.keypool import pool as pool_module
-from hsmwrap.pkcs11.connection import Connection
-from hsmwrap.pkcs11.reaper import GRACE
+from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.pkcs11.wrapping.reaper import GRACE
 from hsmwrap.policy import Deployment
 from hsmwrap.testing.clients import openssl_encrypt
 

@@ -33,24 +33,25 @@ from hsmwrap.errors import (
     InvalidKeyMaterial,
     UnsupportedOperation,
 )
-from hsmwrap.pkcs11 import admin, reaper, report, rsa, sm2
-from hsmwrap.pkcs11.clientfault import blame
-from hsmwrap.pkcs11.connection import Connection, Leftover, destroy_by_id
-from hsmwrap.pkcs11.custody import (
+from hsmwrap.pkcs11.binding.client_errors import blame
+from hsmwrap.pkcs11.binding.gcm import AesGcm
+from hsmwrap.pkcs11.binding.profiles import profile
+from hsmwrap.pkcs11.keysets import admin
+from hsmwrap.pkcs11.keysets.keys import KeySets, Role, is_trusted
+from hsmwrap.pkcs11.sessions.connection import Connection, Leftover, destroy_by_id
+from hsmwrap.pkcs11.sessions.pool import PooledSession
+from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.pkcs11.token.pin import PinFile
+from hsmwrap.pkcs11.wrapping import reaper, report, rsa, sm2
+from hsmwrap.pkcs11.wrapping.custody import (
     WrappingKeyStore,
     bind,
     new_object_id,
     parse_ref,
     require_bound,
 )
-from hsmwrap.pkcs11.gcm import AesGcm
-from hsmwrap.pkcs11.keys import KeySets, Role, is_trusted
-from hsmwrap.pkcs11.material import MaterialStore, Unwrap, create_from, parse_key_ref
-from hsmwrap.pkcs11.pin import PinFile
-from hsmwrap.pkcs11.pool import PooledSession
-from hsmwrap.pkcs11.probe import OwnKeys, TokenFeatures, probe
-from hsmwrap.pkcs11.profiles import profile
-from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.pkcs11.wrapping.material import MaterialStore, Unwrap, create_from, parse_key_ref
+from hsmwrap.pkcs11.wrapping.probe import OwnKeys, TokenFeatures, probe
 from hsmwrap.sm2 import parse
 
 _MESSAGE_HEAD = 1 + contract.NONCE_LENGTH

@@ -12,9 +12,9 @@ from typing import Any, Self
 
 from hsmwrap.backend import Custody
 from hsmwrap.errors import ConfigurationError
-from hsmwrap.pkcs11 import pin
-from hsmwrap.pkcs11.selection import TokenSelector, selector_from
-from hsmwrap.pkcs11.uri import Pkcs11Uri, parse
+from hsmwrap.pkcs11.token import pin
+from hsmwrap.pkcs11.token.selection import TokenSelector, selector_from
+from hsmwrap.pkcs11.token.uri import Pkcs11Uri, parse
 from hsmwrap.sm2.formats import DEFAULT_LAYOUTS, Layout, check_layouts
 
 
@@ -119,7 +119,7 @@ def _layouts(value: Any) -> tuple[Layout, ...]:
 
 
 def _pin_source_of(name: str) -> Kind:
-    # hsmwrap.pkcs11.pin checks the value and says what is wrong with it.
+    # hsmwrap.pkcs11.token.pin checks the value and says what is wrong with it.
     return Kind(pin.SOURCES[name].takes, lambda value: value)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeVar
 
-from hsmwrap.pkcs11.returncodes import RECOVERY, Remedy
+from hsmwrap.pkcs11.binding.returncodes import RECOVERY, Remedy
 from hsmwrap.testing.ckr import CKR
 from hsmwrap.testing.faults import FaultControl
 

@@ -30,8 +30,8 @@ from hsmwrap.errors import (
     ServiceUnavailable,
 )
 from hsmwrap.imports import Cmk, ImportParameters, ImportService
-from hsmwrap.pkcs11.custody import parse_ref
-from hsmwrap.pkcs11.reaper import GRACE
+from hsmwrap.pkcs11.wrapping.custody import parse_ref
+from hsmwrap.pkcs11.wrapping.reaper import GRACE
 from hsmwrap.policy import Deployment
 from hsmwrap.sm2 import decode_spki, open_engine
 from hsmwrap.testing.clients import ClientFailed, decrypt_message, encrypt_message

@@ -37,10 +37,10 @@ from pkcs11.exceptions import PKCS11Error
 
 from hsmwrap.errors import ServiceUnavailable
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.pkcs11.connection import Connection
-from hsmwrap.pkcs11.pool import PooledSession
-from hsmwrap.pkcs11.reaper import GRACE
+from hsmwrap.pkcs11.sessions.connection import Connection
+from hsmwrap.pkcs11.sessions.pool import PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.pkcs11.wrapping.reaper import GRACE
 from hsmwrap.testing._soakfaults import Rest, Weather
 from hsmwrap.testing._soakload import (
     UPKEEP,

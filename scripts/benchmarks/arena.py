@@ -29,7 +29,7 @@ from hsmwrap.imports import (
     generate_inline,
 )
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.pkcs11 import rsa as pkcs11_rsa
+from hsmwrap.pkcs11.wrapping import rsa as pkcs11_rsa
 from hsmwrap.policy import Deployment
 from hsmwrap.tokens import ImportTokenClaims
 

@@ -20,17 +20,17 @@ from pkcs11.mechanisms import Mechanism
 from benchmarks.timing import Side
 from hsmwrap import checkvalue
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.pkcs11 import rsa, sm2
-from hsmwrap.pkcs11.custody import WrappingKeyStore, intermediate, new_object_id, parse_ref
-from hsmwrap.pkcs11.gcm import AesGcm
-from hsmwrap.pkcs11.host import ModuleHost
-from hsmwrap.pkcs11.keys import OPENS, KeySets, Role, is_trusted
-from hsmwrap.pkcs11.module import Module
-from hsmwrap.pkcs11.pool import PooledSession, open_worker_session
-from hsmwrap.pkcs11.probe import MECHANISMS, OwnKeys, TokenFeatures, probe
-from hsmwrap.pkcs11.selection import find_token
+from hsmwrap.pkcs11.binding.gcm import AesGcm
+from hsmwrap.pkcs11.binding.host import ModuleHost
+from hsmwrap.pkcs11.binding.module import Module
+from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, HsmAttributeMapper, for_unwrap
+from hsmwrap.pkcs11.keysets.keys import OPENS, KeySets, Role, is_trusted
+from hsmwrap.pkcs11.sessions.pool import PooledSession, open_worker_session
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.pkcs11.templates import AES_KEY_WRAP, HsmAttributeMapper, for_unwrap
+from hsmwrap.pkcs11.token.selection import find_token
+from hsmwrap.pkcs11.wrapping import rsa, sm2
+from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, intermediate, new_object_id, parse_ref
+from hsmwrap.pkcs11.wrapping.probe import MECHANISMS, OwnKeys, TokenFeatures, probe
 from hsmwrap.sm2 import DEFAULT_LAYOUTS, parse
 from hsmwrap.tokens import ImportTokenClaims
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cryptography.hazmat.backends.openssl.backend import backend as pyca
 
-from hsmwrap.pkcs11.module import Module
+from hsmwrap.pkcs11.binding.module import Module
 
 
 class Others:

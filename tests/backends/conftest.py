@@ -6,7 +6,7 @@ import pytest
 @pytest.fixture
 def count_token_objects(softhsm):
     """Counts all objects on the session's token, through a connection of its own."""
-    from hsmwrap.pkcs11.connection import Connection
+    from hsmwrap.pkcs11.sessions.connection import Connection
     from hsmwrap.pkcs11.settings import Pkcs11Settings
 
     connection = Connection(Pkcs11Settings.from_mapping(softhsm.bare_settings()))

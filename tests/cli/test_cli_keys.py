@@ -8,7 +8,7 @@ import pytest
 from hsmwrap.cli import main
 from hsmwrap.imports import TOKEN_LIFETIME
 from hsmwrap.keypool import PoolSettings
-from hsmwrap.pkcs11.keys import CURRENT_SET_LIFETIME
+from hsmwrap.pkcs11.keysets.keys import CURRENT_SET_LIFETIME
 
 
 @pytest.fixture

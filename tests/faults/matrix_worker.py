@@ -22,8 +22,9 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import HsmwrapError
-from hsmwrap.pkcs11 import Pkcs11Backend, admin
-from hsmwrap.pkcs11.returncodes import RECOVERY
+from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.pkcs11.binding.returncodes import RECOVERY
+from hsmwrap.pkcs11.keysets import admin
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.sm2 import decode_spki, open_engine
 from hsmwrap.testing.faults import CKR, FaultShim

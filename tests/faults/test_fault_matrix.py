@@ -10,7 +10,7 @@ import pytest
 from softhsm_token import make_softhsm
 
 from hsmwrap import errors
-from hsmwrap.pkcs11.returncodes import RECOVERY
+from hsmwrap.pkcs11.binding.returncodes import RECOVERY
 
 WORKER = Path(__file__).with_name("matrix_worker.py")
 OPERATIONS = (

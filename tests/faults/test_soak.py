@@ -10,11 +10,11 @@ from pkcs11.exceptions import HostMemory, SessionCount, SessionHandleInvalid
 from softhsm_token import make_softhsm
 
 from hsmwrap.errors import HsmUnavailable
-from hsmwrap.pkcs11 import connection as connection_module
-from hsmwrap.pkcs11 import pool as pool_module
-from hsmwrap.pkcs11.connection import Connection, Leftover
-from hsmwrap.pkcs11.objectlock import NO_LOCK
-from hsmwrap.pkcs11.pool import SessionPool
+from hsmwrap.pkcs11.binding.objectlock import NO_LOCK
+from hsmwrap.pkcs11.sessions import connection as connection_module
+from hsmwrap.pkcs11.sessions import pool as pool_module
+from hsmwrap.pkcs11.sessions.connection import Connection, Leftover
+from hsmwrap.pkcs11.sessions.pool import SessionPool
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 
 SOAK = [
@@ -45,7 +45,7 @@ def test_all_holds_while_faults_come_at_random(token):
 
 BROKEN = """
 import sys
-from hsmwrap.pkcs11 import material
+from hsmwrap.pkcs11.wrapping import material
 material._aes_check = lambda key: b"\\x01" + bytes(16)  # the same for every key
 from hsmwrap.testing import soak
 sys.argv = ["soak", "--seconds", "8", "--seed", "1"]

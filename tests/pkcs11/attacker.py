@@ -25,11 +25,11 @@ from pkcs11.mechanisms import MGF, KeyType, Mechanism
 from hsmwrap import registry
 from hsmwrap.backend import Custody, Seal
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.pkcs11.custody import parse_ref
-from hsmwrap.pkcs11.host import ModuleHost
-from hsmwrap.pkcs11.keys import OPENS, Role
-from hsmwrap.pkcs11.pin import Pin
-from hsmwrap.pkcs11.templates import USES, HsmAttributeMapper, for_unwrap
+from hsmwrap.pkcs11.binding.host import ModuleHost
+from hsmwrap.pkcs11.binding.templates import USES, HsmAttributeMapper, for_unwrap
+from hsmwrap.pkcs11.keysets.keys import OPENS, Role
+from hsmwrap.pkcs11.token.pin import Pin
+from hsmwrap.pkcs11.wrapping.custody import parse_ref
 from hsmwrap.sm2 import decode_spki, open_engine
 
 PKCS1, OAEP1, OAEP256, SM2 = (

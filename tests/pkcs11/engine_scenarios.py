@@ -28,8 +28,9 @@ from hsmwrap.errors import (
     InvalidKeyMaterial,
     PinError,
 )
-from hsmwrap.pkcs11 import Pkcs11Backend, hardening
-from hsmwrap.pkcs11.module import Module, _InitializeArgs, shared_function_list
+from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.pkcs11.binding.module import Module, _InitializeArgs, shared_function_list
+from hsmwrap.pkcs11.keysets import hardening
 from hsmwrap.testing.faults import CKR, FaultShim
 
 AES = KeySpec.ALIYUN_AES_256

@@ -12,8 +12,8 @@ from pkcs11.constants import Attribute
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import HsmError, HsmUnavailable, HsmwrapError
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.pkcs11.connection import Connection
-from hsmwrap.pkcs11.keys import Role
+from hsmwrap.pkcs11.keysets.keys import Role
+from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.testing.faults import CKR, FaultShim
 

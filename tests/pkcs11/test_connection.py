@@ -22,10 +22,10 @@ from hsmwrap.errors import (
     PoolTimeout,
     TokenSelectionError,
 )
-from hsmwrap.pkcs11.breaker import Breaker
-from hsmwrap.pkcs11.connection import Connection
-from hsmwrap.pkcs11.objectlock import NO_LOCK
-from hsmwrap.pkcs11.pool import PooledSession, PoolState, SessionPool, Ticket
+from hsmwrap.pkcs11.binding.objectlock import NO_LOCK
+from hsmwrap.pkcs11.sessions.breaker import Breaker
+from hsmwrap.pkcs11.sessions.connection import Connection
+from hsmwrap.pkcs11.sessions.pool import PooledSession, PoolState, SessionPool, Ticket
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 
 FORK = multiprocessing.get_context("fork")
@@ -364,7 +364,7 @@ def test_a_doubtful_pin_is_not_tried_unless_forced(connect, monkeypatch, flag):
     import pkcs11.types
     from pkcs11.constants import TokenFlag
 
-    from hsmwrap.pkcs11 import login as module
+    from hsmwrap.pkcs11.token import login as module
 
     bit = TokenFlag[flag]
     monkeypatch.setattr(module, "flags_of", lambda session: bit)

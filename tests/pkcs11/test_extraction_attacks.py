@@ -27,9 +27,9 @@ from pkcs11 import exceptions as ck
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import KDF, KeyType, Mechanism
 
-from hsmwrap.pkcs11 import material as material_module
-from hsmwrap.pkcs11.custody import WrappingKeyStore, intermediate
-from hsmwrap.pkcs11.keys import OPENS, Role
+from hsmwrap.pkcs11.keysets.keys import OPENS, Role
+from hsmwrap.pkcs11.wrapping import material as material_module
+from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, intermediate
 
 SECRET, PRIVATE = ObjectClass.SECRET_KEY, ObjectClass.PRIVATE_KEY
 SEALED_ROLES = (

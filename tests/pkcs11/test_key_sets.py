@@ -18,14 +18,16 @@ from softhsm_token import ROOT, make_softhsm
 
 from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.errors import ConfigurationError, InvalidImportToken, PinError, TokenSelectionError
-from hsmwrap.pkcs11 import Pkcs11Backend, admin, keys, rsa, sm2
-from hsmwrap.pkcs11.connection import RESTART_PAUSES, Connection
-from hsmwrap.pkcs11.custody import WrappingKeyStore, parse_ref
-from hsmwrap.pkcs11.host import ModuleHost
-from hsmwrap.pkcs11.keys import KeySets, Role
-from hsmwrap.pkcs11.profiles import vendor_key_type
+from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.pkcs11.binding.host import ModuleHost
+from hsmwrap.pkcs11.binding.profiles import vendor_key_type
+from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
+from hsmwrap.pkcs11.keysets import admin, keys
+from hsmwrap.pkcs11.keysets.keys import KeySets, Role
+from hsmwrap.pkcs11.sessions.connection import RESTART_PAUSES, Connection
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.pkcs11.templates import HsmAttributeMapper
+from hsmwrap.pkcs11.wrapping import rsa, sm2
+from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, parse_ref
 
 SCENARIOS = Path(__file__).with_name("key_set_scenarios.py")
 DEADLINE = 300

@@ -15,10 +15,16 @@ from pkcs11.mechanisms import KeyType
 from vectors import wycheproof
 
 from hsmwrap.errors import InvalidKeyMaterial
-from hsmwrap.pkcs11 import rsa, sm2
-from hsmwrap.pkcs11.custody import WrappingKeyStore, new_object_id
-from hsmwrap.pkcs11.keys import OPENS, Role
-from hsmwrap.pkcs11.templates import AES_KEY_WRAP, for_unwrap, private_key, secret_key, stored
+from hsmwrap.pkcs11.binding.templates import (
+    AES_KEY_WRAP,
+    for_unwrap,
+    private_key,
+    secret_key,
+    stored,
+)
+from hsmwrap.pkcs11.keysets.keys import OPENS, Role
+from hsmwrap.pkcs11.wrapping import rsa, sm2
+from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, new_object_id
 from hsmwrap.sm2 import (
     OID_DER,
     Sm2Ciphertext,
@@ -317,7 +323,7 @@ def test_wycheproof_key_wrap(session):
 
 def test_wycheproof_key_wrap_the_other_way(session):
     """Right for whole blocks; SoftHSM fills up the others before it wraps, so what is wrapped
-    does not tell 31 bytes from 32: AES has to refuse them (hsmwrap.pkcs11.material)."""
+    does not tell 31 bytes from 32: AES has to refuse them (hsmwrap.pkcs11.wrapping.material)."""
     tried = set()
     for kek, vector in wrap_vectors(session):
         material = bytes.fromhex(vector["msg"])

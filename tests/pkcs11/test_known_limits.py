@@ -37,10 +37,10 @@ from hsmwrap import oaep, tokens
 from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.catalog import Origin, ProtectionLevel, WrappingKeySpec
 from hsmwrap.imports import Cmk, ImportService
-from hsmwrap.pkcs11 import material as material_module
-from hsmwrap.pkcs11.custody import intermediate
-from hsmwrap.pkcs11.keys import OPENS, Role
-from hsmwrap.pkcs11.sm2 import derive_x
+from hsmwrap.pkcs11.keysets.keys import OPENS, Role
+from hsmwrap.pkcs11.wrapping import material as material_module
+from hsmwrap.pkcs11.wrapping.custody import intermediate
+from hsmwrap.pkcs11.wrapping.sm2 import derive_x
 from hsmwrap.policy import Deployment
 from hsmwrap.sm2 import decrypt_with_x2, parse
 

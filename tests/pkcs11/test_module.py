@@ -11,7 +11,7 @@ HAMMER = textwrap.dedent(
     import os, sys, threading
     import pkcs11
     from pkcs11 import KeyType, Mechanism
-    from hsmwrap.pkcs11.module import Module
+    from hsmwrap.pkcs11.binding.module import Module
     from pkcs11._pkcs11 import lib
 
     kind = {"plain": lib, "ours": Module}[sys.argv[1]]
@@ -57,7 +57,7 @@ def test_the_same_breaks_the_plain_library(softhsm):
 
 def test_a_missing_module_is_a_configuration_error():
     from hsmwrap.errors import ConfigurationError
-    from hsmwrap.pkcs11.module import Module
+    from hsmwrap.pkcs11.binding.module import Module
 
     with pytest.raises(ConfigurationError, match="cannot load PKCS#11 module /nowhere"):
         Module("/nowhere/libnothing.so")

@@ -10,7 +10,7 @@ from attacker import OAEP1, SM2, issue
 
 from hsmwrap.errors import PoolTimeout
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.pkcs11.objectlock import NO_LOCK, ObjectLock
+from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, ObjectLock
 
 SOON, LONG = 0.05, 30
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hsmwrap.errors import ConfigurationError, HsmUnavailable
-from hsmwrap.pkcs11 import pin
-from hsmwrap.pkcs11.pin import (
+from hsmwrap.pkcs11.token import pin
+from hsmwrap.pkcs11.token.pin import (
     Pin,
     PinCallback,
     PinCommand,

@@ -10,7 +10,7 @@ from pkcs11.mechanisms import KeyType
 
 from hsmwrap.errors import ConfigurationError, HsmwrapError
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.pkcs11.keys import Role
+from hsmwrap.pkcs11.keysets.keys import Role
 
 
 @pytest.fixture(scope="module")

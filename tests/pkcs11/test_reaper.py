@@ -22,8 +22,8 @@ from softhsm_token import ROOT
 
 from hsmwrap import registry
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.pkcs11.pool import PooledSession
-from hsmwrap.pkcs11.reaper import GRACE, expiry, label, reap
+from hsmwrap.pkcs11.sessions.pool import PooledSession
+from hsmwrap.pkcs11.wrapping.reaper import GRACE, expiry, label, reap
 
 SM2 = WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE
 NOW = datetime.now(UTC).replace(microsecond=0)

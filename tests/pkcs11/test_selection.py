@@ -2,10 +2,10 @@ import pytest
 
 from hsmwrap.backend import Custody
 from hsmwrap.errors import ConfigurationError, TokenSelectionError
-from hsmwrap.pkcs11.pin import Pin, PinCommand, PinEnvironment, PinFile, PinLiteral
-from hsmwrap.pkcs11.selection import TokenDescription, TokenSelector, select, selector_from
 from hsmwrap.pkcs11.settings import SETTINGS, Pkcs11Settings, WrappingCustody
-from hsmwrap.pkcs11.uri import parse
+from hsmwrap.pkcs11.token.pin import Pin, PinCommand, PinEnvironment, PinFile, PinLiteral
+from hsmwrap.pkcs11.token.selection import TokenDescription, TokenSelector, select, selector_from
+from hsmwrap.pkcs11.token.uri import parse
 from hsmwrap.sm2.formats import Layout
 
 SECRET = "Zx9-4711-QQ"

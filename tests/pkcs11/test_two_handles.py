@@ -1,7 +1,7 @@
 """One object under two handles, and two objects under one id.
 
 SoftHSM lists an object twice in the process that made it if another process wrote at that moment
-(see hsmwrap.pkcs11.material); once in a few hundred objects, so here every search does.
+(see hsmwrap.pkcs11.wrapping.material); once in a few hundred objects, so here every search does.
 """
 
 import secrets
@@ -12,8 +12,9 @@ from attacker import AES, OAEP1, SM2, bring, issue
 from pkcs11.exceptions import KeyHandleInvalid
 
 from hsmwrap.errors import KeyNotFound
-from hsmwrap.pkcs11 import Pkcs11Backend, reaper
-from hsmwrap.pkcs11.pool import PooledSession
+from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.pkcs11.sessions.pool import PooledSession
+from hsmwrap.pkcs11.wrapping import reaper
 
 LATER = datetime.now(UTC) + timedelta(days=9)
 

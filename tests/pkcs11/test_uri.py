@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hsmwrap.errors import ConfigurationError
-from hsmwrap.pkcs11.pin import Pin
-from hsmwrap.pkcs11.uri import Pkcs11Uri, parse, redact
+from hsmwrap.pkcs11.token.pin import Pin
+from hsmwrap.pkcs11.token.uri import Pkcs11Uri, parse, redact
 
 SECRET = "Zx9-4711-QQ"
 

@@ -13,11 +13,11 @@ from vendor_token import VendorToken, packed
 
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
-from hsmwrap.pkcs11 import probe, sm2
-from hsmwrap.pkcs11.custody import WrappingKeyStore, new_object_id
-from hsmwrap.pkcs11.keys import OPENS, KeySets, Role, opens
-from hsmwrap.pkcs11.profiles import PROFILES, CiphertextForm, vendor_key_type
-from hsmwrap.pkcs11.templates import USES
+from hsmwrap.pkcs11.binding.profiles import PROFILES, CiphertextForm, vendor_key_type
+from hsmwrap.pkcs11.binding.templates import USES
+from hsmwrap.pkcs11.keysets.keys import OPENS, KeySets, Role, opens
+from hsmwrap.pkcs11.wrapping import probe, sm2
+from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, new_object_id
 from hsmwrap.sm2 import decode_spki, open_engine
 
 DECRYPTING = {name: vendor for name, vendor in PROFILES.items() if vendor.decrypt is not None}

@@ -18,9 +18,9 @@ from pkcs11.exceptions import (
 )
 from pkcs11.mechanisms import KeyType, Mechanism
 
-from hsmwrap.pkcs11.pool import PooledSession
-from hsmwrap.pkcs11.profiles import CiphertextForm
-from hsmwrap.pkcs11.templates import HsmAttributeMapper, _CkAttribute
+from hsmwrap.pkcs11.binding.profiles import CiphertextForm
+from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper, _CkAttribute
+from hsmwrap.pkcs11.sessions.pool import PooledSession
 from hsmwrap.sm2 import Layout, open_engine, parse
 
 MAPPER = HsmAttributeMapper()

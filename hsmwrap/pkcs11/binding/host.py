@@ -27,9 +27,9 @@ from pkcs11.exceptions import PKCS11Error
 
 import hsmwrap.forkgate  # noqa: F401  # its hooks come first, see the end
 from hsmwrap.errors import HsmUnavailable, PoolTimeout
-from hsmwrap.pkcs11.module import Module
-from hsmwrap.pkcs11.objectlock import NO_LOCK, ObjectLock
-from hsmwrap.pkcs11.returncodes import CKR, CryptokiError, code_name
+from hsmwrap.pkcs11.binding.module import Module
+from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, ObjectLock
+from hsmwrap.pkcs11.binding.returncodes import CKR, CryptokiError, code_name
 
 FORK_WAIT = 5.0
 """Seconds that ``fork()`` waits for calls in flight before it goes ahead regardless."""

@@ -24,13 +24,13 @@ from hsmwrap import checkvalue
 from hsmwrap.backend import Custody, KeyRef
 from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial, KeyNotFound
-from hsmwrap.pkcs11.clientfault import blame
-from hsmwrap.pkcs11.connection import Leftover
-from hsmwrap.pkcs11.custody import OBJECT_ID_LENGTH, intermediate
-from hsmwrap.pkcs11.keys import OPENS, KeySets, Role
-from hsmwrap.pkcs11.pool import PooledSession
-from hsmwrap.pkcs11.probe import TokenFeatures
-from hsmwrap.pkcs11.templates import AES_KEY_WRAP, Template, for_unwrap, stored
+from hsmwrap.pkcs11.binding.client_errors import blame
+from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, Template, for_unwrap, stored
+from hsmwrap.pkcs11.keysets.keys import OPENS, KeySets, Role
+from hsmwrap.pkcs11.sessions.connection import Leftover
+from hsmwrap.pkcs11.sessions.pool import PooledSession
+from hsmwrap.pkcs11.wrapping.custody import OBJECT_ID_LENGTH, intermediate
+from hsmwrap.pkcs11.wrapping.probe import TokenFeatures
 
 ROLE_OF = {KeySpec.ALIYUN_AES_256: Role.MATERIAL_AES, KeySpec.ALIYUN_SM4: Role.MATERIAL_SM4}
 _VERSION = 1

@@ -20,10 +20,10 @@ from hsmwrap import oaep
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidKeyMaterial
-from hsmwrap.pkcs11.clientfault import blame, read
-from hsmwrap.pkcs11.keys import Role
-from hsmwrap.pkcs11.probe import MECHANISMS, TokenFeatures
-from hsmwrap.pkcs11.templates import Template, for_unwrap
+from hsmwrap.pkcs11.binding.client_errors import blame, read
+from hsmwrap.pkcs11.binding.templates import Template, for_unwrap
+from hsmwrap.pkcs11.keysets.keys import Role
+from hsmwrap.pkcs11.wrapping.probe import MECHANISMS, TokenFeatures
 
 MODULUS_BYTES = 256
 _OAEP_HASH: dict[WrappingAlgorithm, oaep.HashName] = {

@@ -13,9 +13,9 @@ from pkcs11.exceptions import PKCS11Error
 from pkcs11.types import Session
 
 from hsmwrap.errors import HsmUnavailable, PinError
-from hsmwrap.pkcs11.module import Module
-from hsmwrap.pkcs11.pin import PinSource
-from hsmwrap.pkcs11.returncodes import Remedy, code_name, is_vendor_defined, recovery_of
+from hsmwrap.pkcs11.binding.module import Module
+from hsmwrap.pkcs11.binding.returncodes import Remedy, code_name, is_vendor_defined, recovery_of
+from hsmwrap.pkcs11.token.pin import PinSource
 
 VENDOR_LOGINS = 3
 """Answers to C_Login in a row with a vendor's own code, until no more is tried."""

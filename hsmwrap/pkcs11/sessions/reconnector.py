@@ -13,14 +13,14 @@ from contextlib import suppress
 from weakref import WeakSet
 
 from hsmwrap.errors import BackendClosed, HsmwrapError, PinError
-from hsmwrap.pkcs11.breaker import Breaker
+from hsmwrap.pkcs11.sessions.breaker import Breaker
 
 SHORTEST_PAUSE = 0.1
 """Seconds between two probes, however short the backoff."""
 _LONGEST_END = 5.0
 
 
-class Prober:
+class Reconnector:
     """Runs from :meth:`start` until the breaker is closed; not in a child until started there."""
 
     def __init__(self, breaker: Breaker, probe: Callable[[], object]) -> None:
@@ -29,7 +29,7 @@ class Prober:
         self._probe = probe
         self._thread: threading.Thread | None = None
         self.reset()
-        _PROBERS.add(self)
+        _RECONNECTORS.add(self)
 
     def start(self) -> None:
         """Start the thread unless it runs; without one it is for the callers to probe."""
@@ -77,12 +77,12 @@ class Prober:
             pass  # not yet
 
 
-_PROBERS: WeakSet[Prober] = WeakSet()
+_RECONNECTORS: WeakSet[Reconnector] = WeakSet()
 
 
 def _stop_at_exit() -> None:
     # A daemon thread inside a PKCS#11 module while the process takes it down would crash it.
-    for prober in list(_PROBERS):
+    for prober in list(_RECONNECTORS):
         prober.stop()
 
 

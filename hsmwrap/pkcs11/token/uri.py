@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from hsmwrap.errors import ConfigurationError
-from hsmwrap.pkcs11.pin import Pin, checked_pin
+from hsmwrap.pkcs11.token.pin import Pin, checked_pin
 
 _SCHEME = "pkcs11:"
 _MASK = "***"
@@ -51,7 +51,7 @@ class Pkcs11Uri:
         slot_id: Slot number.
         module_name: Name of the module without prefix and suffix.
         module_path: Absolute path of the module.
-        pin_source: Where the PIN is, see :func:`hsmwrap.pkcs11.pin.from_pin_source`.
+        pin_source: Where the PIN is, see :func:`hsmwrap.pkcs11.token.pin.from_pin_source`.
         pin_value: The PIN, where that was allowed.
     """
 
@@ -82,7 +82,7 @@ class Pkcs11Uri:
         return f"{_SCHEME}{path}?{query}" if query else f"{_SCHEME}{path}"
 
     def pin_settings(self) -> dict[str, Any]:
-        """The PIN attributes, as :func:`hsmwrap.pkcs11.pin.from_settings` takes them."""
+        """The PIN attributes, as :func:`hsmwrap.pkcs11.token.pin.from_settings` takes them."""
         given = {"pin-source": self.pin_source, "pin-value": self.pin_value}
         return {name: value for name, value in given.items() if value is not None}
 

@@ -16,10 +16,10 @@ from hsmwrap.backend import (
 )
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import ConfigurationError
-from hsmwrap.pkcs11 import rsa
-from hsmwrap.pkcs11.probe import MECHANISMS, TokenFeatures
-from hsmwrap.pkcs11.profiles import VendorSm2
+from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.settings import Pkcs11Settings, WrappingCustody
+from hsmwrap.pkcs11.wrapping import rsa
+from hsmwrap.pkcs11.wrapping.probe import MECHANISMS, TokenFeatures
 
 _WEAKER_WITHOUT: Mapping[Attribute, str] = MappingProxyType(
     {

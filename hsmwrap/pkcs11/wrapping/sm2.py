@@ -14,9 +14,9 @@ from pkcs11.mechanisms import KDF, KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.errors import HsmError
-from hsmwrap.pkcs11.clientfault import blame, read
-from hsmwrap.pkcs11.profiles import CiphertextForm, VendorSm2
-from hsmwrap.pkcs11.templates import Template
+from hsmwrap.pkcs11.binding.client_errors import blame, read
+from hsmwrap.pkcs11.binding.profiles import CiphertextForm, VendorSm2
+from hsmwrap.pkcs11.binding.templates import Template
 from hsmwrap.sm2 import OID_DER, Sm2Ciphertext, decode_point, decrypt_with_x2, encode_spki
 
 _OCTET_STRING_65 = b"\x04\x41"

@@ -25,16 +25,16 @@ from hsmwrap.errors import (
     PinError,
     TokenSelectionError,
 )
-from hsmwrap.pkcs11.connection import RESTART_PAUSES, Connection, sleep_about
-from hsmwrap.pkcs11.host import ModuleHost
-from hsmwrap.pkcs11.keys import HIGHEST_NUMBER, KeySet, KeySets, Role
-from hsmwrap.pkcs11.pin import PinSource
-from hsmwrap.pkcs11.pool import PooledSession, close_quietly
-from hsmwrap.pkcs11.profiles import profile
-from hsmwrap.pkcs11.returncodes import code_name, recovery_of
-from hsmwrap.pkcs11.selection import find_token
+from hsmwrap.pkcs11.binding.host import ModuleHost
+from hsmwrap.pkcs11.binding.profiles import profile
+from hsmwrap.pkcs11.binding.returncodes import code_name, recovery_of
+from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
+from hsmwrap.pkcs11.keysets.keys import HIGHEST_NUMBER, KeySet, KeySets, Role
+from hsmwrap.pkcs11.sessions.connection import RESTART_PAUSES, Connection, sleep_about
+from hsmwrap.pkcs11.sessions.pool import PooledSession, close_quietly
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.pkcs11.templates import HsmAttributeMapper
+from hsmwrap.pkcs11.token.pin import PinSource
+from hsmwrap.pkcs11.token.selection import find_token
 
 _EVERY_ROLE = frozenset(Role)
 _KEY_ENCRYPTION_ROLES = tuple(role for role in Role if role is not Role.SEAL)

@@ -23,12 +23,8 @@ from pkcs11.mechanisms import KeyType
 from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken
-from hsmwrap.pkcs11 import reaper
-from hsmwrap.pkcs11.clientfault import blame
-from hsmwrap.pkcs11.keys import KeySets, Role
-from hsmwrap.pkcs11.pool import GONE, PooledSession
-from hsmwrap.pkcs11.probe import MECHANISMS, TokenFeatures
-from hsmwrap.pkcs11.templates import (
+from hsmwrap.pkcs11.binding.client_errors import blame
+from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
     NestedTemplate,
     Template,
@@ -36,6 +32,10 @@ from hsmwrap.pkcs11.templates import (
     secret_key,
     stored,
 )
+from hsmwrap.pkcs11.keysets.keys import KeySets, Role
+from hsmwrap.pkcs11.sessions.pool import GONE, PooledSession
+from hsmwrap.pkcs11.wrapping import reaper
+from hsmwrap.pkcs11.wrapping.probe import MECHANISMS, TokenFeatures
 
 OBJECT_ID_LENGTH = 16
 _GONE = (*GONE, WrappingKeyHandleInvalid)
@@ -175,8 +175,8 @@ class WrappingKeyStore:
         found = pooled.find({Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.ID: object_id})
         if not found:
             raise InvalidImportToken("the wrapping key of this import token is gone")
-        # Two may be one (see hsmwrap.pkcs11.material). A planted one opens nothing that was
-        # encrypted under the public key that the client got: it denies, as destroying would.
+        # Two may be one (see hsmwrap.pkcs11.wrapping.material). A planted one opens nothing that
+        # was encrypted under the public key that the client got: it denies, as destroying would.
         return found[0]
 
 

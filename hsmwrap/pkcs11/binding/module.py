@@ -18,8 +18,8 @@ from pkcs11._pkcs11 import lib  # the class behind the pkcs11.lib() factory
 from pkcs11.exceptions import PKCS11Error, UserAlreadyLoggedIn
 
 from hsmwrap.errors import ConfigurationError
-from hsmwrap.pkcs11.pin import Pin
-from hsmwrap.pkcs11.returncodes import CKR, CryptokiError
+from hsmwrap.pkcs11.binding.returncodes import CKR, CryptokiError
+from hsmwrap.pkcs11.token.pin import Pin
 
 _CKR_OK = 0
 _CKF_OS_LOCKING_OK = 0x2

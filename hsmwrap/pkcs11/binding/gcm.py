@@ -14,8 +14,8 @@ from pkcs11 import GCMParams
 from pkcs11.mechanisms import Mechanism
 
 from hsmwrap.backend import TAG_LENGTH
-from hsmwrap.pkcs11.module import shared_function_list
-from hsmwrap.pkcs11.returncodes import CryptokiError
+from hsmwrap.pkcs11.binding.module import shared_function_list
+from hsmwrap.pkcs11.binding.returncodes import CryptokiError
 
 _CKR_OK = 0
 

@@ -22,13 +22,11 @@ from pkcs11.types import Session
 
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidKeyMaterial
-from hsmwrap.pkcs11 import hardening, sm2
-from hsmwrap.pkcs11.clientfault import read
-from hsmwrap.pkcs11.gcm import AesGcm
-from hsmwrap.pkcs11.keys import Role, opens
-from hsmwrap.pkcs11.profiles import VendorSm2
-from hsmwrap.pkcs11.returncodes import recovery_of
-from hsmwrap.pkcs11.templates import (
+from hsmwrap.pkcs11.binding.client_errors import read
+from hsmwrap.pkcs11.binding.gcm import AesGcm
+from hsmwrap.pkcs11.binding.profiles import VendorSm2
+from hsmwrap.pkcs11.binding.returncodes import recovery_of
+from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
     Template,
     for_unwrap,
@@ -36,6 +34,9 @@ from hsmwrap.pkcs11.templates import (
     secret_key,
     without,
 )
+from hsmwrap.pkcs11.keysets import hardening
+from hsmwrap.pkcs11.keysets.keys import Role, opens
+from hsmwrap.pkcs11.wrapping import sm2
 from hsmwrap.sm2 import decode_spki, open_engine
 from hsmwrap.sm2.curve import FIELD_BYTES, GX, GY, encode_point
 

@@ -16,8 +16,8 @@ from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.exceptions import FunctionFailed, PKCS11Error
 
 from hsmwrap.backend import ReapReport
-from hsmwrap.pkcs11.pool import GONE, PooledSession
-from hsmwrap.pkcs11.returncodes import recovery_of
+from hsmwrap.pkcs11.binding.returncodes import recovery_of
+from hsmwrap.pkcs11.sessions.pool import GONE, PooledSession
 
 GRACE = timedelta(minutes=15)
 """How long after its expiry a key is left alone. The clock is this machine's, the expiry was set

@@ -28,7 +28,7 @@ from pkcs11.exceptions import (
 from pkcs11.types import Session, Token
 
 from hsmwrap.errors import HsmResourceExhausted, PoolTimeout
-from hsmwrap.pkcs11.objectlock import NO_LOCK, ObjectLock
+from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, ObjectLock
 
 CAP_LIFETIME = 2.0
 """Seconds until the HSM, which had no more sessions, is asked again whether it has."""

@@ -11,8 +11,8 @@ from pkcs11.exceptions import TokenNotPresent, TokenNotRecognised
 from pkcs11.types import Token
 
 from hsmwrap.errors import ConfigurationError, TokenSelectionError
-from hsmwrap.pkcs11.module import Module
-from hsmwrap.pkcs11.uri import Pkcs11Uri
+from hsmwrap.pkcs11.binding.module import Module
+from hsmwrap.pkcs11.token.uri import Pkcs11Uri
 
 SETTING_NAMES: Mapping[str, str] = MappingProxyType(
     {

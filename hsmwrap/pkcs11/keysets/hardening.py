@@ -18,8 +18,8 @@ from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType
 from pkcs11.types import Session
 
-from hsmwrap.pkcs11.clientfault import read_if_known
-from hsmwrap.pkcs11.templates import AES_KEY_WRAP, NestedTemplate, Template, secret_key
+from hsmwrap.pkcs11.binding.client_errors import read_if_known
+from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, NestedTemplate, Template, secret_key
 
 NOTHING: frozenset[Attribute] = frozenset()
 _READABLE: Mapping[Attribute, Any] = MappingProxyType(

@@ -1,8 +1,8 @@
 """A connection to one HSM token: login, sessions, and recovery by return code.
 
 Everything that touches the HSM token goes through :meth:`Connection.run`, which lends a session
-to a function, and mends what :mod:`hsmwrap.pkcs11.returncodes` says can be mended: once, without
-retrying what must not be retried.
+to a function, and mends what :mod:`hsmwrap.pkcs11.binding.returncodes` says can be mended: once,
+without retrying what must not be retried.
 """
 
 from __future__ import annotations
@@ -36,19 +36,9 @@ from hsmwrap.errors import (
     without_frames,
 )
 from hsmwrap.gate import Gate
-from hsmwrap.pkcs11.breaker import Breaker, Pass
-from hsmwrap.pkcs11.host import ModuleHost
-from hsmwrap.pkcs11.login import UserLogin, VendorLogin
-from hsmwrap.pkcs11.module import Module
-from hsmwrap.pkcs11.pool import (
-    PooledSession,
-    SessionPool,
-    StalePool,
-    close_quietly,
-    open_worker_session,
-)
-from hsmwrap.pkcs11.prober import Prober
-from hsmwrap.pkcs11.returncodes import (
+from hsmwrap.pkcs11.binding.host import ModuleHost
+from hsmwrap.pkcs11.binding.module import Module
+from hsmwrap.pkcs11.binding.returncodes import (
     CKR,
     CryptokiError,
     Recovery,
@@ -56,9 +46,19 @@ from hsmwrap.pkcs11.returncodes import (
     code_name,
     recovery_of,
 )
-from hsmwrap.pkcs11.selection import find_token
+from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
+from hsmwrap.pkcs11.sessions.breaker import Breaker, Pass
+from hsmwrap.pkcs11.sessions.pool import (
+    PooledSession,
+    SessionPool,
+    StalePool,
+    close_quietly,
+    open_worker_session,
+)
+from hsmwrap.pkcs11.sessions.reconnector import Reconnector
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.pkcs11.templates import HsmAttributeMapper
+from hsmwrap.pkcs11.token.login import UserLogin, VendorLogin
+from hsmwrap.pkcs11.token.selection import find_token
 
 RESTART_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.6)
 """Seconds between the tries at connecting. SoftHSM writes the token's file at each login, and
@@ -137,7 +137,7 @@ class Connection:
         self._forget = forget
         self._gate = Gate("PKCS#11 backend")
         self._breaker = Breaker(settings.initial_backoff, settings.max_backoff)
-        self._prober = Prober(self._breaker, lambda: self.run(lambda _pooled: None))
+        self._reconnector = Reconnector(self._breaker, lambda: self.run(lambda _pooled: None))
         self._mapper = HsmAttributeMapper()
         self._live: _Live | None = None
         self._was_live = settings.lazy
@@ -233,7 +233,7 @@ class Connection:
     def close(self) -> None:
         """Wait for running calls, then close all sessions and give up the module."""
         self._gate.close()
-        self._prober.stop()
+        self._reconnector.stop()
         with self._lock:
             if self._released:
                 return
@@ -423,7 +423,7 @@ class Connection:
 
     def _open_breaker(self, held: Pass, reason: str) -> None:
         self._breaker.failed(held, reason)
-        self._prober.start()
+        self._reconnector.start()
 
     # --- connecting --------------------------------------------------------------------------
 
@@ -528,7 +528,7 @@ class Connection:
         """Start over in a child: locks that nobody holds, no handle of the parent's."""
         self._lock = threading.Lock()
         self._breaker.reset()
-        self._prober.reset()
+        self._reconnector.reset()
         self._live = None
         self._orphans = set()
 

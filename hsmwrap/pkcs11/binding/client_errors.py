@@ -10,7 +10,7 @@ from pkcs11.constants import Attribute
 from pkcs11.exceptions import FunctionFailed, PKCS11Error, SessionHandleInvalid
 
 from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial
-from hsmwrap.pkcs11.returncodes import recovery_of
+from hsmwrap.pkcs11.binding.returncodes import recovery_of
 
 
 class blame:  # noqa: N801  # read as a statement: with blame(key)

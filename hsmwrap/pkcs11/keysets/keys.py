@@ -40,11 +40,9 @@ from pkcs11.types import Session
 
 from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError
-from hsmwrap.pkcs11 import hardening
-from hsmwrap.pkcs11.clientfault import read_if_known
-from hsmwrap.pkcs11.pool import GONE, PooledSession
-from hsmwrap.pkcs11.profiles import VendorSm2
-from hsmwrap.pkcs11.templates import (
+from hsmwrap.pkcs11.binding.client_errors import read_if_known
+from hsmwrap.pkcs11.binding.profiles import VendorSm2
+from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
     USES,
     NestedTemplate,
@@ -53,6 +51,8 @@ from hsmwrap.pkcs11.templates import (
     secret_key,
     without,
 )
+from hsmwrap.pkcs11.keysets import hardening
+from hsmwrap.pkcs11.sessions.pool import GONE, PooledSession
 
 CURRENT_SET_LIFETIME = 60.0
 """Seconds until a process looks again whether another one rotated the keys."""
