@@ -1,4 +1,4 @@
-"""Every kind of bad input and its own answer: the rows of README's table, each with attempts.
+"""Every kind of bad input and its own answer: the rows of docs/errors.md, each with attempts.
 
 A row's ``attempts(scene)`` prepares what is good, and yields calls that have to fail. What it
 prepares is imported once, so that only the one thing that the row names is wrong.

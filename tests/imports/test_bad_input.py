@@ -1,4 +1,4 @@
-"""Bad input gets its own answer, leaves nothing behind, and stands in README's table."""
+"""Bad input gets its own answer, leaves nothing behind, and is in the table of docs/errors.md."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from importing import AES, MATERIAL, PKCS1, Desk, open_pkcs11, open_software
 from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial
 from hsmwrap.software import KeyringFile
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 NAMES = {row.name for row in ROWS}
 
 
@@ -105,23 +105,22 @@ def test_what_pkcs1_cannot_detect_is_never_the_client_s_key(scene):
         assert accepted.setdefault(number % len(bad), value) == value
 
 
-# --- README -------------------------------------------------------------------------------------
+# --- docs/errors.md -----------------------------------------------------------------------------
 
 
 def _documented():
-    """The rows of the table under the heading Errors."""
-    text = README.read_text("utf-8")
-    section = re.search(r"^## Errors\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    assert section, "README.md has no heading '## Errors'"
+    text, heading = TABLE.read_text("utf-8"), "## Bad input, row by row"
+    section = re.search(rf"^{heading}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert section, f"docs/errors.md has no heading {heading!r}"
     return [line for line in section[1].splitlines() if re.match(r"\| [^-]", line)]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_the_readme_has_this_row(row):
+def test_the_table_has_this_row(row):
     assert row.markdown() in _documented()
 
 
-def test_the_readme_has_no_row_that_nothing_proves():
+def test_the_table_has_no_row_that_nothing_proves():
     header, *rows = _documented() or [None]
     assert header == "| what is wrong | error class | code | HTTP |"
     assert set(rows) == {row.markdown() for row in ROWS}
