@@ -17,17 +17,19 @@ from hsmwrap.errors import ConfigurationError, InvalidParameter, MissingParamete
 
 _E = TypeVar("_E", bound=StrEnum)
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+_IDENTIFIER = re.compile(r"[A-Za-z0-9_.-]+")
 
 
-def shown(text: object) -> str:
-    """Return a caller's text as errors may repeat it: as it is if it may be a name, else its size.
+def loggable(text: object, longest: int = 40) -> str:
+    """Return the text if it looks like an identifier of at most ``longest`` characters.
 
-    What is no name may be a secret in the wrong place, or fill a log. Of what is no text: its type.
+    Otherwise its length, and for what is not a ``str`` its type. For texts of a client in errors
+    and logs: another text may be a secret in the wrong place, or fill the log.
     """
     if not isinstance(text, str):
         return f"({type(text).__name__})"
-    return text if _NAME.fullmatch(text) else f"({len(text)} characters)"
+    looks_right = len(text) <= longest and _IDENTIFIER.fullmatch(text)
+    return text if looks_right else f"({len(text)} characters)"
 
 
 class _ApiEnum(StrEnum):
@@ -52,7 +54,9 @@ class _ApiEnum(StrEnum):
             return cls(value)
         except ValueError:
             known = ", ".join(cls)
-            raise InvalidParameter(cls.api_name(), f"{shown(value)} is none of {known}") from None
+            raise InvalidParameter(
+                cls.api_name(), f"{loggable(value)} is none of {known}"
+            ) from None
 
 
 class WrappingKeySpec(_ApiEnum):

@@ -20,7 +20,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.wrappers import Request, Response
 
+from hsmwrap.catalog import loggable
 from hsmwrap.errors import HsmwrapError, InvalidParameter, MissingParameter
 from hsmwrap.http import answer, logs, metrics
 from hsmwrap.http.authentication import identify, verify
@@ -39,6 +39,7 @@ from hsmwrap.http.message import RpcMessage, read_message
 from hsmwrap.http.ports import AccessKeys, Caller, KmsPort, NonceStore
 from hsmwrap.http.refusals import RefusalAudit
 from hsmwrap.http.signature import Claim, read_claim
+from hsmwrap.kms.access import MAX_ID_LENGTH
 from hsmwrap.kms.errors import InvalidAction
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ MAX_BODY = 128 * 1024
 
 _log = logging.getLogger(__name__)
 _FORMATS = {"json": "JSON", "xml": "XML"}
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 
 
 def _utc_now() -> datetime:
@@ -264,7 +264,9 @@ def _read_claim(message: RpcMessage, exchange: _Exchange) -> Claim:
     if not (message.parameters.get("Action") or message.headers.get("x-acs-action")):
         raise MissingParameter("Action")
     claim = read_claim(message)
-    exchange.action, exchange.access_key_id = _named(claim.action), _named(claim.access_key_id)
+    # Not verified yet: written down only as far as it looks like an identifier.
+    exchange.action = claim.action and loggable(claim.action, MAX_ID_LENGTH)
+    exchange.access_key_id = claim.access_key_id and loggable(claim.access_key_id, MAX_ID_LENGTH)
     return claim
 
 
@@ -280,11 +282,6 @@ def _require_signed(claim: Claim) -> None:
 def _require_common(message: RpcMessage) -> None:
     if message.parameters.get("Format", "json").lower() not in _FORMATS:
         raise InvalidParameter("Format", "has to be JSON or XML")
-
-
-def _named(text: str) -> str:
-    """``text`` if it may be a name, else nothing: what was not verified is not written down."""
-    return text if _NAME.fullmatch(text) else ""
 
 
 def _failed(error: HsmwrapError, exchange: _Exchange) -> Response:

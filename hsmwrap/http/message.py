@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.wrappers import Request
 
-from hsmwrap.catalog import shown
+from hsmwrap.catalog import loggable
 from hsmwrap.errors import InvalidParameter
 from hsmwrap.http.errors import RequestTimeout, RequestTooLarge
 
@@ -82,7 +82,7 @@ def read_message(request: Request, max_body: int) -> RpcMessage:
     form = _parse(body, "FormBody")
     twice = sorted(query.keys() & form.keys())
     if twice:
-        raise InvalidParameter(shown(twice[0]), "is in the query and in the form")
+        raise InvalidParameter(loggable(twice[0]), "is in the query and in the form")
     headers = {name.lower(): value for name, value in request.headers.items()}
     return RpcMessage(request.method, query, form, headers, body)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.hmac import HMAC
 
-from hsmwrap.catalog import shown
+from hsmwrap.catalog import loggable
 from hsmwrap.errors import InvalidParameter
 from hsmwrap.http import canonical
 from hsmwrap.http.errors import IncompleteSignature
@@ -202,7 +202,7 @@ def _signed_headers(message: RpcMessage, names: list[str]) -> dict[str, str]:
     _require(message.headers, _ACS3_NEEDED)
     unsigned = sorted(needed - set(names))
     if unsigned:
-        raise IncompleteSignature(f"{shown(unsigned[0])} is not among the signed headers")
+        raise IncompleteSignature(f"{loggable(unsigned[0])} is not among the signed headers")
     if not message.headers.keys() >= set(names):
         raise IncompleteSignature("a signed header is missing")
     return {name: message.headers[name].strip() for name in sorted(names)}

@@ -16,7 +16,7 @@ from hsmwrap.catalog import (
     ProtectionLevel,
     WrappingAlgorithm,
     WrappingKeySpec,
-    shown,
+    loggable,
 )
 from hsmwrap.errors import (
     InvalidCiphertext,
@@ -65,7 +65,7 @@ def parse(known: Mapping[str, Parameter], given: Mapping[str, str]) -> dict[str,
     for name in given:
         if name not in known:
             here = ", ".join(known)
-            raise InvalidParameter(shown(name), f"not a parameter of this operation: {here}")
+            raise InvalidParameter(loggable(name), f"not a parameter of this operation: {here}")
     return {name: _value(name, one, given.get(name)) for name, one in known.items()}
 
 

@@ -157,7 +157,7 @@ def test_refused_signatures_are_audited(bench):
 def test_the_audit_gets_no_text_that_is_no_name(bench):
     parameters = v1_parameters("evil\naction")
     bench.get(encode_all({**parameters, "Signature": "wrong"}))
-    assert bench.kms.refusals[0][:2] == ("", "testid")
+    assert bench.kms.refusals[0][:2] == ("(11 characters)", "testid")
 
 
 @pytest.mark.parametrize(
