@@ -100,8 +100,13 @@ ensure_environment() {
   exec {lock}<&-
 }
 
+# Of pyproject.toml only what an installation reads: another lint rule makes no new environment.
 environment_key() {
-  { python3 -VV && printf '%s\n' "$ROOT" && cat "$ROOT/pyproject.toml"; } | sha256sum | cut -c -64
+  { python3 -VV && printf '%s\n' "$ROOT" && python3 -c '
+import json, sys, tomllib
+read = tomllib.load(open(sys.argv[1], "rb"))
+print(json.dumps([read["build-system"], read["project"]], sort_keys=True))
+' "$ROOT/pyproject.toml"; } | sha256sum | cut -c -64
 }
 
 make_environment() {
