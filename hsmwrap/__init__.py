@@ -1,3 +1,92 @@
-"""hsmwrap: the pluggable key backend behind a KMS's bring-your-own-key import."""
+"""hsmwrap: the pluggable key backend behind a KMS's bring-your-own-key import.
+
+What an embedding KMS needs is importable from here. ``hsmwrap.keypool`` (wrapping key pairs made
+ahead), ``hsmwrap.observe``, ``hsmwrap.metrics`` and ``hsmwrap.kms`` are imported by name. Importing
+this package loads no cryptographic library, no PKCS#11 module and no database.
+"""
+
+from hsmwrap.backend import Backend, Capabilities, Exposure, Health, ImportedKey, KeyRef
+from hsmwrap.catalog import (
+    KeySpec,
+    ManagedHsm,
+    Origin,
+    ProtectionLevel,
+    WrappingAlgorithm,
+    WrappingKeySpec,
+)
+from hsmwrap.errors import (
+    BackendClosed,
+    BackendLoadError,
+    CombinationRefused,
+    ConfigurationError,
+    ExpiredImportToken,
+    HsmError,
+    HsmResourceExhausted,
+    HsmUnavailable,
+    HsmwrapError,
+    InvalidCiphertext,
+    InvalidImportToken,
+    InvalidKeyMaterial,
+    InvalidParameter,
+    KeyNotFound,
+    MissingParameter,
+    PinError,
+    PoolTimeout,
+    SelfTestFailed,
+    ServiceUnavailable,
+    TokenSelectionError,
+    UnsupportedOperation,
+    UnsupportedOrigin,
+    UnsupportedProtectionLevel,
+)
+from hsmwrap.imports import Cmk, ImportParameters, ImportResult, ImportService, UsedTokens
+from hsmwrap.policy import Deployment
+from hsmwrap.registry import open_backend
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "BackendClosed",
+    "BackendLoadError",
+    "Capabilities",
+    "Cmk",
+    "CombinationRefused",
+    "ConfigurationError",
+    "Deployment",
+    "ExpiredImportToken",
+    "Exposure",
+    "Health",
+    "HsmError",
+    "HsmResourceExhausted",
+    "HsmUnavailable",
+    "HsmwrapError",
+    "ImportParameters",
+    "ImportResult",
+    "ImportService",
+    "ImportedKey",
+    "InvalidCiphertext",
+    "InvalidImportToken",
+    "InvalidKeyMaterial",
+    "InvalidParameter",
+    "KeyNotFound",
+    "KeyRef",
+    "KeySpec",
+    "ManagedHsm",
+    "MissingParameter",
+    "Origin",
+    "PinError",
+    "PoolTimeout",
+    "ProtectionLevel",
+    "SelfTestFailed",
+    "ServiceUnavailable",
+    "TokenSelectionError",
+    "UnsupportedOperation",
+    "UnsupportedOrigin",
+    "UnsupportedProtectionLevel",
+    "UsedTokens",
+    "WrappingAlgorithm",
+    "WrappingKeySpec",
+    "__version__",
+    "open_backend",
+]
