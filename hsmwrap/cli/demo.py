@@ -1,4 +1,4 @@
-"""``hsmwrap demo``: the whole compatibility table, played with an independent client."""
+"""``hsmwrap demo``: run the whole compatibility table with an independent client."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.cli import demo_report, tables
 from hsmwrap.cli.arguments import Subparsers, add_json_option
 from hsmwrap.cli.compat import Combination, combinations
-from hsmwrap.cli.rehearsal import DEPLOYMENT, Rehearsal, Row
+from hsmwrap.cli.demo_runner import DEPLOYMENT, DemoRunner, Row
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.policy import Verdict
 from hsmwrap.testing.clients import GMSSL, OPENSSL, Client, clients_of
 
-_Scene = tuple[Combination, Verdict, Client | None]
+_PlannedRow = tuple[Combination, Verdict, Client | None]
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -45,7 +45,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Play every row and print the report; return 0 only if each did what the table says."""
+    """Run every row and print the report; return 0 only if each did what the table says."""
     for client in (OPENSSL, GMSSL):
         client.require()
     with ExitStack() as stack:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         capabilities = {b.name: b.capabilities() for b in backends.values()}
         for capability in capabilities.values():
             print(demo_report.announcement(capability), file=sys.stderr)
-        rows = list(_play(Rehearsal(backends)))
+        rows = list(_run_rows(DemoRunner(backends)))
     print(_report(rows, capabilities, as_json=args.json))
     return 0 if demo_report.all_ok(rows) else 1
 
@@ -64,25 +64,25 @@ def _report(rows: list[Row], capabilities: Mapping[str, Capabilities], *, as_jso
     return demo_report.text(rows, capabilities.values())
 
 
-def _play(rehearsal: Rehearsal) -> Iterator[Row]:
-    """Play each scene, with progress on stderr."""
-    scenes = list(_scenes())
-    for number, (combination, verdict, client) in enumerate(scenes, 1):
+def _run_rows(runner: DemoRunner) -> Iterator[Row]:
+    """Run each planned row, with progress on stderr."""
+    plan = list(_plan())
+    for number, (combination, verdict, client) in enumerate(plan, 1):
         print(
-            f"[{number:2}/{len(scenes)}] {' '.join(combination)}",
+            f"[{number:2}/{len(plan)}] {' '.join(combination)}",
             end=" ",
             file=sys.stderr,
             flush=True,
         )
         if client is None:
-            row = rehearsal.play_refused(combination, verdict)
+            row = runner.run_refused(combination, verdict)
         else:
-            row = rehearsal.play_allowed(combination, client)
+            row = runner.run_allowed(combination, client)
         print(demo_report.progress(row), file=sys.stderr)
         yield row
 
 
-def _scenes() -> Iterator[_Scene]:
+def _plan() -> Iterator[_PlannedRow]:
     """Every combination, the allowed ones once for each client that can encrypt for them."""
     for combination in combinations():
         verdict = policy.check(*combination, DEPLOYMENT)

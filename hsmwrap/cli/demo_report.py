@@ -8,7 +8,7 @@ from typing import Any
 
 from hsmwrap.backend import Capabilities
 from hsmwrap.cli import tables
-from hsmwrap.cli.rehearsal import Row
+from hsmwrap.cli.demo_runner import Row
 
 _WIDTH = 96
 _COMBINATION = ("wrapping key spec", "wrapping algorithm", "level")

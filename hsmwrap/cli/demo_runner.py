@@ -1,8 +1,8 @@
-"""One row of the demo: the import service on a stage, an independent client opposite it.
+"""The demo runner: runs one row of the demo, the import service against an independent client.
 
-A row passes only by what was seen to happen: the client's key is in the backend if a message goes
-through it in both directions, and a refusal counts if the expected rule made it and no key pair
-was generated.
+A row passes only on observed results: an import passes if pyca and the backend understand each
+other's messages under the imported key, and a refusal passes if the expected rule made it and
+no key pair was generated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hsmwrap.policy import Deployment, Verdict
 from hsmwrap.testing.clients import Client, decrypt_message, encrypt_message
 
 DEPLOYMENT = Deployment(ManagedHsm.SCA)
-"""Where the demo plays: the only class of region in which every row of the table is reachable."""
+"""The demo's deployment: the only class of region in which every row of the table is reachable."""
 
 _ADDITIONAL_DATA = b"purpose=demo"
 _REFUSALS = (CombinationRefused, UnsupportedProtectionLevel)
@@ -45,26 +45,26 @@ _T = TypeVar("_T")
 
 
 class CheckFailed(Exception):
-    """Something was seen that must not be; the text says what."""
+    """A row did not give the expected result; the text says what was seen."""
 
 
 @dataclass(slots=True)
 class Row:
-    """What happened to one combination, with one client.
+    """The result of one combination with one client.
 
     Attributes:
         combination: Wrapping key spec, wrapping algorithm, protection level.
         allowed: What the compatibility table says.
         backend: Name of the backend that the protection level selects.
-        client: Who encrypts the key material; None for a refused combination.
-        outcome: ``imported``, ``refused``, ``issued`` (where it must not be) or ``failed``.
+        client: The client that encrypts the key material; None for a refused combination.
+        outcome: ``imported``, ``refused``, ``issued`` (against the table) or ``failed``.
         code: KMS error code of a refusal or failure.
         exposure: Where the material was in plaintext; None if none was imported.
         rule: The rule that refused.
         key_specs: What was imported, and whether it was then ``used`` or only ``stored``.
         issue_ms: Milliseconds for parameters, of Aliyun_AES_256.
         import_ms: Milliseconds for the import, of Aliyun_AES_256.
-        failure: Why the row did not do what the table says; None if it did.
+        failure: Why the result is not what the table says; None if it is.
     """
 
     combination: Combination
@@ -98,17 +98,17 @@ class Row:
         }
 
 
-class Rehearsal:
-    """Plays rows against an import service over the given backends."""
+class DemoRunner:
+    """Runs rows against an import service over the given backends."""
 
     def __init__(self, backends: Mapping[ProtectionLevel, Backend]) -> None:
-        """Put the import service together, with a key source that remembers what it generated."""
+        """Build the import service, with a key source that records the pairs it generates."""
         self._backends = backends
         self._source = _RecordingSource()
         self._service = ImportService(backends, DEPLOYMENT, key_source=self._source)
 
-    def play_allowed(self, combination: Combination, client: Client) -> Row:
-        """Issue, encrypt outside, import, use the key; for every key spec that the backend has."""
+    def run_allowed(self, combination: Combination, client: Client) -> Row:
+        """Issue, encrypt as the client, import, use the key; for each key spec of the backend."""
         backend = self._backends[combination[2]]
         row = Row(combination, allowed=True, backend=backend.name, client=client.name)
         with self._recorded(row):
@@ -117,7 +117,7 @@ class Rehearsal:
             row.outcome = "imported"
         return row
 
-    def play_refused(self, combination: Combination, verdict: Verdict) -> Row:
+    def run_refused(self, combination: Combination, verdict: Verdict) -> Row:
         """Ask for parameters that the table refuses; nothing may be generated."""
         spec, algorithm, level = combination
         row = Row(combination, allowed=False, backend=self._backends[level].name)
@@ -135,7 +135,7 @@ class Rehearsal:
 
     @contextmanager
     def _recorded(self, row: Row) -> Iterator[None]:
-        """Write what goes wrong into the row, and destroy the wrapping keys that it generated."""
+        """Record a failure in the row; destroy the wrapping keys that the row generated."""
         try:
             try:
                 yield
@@ -144,7 +144,7 @@ class Rehearsal:
         except HsmwrapError as error:
             row.outcome = "refused" if isinstance(error, _REFUSALS) else "failed"
             row.code, row.failure = error.code, str(error)
-        except Exception as error:  # noqa: BLE001 (a backend's bug fails its row, not the others)
+        except Exception as error:  # noqa: BLE001 (a bug in a backend fails its row, not the other rows)
             row.failure = f"{type(error).__name__}: {error}"
 
     def _import_and_use(self, row: Row, client: Client, key_spec: KeySpec) -> None:
@@ -175,7 +175,7 @@ class Rehearsal:
 
 
 class _RecordingSource:
-    """Generates inline, and remembers every pair until it is discarded."""
+    """Generates inline, and records every pair until it is discarded."""
 
     def __init__(self) -> None:
         self._generated: list[tuple[Backend, PrivateKeyRef]] = []
@@ -202,21 +202,21 @@ class _RecordingSource:
 
 
 def _use(backend: Backend, imported: ImportedKey, material: bytes) -> str:
-    """Send a message through the key in both directions; pyca is the other side."""
+    """Exchange messages under the key in both directions; pyca is the other side."""
     key, spec, plaintext = imported.key, imported.key.key_spec, secrets.token_bytes(64)
     if not _is_usable(backend, spec):
         return _stored(backend, imported)
     message = backend.encrypt(key, plaintext, _ADDITIONAL_DATA)
     if decrypt_message(spec, material, message, _ADDITIONAL_DATA) != plaintext:
-        raise CheckFailed(f"pyca reads another message than {backend.name} encrypted")
+        raise CheckFailed(f"pyca decrypts {backend.name}'s message to another plaintext")
     message = encrypt_message(spec, material, plaintext, _ADDITIONAL_DATA)
     if backend.decrypt(key, message, _ADDITIONAL_DATA) != plaintext:
-        raise CheckFailed(f"{backend.name} reads another message than pyca encrypted")
+        raise CheckFailed(f"{backend.name} decrypts pyca's message to another plaintext")
     return "used"
 
 
 def _stored(backend: Backend, imported: ImportedKey) -> str:
-    """Check that a key which the capabilities call unusable is refused as they say."""
+    """Check that the backend refuses to use a key that its capabilities call unusable."""
     try:
         backend.encrypt(imported.key, b"", _ADDITIONAL_DATA)
     except UnsupportedOperation:
@@ -225,13 +225,13 @@ def _stored(backend: Backend, imported: ImportedKey) -> str:
 
 
 def _is_usable(backend: Backend, key_spec: KeySpec) -> bool:
-    # A row is about a working AES-256 key, whatever the capabilities say.
+    # An AES-256 key has to work, whatever the capabilities say.
     capability = backend.capabilities().key_for(key_spec)
     return key_spec is KeySpec.ALIYUN_AES_256 or (capability is not None and capability.usable)
 
 
 def _key_specs(backend: Backend) -> list[KeySpec]:
-    """AES-256, which is the row, and what else the backend imports."""
+    """AES-256, which every row imports, and the backend's other key specs."""
     offered = [capability.key_spec for capability in backend.capabilities().keys]
     return list(dict.fromkeys([KeySpec.ALIYUN_AES_256, *offered]))
 
@@ -246,7 +246,7 @@ def _expect(what: str, seen: object, wanted: object) -> None:
 
 
 def _timed(call: Callable[[], _T]) -> tuple[_T, float]:
-    """The result of ``call``, and how many milliseconds it took."""
+    """The result of ``call``, and its duration in milliseconds."""
     started = time.perf_counter()
     result = call()
     return result, round((time.perf_counter() - started) * 1000, 2)
