@@ -20,7 +20,7 @@ from hsmwrap.errors import KeyNotFound, UnsupportedProtectionLevel
 from hsmwrap.imports import ImportService, UsedTokens
 from hsmwrap.kms.config import same_name
 from hsmwrap.kms.database import Database
-from hsmwrap.kms.objects import Objects, doom
+from hsmwrap.kms.objects import Objects, schedule_destruction
 from hsmwrap.kms.schema import Key
 from hsmwrap.kms.states import KeyState
 from hsmwrap.policy import Deployment
@@ -93,7 +93,7 @@ class Core:
         now = now or self.clock()
         with self.database.read() as transaction:
             key = _find(transaction, key_id, now)
-        if not _is_over(key, now):
+        if not _is_expired(key, now):
             return key
         over = key.reference
         self.expire(key_id, now)
@@ -122,7 +122,7 @@ class Core:
         """
         with self.database.write() as transaction:
             key = transaction.get(Key, key_id, with_for_update=True)
-            if key is None or not _is_over(key, now):
+            if key is None or not _is_expired(key, now):
                 return False
             remove_material(transaction, key, now)
         self.audit("ExpireKeyMaterial", key_id)
@@ -130,12 +130,13 @@ class Core:
 
 
 def remove_material(transaction: Session, key: Key, now: datetime) -> None:
-    """Take the material out of a locked row and doom its object; the check value stays.
+    """Delete the material of a locked row and schedule its object's destruction.
 
-    Once that is committed, :meth:`hsmwrap.kms.objects.Objects.destroy` destroys it.
+    The check value stays. After the commit, :meth:`hsmwrap.kms.objects.Objects.destroy` destroys
+    the object at once.
     """
     if key.reference is not None:
-        doom(transaction, KeyRef.from_bytes(key.reference), now)
+        schedule_destruction(transaction, KeyRef.from_bytes(key.reference), now)
     key.reference = key.exposure = key.material_expires_at = None
     if key.state is not KeyState.PENDING_DELETION:
         key.state = KeyState.PENDING_IMPORT
@@ -149,5 +150,5 @@ def _find(transaction: Session, key_id: str, now: datetime, *, lock: bool = Fals
     return key
 
 
-def _is_over(key: Key, now: datetime) -> bool:
+def _is_expired(key: Key, now: datetime) -> bool:
     return key.material_expires_at is not None and key.material_expires_at <= now

@@ -141,8 +141,8 @@ class Database:
         self.engine.dispose()
 
 
-def left_nothing(error: BaseException) -> bool:
-    """Whether what failed with this error was surely rolled back; a commit may have happened."""
+def surely_rolled_back(error: BaseException) -> bool:
+    """Whether a transaction that failed with this error was rolled back; False if unknown."""
     return isinstance(error, Exception) and not isinstance(error, CommitUnknown)
 
 

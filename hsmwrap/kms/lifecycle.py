@@ -15,7 +15,7 @@ from hsmwrap.catalog import KeySpec, Origin, ProtectionLevel, WrappingAlgorithm,
 from hsmwrap.errors import InvalidParameter
 from hsmwrap.kms.core import Core, remove_material
 from hsmwrap.kms.material import make_own_material
-from hsmwrap.kms.objects import lift
+from hsmwrap.kms.objects import cancel_destruction
 from hsmwrap.kms.schema import Key
 from hsmwrap.kms.states import KeyState, require
 
@@ -152,15 +152,16 @@ class KeyLifecycle:
     def _add(self, key: Key, material: KeyRef | None = None) -> Key:
         with self._core.database.write() as transaction:
             if material is not None:
-                lift(transaction, material)
+                cancel_destruction(transaction, material)
             transaction.add(key)
         return key
 
     def _add_with_own_material(self, key: Key) -> Key:
         core = self._core
-        with core.objects.making(core.backend_for(key.protection_level), key.key_spec) as intended:
-            imported = make_own_material(core.imports, key.cmk(), intended)
-            core.objects.require_as_intended(imported.key, intended)
+        backend = core.backend_for(key.protection_level)
+        with core.objects.pending(backend, key.key_spec) as pending:
+            imported = make_own_material(core.imports, key.cmk(), pending)
+            core.objects.require_pending(imported.key, pending)
             core.step("material imported")
             key.state, key.reference = KeyState.ENABLED, imported.key.to_bytes()
             key.check_value, key.exposure = imported.check_value, imported.exposure

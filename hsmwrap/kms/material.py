@@ -35,8 +35,8 @@ from hsmwrap.errors import (
 )
 from hsmwrap.imports import Cmk, ImportParameters, ImportResult, ImportService
 from hsmwrap.kms.core import Core, remove_material
-from hsmwrap.kms.database import left_nothing
-from hsmwrap.kms.objects import doom, lift
+from hsmwrap.kms.database import surely_rolled_back
+from hsmwrap.kms.objects import cancel_destruction, schedule_destruction
 from hsmwrap.kms.schema import Key
 from hsmwrap.kms.states import KeyState, require
 
@@ -89,16 +89,16 @@ class KeyMaterial:
         _require_external(key)
         require("ImportKeyMaterial", key.state)
         backend = core.backend_for(key.protection_level)
-        with core.objects.making(backend, key.key_spec) as intended:
+        with core.objects.pending(backend, key.key_spec) as pending:
             result = core.imports.import_key_material(
                 key.cmk(),
                 encrypted_key_material,
                 import_token,
                 key_material_expire,
-                object_id=None if intended is None else intended.data,
+                object_id=None if pending is None else pending.data,
             )
             with self._token_back_if_undone(result):
-                core.objects.require_as_intended(result.imported.key, intended)
+                core.objects.require_pending(result.imported.key, pending)
                 core.step("material imported")
                 key, replaced = self._commit(key_id, result)
         core.step("row committed")
@@ -122,7 +122,7 @@ class KeyMaterial:
         return key
 
     def _commit(self, key_id: str, result: ImportResult) -> tuple[Key, bytes | None]:
-        """Put the material into the row; the reference that it replaces is doomed."""
+        """Put the material into the row; schedule the destruction of the object it replaces."""
         imported, now = result.imported, self._core.clock()
         with self._core.locked(key_id, now) as (transaction, key):
             require("ImportKeyMaterial", key.state)
@@ -130,10 +130,10 @@ class KeyMaterial:
                 key.check_value, imported.check_value
             ):
                 raise InvalidKeyMaterial
-            lift(transaction, imported.key)
+            cancel_destruction(transaction, imported.key)
             replaced = key.reference
             if replaced is not None:
-                doom(transaction, KeyRef.from_bytes(replaced), now)
+                schedule_destruction(transaction, KeyRef.from_bytes(replaced), now)
             key.reference, key.exposure = imported.key.to_bytes(), imported.exposure
             key.check_value = imported.check_value
             key.material_expires_at = result.expires_at
@@ -147,7 +147,7 @@ class KeyMaterial:
         try:
             yield
         except Exception as error:
-            if left_nothing(error):
+            if surely_rolled_back(error):
                 self._give_token_back(result.token_id)
             raise
 
@@ -163,14 +163,14 @@ class KeyMaterial:
 
 
 def make_own_material(
-    imports: ImportService, cmk: Cmk, intended: KeyRef | None = None
+    imports: ImportService, cmk: Cmk, pending: KeyRef | None = None
 ) -> ImportedKey:
     """Make random material and import it for a CMK of origin Aliyun_KMS.
 
     Args:
         imports: The import service.
         cmk: The CMK.
-        intended: The object that was written down for it.
+        pending: Reference to the object that the import makes; None for sealed blobs.
 
     Raises:
         CombinationRefused: The backend or the required exposure refuses it; names Origin.
@@ -189,7 +189,7 @@ def make_own_material(
         as_external,
         _encrypted(parameters.public_key, secrets.token_bytes(cmk.key_spec.material_length)),
         parameters.import_token,
-        object_id=None if intended is None else intended.data,
+        object_id=None if pending is None else pending.data,
     )
     return replace(result.imported, exposure=Exposure.HOST)
 

@@ -1,15 +1,21 @@
-"""Token objects and rows stay in step, whatever crashes between them.
+"""Objects in a backend and rows in the database stay consistent when a process crashes.
 
-An import writes down the object that it is about to make as doomed; the commit that puts the
-object into a key's row lifts that in the same transaction. A key that lets go of an object dooms
-it in the same transaction. Whatever is doomed and due is destroyed, by whoever comes by: so an
-object is in a row, or on its way out. Nothing of this is needed for sealed blobs.
+An import makes an object in the backend before it commits the row that refers to it. So:
 
-A due row is condemned before its object is destroyed, and a commit lifts no condemned row: a
-process that stalled past its lease fails rather than commit a key whose object is gone. If it
-stalled before it made the object, there was nothing to destroy yet: then it dooms the object again
-when it fails; and for one that is killed there, the row is kept and the object destroyed once more
-a lease later.
+* Before the import, a row schedules the destruction of the object that it is about to make, for the
+  end of the import's lease. Until the commit, the object is *pending*.
+* The commit that stores the reference cancels that destruction in the same transaction.
+* A commit that drops a reference schedules the destruction of its object in the same transaction.
+* Every process destroys objects whose destruction is due.
+
+An object is therefore either in a key's row or scheduled for destruction. Sealed blobs are no
+objects and need none of this.
+
+A process can stall for longer than its lease. So a destruction is first marked as started, and a
+commit cannot cancel one that has started: the stalled import fails with ``LeaseLost``, and its key
+never refers to a destroyed object. If the process stalled before it made the object, the first
+destruction found nothing. Then the failing import schedules a second one. For a process that is
+killed there, the row of a pending object is kept, and repeated one lease later.
 """
 
 from __future__ import annotations
@@ -27,19 +33,19 @@ from sqlalchemy.sql.elements import ColumnElement
 from hsmwrap.backend import Backend, Custody, KeyRef
 from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import HsmError
-from hsmwrap.kms.database import Database, left_nothing
+from hsmwrap.kms.database import Database, surely_rolled_back
 from hsmwrap.kms.errors import LeaseLost
-from hsmwrap.kms.schema import DoomedObject
+from hsmwrap.kms.schema import ScheduledDestruction
 
 LEASE = timedelta(minutes=10)
-"""How long an import may take before others take it for dead."""
+"""How long an import may take before other processes treat it as dead."""
 OBJECT_ID_LENGTH = 16
 
 _log = logging.getLogger(__name__)
 
 
 class Objects:
-    """Keeps the backends' objects in step with the rows."""
+    """Keeps the objects in the backends consistent with the rows."""
 
     def __init__(
         self,
@@ -49,9 +55,9 @@ class Objects:
         lease: timedelta = LEASE,
         step: Callable[[str], None] = lambda _name: None,
     ) -> None:
-        """Take the database, the backends by name, the clock, and how long imports may take.
+        """Take the database, the backends by name, the clock, and the lease of an import.
 
-        ``step`` is called with the name of each step that a crash could fall behind; for tests.
+        ``step`` is called with the name of each step after which a crash matters; for tests.
         """
         self._database = database
         self._backends = dict(backends)
@@ -60,142 +66,160 @@ class Objects:
         self._step = step
 
     @contextmanager
-    def making(self, backend: Backend, key_spec: KeySpec) -> Iterator[KeyRef | None]:
-        """For the length of an import: write its object down, and destroy it if the import fails.
+    def pending(self, backend: Backend, key_spec: KeySpec) -> Iterator[KeyRef | None]:
+        """Schedule the destruction of an import's object, and destroy it if the import fails.
 
         Yields:
-            Reference to the object, whose ``data`` is the object id for the import; None where
-            keys are sealed blobs.
+            Reference to the pending object; its ``data`` is the object id for the import. None if
+            the backend keeps such keys as sealed blobs.
 
         Raises:
-            ServiceUnavailable: The backend or the database is away for now.
+            ServiceUnavailable: The backend or the database is unavailable.
         """
-        intended = self._intend(backend, key_spec)
-        self._step("intent written")
+        pending = self._schedule_pending(backend, key_spec)
+        self._step("destruction scheduled")
         try:
-            yield intended
+            yield pending
         except BaseException as error:
-            if intended is not None:
-                self._abandon(intended, error)
+            if pending is not None:
+                self._destroy_pending(pending, error)
             raise
 
-    def require_as_intended(self, made: KeyRef, intended: KeyRef | None) -> None:
-        """Make sure that the object written down is the one that was made.
+    def require_pending(self, made: KeyRef, pending: KeyRef | None) -> None:
+        """Make sure that the import made the object whose destruction was scheduled.
 
         Raises:
-            HsmError: It is another, which a crash would orphan; it was destroyed.
+            HsmError: It made another object, which a crash would orphan; that one was destroyed.
         """
-        if intended is not None and made != intended:
+        if pending is not None and made != pending:
             self._backends[made.backend].destroy_key(made)
-            raise HsmError(f"backend {made.backend} did not name a key's object as it was told")
+            raise HsmError(f"backend {made.backend} did not give a key's object the requested id")
 
     def destroy(self, reference: bytes | None) -> None:
-        """Destroy an object that a commit doomed, if it did. Raises nothing: it remains doomed."""
+        """Destroy an object at once if its destruction is scheduled.
+
+        Raises nothing: what fails remains scheduled.
+        """
         if reference is None:
             return
         now = self._clock()
         try:
-            self._destroy_all(DoomedObject.reference == reference, now)
-        except Exception as error:  # noqa: BLE001 (what was asked for is done already)
+            self._destroy_all(ScheduledDestruction.reference == reference, now)
+        except Exception as error:  # noqa: BLE001 (the caller's operation is already committed)
             _log.warning("object not destroyed yet", extra={"error": type(error).__name__})
 
     def destroy_due(self, now: datetime) -> None:
-        """Destroy the objects that are due; those of an unreachable backend wait for next time.
+        """Destroy the objects that are due; those of an unreachable backend remain scheduled.
 
         Raises:
-            ServiceUnavailable: The database is away for now.
+            ServiceUnavailable: The database is unavailable.
         """
-        self._destroy_all(DoomedObject.due_at <= now, now)
+        self._destroy_all(ScheduledDestruction.due_at <= now, now)
 
-    def _intend(self, backend: Backend, key_spec: KeySpec) -> KeyRef | None:
+    def _schedule_pending(self, backend: Backend, key_spec: KeySpec) -> KeyRef | None:
         capability = backend.capabilities().key_for(key_spec)
         if capability is None or capability.custody is not Custody.HSM_INTERNAL:
             return None
         object_id = secrets.token_bytes(OBJECT_ID_LENGTH)
-        intended = KeyRef(backend.name, key_spec, Custody.HSM_INTERNAL, object_id)
+        pending = KeyRef(backend.name, key_spec, Custody.HSM_INTERNAL, object_id)
         with self._database.write() as transaction:
-            doom(transaction, intended, self._clock() + self._lease, twice=True)
-        return intended
+            schedule_destruction(transaction, pending, self._clock() + self._lease, repeat=True)
+        return pending
 
-    def _abandon(self, intended: KeyRef, error: BaseException) -> None:
-        reference = intended.to_bytes()
-        due = {"due_at": self._clock(), "twice": False}
-        # No row may be left to change: others swept it away. Then it has to be written anew; but
-        # not where the commit may have happened, which took the row away to let the object live.
-        again = self._database.insert(DoomedObject).values(
-            reference=reference, condemned=False, **due
+    def _destroy_pending(self, pending: KeyRef, error: BaseException) -> None:
+        reference = pending.to_bytes()
+        due = {"due_at": self._clock(), "repeat": False}
+        # Another process may have finished the destruction and deleted the row: then insert it
+        # again. Not if the commit may have happened, since that also deletes the row.
+        upsert = self._database.insert(ScheduledDestruction).values(
+            reference=reference, started=False, **due
         )
-        again = again.on_conflict_do_update(index_elements=[DoomedObject.reference], set_=due)
-        if_there = update(DoomedObject).values(due).where(DoomedObject.reference == reference)
+        upsert = upsert.on_conflict_do_update(
+            index_elements=[ScheduledDestruction.reference], set_=due
+        )
+        only_existing = (
+            update(ScheduledDestruction)
+            .values(due)
+            .where(ScheduledDestruction.reference == reference)
+        )
         try:
             with self._database.write() as transaction:
-                transaction.execute(again if left_nothing(error) else if_there)
+                transaction.execute(upsert if surely_rolled_back(error) else only_existing)
         except Exception as failed:  # noqa: BLE001 (the import's own failure is what is raised)
-            facts = {"object_id": intended.data.hex(), "error": type(failed).__name__}
-            _log.warning("abandoned import not cleaned up yet", extra=facts)
+            facts = {"object_id": pending.data.hex(), "error": type(failed).__name__}
+            _log.warning("object of a failed import not destroyed yet", extra=facts)
             return
         self.destroy(reference)
 
     def _destroy_all(self, which: ColumnElement[bool], now: datetime) -> None:
-        for reference, due_at in self._condemn(which):
-            self._step("object condemned")
-            if self._destroy(reference):
-                self._step("object destroyed")
-                self._forget(reference, due_at, now)
+        for reference, due_at in self._start(which):
+            self._step("destruction started")
+            try:
+                key = KeyRef.from_bytes(reference)
+                self._backends[key.backend].destroy_key(key)
+            except Exception as error:  # noqa: BLE001 (the other objects are destroyed all the same)
+                _log.warning("object not destroyed yet", extra={"error": type(error).__name__})
+                continue
+            self._step("object destroyed")
+            self._finish(reference, due_at, now)
 
-    def _condemn(self, which: ColumnElement[bool]) -> list[tuple[bytes, datetime]]:
-        with self._database.read() as transaction:
-            if transaction.scalar(select(DoomedObject.due_at).where(which).limit(1)) is None:
+    def _start(self, which: ColumnElement[bool]) -> list[tuple[bytes, datetime]]:
+        """Mark destructions as started; returns reference and due time of each."""
+        any_due = select(ScheduledDestruction.due_at).where(which).limit(1)
+        with self._database.read() as transaction:  # most often there are none: lock nothing
+            if transaction.scalar(any_due) is None:
                 return []
-        # In one order and past the locks of others, so that no two wait for each other.
-        rows = select(DoomedObject).where(which).order_by(DoomedObject.reference)
+        # In one order, and without waiting for locked rows: this cannot deadlock.
+        rows = select(ScheduledDestruction).where(which).order_by(ScheduledDestruction.reference)
         with self._database.write() as transaction:
-            condemned = transaction.scalars(rows.with_for_update(skip_locked=True)).all()
-            for row in condemned:
-                row.condemned = True
-            return [(row.reference, row.due_at) for row in condemned]
+            started = transaction.scalars(rows.with_for_update(skip_locked=True)).all()
+            for row in started:
+                row.started = True
+            return [(row.reference, row.due_at) for row in started]
 
-    def _destroy(self, reference: bytes) -> bool:
-        try:
-            key = KeyRef.from_bytes(reference)
-            self._backends[key.backend].destroy_key(key)
-        except Exception as error:  # noqa: BLE001 (one object keeps no other)
-            _log.warning("object not destroyed yet", extra={"error": type(error).__name__})
-            return False
-        return True
-
-    def _forget(self, reference: bytes, due_at: datetime, now: datetime) -> None:
-        """Forget an object that was destroyed, or keep its row for the second time."""
+    def _finish(self, reference: bytes, due_at: datetime, now: datetime) -> None:
+        """Delete the row of a destroyed object, or schedule its second destruction."""
         with self._database.write() as transaction:
-            row = transaction.get(DoomedObject, reference, with_for_update=True)
-            # Another sweep was here, or the object was made and doomed again since.
+            row = transaction.get(ScheduledDestruction, reference, with_for_update=True)
+            # Another process finished it, or the object was made and scheduled again since.
             if row is None or row.due_at != due_at:
                 return
-            if row.twice:
-                row.twice, row.due_at = False, now + self._lease
+            if row.repeat:
+                row.repeat, row.due_at = False, now + self._lease
             else:
                 transaction.delete(row)
 
 
-def doom(transaction: Session, key: KeyRef, due_at: datetime, *, twice: bool = False) -> None:
-    """Have the object of ``key`` destroyed at ``due_at``; a sealed blob has none.
+def schedule_destruction(
+    transaction: Session, key: KeyRef, due_at: datetime, *, repeat: bool = False
+) -> None:
+    """Schedule the destruction of the object of ``key``; does nothing for a sealed blob.
 
-    ``twice`` has it destroyed again a lease later, for an object that may not have been made yet.
+    ``repeat`` destroys it a second time one lease later: for an object that is not made yet.
     """
     if key.custody is Custody.HSM_INTERNAL:
-        row = DoomedObject(reference=key.to_bytes(), due_at=due_at, condemned=False, twice=twice)
-        transaction.add(row)
+        transaction.add(
+            ScheduledDestruction(
+                reference=key.to_bytes(), due_at=due_at, started=False, repeat=repeat
+            )
+        )
 
 
-def lift(transaction: Session, key: KeyRef) -> None:
-    """Let the object of ``key`` live: this transaction puts it into a row.
+def cancel_destruction(transaction: Session, key: KeyRef) -> None:
+    """Cancel the destruction of the object of ``key``: this transaction puts it into a row.
 
     Raises:
-        LeaseLost: The import took longer than its lease, and the object is going or gone.
+        LeaseLost: The import took longer than its lease, and the destruction has started.
     """
     if key.custody is not Custody.HSM_INTERNAL:
         return
-    row = (DoomedObject.reference == key.to_bytes(), DoomedObject.condemned.is_(False))
-    lifted = transaction.execute(delete(DoomedObject).where(*row).returning(DoomedObject.reference))
-    if lifted.first() is None:
-        raise LeaseLost("the import took too long and was given up; import again")
+    cancelled = transaction.execute(
+        delete(ScheduledDestruction)
+        .where(
+            ScheduledDestruction.reference == key.to_bytes(),
+            ScheduledDestruction.started.is_(False),
+        )
+        .returning(ScheduledDestruction.reference)
+    )
+    if cancelled.first() is None:
+        raise LeaseLost("the import took longer than its lease and was cancelled; import again")

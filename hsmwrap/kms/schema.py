@@ -22,7 +22,7 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 class Instant(TypeDecorator[datetime]):
-    """An aware time, kept as microseconds since 1970: the same order and value on each database."""
+    """An aware time, stored as microseconds since 1970: same order and value on each database."""
 
     impl = BigInteger
     cache_ok = True
@@ -55,8 +55,9 @@ class Key(Row):
     Attributes:
         key_id: A UUID.
         version_id: A UUID, the KeyVersionId; EXTERNAL keys never have a second version.
-        check_value: Of the first material; kept when the material goes, for it alone may return.
-        reference: :meth:`hsmwrap.backend.KeyRef.to_bytes`; None while there is no material.
+        check_value: Check value (KCV) of the first material. It stays when the material is
+            deleted, because only the same material may be imported again.
+        reference: :meth:`hsmwrap.backend.KeyRef.to_bytes`; None without material.
     """
 
     __tablename__ = "keys"
@@ -78,24 +79,29 @@ class Key(Row):
     exposure: Mapped[Exposure | None] = mapped_column(_words(Exposure))
 
     def cmk(self) -> Cmk:
-        """What the import service has to know of this key."""
+        """The key as the import service takes it."""
         return Cmk(self.key_id, self.key_spec, self.protection_level, self.origin, self.check_value)
 
 
-class DoomedObject(Row):
-    """A backend object that will be destroyed at ``due_at``, unless a commit lifts the row first.
+class ScheduledDestruction(Row):
+    """A backend object that is destroyed at ``due_at``, unless a commit cancels that first.
 
-    Written before an import makes the object (``due_at`` is then the end of its lease) and when
-    a key lets go of one (``due_at`` is then). ``condemned`` rows are past lifting. ``twice`` rows
-    are kept one lease more and destroyed again: a stalled import may yet make the object.
+    Written before an import makes the object (``due_at`` is the end of its lease), and when a key
+    drops its object (``due_at`` is now). See :mod:`hsmwrap.kms.objects`.
+
+    Attributes:
+        reference: :meth:`hsmwrap.backend.KeyRef.to_bytes`.
+        started: True once a process may have destroyed the object: too late to cancel.
+        repeat: True for a pending object: a stalled import may make it after it was destroyed, so
+            it is destroyed again one lease later.
     """
 
-    __tablename__ = "doomed_objects"
+    __tablename__ = "scheduled_destructions"
 
     reference: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
     due_at: Mapped[datetime] = mapped_column(Instant, index=True)
-    condemned: Mapped[bool] = mapped_column(default=False)
-    twice: Mapped[bool]
+    started: Mapped[bool] = mapped_column(default=False)
+    repeat: Mapped[bool]
 
 
 class UsedOnce(Row):
@@ -108,7 +114,7 @@ class UsedOnce(Row):
 
 
 class AuditAnchor(Row):
-    """A line that an audit log had at some time, and must have for ever."""
+    """A line that an audit log had at some time, and must still have."""
 
     __tablename__ = "audit_anchors"
 

@@ -19,9 +19,9 @@ from hsmwrap.errors import (
 )
 from hsmwrap.kms import StateModifiedFailed
 from hsmwrap.kms.errors import CommitUnknown, LeaseLost
-from hsmwrap.kms.objects import LEASE, Objects, doom
+from hsmwrap.kms.objects import LEASE, Objects, schedule_destruction
 from hsmwrap.kms.once import UsedImportTokens
-from hsmwrap.kms.schema import DoomedObject
+from hsmwrap.kms.schema import ScheduledDestruction
 
 
 def together(*calls):
@@ -44,9 +44,9 @@ def together(*calls):
     return codes
 
 
-def doomed(kms):
+def scheduled(kms):
     with kms._database.read() as transaction:
-        return transaction.execute(text("SELECT count(*) FROM doomed_objects")).scalar()
+        return transaction.execute(text("SELECT count(*) FROM scheduled_destructions")).scalar()
 
 
 class Stop(Client):
@@ -85,7 +85,7 @@ def test_many_imports_into_one_key(open_kms, objects):
     ]
     assert together(*calls) == ["ok"] * 8
     clients[0].usable(key_id)
-    assert (objects(), doomed(clients[0].kms)) == (1, 0)
+    assert (objects(), scheduled(clients[0].kms)) == (1, 0)
 
 
 def test_first_imports_of_different_material(open_kms, objects):
@@ -100,7 +100,7 @@ def test_first_imports_of_different_material(open_kms, objects):
         # Not both: the second that commits finds the first's check value.
         assert sorted(codes) == ["InvalidKeyMaterial", "ok"]
         clients[0].usable(key_id)
-    assert (objects(), doomed(clients[0].kms)) == (3, 0)
+    assert (objects(), scheduled(clients[0].kms)) == (3, 0)
 
 
 def test_second_of_two_imports_finds_the_firsts_check_value(stop, open_kms, objects):
@@ -110,7 +110,7 @@ def test_second_of_two_imports_finds_the_firsts_check_value(stop, open_kms, obje
     with pytest.raises(InvalidKeyMaterial):
         stop.import_material(key_id, AES_MATERIAL)
     other.usable(key_id)
-    assert (objects(), doomed(stop.kms)) == (1, 0)
+    assert (objects(), scheduled(stop.kms)) == (1, 0)
 
 
 def test_deletion_during_an_import_comes_before_it(stop, open_kms, objects):
@@ -120,7 +120,7 @@ def test_deletion_during_an_import_comes_before_it(stop, open_kms, objects):
     stop.at("material imported", lambda: other("DeleteKeyMaterial", KeyId=key_id))
     stop.import_material(key_id)
     stop.usable(key_id)
-    assert (objects(), doomed(stop.kms)) == (1, 0)
+    assert (objects(), scheduled(stop.kms)) == (1, 0)
 
 
 def test_scheduled_deletion_during_an_import_refuses_it(stop, open_kms, objects):
@@ -133,7 +133,7 @@ def test_scheduled_deletion_during_an_import_refuses_it(stop, open_kms, objects)
     with pytest.raises(StateModifiedFailed):
         stop.import_material(key_id)
     assert stop.state(key_id) == "PendingDeletion"
-    assert (objects(), doomed(stop.kms)) == (0, 0)
+    assert (objects(), scheduled(stop.kms)) == (0, 0)
 
 
 def test_import_that_outlives_its_lease_fails(stop, open_kms, objects, clock):
@@ -148,7 +148,7 @@ def test_import_that_outlives_its_lease_fails(stop, open_kms, objects, clock):
     stop.at("material imported", others_give_it_up)
     with pytest.raises(LeaseLost):
         stop.import_material(key_id)
-    assert (stop.state(key_id), objects(), doomed(stop.kms)) == ("PendingImport", 0, 0)
+    assert (stop.state(key_id), objects(), scheduled(stop.kms)) == ("PendingImport", 0, 0)
     stop.import_material(key_id)
     stop.usable(key_id)
 
@@ -172,14 +172,14 @@ def given_up(open_kms, clock):
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_object_made_after_it_was_given_up_is_destroyed(stop, given_up, objects, times):
     key_id = stop.create()
-    stop.at("intent written", lambda: given_up(times))
+    stop.at("destruction scheduled", lambda: given_up(times))
     with pytest.raises(LeaseLost):
         stop.import_material(key_id)
-    assert (stop.state(key_id), objects(), doomed(stop.kms)) == ("PendingImport", 0, 0)
-    stop.at("intent written", lambda: given_up(times))
+    assert (stop.state(key_id), objects(), scheduled(stop.kms)) == ("PendingImport", 0, 0)
+    stop.at("destruction scheduled", lambda: given_up(times))
     with pytest.raises(LeaseLost):
         stop("CreateKey", ProtectionLevel="HSM")
-    assert (objects(), doomed(stop.kms)) == (0, 0)
+    assert (objects(), scheduled(stop.kms)) == (0, 0)
 
 
 @pytest.mark.parametrize("away", [False, True])
@@ -197,32 +197,32 @@ def test_object_made_after_it_was_given_up_by_a_process_that_is_then_killed(
         stop.at("material imported", die)
 
     key_id = stop.create()
-    monkeypatch.setattr(Objects, "_abandon", lambda *_: None)
-    stop.at("intent written", given_up_then_killed)
+    monkeypatch.setattr(Objects, "_destroy_pending", lambda *_: None)
+    stop.at("destruction scheduled", given_up_then_killed)
     with pytest.raises(Killed):
         stop.import_material(key_id)
     assert objects() == 1
     given_up()
-    assert (objects(), doomed(stop.kms)) == (0, 0)
+    assert (objects(), scheduled(stop.kms)) == (0, 0)
 
 
-def test_object_doomed_again_during_a_sweep_is_not_forgotten(stop, open_kms, objects, clock):
+def test_object_scheduled_again_during_a_sweep_stays_scheduled(stop, open_kms, objects, clock):
     other = Client(open_kms())
     importing = other.kms.operations.material._core.objects
     backend = other.kms._backends["HSM"]
-    intended = importing._intend(backend, KeySpec.ALIYUN_AES_256)
+    pending = importing._schedule_pending(backend, KeySpec.ALIYUN_AES_256)
 
     def fail_meanwhile():
-        backend._file(intended.data).touch()
+        backend._file(pending.data).touch()
         backend.away = True
-        importing._abandon(intended, LeaseLost())
+        importing._destroy_pending(pending, LeaseLost())
 
     stop.at("object destroyed", fail_meanwhile)
     clock.advance(seconds=LEASE.total_seconds() + 1)
     stop.kms.sweep()
-    assert (objects(), doomed(stop.kms)) == (1, 1)
+    assert (objects(), scheduled(stop.kms)) == (1, 1)
     stop.kms.sweep()
-    assert (objects(), doomed(stop.kms)) == (0, 0)
+    assert (objects(), scheduled(stop.kms)) == (0, 0)
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_commit_whose_answer_is_lost_keeps_the_object(stop, lose_the_answer, obj
     clock.advance(days=1)
     stop.kms.sweep()
     stop.usable(key_id)
-    assert (objects(), doomed(stop.kms)) == (1, 0)
+    assert (objects(), scheduled(stop.kms)) == (1, 0)
 
 
 def fail_after_unwrapping(stop, other, key_id, given_up):
@@ -327,20 +327,20 @@ def test_sweeps_do_not_wait_for_the_locks_of_others(postgres_cluster, open_backe
     now = datetime.now(UTC)
     with kms._database.write() as transaction:
         for key in keys:
-            doom(transaction, key, now)
+            schedule_destruction(transaction, key, now)
     with kms._database.write() as transaction:
-        transaction.get(DoomedObject, keys[0].to_bytes(), with_for_update=True)
+        transaction.get(ScheduledDestruction, keys[0].to_bytes(), with_for_update=True)
         sweep = threading.Thread(target=kms.sweep)
         sweep.start()
         sweep.join(5)
         assert not sweep.is_alive()
-        assert doomed(kms) == 1
+        assert scheduled(kms) == 1
     kms.sweep()
-    assert doomed(kms) == 0
+    assert scheduled(kms) == 0
     kms.close()
 
 
-def test_condemned_object_is_not_taken_into_a_row(stop, open_kms, objects, clock):
+def test_object_whose_destruction_started_is_not_put_into_a_row(stop, open_kms, objects, clock):
     other = Client(open_kms())
     key_id = stop.create()
 
@@ -348,12 +348,12 @@ def test_condemned_object_is_not_taken_into_a_row(stop, open_kms, objects, clock
         clock.advance(seconds=LEASE.total_seconds())
         other.kms._backends["HSM"].away = True
         other.kms.sweep()
-        assert (objects(), doomed(other.kms)) == (1, 1)
+        assert (objects(), scheduled(other.kms)) == (1, 1)
 
     stop.at("material imported", others_begin_to_give_it_up)
     with pytest.raises(ServiceUnavailable):
         stop.import_material(key_id)
-    assert (stop.state(key_id), objects(), doomed(stop.kms)) == ("PendingImport", 0, 0)
+    assert (stop.state(key_id), objects(), scheduled(stop.kms)) == ("PendingImport", 0, 0)
 
 
 def test_sweeps_leave_running_imports_alone(stop, open_kms, objects, clock):
@@ -392,7 +392,7 @@ def test_imports_deletions_and_uses_in_a_tangle(open_kms, objects):
         assert {codes[i] for i in (0, 1, 3, 5)} == {"ok"}
         assert {codes[i] for i in (2, 4)} <= {"ok", "Rejected.PendingImport"}
         assert objects() == (1 if clients[0].state(key_id) == "Enabled" else 0)
-        assert doomed(clients[0].kms) == 0
+        assert scheduled(clients[0].kms) == 0
 
 
 def test_use_follows_a_key_whose_object_was_replaced(client, open_kms):
@@ -437,4 +437,4 @@ def test_failed_import_is_cleaned_up_when_the_hsm_is_back(stop, objects, clock):
     assert objects() == 1
     backend.away = False
     stop.kms.sweep()
-    assert (objects(), doomed(stop.kms), stop.state(key_id)) == (0, 0, "PendingImport")
+    assert (objects(), scheduled(stop.kms), stop.state(key_id)) == (0, 0, "PendingImport")

@@ -9,17 +9,17 @@ from sqlalchemy import text
 
 from hsmwrap.kms.objects import LEASE
 
-INTENT, IMPORTED, COMMITTED = "intent written", "material imported", "row committed"
-CONDEMNED, DESTROYED = "object condemned", "object destroyed"
+SCHEDULED, IMPORTED, COMMITTED = "destruction scheduled", "material imported", "row committed"
+STARTED, DESTROYED = "destruction started", "object destroyed"
 
 # Scenario → its steps, and from which step on it has happened.
 SCENARIOS = {
-    "first import": ([INTENT, IMPORTED, COMMITTED], COMMITTED),
-    "re-import": ([INTENT, IMPORTED, COMMITTED, CONDEMNED, DESTROYED], COMMITTED),
-    "refused import": ([INTENT, CONDEMNED, DESTROYED], None),
-    "delete material": ([COMMITTED, CONDEMNED, DESTROYED], COMMITTED),
-    "delete key": ([CONDEMNED, DESTROYED], CONDEMNED),
-    "own material": ([INTENT, IMPORTED, COMMITTED], COMMITTED),
+    "first import": ([SCHEDULED, IMPORTED, COMMITTED], COMMITTED),
+    "re-import": ([SCHEDULED, IMPORTED, COMMITTED, STARTED, DESTROYED], COMMITTED),
+    "refused import": ([SCHEDULED, STARTED, DESTROYED], None),
+    "delete material": ([COMMITTED, STARTED, DESTROYED], COMMITTED),
+    "delete key": ([STARTED, DESTROYED], STARTED),
+    "own material": ([SCHEDULED, IMPORTED, COMMITTED], COMMITTED),
 }
 
 
@@ -62,15 +62,17 @@ def crash(database_url, keyring_file, tmp_path):
     return run
 
 
-def keys_and_doomed(kms):
+def keys_and_destructions(kms):
     with kms._database.read() as transaction:
         rows = transaction.execute(text("SELECT reference FROM keys")).all()
-        doomed = transaction.execute(text("SELECT count(*) FROM doomed_objects")).scalar()
-    return len(rows), sum(reference is not None for (reference,) in rows), doomed
+        destructions = transaction.execute(
+            text("SELECT count(*) FROM scheduled_destructions")
+        ).scalar()
+    return len(rows), sum(reference is not None for (reference,) in rows), destructions
 
 
 def check_outcome(client, scenario, key_id, happened):
-    keys, _, _ = keys_and_doomed(client.kms)
+    keys, _, _ = keys_and_destructions(client.kms)
     if scenario == "delete key":
         assert keys == 0
     elif scenario == "own material":
@@ -106,13 +108,13 @@ def test_killed_at(open_kms, clock, objects, crash, case):
     if scenario == "delete key":
         clock.advance(days=7)
     client.kms.sweep()
-    _, with_material, _ = keys_and_doomed(client.kms)
+    _, with_material, _ = keys_and_destructions(client.kms)
     assert objects() == with_material
     # What the dead process may have gone on to make is destroyed once more.
     clock.advance(seconds=LEASE.total_seconds())
     client.kms.sweep()
-    _, with_material, doomed = keys_and_doomed(client.kms)
-    assert (objects(), doomed) == (with_material, 0)
+    _, with_material, destructions = keys_and_destructions(client.kms)
+    assert (objects(), destructions) == (with_material, 0)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

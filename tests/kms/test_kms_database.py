@@ -6,19 +6,18 @@ import threading
 import time
 
 import pytest
-from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from kms_fakes import AES_MATERIAL, Client
-from sqlalchemy import select, text
+from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from hsmwrap.errors import ServiceUnavailable
 from hsmwrap.kms import database as database_module
 from hsmwrap.kms.blobs import CiphertextBlob
-from hsmwrap.kms.database import Database, left_nothing, migration_config
+from hsmwrap.kms.database import Database, surely_rolled_back
 from hsmwrap.kms.errors import CommitUnknown
-from hsmwrap.kms.schema import AuditAnchor, DoomedObject, Row
+from hsmwrap.kms.schema import Row
 
 
 @pytest.fixture
@@ -34,17 +33,6 @@ def test_migrations_make_the_schema(database):
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Row.metadata) == []
-
-
-def test_rows_of_the_first_release_are_migrated(database):
-    with database._writing.begin() as connection:
-        command.upgrade(migration_config(connection), "0001")
-        connection.execute(text("INSERT INTO audit_anchors VALUES ('a', 1, 'd')"))
-        connection.execute(text("INSERT INTO doomed_objects VALUES ('r', 1, false)"))
-    database.migrate()
-    with database.read() as transaction:
-        assert transaction.scalar(select(AuditAnchor.position)) == 0
-        assert transaction.scalar(select(DoomedObject.twice))
 
 
 def test_processes_migrate_at_once(database_url):
@@ -201,7 +189,7 @@ def test_failed_commit_is_told_from_a_failure_before_it(database, monkeypatch):
 
     with pytest.raises(ServiceUnavailable) as before:
         fail_before()
-    assert left_nothing(before.value)
+    assert surely_rolled_back(before.value)
     commit = database.engine.dialect.do_commit
 
     def answer_is_lost(connection):
@@ -212,8 +200,8 @@ def test_failed_commit_is_told_from_a_failure_before_it(database, monkeypatch):
     with pytest.raises(CommitUnknown) as during, database.write() as transaction:
         transaction.execute(insert)
     monkeypatch.undo()
-    assert not left_nothing(during.value)
-    assert not left_nothing(KeyboardInterrupt())
+    assert not surely_rolled_back(during.value)
+    assert not surely_rolled_back(KeyboardInterrupt())
     with database.read() as transaction:
         assert transaction.execute(text("SELECT count(*) FROM used_once")).scalar() == 1
 

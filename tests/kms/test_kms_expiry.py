@@ -13,7 +13,7 @@ from hsmwrap.errors import InvalidKeyMaterial, KeyNotFound, ServiceUnavailable
 from hsmwrap.kms import RejectedPendingImport, StateModifiedFailed
 from hsmwrap.kms.core import Core
 from hsmwrap.kms.lifecycle import KeyLifecycle
-from hsmwrap.kms.objects import Objects, doom
+from hsmwrap.kms.objects import Objects, schedule_destruction
 from hsmwrap.kms.once import OnceStore
 from hsmwrap.kms.sweeper import Sweeper
 
@@ -80,12 +80,14 @@ def test_gone_from_the_row_while_the_hsm_is_away(client, clock, expiring, object
 def test_object_of_a_backend_that_is_gone_keeps_no_other(client, clock, expiring, objects):
     foreign = KeyRef("gone", KeySpec.ALIYUN_AES_256, Custody.HSM_INTERNAL, bytes(16))
     with client.kms._database.write() as transaction:
-        doom(transaction, foreign, clock())
+        schedule_destruction(transaction, foreign, clock())
     clock.advance(hours=1)
     client.kms.sweep()
     assert objects() == 0
     with client.kms._database.read() as transaction:
-        assert transaction.execute(text("SELECT count(*) FROM doomed_objects")).scalar() == 1
+        assert (
+            transaction.execute(text("SELECT count(*) FROM scheduled_destructions")).scalar() == 1
+        )
 
 
 @pytest.fixture
@@ -173,7 +175,7 @@ def test_sweep_goes_on_whatever_fails(client, expiring, objects, monkeypatch, ca
     anchored = []
     client.kms._sweep._anchor = lambda: anchored.append(True)
     with client.kms._database.write() as transaction:
-        doom(transaction, KeyRef.from_bytes(row(client.kms, expiring)[1]), clock())
+        schedule_destruction(transaction, KeyRef.from_bytes(row(client.kms, expiring)[1]), clock())
     clock.advance(hours=1)
     client.kms.sweep()
     assert (objects(), anchored) == (0, [True])
@@ -185,7 +187,7 @@ def backlog(client, clock, open_backend):
     """Another's object that is due, and the backend's record of what is destroyed."""
     foreign = KeyRef("software", KeySpec.ALIYUN_SM4, Custody.HSM_INTERNAL, bytes(16))
     with client.kms._database.write() as transaction:
-        doom(transaction, foreign, clock())
+        schedule_destruction(transaction, foreign, clock())
     backend, destroyed = client.kms._backends["HSM"], []
     destroy = backend.destroy_key
 
@@ -221,7 +223,7 @@ def test_request_is_done_though_its_object_cannot_be_destroyed(client, objects, 
     def away(*_arguments):
         raise ServiceUnavailable("the database is away")
 
-    monkeypatch.setattr(Objects, "_condemn", away)
+    monkeypatch.setattr(Objects, "_start", away)
     client.import_material(key_id)
     client("DeleteKeyMaterial", KeyId=key_id)
     monkeypatch.undo()

@@ -66,7 +66,7 @@ def test_parameters_of_one_process_are_honoured_by_another(client, backend, else
     assert (client.state(key_id), objects(backend)) == ("PendingImport", before)
 
 
-@pytest.mark.parametrize("die_at", ["intent written", "material imported", "row committed"])
+@pytest.mark.parametrize("die_at", ["destruction scheduled", "material imported", "row committed"])
 def test_process_killed_while_importing(client, backend, elsewhere, clock, die_at):
     before = objects(backend)
     key_id = client.create()

@@ -13,13 +13,14 @@ def upgrade() -> None:
     """Make the tables."""
     _make_keys()
     op.create_table(
-        "doomed_objects",
+        "scheduled_destructions",
         sa.Column("reference", sa.LargeBinary(), nullable=False),
         sa.Column("due_at", sa.BigInteger(), nullable=False),
-        sa.Column("condemned", sa.Boolean(), nullable=False),
+        sa.Column("started", sa.Boolean(), nullable=False),
+        sa.Column("repeat", sa.Boolean(), nullable=False),
         sa.PrimaryKeyConstraint("reference"),
     )
-    op.create_index("ix_doomed_objects_due_at", "doomed_objects", ["due_at"])
+    op.create_index("ix_scheduled_destructions_due_at", "scheduled_destructions", ["due_at"])
     op.create_table(
         "used_once",
         sa.Column("digest", sa.LargeBinary(32), nullable=False),
@@ -32,13 +33,14 @@ def upgrade() -> None:
         sa.Column("log", sa.String(512), nullable=False),
         sa.Column("sequence", sa.BigInteger(), nullable=False),
         sa.Column("digest", sa.String(64), nullable=False),
+        sa.Column("position", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("log"),
     )
 
 
 def downgrade() -> None:
     """Drop the tables."""
-    for table in ("audit_anchors", "used_once", "doomed_objects", "keys"):
+    for table in ("audit_anchors", "used_once", "scheduled_destructions", "keys"):
         op.drop_table(table)
 
 
