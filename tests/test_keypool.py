@@ -18,7 +18,7 @@ from hsmwrap.errors import (
     UnsupportedOperation,
 )
 from hsmwrap.keypool import KeyPool, PoolSettings
-from hsmwrap.keypool import pool as pool_module
+from hsmwrap.keypool import _pool as pool_module
 
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)

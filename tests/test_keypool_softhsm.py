@@ -18,7 +18,7 @@ from hsmwrap.backend import Custody
 from hsmwrap.catalog import KeySpec, ProtectionLevel
 from hsmwrap.imports import Cmk, ImportService
 from hsmwrap.keypool import KeyPool, PoolSettings
-from hsmwrap.keypool import pool as pool_module
+from hsmwrap.keypool import _pool as pool_module
 from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.wrapping.reaper import GRACE

@@ -11,8 +11,8 @@ longest that the pool may keep them and the token lifetime together, so those of
 killed are reaped like any other.
 """
 
-from hsmwrap.keypool.pool import KeyPool
-from hsmwrap.keypool.settings import Pair, PoolSettings
-from hsmwrap.keypool.stock import PairFacts
+from hsmwrap.keypool._pool import KeyPool
+from hsmwrap.keypool._settings import Pair, PoolSettings
+from hsmwrap.keypool._stock import PairFacts
 
 __all__ = ["KeyPool", "Pair", "PairFacts", "PoolSettings"]

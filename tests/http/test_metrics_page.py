@@ -8,7 +8,7 @@ from hsmwrap.http.app import create_app
 from hsmwrap.http.metrics import observer, render
 from hsmwrap.kms.config import load_config
 from hsmwrap.kms.opening import open_kms
-from hsmwrap.software.keyring_file import KeyringFile
+from hsmwrap.software import KeyringFile
 
 CONFIGURATION = """
 database_url = 'sqlite:///{directory}/kms.db'

@@ -16,7 +16,7 @@ from rpc_signing import v1_query
 from sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, Credentials, SdkError
 
 from hsmwrap.catalog import ProtectionLevel
-from hsmwrap.software.keyring_file import KeyringFile
+from hsmwrap.software import KeyringFile
 
 pytestmark = SDK_WARNINGS
 

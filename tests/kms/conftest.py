@@ -1,8 +1,7 @@
 import pytest
 from kms_fakes import Client, Clock, FileObjectsBackend, build_kms
 
-from hsmwrap.software import SoftwareBackend
-from hsmwrap.software.keyring_file import KeyringFile
+from hsmwrap.software import KeyringFile, SoftwareBackend
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

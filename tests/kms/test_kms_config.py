@@ -17,7 +17,7 @@ from hsmwrap.kms.database import Database
 from hsmwrap.kms.explain import MASK
 from hsmwrap.policy import Deployment
 from hsmwrap.software import SoftwareBackend
-from hsmwrap.software.keyring_file import KeyringFile
+from hsmwrap.software._keyring_file import KeyringFile
 
 FILE = """
 database_url = "postgresql+psycopg://kms:pass-word@db.example/kms?sslkey=hidden"

@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from hsmwrap.errors import ConfigurationError, KeyNotFound
-from hsmwrap.software.keyring import Keyring
+from hsmwrap.software._keyring import Keyring
 
 KEY = bytes(range(32))
 ENCODED = base64.b64encode(KEY).decode()

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from hsmwrap.errors import ConfigurationError, KeyNotFound
-from hsmwrap.software import keyring_file as keyring_file_module
-from hsmwrap.software.keyring_file import KeyringFile
+from hsmwrap.software import _keyring_file as keyring_file_module
+from hsmwrap.software._keyring_file import KeyringFile
 
 
 @pytest.fixture

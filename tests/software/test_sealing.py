@@ -3,8 +3,8 @@ import os
 import pytest
 
 from hsmwrap.backend import Seal
-from hsmwrap.software.keyring import Keyring
-from hsmwrap.software.sealing import BlobRejected, Purpose, Sealer
+from hsmwrap.software._keyring import Keyring
+from hsmwrap.software._sealing import BlobRejected, Purpose, Sealer
 
 SECRET = bytes(range(48))
 CONTEXT = ("RSA_2048", "RSAES_OAEP_SHA_256")

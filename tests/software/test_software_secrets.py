@@ -14,10 +14,12 @@ from hsmwrap.backend import MESSAGE_VERSION, KeyRef
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidKeyMaterial, without_frames
 from hsmwrap.sm2.engine import open_engine
-from hsmwrap.software import SoftwareBackend, cipher, sealing
-from hsmwrap.software import backend as backend_module
-from hsmwrap.software.keyring import Keyring
-from hsmwrap.software.sealing import Purpose, Sealer
+from hsmwrap.software import SoftwareBackend
+from hsmwrap.software import _backend as backend_module
+from hsmwrap.software import _cipher as cipher
+from hsmwrap.software import _sealing as sealing
+from hsmwrap.software._keyring import Keyring
+from hsmwrap.software._sealing import Purpose, Sealer
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 AES, SM4 = KeySpec

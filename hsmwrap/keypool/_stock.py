@@ -8,7 +8,7 @@ from datetime import datetime
 
 from hsmwrap.backend import Backend, Custody, PrivateKeyRef, WrappingKey
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.keypool.settings import PoolSettings
+from hsmwrap.keypool._settings import PoolSettings
 
 LONGEST_PAUSE = 60.0
 """Seconds; a wall clock that was set is noticed at the latest then."""

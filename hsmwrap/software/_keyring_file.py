@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hsmwrap.errors import ConfigurationError
-from hsmwrap.software.keyring import Keyring
+from hsmwrap.software._keyring import Keyring
 
 _Stamp = tuple[int, int, int, int, int]
 

@@ -34,12 +34,12 @@ from hsmwrap.errors import (
 )
 from hsmwrap.forkgate import LIBCRYPTO
 from hsmwrap.gate import Gate
-from hsmwrap.software import cipher
-from hsmwrap.software.keyring import Keyring
-from hsmwrap.software.keyring_file import KeyringFile
-from hsmwrap.software.report import NAME, report
-from hsmwrap.software.schemes import Scheme, open_schemes
-from hsmwrap.software.sealing import BlobRejected, Purpose, Sealer
+from hsmwrap.software import _cipher as cipher
+from hsmwrap.software._keyring import Keyring
+from hsmwrap.software._keyring_file import KeyringFile
+from hsmwrap.software._report import NAME, report
+from hsmwrap.software._schemes import Scheme, open_schemes
+from hsmwrap.software._sealing import BlobRejected, Purpose, Sealer
 from hsmwrap.software.settings import SoftwareSettings
 
 _MASTER_KEY = "master key"
@@ -183,7 +183,7 @@ class SoftwareBackend(Backend):
 
     @without_frames
     def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
-        """Encrypt under an imported key, see :mod:`hsmwrap.software.cipher`."""
+        """Encrypt under an imported key, see :mod:`hsmwrap.software._cipher`."""
         with self._inside():
             return cipher.encrypt(key.key_spec, self._open_key(key), plaintext, additional_data)
 

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from hsmwrap.backend import NONCE_LENGTH, TAG_LENGTH, Seal
 from hsmwrap.errors import KeyNotFound
-from hsmwrap.software.keyring import KEY_ID_LENGTH, Keyring
+from hsmwrap.software._keyring import KEY_ID_LENGTH, Keyring
 
 _VERSION = 1
 _HEAD = struct.Struct(f">B{KEY_ID_LENGTH}s")

@@ -1,6 +1,6 @@
 """The pool: threads that fill the stocks, callers that take from them.
 
-Stocks change under one lock, by the small steps of :class:`hsmwrap.keypool.stock.Stock`; the
+Stocks change under one lock, by the small steps of :class:`hsmwrap.keypool._stock.Stock`; the
 backend is called outside it.
 """
 
@@ -28,8 +28,8 @@ from hsmwrap.errors import (
     UnsupportedOperation,
 )
 from hsmwrap.imports import generate_inline
-from hsmwrap.keypool.settings import Pair, PoolSettings
-from hsmwrap.keypool.stock import LONGEST_PAUSE, Made, PairFacts, Stock
+from hsmwrap.keypool._settings import Pair, PoolSettings
+from hsmwrap.keypool._stock import LONGEST_PAUSE, Made, PairFacts, Stock
 
 KEY_SET_LIFETIME = 1.0
 """Seconds for which a backend is not asked again which key set is current. A pool at work learns
