@@ -1,14 +1,13 @@
 """Wrapping key pairs made ahead of time, by threads in the background.
 
-A :class:`KeyPool` is a :class:`hsmwrap.imports.KeySource`. Making an RSA pair takes an HSM a tenth
-of a second or more; taking one that is there takes far less. Where none is there, one is made
-inline: the caller sees no difference but the time.
+A :class:`KeyPool` is a :class:`hsmwrap.imports.KeySource`. An HSM needs a tenth of a second or more
+to generate an RSA pair; taking one from the pool is much faster. If the pool has none, a pair is
+generated inline, and the call only takes longer.
 
-A pair leaves the pool once and to one caller; a sealed one only while the key set that sealed it
-is current, which costs a seal. Processes share nothing, and a child after ``fork()`` starts empty:
-what the parent has made stays the parent's. Resident pairs expire in the HSM token after the
-longest that the pool may keep them and the token lifetime together, so those of a process that was
-killed are reaped like any other.
+Each pair is given to one caller, once. A sealed pair is given only while the key set that sealed it
+is current. Processes do not share pairs: after ``fork()`` the child starts with an empty pool, and
+the pairs stay the parent's. A resident pair expires in the HSM token after ``max_age`` plus the
+token lifetime, so the reaper also removes the pairs of a killed process.
 """
 
 from hsmwrap.keypool._pool import KeyPool

@@ -1,7 +1,7 @@
-"""The pool: threads that fill the stocks, callers that take from them.
+"""The pool: background threads fill the stocks, callers take pairs from them.
 
-Stocks change under one lock, by the small steps of :class:`hsmwrap.keypool._stock.Stock`; the
-backend is called outside it.
+All stocks change under one lock, by the methods of :class:`hsmwrap.keypool._stock.Stock`; backends
+are called outside the lock.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from hsmwrap.errors import (
 )
 from hsmwrap.imports import generate_inline
 from hsmwrap.keypool._settings import Pair, PoolSettings
-from hsmwrap.keypool._stock import LONGEST_PAUSE, Made, PairFacts, Stock
+from hsmwrap.keypool._stock import LONGEST_PAUSE, PairFacts, ReadyPair, Stock
 
 KEY_SET_LIFETIME = 1.0
-"""Seconds for which a backend is not asked again which key set is current. A pool at work learns
-it with each pair that it makes; only one at rest asks before it gives a sealed pair away."""
+"""Seconds for which the current key set of a backend is cached. Making a pair refreshes it, so only
+an idle pool has to ask before it gives out a sealed pair."""
 
 _log = logging.getLogger(__name__)
 
 
 class KeyPool:
-    """Hands out wrapping key pairs that were made ahead; safe to share between threads.
+    """Gives out wrapping key pairs that were made ahead; safe to share between threads.
 
-    Its threads start with the first call, or :meth:`prepare`, in a process and in each child that
-    it forks. Close it before its backends: a closed backend discards nothing.
+    In each process, also in a forked child, its threads start with the first call or with
+    :meth:`prepare`. Close the pool before its backends: a closed backend cannot discard pairs.
     """
 
     def __init__(
@@ -52,19 +52,19 @@ class KeyPool:
         clock: Callable[[], datetime] | None = None,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start with nothing.
+        """Create an empty pool.
 
         Args:
             settings: How much is made ahead.
             clock: Returns the current aware time; for expiry and age.
-            timer: Returns seconds from any origin that only go up; for the backoff.
+            timer: Returns monotonic seconds, from any origin; for the backoff.
         """
         self._settings = settings or PoolSettings()
         self._clock = clock or _utc_now
         self._timer = timer
         self._closed = False
         self._stocks: dict[tuple[int, WrappingKeySpec, WrappingAlgorithm], Stock] = {}
-        self._given_up: set[int] = set()
+        self._stopped_backends: set[int] = set()
         self._reset()
         _POOLS.add(self)
 
@@ -75,10 +75,10 @@ class KeyPool:
         algorithm: WrappingAlgorithm,
         expires_at: datetime,
     ) -> WrappingKey:
-        """Return a pair that nobody else was or will be given.
+        """Return a pair that no other caller gets.
 
         Raises:
-            HsmwrapError: There is none, and making one failed: as
+            HsmwrapError: No pair was ready, and generating one failed: as
                 :meth:`Backend.generate_wrapping_key`.
         """
         key = None
@@ -97,24 +97,25 @@ class KeyPool:
         self.close()
 
     def prepare(self, backend: Backend, pairs: Iterable[Pair]) -> None:
-        """Start making these kinds now, where the settings pool them; touches no HSM itself."""
+        """Start to make these kinds ahead, as far as the settings pool them; makes no HSM call."""
         with self._changed:
             for spec, algorithm in pairs:
                 if self._pools(spec, algorithm):
                     self._stock(backend, spec, algorithm)
-            self._start()
+            self._start_threads()
             self._changed.notify_all()
 
     def facts(self) -> list[PairFacts]:
-        """The numbers of each kind, for metrics."""
+        """The numbers of each stock, for metrics."""
         with self._changed:
             return [stock.facts() for stock in self._stocks.values()]
 
     def close(self) -> None:
-        """Stop the threads and discard what they made; from then on pairs are made inline.
+        """Stop the threads and discard the pairs; later calls generate inline.
 
-        Waits for a pair that is being made. Resident pairs that a lost HSM keeps from being
-        destroyed are left for the reaper; that is logged, not raised. Safe to call again.
+        Waits until running key generations finish. Resident pairs that cannot be destroyed because
+        the HSM is unavailable are left to the reaper; this is logged, not raised. Safe to call
+        again.
         """
         with self._changed:
             self._closed = True
@@ -129,7 +130,7 @@ class KeyPool:
         for stock in stocks:
             self._discard_rest(stock)
 
-    # --- for the callers ---------------------------------------------------------------------
+    # --- called by users of the pool ---------------------------------------------------------
 
     def _pools(self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm) -> bool:
         pairs = self._settings.pairs
@@ -144,7 +145,7 @@ class KeyPool:
         expires_at: datetime,
     ) -> WrappingKey | None:
         now = self._clock()
-        # While the HSM is away, a pair given out would be lost with the call that then fails.
+        # If the HSM is unavailable the import will fail, and the pair would be wasted.
         usable = backend.health().ready
         with self._changed:
             stock = self._stock(backend, spec, algorithm)
@@ -153,8 +154,8 @@ class KeyPool:
         with self._changed:
             usable = usable and (key_set is not None or not stock.has_sealed)
             key = stock.take(expires_at if usable else _NEVER, now, key_set)
-            self._start()
-            if stock.needy or stock.laden:
+            self._start_threads()
+            if stock.wants_refill or stock.has_discards:
                 self._changed.notify_all()
             return key
 
@@ -169,15 +170,15 @@ class KeyPool:
         stock = self._stocks.get((id(backend), spec, algorithm))
         if stock is not None and stock.failures:
             with self._changed:
-                stock.worked()
+                stock.succeeded()
                 self._changed.notify_all()
         return key
 
     def _known_key_set(self, backend: Backend) -> str | None:
-        """The backend's current key set, as it was a moment ago; None if the backend fails.
+        """The backend's current key set, cached for :data:`KEY_SET_LIFETIME`; None if asking fails.
 
-        Another process may have retired the set that sealed a pair. The caller learns of a
-        failure by making a pair inline.
+        Another process may have retired the set that sealed a pair. On failure the caller
+        generates inline and gets the backend's error from that.
         """
         key_set, until = self._key_sets.get(id(backend), ("", self._timer()))
         if self._timer() < until:
@@ -198,17 +199,17 @@ class KeyPool:
     ) -> Stock:
         key = (id(backend), spec, algorithm)
         if key not in self._stocks:
-            stopped = id(backend) in self._given_up
+            stopped = id(backend) in self._stopped_backends
             self._stocks[key] = Stock(backend, spec, algorithm, self._settings, stopped=stopped)
         return self._stocks[key]
 
     # --- in the background -------------------------------------------------------------------
 
-    def _start(self) -> None:
-        """Start the threads that a process lacks; without them pairs are made inline."""
+    def _start_threads(self) -> None:
+        """Start the threads if this process has none; without threads pairs are made inline."""
         if self._closed or not self._stocks or self._threads:
             return
-        with suppress(RuntimeError):  # no thread to be had, or the interpreter is shutting down
+        with suppress(RuntimeError):  # no more threads, or the interpreter is shutting down
             for _ in range(self._settings.threads):
                 thread = threading.Thread(target=self._work, name="hsmwrap-keypool", daemon=True)
                 thread.start()
@@ -219,7 +220,7 @@ class KeyPool:
             job()
 
     def _next_job(self) -> Callable[[], object] | None:
-        """Wait for something to do; None once the pool is closed."""
+        """Wait for a job; None once the pool is closed."""
         while True:
             now, tick = self._clock(), self._timer()
             with self._changed:
@@ -231,53 +232,53 @@ class KeyPool:
                 self._changed.wait(min(pauses, default=LONGEST_PAUSE))
 
     def _pick(self, now: datetime, tick: float) -> Callable[[], object] | None:
-        """Take on what is due: discard first, then the kind of which there is least."""
+        """The next job: discards first, then a pair of the stock with the fewest."""
         if self._closed:
             return None
         for stock in self._stocks.values():
             stock.drop_aged(now)
         due = [stock for stock in self._stocks.values() if stock.resume_at <= tick]
         for stock in due:
-            if stock.laden:
-                return partial(self._discard, stock, stock.doomed.popleft())
-        needy = min((s for s in due if s.needy), key=lambda s: s.level, default=None)
-        if needy is None:
+            if stock.has_discards:
+                return partial(self._discard, stock, stock.discards.popleft())
+        lowest = min((s for s in due if s.wants_refill), key=lambda s: s.level, default=None)
+        if lowest is None:
             return None
-        needy.making += 1
-        return partial(self._make, needy)
+        lowest.making += 1
+        return partial(self._make, lowest)
 
     def _make(self, stock: Stock) -> None:
         made_at = self._clock()
-        lasts = self._settings.max_age + self._settings.token_lifetime
-        # Whole seconds: that is what the label of a resident key holds.
-        expires_at = (made_at + lasts).replace(microsecond=0)
+        lifetime = self._settings.max_age + self._settings.token_lifetime
+        # The label of a resident key holds whole seconds.
+        expires_at = (made_at + lifetime).replace(microsecond=0)
         try:
             key_set = self._ask_key_set(stock.backend)
             key = stock.backend.generate_wrapping_key(
                 stock.spec, stock.algorithm, expires_at=expires_at
             )
-        except Exception as error:  # noqa: BLE001  # the thread outlives whatever a plug-in raises
+        except Exception as error:  # noqa: BLE001  # a plug-in may raise anything; the thread has to survive
             self._failed(stock, error, making=1)
             return
         with self._changed:
-            stock.put(Made(key, made_at, expires_at, key_set))
+            stock.put(ReadyPair(key, made_at, expires_at, key_set))
             self._changed.notify_all()
 
     def _discard(self, stock: Stock, private_key: PrivateKeyRef) -> bool:
-        """Destroy a resident key; False if the backend is away or was given up."""
+        """Destroy a resident key; False if the backend is unavailable or refuses the PIN."""
         try:
             stock.backend.discard_wrapping_key(private_key)
         except Exception as error:  # noqa: BLE001  # as in _make
-            away = isinstance(error, (ServiceUnavailable, PinError))
-            self._failed(stock, error, again=private_key if away else None)
-            return not away
+            unavailable = isinstance(error, (ServiceUnavailable, PinError))
+            self._failed(stock, error, again=private_key if unavailable else None)
+            return not unavailable
         return True
 
     def _discard_rest(self, stock: Stock) -> None:
-        while stock.laden and self._discard(stock, stock.doomed.popleft()):
+        while stock.has_discards and self._discard(stock, stock.discards.popleft()):
             pass
-        if stock.doomed:
-            left = {"left_for_the_reaper": len(stock.doomed)}
+        if stock.discards:
+            left = {"left_for_the_reaper": len(stock.discards)}
             _log.warning("key-pair pool: not discarded", extra=stock.described() | left)
 
     def _failed(
@@ -288,33 +289,33 @@ class KeyPool:
         making: int = 0,
         again: PrivateKeyRef | None = None,
     ) -> None:
-        """Back off or give up; ``making`` came to nothing, ``again`` is to be discarded later."""
+        """Back off, or stop for good; ``making`` pairs failed, ``again`` is discarded later."""
         tick = self._timer()
         with self._changed:
             stock.making -= making
             if again is not None:
-                stock.doomed.append(again)
+                stock.discards.append(again)
             pause = stock.failed(tick)
-            for each in self._ended_by(error, stock):
+            for each in self._stopped_by(error, stock):
                 each.stopped = True
             self._changed.notify_all()
-        # The type alone: what a plug-in writes into a text is not known here.
+        # Only the type: the text of a plug-in's error may hold anything.
         what = {"error": type(error).__name__, "stopped": stock.stopped, "backoff_seconds": pause}
         _log.warning("key-pair pool: the backend failed", extra=stock.described() | what)
 
-    def _ended_by(self, error: Exception, stock: Stock) -> list[Stock]:
-        """The kinds that are not tried again: a second PIN error may lock the HSM token."""
+    def _stopped_by(self, error: Exception, stock: Stock) -> list[Stock]:
+        """The stocks that stop for good: after a PIN error a second try may lock the HSM token."""
         if isinstance(error, (BackendClosed, PinError)):
-            self._given_up.add(id(stock.backend))
+            self._stopped_backends.add(id(stock.backend))
             return [each for each in self._stocks.values() if each.backend is stock.backend]
         return [stock] if isinstance(error, UnsupportedOperation) else []
 
     # --- forks -------------------------------------------------------------------------------
 
     def _reset(self) -> None:
-        """Start over, as in a child: nobody holds the lock, no thread runs, the stocks are empty.
+        """Start empty, as in a forked child: a new lock, no threads, empty stocks.
 
-        The keys stay the parent's: nothing is discarded.
+        The keys belong to the parent: they are not discarded.
         """
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
@@ -334,11 +335,11 @@ def _utc_now() -> datetime:
 
 def _reset_in_child() -> None:
     for pool in list(_POOLS):
-        pool._reset()  # noqa: SLF001  # the hook is part of the class, but must not keep it alive
+        pool._reset()  # noqa: SLF001  # the hook belongs to the class; it must not keep pools alive
 
 
 def _close_at_exit() -> None:
-    # Daemon threads inside a PKCS#11 module while the process takes it down would crash it.
+    # A daemon thread inside a PKCS#11 module would crash the process when the module is unloaded.
     for pool in list(_POOLS):
         pool.close()
 

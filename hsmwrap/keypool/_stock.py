@@ -1,4 +1,4 @@
-"""The pairs of one kind of one backend: arithmetic only, no call and no lock in here."""
+"""The pairs of one kind of one backend: pure state, without backend calls and without locks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.keypool._settings import PoolSettings
 
 LONGEST_PAUSE = 60.0
-"""Seconds; a wall clock that was set is noticed at the latest then."""
+"""Longest wait in seconds; limits the delay after the wall clock was changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +23,12 @@ class PairFacts:
         spec: Wrapping key spec.
         algorithm: Wrapping algorithm.
         level: Pairs ready now.
-        hits: Calls that were given a ready pair.
-        misses: Calls for which none was ready.
+        hits: Calls that got a ready pair.
+        misses: Calls for which no pair was ready.
         generated: Pairs made ahead.
-        discarded: Pairs that nobody was given: too old, of an old key set, or left at the end.
-        errors: Calls of the backend that failed in the background.
-        stopped: Whether making pairs ahead was given up, for an error that does not pass.
+        discarded: Pairs that were never used: too old, sealed by an old key set, or left at close.
+        errors: Backend calls that failed in the background.
+        stopped: Whether the pool stopped making pairs ahead, after a permanent error.
     """
 
     backend: str
@@ -44,15 +44,15 @@ class PairFacts:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Made:
-    """A pair that is ready.
+class ReadyPair:
+    """A pair that was made ahead.
 
     Attributes:
         key: The pair.
         made_at: When it was made.
         expires_at: When its resident private key may be reaped.
-        key_set: The backend's key set before it was made (:attr:`Seal.key_id`); if that was
-            replaced meanwhile, the pair passes for older than it is.
+        key_set: The backend's current key set before the pair was made. If the set was rotated
+            meanwhile, the pair counts as sealed by the older set, which is safe.
     """
 
     key: WrappingKey
@@ -62,20 +62,20 @@ class Made:
 
     @property
     def sealed(self) -> bool:
-        """Whether the private key can be used only as long as a key set is there."""
+        """Whether the private key can only be used while its key set exists."""
         return self.key.private_key.custody is Custody.HSM_ENCRYPTED_DATABASE
 
 
 @dataclass(slots=True, eq=False)
 class Stock:
-    """What is ready, being made and to be discarded. Its user holds a lock around each step."""
+    """Pairs that are ready, being made or to be discarded. The caller locks around each call."""
 
     backend: Backend
     spec: WrappingKeySpec
     algorithm: WrappingAlgorithm
     settings: PoolSettings
-    ready: deque[Made] = field(default_factory=deque)
-    doomed: deque[PrivateKeyRef] = field(default_factory=deque)
+    ready: deque[ReadyPair] = field(default_factory=deque)
+    discards: deque[PrivateKeyRef] = field(default_factory=deque)
     making: int = 0
     refilling: bool = True
     stopped: bool = False
@@ -88,7 +88,7 @@ class Stock:
     errors: int = 0
 
     def emptied(self) -> Stock:
-        """The same kind, with nothing in it and nothing counted."""
+        """An empty stock of the same kind, with its counters at zero."""
         return Stock(self.backend, self.spec, self.algorithm, self.settings, stopped=self.stopped)
 
     @property
@@ -97,92 +97,92 @@ class Stock:
         return len(self.ready) + self.making
 
     @property
-    def needy(self) -> bool:
+    def wants_refill(self) -> bool:
         """Whether another pair should be made, once the backoff is over."""
         return self.refilling and not self.stopped and self.level < self.settings.high_water
 
     @property
-    def laden(self) -> bool:
-        """Whether there is something to discard, once the backoff is over."""
-        return bool(self.doomed) and not self.stopped
+    def has_discards(self) -> bool:
+        """Whether there are keys to discard, once the backoff is over."""
+        return bool(self.discards) and not self.stopped
 
     @property
     def has_sealed(self) -> bool:
-        """Whether it has pairs that a key set opens; all pairs of a kind are kept alike."""
+        """Whether its pairs are sealed; all pairs of one kind have the same custody."""
         return bool(self.ready) and self.ready[0].sealed
 
     def take(
         self, expires_at: datetime, now: datetime, key_set: str | None = None
     ) -> WrappingKey | None:
-        """Give away the oldest pair that lasts until ``expires_at``.
+        """Remove and return the oldest pair that is valid until ``expires_at``; None: a miss.
 
         Args:
-            expires_at: How long it has to last.
+            expires_at: How long the pair has to be valid.
             now: The current time.
-            key_set: The backend's current key set: pairs that another one seals are dropped, as
-                their import tokens would last only until that one is retired. None: not known.
+            key_set: The backend's current key set. Pairs sealed by another set are dropped: their
+                import tokens would become invalid when that set is retired. None: not known.
         """
         self.drop_aged(now)
         if key_set is not None:
-            self._drop_sealed_by_others(key_set)
+            self._drop_sealed_by_other_sets(key_set)
         made = next((made for made in self.ready if made.expires_at >= expires_at), None)
         if made is None:
             self.misses += 1
             return None
         self.hits += 1
         self.ready.remove(made)
-        self._lowered()
+        self._start_refill_if_low()
         return made.key
 
-    def put(self, made: Made) -> None:
+    def put(self, made: ReadyPair) -> None:
         """Add a pair that :attr:`making` counted."""
         self.making -= 1
         self.generated += 1
-        self.worked()
+        self.succeeded()
         self.ready.append(made)
         if len(self.ready) >= self.settings.high_water:
             self.refilling = False
 
     def drop_aged(self, now: datetime) -> None:
-        """Doom the pairs that are too old."""
+        """Drop the pairs that are too old."""
         while self.ready and self.ready[0].made_at + self.settings.max_age <= now:
-            self._doom(self.ready.popleft())
-        self._lowered()
+            self._drop(self.ready.popleft())
+        self._start_refill_if_low()
 
-    def _drop_sealed_by_others(self, key_set: str) -> None:
-        kept: deque[Made] = deque()
+    def _drop_sealed_by_other_sets(self, key_set: str) -> None:
+        kept: deque[ReadyPair] = deque()
         for made in self.ready:
             if made.sealed and made.key_set != key_set:
-                self._doom(made)
+                self._drop(made)
             else:
                 kept.append(made)
         self.ready = kept
-        self._lowered()
+        self._start_refill_if_low()
 
     def drop_all(self) -> None:
-        """Doom every pair."""
+        """Drop every pair."""
         while self.ready:
-            self._doom(self.ready.popleft())
+            self._drop(self.ready.popleft())
 
     def failed(self, tick: float) -> float:
-        """Back off after an error; returns for how many seconds."""
+        """Start or extend the backoff after an error; returns its length in seconds."""
         s = self.settings
         self.errors += 1
-        # The exponent is capped as well: after a weekend the power would not fit a float.
+        # The exponent is capped too: after days of failures the power would overflow a float.
         pause = min(s.max_backoff, s.initial_backoff * 2.0 ** min(self.failures, 64))
         self.failures += 1
         self.resume_at = tick + pause
         return pause
 
-    def worked(self) -> None:
-        """The backend answers: no backoff any more."""
+    def succeeded(self) -> None:
+        """End the backoff after a call that succeeded."""
         self.failures = 0
         self.resume_at = 0.0
 
     def pause(self, now: datetime, tick: float) -> float:
-        """Seconds until there may be something to do without anybody calling."""
+        """Seconds until the background threads have work, if no caller takes a pair before."""
         pauses = [LONGEST_PAUSE]
-        if self.needy or self.laden:
+        if self.wants_refill or self.has_discards:
             pauses.append(self.resume_at - tick)
         if self.ready:
             due = self.ready[0].made_at + self.settings.max_age
@@ -190,7 +190,7 @@ class Stock:
         return max(0.0, min(pauses))
 
     def facts(self) -> PairFacts:
-        """The numbers now."""
+        """The current numbers."""
         return PairFacts(
             backend=self.backend.name,
             spec=self.spec,
@@ -205,16 +205,16 @@ class Stock:
         )
 
     def described(self) -> dict[str, object]:
-        """What a log record says of it."""
+        """The fields that identify it in a log record."""
         return {"backend": self.backend.name, "spec": self.spec, "algorithm": self.algorithm}
 
-    def _doom(self, made: Made) -> None:
+    def _drop(self, made: ReadyPair) -> None:
         self.discarded += 1
         private_key = made.key.private_key
-        # A sealed key exists nowhere but in its blob, which goes with the last reference to it.
+        # A sealed key exists only in its blob; dropping the reference is enough.
         if private_key.custody is Custody.HSM_INTERNAL:
-            self.doomed.append(private_key)
+            self.discards.append(private_key)
 
-    def _lowered(self) -> None:
+    def _start_refill_if_low(self) -> None:
         if len(self.ready) <= self.settings.low_water:
             self.refilling = True
