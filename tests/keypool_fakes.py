@@ -138,7 +138,7 @@ class ManualPool(KeyPool):
         self.time = ManualClock()
         super().__init__(settings, clock=lambda: self.time.now, timer=lambda: self.time.tick)
 
-    def _start(self):
+    def _start_threads(self):
         """No threads."""
 
     def work(self):
