@@ -4,10 +4,10 @@ Measured with p11-kit 0.24: a dead server is DEVICE_ERROR at once, for every cal
 C_Initialize then succeed without a server too, but no slot lists a token until both are called
 again with a server there. So the backend's own recovery brings it back, in the same process.
 
-The backend lets one thread at a time into this module, as its private function table can only be
-initialised without a word of threads. Without that, p11-kit's client lets one of several waiting
-threads read the socket for all, and when the server died under it, the others sometimes waited for
-ever inside the module (seen in one of about twenty runs with eight threads).
+The backend lets one thread at a time into this module, because its private function table can only
+be initialised without locking. Otherwise p11-kit's client lets one of several waiting threads read
+the socket for all; when the server died during that, the others sometimes waited for ever inside
+the module (seen in one of about twenty runs with eight threads).
 """
 
 import os
@@ -18,13 +18,14 @@ import pytest
 from p11kit_server import p11kit_server
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import Mechanism
+from soak.load import LoadTarget
+from soak.runner import TICK, Plan, Soak
 from softhsm_token import make_softhsm
 
 from hsmwrap import checkvalue
 from hsmwrap.backend import Custody
 from hsmwrap.errors import HsmUnavailable
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.testing.soak import TICK, Arena, Plan, Soak
 
 KILLS = 5
 
@@ -45,31 +46,31 @@ def backend(server):
 
 @pytest.fixture
 def soak(backend):
-    return Soak([Arena(backend)], Plan(seconds=0, seed=1, threads=8))
+    return Soak([LoadTarget(backend)], Plan(seconds=0, seed=1, threads=8))
 
 
 # python-pkcs11 ends a search that could not begin, too, and the dead server fails that in __del__.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_killed_and_restarted_under_load(server, backend, soak):
-    (arena,), generation = soak.arenas, backend._connection.generation
+    (target,), generation = soak.targets, backend._connection.generation
     with soak.load():
         for _ in range(KILLS):
-            everybody(soak, "succeeded", 2)
+            each_thread(soak, "succeeded", 2)
             kill(server)
-            everybody(soak, "failed", 2)  # nobody hangs until the server is back
+            each_thread(soak, "failed", 2)  # no thread waits until the server is back
             server.start()
-        everybody(soak, "succeeded", 2)
-    assert soak.tally.wrong == []
-    assert set(soak.tally.refused) == {"HsmUnavailable"}
+        each_thread(soak, "succeeded", 2)
+    assert soak.results.wrong == []
+    assert set(soak.results.refused) == {"HsmUnavailable"}
     assert backend._connection.generation >= generation + KILLS
-    assert soak.open_books() == []
+    assert soak.settle() == []
     present = objects(backend)
-    assert arena.object_ids() - present.keys() == set()
-    # A pair whose token could not be sealed any more, nor it be destroyed, goes when it expires.
-    surplus = {present[object_id] for object_id in present.keys() - arena.object_ids()}
+    assert target.object_ids() - present.keys() == set()
+    # A pair is left until it expires if neither its token was sealed nor it was destroyed.
+    surplus = {present[object_id] for object_id in present.keys() - target.object_ids()}
     assert all(label.startswith("kill:wrapping:") for label in surplus)
-    assert [held for held in arena.held if not is_there(backend, held)] == []
-    soak.clear_up()
+    assert [held for held in target.keys if not is_there(backend, held)] == []
+    soak.destroy_all()
     assert objects(backend) == {}
 
 
@@ -85,15 +86,15 @@ def test_started_without_a_server(server):
         assert backend.health().ready
 
 
-def everybody(soak, what, more):
-    """Wait until each thread has done that so many times more; the soak watches for deadlocks."""
+def each_thread(soak, what, more):
+    """Wait until each thread has succeeded or failed ``more`` times; a stall is an error."""
     aims = [getattr(worker, what) + more for worker in soak.workers]
     while any(getattr(w, what) < aim for w, aim in zip(soak.workers, aims, strict=True)):
-        soak.rest(TICK)
+        soak.watch(TICK)
 
 
 def kill(server):
-    """SIGKILL the server and what it has forked for its connections, which would live on."""
+    """SIGKILL the server and the children that it has forked for its connections."""
     pid = server._process.pid
     os.kill(pid, signal.SIGSTOP)  # no more forks
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
@@ -124,7 +125,7 @@ def is_there(backend, held):
     def check(pooled):
         (key,) = pooled.find(template)
         if len(held.material) != 32:
-            return True  # an SM4 key is kept, and good for nothing here
+            return True  # SoftHSM keeps an SM4 key but cannot use it
         value = key.encrypt(checkvalue.CHECK_BLOCK, mechanism=Mechanism.AES_ECB)
         return checkvalue.check_value(held.material)[1:] == value
 

@@ -12,10 +12,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from cryptography.hazmat.primitives.serialization import load_der_public_key
-
 from hsmwrap import tokens
 from hsmwrap.backend import Backend, Custody, KeyRef, WrappingCapability
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm
@@ -34,19 +30,19 @@ from hsmwrap.pkcs11.wrapping.custody import parse_ref
 from hsmwrap.pkcs11.wrapping.reaper import GRACE
 from hsmwrap.policy import Deployment
 from hsmwrap.sm2 import decode_spki, open_engine
-from hsmwrap.testing.clients import ClientFailed, decrypt_message, encrypt_message
+from hsmwrap.testing.clients import ClientFailed, decrypt_message, encrypt_message, pyca_encrypt
 
 TOKEN_LIFETIME = timedelta(seconds=6)
 """Short, so that resident wrapping keys expire under load and the reaper has work."""
 KEYS_KEPT = 48
-"""Keys that are objects of the backend are destroyed beyond this number: searches get slower."""
+"""More keys that are objects of the backend are destroyed: they slow searches down."""
 PATIENCE = 0.01
 """Seconds that a thread waits after an error, as a client would."""
 MESSAGE, CONTEXT = b"encrypted during the soak", b"additional data"
 
 
 class WrongAnswer(Exception):
-    """The backend answered, and not what is right."""
+    """The backend gave a wrong answer."""
 
 
 class NothingToDo(Exception):
@@ -72,21 +68,21 @@ class Issued:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A key whose import was acknowledged; nobody else has it while a thread works with it."""
+class HeldKey:
+    """A key whose import was acknowledged; only one thread at a time works with it."""
 
     key: KeyRef
     material: bytes = field(repr=False)
     message: bytes = field(repr=False)
 
 
-class Arena:
+class LoadTarget:
     """One backend under load, and everything that it has acknowledged.
 
     Attributes:
         issued: Parameters for import that may still be in use, or resident.
-        held: Keys that are there.
-        doubtful: Keys whose destruction was not acknowledged: there or not.
+        keys: Keys whose import was acknowledged.
+        unconfirmed: Keys whose destruction was not acknowledged: they may still be there.
     """
 
     def __init__(self, backend: Backend, level: ProtectionLevel = ProtectionLevel.HSM) -> None:
@@ -96,67 +92,67 @@ class Arena:
         self.service = ImportService({level: backend}, Deployment(), token_lifetime=TOKEN_LIFETIME)
         self.capabilities = backend.capabilities()
         self.issued: list[Issued] = []
-        self.held: list[Held] = []
-        self.doubtful: list[Held] = []
+        self.keys: list[HeldKey] = []
+        self.unconfirmed: list[HeldKey] = []
         self._lock = threading.Lock()
 
-    def take(self, dice: random.Random) -> Held:
-        """Take any key out; give it back by :meth:`keep`."""
+    def take(self, rng: random.Random) -> HeldKey:
+        """Remove a random key from the list; :meth:`keep` puts it back."""
         with self._lock:
-            if not self.held:
+            if not self.keys:
                 raise NothingToDo
-            index = dice.randrange(len(self.held))
-            self.held[index], self.held[-1] = self.held[-1], self.held[index]
-            return self.held.pop()
+            index = rng.randrange(len(self.keys))
+            self.keys[index], self.keys[-1] = self.keys[-1], self.keys[index]
+            return self.keys.pop()
 
-    def keep(self, held: Held) -> None:
-        """Put a key in."""
+    def keep(self, held: HeldKey) -> None:
+        """Add a key to the list."""
         with self._lock:
-            self.held.append(held)
+            self.keys.append(held)
 
-    def doubt(self, held: Held) -> None:
-        """Put a key aside of which nobody knows whether it is still there."""
+    def mark_unconfirmed(self, held: HeldKey) -> None:
+        """Remember a key that may still be in the backend."""
         with self._lock:
-            self.doubtful.append(held)
+            self.unconfirmed.append(held)
 
-    def surplus(self, dice: random.Random) -> Held:
-        """Take out a key to destroy: a doubtful one first, so that those do not add up."""
+    def next_to_destroy(self, rng: random.Random) -> HeldKey:
+        """Remove a key from the list to destroy it; unconfirmed ones first, or they add up."""
         with self._lock:
-            if self.doubtful:
-                return self.doubtful.pop()
-        if len(self.held) < KEYS_KEPT or not self.keeps_objects:
+            if self.unconfirmed:
+                return self.unconfirmed.pop()
+        if len(self.keys) < KEYS_KEPT or not self.keeps_objects:
             raise NothingToDo
-        return self.take(dice)
+        return self.take(rng)
 
     @property
     def keeps_objects(self) -> bool:
         """Whether imported keys are objects of the backend."""
         return any(key.custody is Custody.HSM_INTERNAL for key in self.capabilities.keys)
 
-    def token(self, dice: random.Random) -> Issued:
-        """Any import token that will not expire at once."""
+    def token(self, rng: random.Random) -> Issued:
+        """A random import token that is valid for another second at least."""
         soon = _now() + timedelta(seconds=1)
         with self._lock:
             valid = [issued for issued in self.issued if not issued.expired(soon)]
         if not valid:
             raise NothingToDo
-        return dice.choice(valid)
+        return rng.choice(valid)
 
     def add_token(self, issued: Issued) -> None:
-        """Remember parameters for import until their resident key must be gone."""
+        """Remember parameters for import until the reaper must have removed their resident key."""
         long_ago = _now() - 2 * TOKEN_LIFETIME
         with self._lock:
             self.issued = [each for each in self.issued if not each.expired(long_ago)]
             self.issued.append(issued)
 
     def object_ids(self) -> set[bytes]:
-        """Ids of the HSM token's objects that somebody was promised."""
+        """Ids of the objects in the HSM token that were acknowledged."""
         issued = (
             tokens.decode(each.parameters.import_token, self.backend.check_seal).private_key
             for each in self.issued
             if each.resident
         )
-        held = (held.key for held in self.held if held.key.custody is Custody.HSM_INTERNAL)
+        held = (held.key for held in self.keys if held.key.custody is Custody.HSM_INTERNAL)
         return {parse_ref(key)[2] for key in issued} | {key.data for key in held}
 
     def usable(self, key: KeyRef) -> bool:
@@ -165,135 +161,135 @@ class Arena:
         return capability is not None and capability.usable
 
 
-# --- operations: each returns if the answer was right ---------------------------------------------
+# --- operations: each returns only if the answer was right ---------------------------------------
 
 
-def issue(arena: Arena, dice: random.Random) -> None:
+def issue(target: LoadTarget, rng: random.Random) -> None:
     """Parameters for import under any algorithm that the backend serves."""
-    capability = dice.choice(arena.capabilities.wrapping)
-    spec = dice.choice((KeySpec.ALIYUN_AES_256,) * 4 + (KeySpec.ALIYUN_SM4,))
-    cmk = Cmk(f"cmk-{dice.getrandbits(64):016x}", spec, arena.level)
-    given = arena.service.get_parameters_for_import(cmk, capability.spec, capability.algorithm)
-    arena.add_token(Issued(cmk, given, capability))
+    capability = rng.choice(target.capabilities.wrapping)
+    spec = rng.choice((KeySpec.ALIYUN_AES_256,) * 4 + (KeySpec.ALIYUN_SM4,))
+    cmk = Cmk(f"cmk-{rng.getrandbits(64):016x}", spec, target.level)
+    given = target.service.get_parameters_for_import(cmk, capability.spec, capability.algorithm)
+    target.add_token(Issued(cmk, given, capability))
 
 
-def bring_in(arena: Arena, dice: random.Random) -> None:
-    """A first import: the right key, through the promised path."""
-    issued = arena.token(dice)
-    arena.keep(_imported(arena, issued, _material(issued, dice)))
+def import_new_material(target: LoadTarget, rng: random.Random) -> None:
+    """A first import gives the right key, with the exposure that was promised."""
+    issued = target.token(rng)
+    target.keep(_imported(target, issued, _material(issued, rng)))
 
 
-def bring_in_again(arena: Arena, dice: random.Random) -> None:
-    """Another import of the same material: same check value."""
-    issued = arena.token(dice)
-    material = _material(issued, dice)
+def import_same_material(target: LoadTarget, rng: random.Random) -> None:
+    """Another import of the same material is accepted."""
+    issued = target.token(rng)
+    material = _material(issued, rng)
     known = replace(issued.cmk, check_value=check_value(material))
-    arena.keep(_imported(arena, replace(issued, cmk=known), material))
+    target.keep(_imported(target, replace(issued, cmk=known), material))
 
 
-def bring_in_other(arena: Arena, dice: random.Random) -> None:
-    """Other material than before must be refused, and nothing else must be said of it."""
-    issued = arena.token(dice)
-    known = replace(issued.cmk, check_value=check_value(_material(issued, dice)))
+def import_other_material(target: LoadTarget, rng: random.Random) -> None:
+    """Other material than before must be refused by InvalidKeyMaterial."""
+    issued = target.token(rng)
+    known = replace(issued.cmk, check_value=check_value(_material(issued, rng)))
     try:
-        _imported(arena, replace(issued, cmk=known), _material(issued, dice))
+        _imported(target, replace(issued, cmk=known), _material(issued, rng))
     except InvalidKeyMaterial:
         return
     raise WrongAnswer("other material was imported into the same key")
 
 
-def bring_in_by_changed_token(arena: Arena, dice: random.Random) -> None:
+def import_by_changed_token(target: LoadTarget, rng: random.Random) -> None:
     """An import token with one changed bit must be refused."""
-    issued = arena.token(dice)
+    issued = target.token(rng)
     changed = bytearray(issued.parameters.import_token)
-    changed[dice.randrange(len(changed))] ^= 1 << dice.randrange(8)
+    changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
     forged = replace(issued.parameters, import_token=bytes(changed))
     try:
-        _imported(arena, replace(issued, parameters=forged), _material(issued, dice))
+        _imported(target, replace(issued, parameters=forged), _material(issued, rng))
     except InvalidImportToken:
         return
     raise WrongAnswer("a changed import token was accepted")
 
 
-def encrypt(arena: Arena, dice: random.Random) -> None:
+def encrypt(target: LoadTarget, rng: random.Random) -> None:
     """What the backend encrypts decrypts under the known material."""
-    held = _usable(arena, dice)
+    held = _usable(target, rng)
     try:
-        message = arena.backend.encrypt(held.key, MESSAGE, CONTEXT)
+        message = target.backend.encrypt(held.key, MESSAGE, CONTEXT)
         if decrypt_message(held.key.key_spec, held.material, message, CONTEXT) != MESSAGE:
             raise WrongAnswer("encrypted another message")
         held = replace(held, message=message)
     except ClientFailed as failure:
         raise WrongAnswer(f"encrypted under another key: {failure}") from None
     finally:
-        arena.keep(held)
+        target.keep(held)
 
 
-def decrypt(arena: Arena, dice: random.Random) -> None:
+def decrypt(target: LoadTarget, rng: random.Random) -> None:
     """A message that was encrypted earlier decrypts."""
-    held = _usable(arena, dice)
+    held = _usable(target, rng)
     try:
-        require_message(arena, held)
+        require_message(target, held)
     finally:
-        arena.keep(held)
+        target.keep(held)
 
 
-def destroy(arena: Arena, dice: random.Random) -> None:
-    """Keep the number of objects in the backend even."""
-    held = arena.surplus(dice)
+def destroy(target: LoadTarget, rng: random.Random) -> None:
+    """Destroy a key, so that the number of objects stays even."""
+    held = target.next_to_destroy(rng)
     try:
-        arena.backend.destroy_key(held.key)
+        target.backend.destroy_key(held.key)
     except HsmwrapError:
-        arena.doubt(held)
+        target.mark_unconfirmed(held)
         raise
 
 
-def reap(arena: Arena, _dice: random.Random) -> None:
+def reap(target: LoadTarget, _rng: random.Random) -> None:
     """Remove resident wrapping keys that have expired."""
-    arena.backend.reap(_now() + GRACE)
+    target.backend.reap(_now() + GRACE)
 
 
-def require_message(arena: Arena, held: Held) -> None:
+def require_message(target: LoadTarget, held: HeldKey) -> None:
     """Decrypt the message that belongs to a key.
 
     Raises:
-        WrongAnswer: To something else.
+        WrongAnswer: It decrypts to something else.
     """
-    if arena.backend.decrypt(held.key, held.message, CONTEXT) != MESSAGE:
+    if target.backend.decrypt(held.key, held.message, CONTEXT) != MESSAGE:
         raise WrongAnswer("a message decrypted to another one")
 
 
-Operation = Callable[[Arena, random.Random], None]
-DECK: Mapping[Operation, int] = MappingProxyType(
+Operation = Callable[[LoadTarget, random.Random], None]
+MIX: Mapping[Operation, int] = MappingProxyType(
     {
         issue: 2,
-        bring_in: 9,
-        bring_in_again: 2,
-        bring_in_other: 1,
-        bring_in_by_changed_token: 1,
+        import_new_material: 9,
+        import_same_material: 2,
+        import_other_material: 1,
+        import_by_changed_token: 1,
         encrypt: 4,
         decrypt: 4,
         destroy: 14,
     }
 )
-"""How often a thread does what, each round in another order: the mix, and so the speed, is even.
-More keys are destroyed than imported, as soon as there are :data:`KEYS_KEPT`: SoftHSM gets slower
-with each object, and the speeds before and after the faults are to be compared (measured: without
-any fault, 74 operations a second at 170 objects, 44 at 800)."""
-UPKEEP: Mapping[Operation, int] = MappingProxyType({reap: 1})
+"""Operations per round of a thread, which runs them in random order: so the speed is even.
+Above :data:`KEYS_KEPT`, more keys are destroyed than imported: SoftHSM gets slower with each
+object, and the speeds before and after the faults have to be comparable (measured without faults:
+74 operations a second at 170 objects, 44 at 800)."""
+REAPER_MIX: Mapping[Operation, int] = MappingProxyType({reap: 1})
 
 
-def _imported(arena: Arena, issued: Issued, material: bytes) -> Held:
+def _imported(target: LoadTarget, issued: Issued, material: bytes) -> HeldKey:
     parameters = issued.parameters
     try:
-        result = arena.service.import_key_material(
+        result = target.service.import_key_material(
             issued.cmk,
             _encrypted(parameters, material),
             parameters.import_token,
         )
     except (InvalidImportToken, ExpiredImportToken, InvalidKeyMaterial, HsmError):
         if issued.expired(_now()):
-            raise NothingToDo from None  # the reaper was faster
+            raise NothingToDo from None  # the reaper removed it first
         raise
     imported, spec = result.imported, issued.cmk.key_spec
     if imported.check_value != check_value(material):
@@ -301,21 +297,21 @@ def _imported(arena: Arena, issued: Issued, material: bytes) -> Held:
     if imported.exposure is not issued.capability.exposure:
         raise WrongAnswer(f"exposure {imported.exposure} is not as promised")
     message = b""
-    if arena.usable(imported.key):
+    if target.usable(imported.key):
         message = encrypt_message(spec, material, MESSAGE, CONTEXT)
-    return Held(imported.key, material, message)
+    return HeldKey(imported.key, material, message)
 
 
-def _usable(arena: Arena, dice: random.Random) -> Held:
-    held = arena.take(dice)
+def _usable(target: LoadTarget, rng: random.Random) -> HeldKey:
+    held = target.take(rng)
     if not held.message:
-        arena.keep(held)
+        target.keep(held)
         raise NothingToDo
     return held
 
 
-def _material(issued: Issued, dice: random.Random) -> bytes:
-    return dice.randbytes(issued.cmk.key_spec.material_length)
+def _material(issued: Issued, rng: random.Random) -> bytes:
+    return rng.randbytes(issued.cmk.key_spec.material_length)
 
 
 def _encrypted(parameters: ImportParameters, material: bytes) -> bytes:
@@ -323,22 +319,7 @@ def _encrypted(parameters: ImportParameters, material: bytes) -> bytes:
     if algorithm is WrappingAlgorithm.SM2PKE:
         point = decode_spki(parameters.public_key)
         return open_engine("libcrypto").encrypt(point, material).to_c1c3c2()
-    public = load_der_public_key(parameters.public_key)
-    assert isinstance(public, rsa.RSAPublicKey)  # noqa: S101  # a wrong answer otherwise
-    return public.encrypt(material, _PADDING[algorithm])
-
-
-def _oaep(digest: hashes.HashAlgorithm) -> padding.AsymmetricPadding:
-    return padding.OAEP(padding.MGF1(digest), digest, None)
-
-
-_PADDING: Mapping[WrappingAlgorithm, padding.AsymmetricPadding] = MappingProxyType(
-    {
-        WrappingAlgorithm.RSAES_PKCS1_V1_5: padding.PKCS1v15(),
-        WrappingAlgorithm.RSAES_OAEP_SHA_1: _oaep(hashes.SHA1()),  # noqa: S303  # the API's
-        WrappingAlgorithm.RSAES_OAEP_SHA_256: _oaep(hashes.SHA256()),
-    }
-)
+    return pyca_encrypt(algorithm, parameters.public_key, material)
 
 
 def _now() -> datetime:
@@ -348,8 +329,8 @@ def _now() -> datetime:
 # --- threads --------------------------------------------------------------------------------------
 
 
-class Tally:
-    """What came of all operations of all threads."""
+class Results:
+    """The outcome of all operations of all threads."""
 
     def __init__(self) -> None:
         self.right: Counter[str] = Counter()
@@ -359,27 +340,27 @@ class Tally:
 
     @property
     def done(self) -> int:
-        """Operations that were answered, and right."""
+        """Operations with a right answer."""
         with self._lock:
             return sum(self.right.values())
 
     def count_right(self, operation: str) -> None:
-        """Count an answer that was right."""
+        """Count a right answer."""
         with self._lock:
             self.right[operation] += 1
 
     def count_error(self, operation: str, error: Exception) -> None:
-        """Count an error: one that may happen while the HSM fails, or a wrong answer."""
+        """Count an error as refused if it is allowed while the HSM fails, else as wrong."""
         with self._lock:
-            if may_happen(error):
+            if is_allowed(error):
                 self.refused[type(error).__name__] += 1
             else:
                 trace = "".join(traceback.format_exception(error, limit=-6))
                 self.wrong.append(f"{operation}: {type(error).__name__}: {error}\n{trace}")
 
 
-def may_happen(error: Exception) -> bool:
-    """Whether a valid call may end like this: try later, or the HSM's own return code."""
+def is_allowed(error: Exception) -> bool:
+    """Whether a valid call may raise this: 'try later', or an HSM's return code."""
     later = isinstance(error, ServiceUnavailable) and not isinstance(error, BackendClosed)
     return later or isinstance(error, HsmError)
 
@@ -388,51 +369,51 @@ class Worker(threading.Thread):
     """One thread of the load.
 
     Attributes:
-        succeeded, failed: Its operations so far.
-        moved: When it last ended one (``time.monotonic()``).
+        succeeded, failed: Number of its operations so far.
+        last_progress: When the last one ended (``time.monotonic()``).
     """
 
     def __init__(
         self,
         name: str,
-        arenas: Sequence[Arena],
-        tally: Tally,
-        deck: Mapping[Operation, int] = DECK,
+        targets: Sequence[LoadTarget],
+        results: Results,
+        mix: Mapping[Operation, int] = MIX,
         *,
         pause: float = 0.0,
     ) -> None:
-        """Take a name, which seeds its dice, what to work on, and seconds between operations."""
+        """``name`` seeds the random numbers; ``pause`` is in seconds, between two operations."""
         super().__init__(name=name, daemon=True)  # a deadlock must not keep the process
         self.succeeded = self.failed = 0
-        self.moved = time.monotonic()
-        self._arenas, self._tally = arenas, tally
-        self._deck, self._pause = [op for op, count in deck.items() for _ in range(count)], pause
-        self._dice = random.Random(name)  # noqa: S311  # repeatable, not secret
+        self.last_progress = time.monotonic()
+        self._targets, self._results = targets, results
+        self._mix, self._pause = [op for op, count in mix.items() for _ in range(count)], pause
+        self._rng = random.Random(name)  # repeatable, not secret
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """End after the present operation."""
+        """End after the current operation."""
         self._stopped.set()
 
     def run(self) -> None:
-        """Do what the deck says, in ever new order."""
+        """Run the mix again and again, each time in another order."""
         while True:
-            self._dice.shuffle(self._deck)
-            for operation in self._deck:
+            self._rng.shuffle(self._mix)
+            for operation in self._mix:
                 if self._stopped.wait(self._pause) if self._pause else self._stopped.is_set():
                     return
                 self._do(operation)
-                self.moved = time.monotonic()
+                self.last_progress = time.monotonic()
 
     def _do(self, operation: Operation) -> None:
         try:
-            operation(self._dice.choice(self._arenas), self._dice)
+            operation(self._rng.choice(self._targets), self._rng)
         except NothingToDo:
             return
-        except Exception as error:  # noqa: BLE001  # all are judged
+        except Exception as error:  # each is judged
             self.failed += 1
-            self._tally.count_error(operation.__name__, error)
+            self._results.count_error(operation.__name__, error)
             self._stopped.wait(PATIENCE)
         else:
             self.succeeded += 1
-            self._tally.count_right(operation.__name__)
+            self._results.count_right(operation.__name__)
