@@ -1,0 +1,91 @@
+"""The commands of docs/operations.md do what is written there; what it names exists."""
+
+import os
+import re
+import subprocess
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+from documents import ROOT, section_of, text_of
+
+OPERATIONS = ROOT / "docs" / "operations.md"
+BLOCK = re.compile(r"^```console tested\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def commands(block):
+    """Pairs of a command, with its continuation lines, and the output that is written under it."""
+    found = []
+    for line in block.splitlines():
+        if line.startswith("$ "):
+            found.append((line[2:] + "\n", []))
+        elif line.startswith(">"):
+            command, output = found.pop()
+            found.append((command + line[1:].removeprefix(" ") + "\n", output))
+        else:
+            found[-1][1].append(line)
+    return found
+
+
+def agrees(written, printed):
+    """Line by line; … stands for any text, and alone on a line for any number of lines."""
+    if not written:
+        return not printed
+    if written[0] == "…":
+        return any(agrees(written[1:], printed[skip:]) for skip in range(len(printed) + 1))
+    pattern = written[0].replace("[", "[[]").replace("…", "*")
+    return bool(printed) and fnmatchcase(printed[0], pattern) and agrees(written[1:], printed[1:])
+
+
+def test_console_blocks_do_what_they_say(softhsm, tmp_path):
+    """One after the other, in one directory, on a token of their own."""
+    script = tmp_path / "command"
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": scripts, "HSMWRAP_TOKEN_DIR": str(tmp_path / "token")}
+    written = [each for block in BLOCK.findall(text_of(OPERATIONS)) for each in commands(block)]
+    assert written
+    for command, output in written:
+        script.write_text(command)
+        done = subprocess.run(
+            [ROOT / "softhsm" / "init-token", "bash", script],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}{done.stderr}"
+        printed = [line.rstrip() for line in done.stdout.splitlines()]
+        assert agrees(output, printed), f"{command}{done.stdout}"
+
+
+@pytest.mark.parametrize(
+    ("written", "printed", "expected"),
+    [
+        ([], ["more"], False),
+        (["a … c"], ["a b c"], True),
+        (["a … c"], ["a b d"], False),
+        (["…", "end"], ["any", "thing", "end"], True),
+        (["…", "end"], ["any", "thing"], False),
+        (["first"], ["first", "second"], False),
+    ],
+)
+def test_output_is_compared(written, printed, expected):
+    assert agrees(written, printed) is expected
+
+
+def test_the_metrics_are_these():
+    metrics = pytest.importorskip("hsmwrap.metrics", reason="capability: no prometheus_client")
+    from hsmwrap.http import metrics as of_requests
+
+    of_requests.observe("DescribeKey", "OK", 0.0)
+    metrics.PrometheusObserver()
+    page = metrics.render(metrics.FactsCollector([])).decode()
+    there = set(re.findall(r"^# TYPE (hsmwrap_\w+) ", page, re.MULTILINE))
+    table = section_of(OPERATIONS, "Metrics")
+    listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert sorted(listed) == sorted(there - {name for name in there if name.endswith("_created")})
+
+
+def test_every_log_message_is_there():
+    source = "".join(text_of(path) for path in (ROOT / "hsmwrap").rglob("*.py"))
+    messages = re.findall(r"^\| log: `([^`]+)`", text_of(OPERATIONS), re.MULTILINE)
+    assert messages
+    assert [message for message in messages if f'"{message}"' not in source] == []
