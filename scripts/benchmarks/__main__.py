@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         document = json.dumps(results.to_json(), indent=2, ensure_ascii=False)
         options.json.write_text(f"{document}\n", encoding="utf-8")
     if options.plot:
-        options.plot.write_text(plot.draw(results), encoding="utf-8")
+        plot.draw(results, options.plot)
     return 0
 
 
@@ -80,8 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--part", action="append", choices=PARTS, help="one part; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers, for machines")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="the picture")
+    parser.add_argument("--plot", type=_plot_file, metavar="FILE.svg|.png", help="the figure")
     return parser
+
+
+def _plot_file(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in plot.FORMATS:
+        raise argparse.ArgumentTypeError(f"the file's name ends in {' or '.join(plot.FORMATS)}")
+    return path
 
 
 if __name__ == "__main__":
