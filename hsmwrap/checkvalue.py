@@ -2,8 +2,8 @@
 
 A check value is one byte that names the method, then 16 bytes: one constant block, encrypted by AES
 under the key. An Aliyun_SM4 key is taken as an AES-128 key for this. HMAC would be the cleaner
-choice for it, but SoftHSM takes no HMAC-SHA-256 key under 32 bytes (measured), and backends should
-agree on the value.
+choice for it, but SoftHSM takes no HMAC-SHA-256 key under 32 bytes (field note 28), and backends
+should agree on the value.
 
 Method bytes: 0 is none, 1 is this one, 2 to 127 are kept for later ones of hsmwrap, 128 to 255 are
 the plug-ins' own, for an HSM that cannot do method 1 (with its SM4 keys, for example). Check values

@@ -12,7 +12,7 @@ from werkzeug.wrappers import Response
 
 from hsmwrap.errors import HsmwrapError
 
-# alibabacloud-tea-openapi compares the XML type with this very text (measured).
+# alibabacloud-tea-openapi compares the XML type with this very text (field note 69).
 _CONTENT_TYPE = {"JSON": "application/json;charset=utf-8", "XML": "text/xml;charset=utf-8"}
 _RECOMMEND = "Look for the RequestId in the log of this service."
 

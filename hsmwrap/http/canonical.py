@@ -1,7 +1,7 @@
 """Canonical forms: what exactly is signed.
 
 Source: Alibaba Cloud's description of RPC signatures V1 and V3 (ACS3), and what the public SDKs
-send (measured): sorted by name, RFC 3986 percent-encoding of UTF-8, blank values kept.
+send (field note 70): sorted by name, RFC 3986 percent-encoding of UTF-8, blank values kept.
 """
 
 from __future__ import annotations

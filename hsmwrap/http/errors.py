@@ -49,7 +49,7 @@ class SignatureDoesNotMatch(HsmwrapError):
 
     @property
     def api_message(self) -> str:
-        """The API's message. aliyun-python-sdk-core splits it at ``:`` and compares (measured)."""
+        """The API's message. aliyun-python-sdk-core splits it at ``:`` (field note 68)."""
         return (
             "Specified signature is not matched with our calculation. "
             f"server string to sign is:{self._string_to_sign}"

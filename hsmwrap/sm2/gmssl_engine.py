@@ -1,8 +1,8 @@
 """The development SM2 engine: gmssl's arithmetic, everything else ours. Not for production.
 
 gmssl 3.2.2 checks neither the curve nor C3, draws k from a Mersenne Twister, cuts zeros and fours
-off public keys (``lstrip("04")``) and leaks by timing (measured). So nothing of it is used but its
-scalar multiplication: points and ranges are checked here, C3 in :mod:`hsmwrap.sm2.decrypt`, and
+off public keys (``lstrip("04")``) and leaks by timing (field note 58). So nothing of it is used but
+its scalar multiplication: points and ranges are checked here, C3 in :mod:`hsmwrap.sm2.decrypt`, and
 scalars come from :mod:`secrets`. The timing stays.
 """
 

@@ -1,7 +1,8 @@
 """The production SM2 engine: the distribution's OpenSSL 3 libcrypto.
 
 Ciphertexts reach libcrypto as minimal DER that is rebuilt from a checked :class:`Sm2Ciphertext`,
-because its own parser also takes trailing bytes, BER lengths, padded INTEGERs and x + p (measured).
+because its own parser also takes trailing bytes, BER lengths, padded INTEGERs and x + p (field note
+59).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Powers modulo a number of 256 bits: by libcrypto, or by Python where there is no libcrypto.
 
-libcrypto takes a quarter of the time (measured) and lets other threads run meanwhile. Neither is
-constant time.
+libcrypto takes a quarter of the time (field note 61) and lets other threads run meanwhile. Neither
+is constant time.
 """
 
 from __future__ import annotations
