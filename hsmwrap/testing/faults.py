@@ -27,10 +27,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hsmwrap.ckr import CKR
 from hsmwrap.testing import _control
 from hsmwrap.testing._control import FUNCTIONS, Control, FunctionControl
 from hsmwrap.testing._shimbuild import LIBRARY_NAME, ShimBuildError, build
-from hsmwrap.testing.ckr import CKR
 
 __all__ = [
     "CKR",

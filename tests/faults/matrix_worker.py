@@ -344,7 +344,7 @@ def rules(operation, calls):
         for index, code in enumerate(RECOVERY):
             for after in (False, True) if function in CREATORS else (False,):
                 nth = 1 + index * count // len(RECOVERY) if operation in MANY_CALLS else 1
-                yield code, {"function": function, "code": CKR[code], "nth": nth, "after": after}
+                yield code.name, {"function": function, "code": code, "nth": nth, "after": after}
 
 
 def main():

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeVar
 
+from hsmwrap.ckr import CKR
 from hsmwrap.pkcs11.binding.returncodes import RECOVERY, Remedy
-from hsmwrap.testing.ckr import CKR
 from hsmwrap.testing.faults import FaultControl
 
 _T = TypeVar("_T")
 
-CODES = tuple(CKR[name] for name, row in RECOVERY.items() if row.remedy is not Remedy.STOP)
+CODES = tuple(code for code, row in RECOVERY.items() if row.remedy is not Remedy.STOP)
 """Every code of the recovery table but those that have to stop a backend for good."""
 FUNCTIONS = (
     *("C_Initialize", "C_GetSlotList", "C_GetSlotInfo", "C_GetTokenInfo"),

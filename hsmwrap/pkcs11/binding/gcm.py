@@ -14,10 +14,9 @@ from pkcs11 import GCMParams
 from pkcs11.mechanisms import Mechanism
 
 from hsmwrap.backend import TAG_LENGTH
+from hsmwrap.ckr import CKR
 from hsmwrap.pkcs11.binding.module import shared_function_list
 from hsmwrap.pkcs11.binding.returncodes import CryptokiError
-
-_CKR_OK = 0
 
 
 class _GcmParams(ctypes.Structure):
@@ -69,7 +68,7 @@ class AesGcm:
         code = self._functions.c_encrypt(
             key.session.handle, plaintext, len(plaintext), sealed, ctypes.byref(length)
         )
-        if code != _CKR_OK:
+        if code != CKR.OK:
             raise CryptokiError("C_Encrypt", code)
         return sealed.raw[: length.value]
 
@@ -88,7 +87,7 @@ class AesGcm:
         code = self._functions.c_encrypt_init(
             key.session.handle, ctypes.byref(mechanism), key.handle
         )
-        if code != _CKR_OK:
+        if code != CKR.OK:
             raise CryptokiError("C_EncryptInit", code)
 
     @staticmethod

@@ -26,10 +26,11 @@ from typing import ClassVar
 from pkcs11.exceptions import PKCS11Error
 
 import hsmwrap.forkgate  # noqa: F401  # its hooks come first, see the end
+from hsmwrap.ckr import CKR
 from hsmwrap.errors import HsmUnavailable, PoolTimeout
 from hsmwrap.pkcs11.binding.module import Module
 from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, ObjectLock
-from hsmwrap.pkcs11.binding.returncodes import CKR, CryptokiError, code_name
+from hsmwrap.pkcs11.binding.returncodes import CryptokiError, code_name
 
 FORK_WAIT = 5.0
 """Seconds that ``fork()`` waits for calls in flight before it goes ahead regardless."""
@@ -180,7 +181,7 @@ class ModuleHost:
         except PKCS11Error as error:
             # Whatever it answers, an HSM whose module does not start is away.
             reason = f"C_Initialize of {self.path} ({code_name(error)})"
-            raise CryptokiError(reason, CKR["CRYPTOKI_NOT_INITIALIZED"]) from None
+            raise CryptokiError(reason, CKR.CRYPTOKI_NOT_INITIALIZED) from None
         self._forked = False
         self._ready = True
         self.generation += 1

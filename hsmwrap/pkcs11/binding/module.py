@@ -12,16 +12,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from pkcs11._pkcs11 import lib  # the class behind the pkcs11.lib() factory
 from pkcs11.exceptions import PKCS11Error, UserAlreadyLoggedIn
 
+from hsmwrap.ckr import CKR
 from hsmwrap.errors import ConfigurationError
-from hsmwrap.pkcs11.binding.returncodes import CKR, CryptokiError
-from hsmwrap.pkcs11.token.pin import Pin
+from hsmwrap.pkcs11.binding.returncodes import CryptokiError
 
-_CKR_OK = 0
 _CKF_OS_LOCKING_OK = 0x2
 _CKU_USER = 1
 _CKS_USER_FUNCTIONS = (1, 3)  # read-only and read-write
@@ -32,6 +31,12 @@ _OURS: dict[str, bool] = {}
 they lock."""
 
 _log = logging.getLogger(__name__)
+
+
+class _Pin(Protocol):
+    """What is needed here of :class:`hsmwrap.pkcs11.token.pin.Pin`, which is a layer above."""
+
+    def reveal(self) -> str: ...
 
 
 class _InitializeArgs(ctypes.Structure):
@@ -182,12 +187,12 @@ class Module(lib):
             super().finalize()
         elif self.owned:
             code = self._functions.c_finalize(None) and self._functions.c_finalize(None)
-            if code not in (_CKR_OK, CKR["CRYPTOKI_NOT_INITIALIZED"]):
+            if code not in (CKR.OK, CKR.CRYPTOKI_NOT_INITIALIZED):
                 raise CryptokiError("C_Finalize", code)
             self.owned = False
             _OURS.pop(self._path, None)
 
-    def log_in(self, session: Any, pin: Pin) -> None:
+    def log_in(self, session: Any, pin: _Pin) -> None:
         """Log the application in through a session that was opened without PIN.
 
         python-pkcs11 logs in only while it opens a session, loses that session's handle when
@@ -200,7 +205,7 @@ class Module(lib):
             self._log_in_by_opening(session, pin)
             return
         code = self._log_in_as_user(self._functions, session.handle, pin.reveal().encode())
-        if code not in (_CKR_OK, CKR["USER_ALREADY_LOGGED_IN"]):
+        if code not in (CKR.OK, CKR.USER_ALREADY_LOGGED_IN):
             raise CryptokiError("C_Login", code)
 
     def is_logged_in(self, session: Any) -> bool:
@@ -216,7 +221,7 @@ class Module(lib):
             return True
         info = _SessionInfo()
         code = self._functions.c_get_session_info(session.handle, ctypes.byref(info))
-        if code != _CKR_OK:
+        if code != CKR.OK:
             raise CryptokiError("C_GetSessionInfo", code)
         return info.state in _CKS_USER_FUNCTIONS
 
@@ -226,7 +231,7 @@ class Module(lib):
         code: int = functions.c_login(handle, _CKU_USER, secret, len(secret))
         return code
 
-    def _log_in_by_opening(self, session: Any, pin: Pin) -> None:
+    def _log_in_by_opening(self, session: Any, pin: _Pin) -> None:
         # Only python-pkcs11 reaches this function table. The session that logs in stays open
         # and is forgotten: closing it would log out.
         with contextlib.suppress(UserAlreadyLoggedIn):
@@ -236,13 +241,13 @@ class Module(lib):
         """Initialise it unless it is; return whether it is ours to finalise."""
         arguments = _InitializeArgs(flags=_CKF_OS_LOCKING_OK, reserved=self._parameters)
         code = functions.c_initialize(ctypes.byref(arguments))
-        locks = code != CKR["CANT_LOCK"]
+        locks = code != CKR.CANT_LOCK
         if not locks:
             arguments.flags = 0
             code = functions.c_initialize(ctypes.byref(arguments))
-        if code not in (_CKR_OK, CKR["CRYPTOKI_ALREADY_INITIALIZED"]):
+        if code not in (CKR.OK, CKR.CRYPTOKI_ALREADY_INITIALIZED):
             raise CryptokiError("C_Initialize", code)
-        if code == _CKR_OK:
+        if code == CKR.OK:
             _OURS[self._path] = locks
         # Of one that somebody else initialised nobody knows whether for threads.
         self.os_locking = _OURS.get(self._path, False)
@@ -256,7 +261,7 @@ def shared_function_list(path: str) -> Any:
     get.argtypes = (ctypes.POINTER(ctypes.POINTER(_FunctionListHead)),)
     get.restype = ctypes.c_ulong
     first, second = (ctypes.POINTER(_FunctionListHead)() for _ in range(2))
-    if get(ctypes.byref(first)) != _CKR_OK or get(ctypes.byref(second)) != _CKR_OK:
+    if get(ctypes.byref(first)) != CKR.OK or get(ctypes.byref(second)) != CKR.OK:
         return None
     same = ctypes.addressof(first.contents) == ctypes.addressof(second.contents)
     return first.contents if same else None

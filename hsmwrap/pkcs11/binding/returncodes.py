@@ -1,12 +1,13 @@
 """What to do about each PKCS#11 return code: the recovery table, as data, in one place.
 
-The order of the day is the operator's: a dead session costs one session, a lost login one login,
-a lost HSM a restart of the module; a wrong PIN stops everything, because retries lock tokens.
-Codes that are not listed say something about the one operation that got them.
+A dead session costs one session, a lost login one login, a lost HSM a restart of the module; a
+wrong PIN stops everything, because retries lock tokens. Codes that are not listed say something
+about the one operation that got them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -15,6 +16,7 @@ from types import MappingProxyType
 from pkcs11 import exceptions as ck
 
 from hsmwrap import errors
+from hsmwrap.ckr import CKR
 
 
 class Remedy(Enum):
@@ -59,72 +61,35 @@ _DEVICE = Recovery(Remedy.RESTART, retry=True, error=errors.HsmUnavailable)
 _MEMORY = Recovery(Remedy.REAP, retry=False, error=errors.HsmResourceExhausted)
 _PIN = Recovery(Remedy.STOP, retry=False, error=errors.PinError)
 
-RECOVERY: Mapping[str, Recovery] = MappingProxyType(
+RECOVERY: Mapping[CKR, Recovery] = MappingProxyType(
     {
-        "SESSION_HANDLE_INVALID": _SESSION,
-        "SESSION_CLOSED": _SESSION,
-        "OPERATION_ACTIVE": _SESSION,
-        "OPERATION_NOT_INITIALIZED": _SESSION,
-        "USER_NOT_LOGGED_IN": _LOGIN,
-        "OBJECT_HANDLE_INVALID": _HANDLE,
-        "KEY_HANDLE_INVALID": _HANDLE,
-        "UNWRAPPING_KEY_HANDLE_INVALID": _HANDLE,
-        "WRAPPING_KEY_HANDLE_INVALID": _HANDLE,
-        "SESSION_COUNT": _COUNT,
-        "DEVICE_ERROR": _DEVICE,
-        "DEVICE_REMOVED": _DEVICE,
-        "TOKEN_NOT_PRESENT": _DEVICE,
-        "TOKEN_NOT_RECOGNIZED": _DEVICE,
-        "SLOT_ID_INVALID": _DEVICE,
-        "CRYPTOKI_NOT_INITIALIZED": _DEVICE,
-        "DEVICE_MEMORY": _MEMORY,
-        "HOST_MEMORY": _MEMORY,
-        "PIN_INCORRECT": _PIN,
-        "PIN_INVALID": _PIN,
-        "PIN_LEN_RANGE": _PIN,
-        "PIN_LOCKED": _PIN,
-        "PIN_EXPIRED": _PIN,
+        CKR.SESSION_HANDLE_INVALID: _SESSION,
+        CKR.SESSION_CLOSED: _SESSION,
+        CKR.OPERATION_ACTIVE: _SESSION,
+        CKR.OPERATION_NOT_INITIALIZED: _SESSION,
+        CKR.USER_NOT_LOGGED_IN: _LOGIN,
+        CKR.OBJECT_HANDLE_INVALID: _HANDLE,
+        CKR.KEY_HANDLE_INVALID: _HANDLE,
+        CKR.UNWRAPPING_KEY_HANDLE_INVALID: _HANDLE,
+        CKR.WRAPPING_KEY_HANDLE_INVALID: _HANDLE,
+        CKR.SESSION_COUNT: _COUNT,
+        CKR.DEVICE_ERROR: _DEVICE,
+        CKR.DEVICE_REMOVED: _DEVICE,
+        CKR.TOKEN_NOT_PRESENT: _DEVICE,
+        CKR.TOKEN_NOT_RECOGNIZED: _DEVICE,
+        CKR.SLOT_ID_INVALID: _DEVICE,
+        CKR.CRYPTOKI_NOT_INITIALIZED: _DEVICE,
+        CKR.DEVICE_MEMORY: _MEMORY,
+        CKR.HOST_MEMORY: _MEMORY,
+        CKR.PIN_INCORRECT: _PIN,
+        CKR.PIN_INVALID: _PIN,
+        CKR.PIN_LEN_RANGE: _PIN,
+        CKR.PIN_LOCKED: _PIN,
+        CKR.PIN_EXPIRED: _PIN,
         # No PIN was tried. SoftHSM says so of a token that another process is logging in to.
-        "USER_PIN_NOT_INITIALIZED": _DEVICE,
+        CKR.USER_PIN_NOT_INITIALIZED: _DEVICE,
     }
 )
-
-CKR: Mapping[str, int] = MappingProxyType(
-    {
-        "HOST_MEMORY": 0x02,
-        "SLOT_ID_INVALID": 0x03,
-        "CANT_LOCK": 0x0A,
-        "DEVICE_ERROR": 0x30,
-        "DEVICE_MEMORY": 0x31,
-        "DEVICE_REMOVED": 0x32,
-        "KEY_HANDLE_INVALID": 0x60,
-        "OBJECT_HANDLE_INVALID": 0x82,
-        "OPERATION_ACTIVE": 0x90,
-        "OPERATION_NOT_INITIALIZED": 0x91,
-        "PIN_INCORRECT": 0xA0,
-        "PIN_INVALID": 0xA1,
-        "PIN_LEN_RANGE": 0xA2,
-        "PIN_EXPIRED": 0xA3,
-        "PIN_LOCKED": 0xA4,
-        "SESSION_CLOSED": 0xB0,
-        "SESSION_COUNT": 0xB1,
-        "SESSION_HANDLE_INVALID": 0xB3,
-        "TOKEN_NOT_PRESENT": 0xE0,
-        "TOKEN_NOT_RECOGNIZED": 0xE1,
-        "UNWRAPPING_KEY_HANDLE_INVALID": 0xF0,
-        "USER_ALREADY_LOGGED_IN": 0x100,
-        "USER_NOT_LOGGED_IN": 0x101,
-        "USER_PIN_NOT_INITIALIZED": 0x102,
-        "WRAPPING_KEY_HANDLE_INVALID": 0x113,
-        "CRYPTOKI_NOT_INITIALIZED": 0x190,
-        "CRYPTOKI_ALREADY_INITIALIZED": 0x191,
-    }
-)
-"""Return codes by name (PKCS#11 v2.40, header file); those that something here acts on."""
-
-_VENDOR_DEFINED = 0x80000000
-
-_CODE_NAMES = {code: name for name, code in CKR.items()}
 
 
 class CryptokiError(ck.PKCS11Error):
@@ -132,62 +97,81 @@ class CryptokiError(ck.PKCS11Error):
 
     def __init__(self, function: str, code: int) -> None:
         """Name the function and its return code."""
-        self.code = code
-        self.name = _CODE_NAMES.get(code, f"{code:#x}")
-        super().__init__(f"{function}: {self.name}")
+        self.code = _named(code)
+        super().__init__(f"{function}: {_text(self.code)}")
 
 
-# python-pkcs11 has a class for most codes; these are the ones that the table and messages need.
-_NAMES: Mapping[type[Exception], str] = MappingProxyType(
+# python-pkcs11 has a class for most codes, named like the code (SessionHandleInvalid), but for
+_OTHER_SPELLINGS: Mapping[type[ck.PKCS11Error], CKR] = MappingProxyType(
     {
-        ck.SessionHandleInvalid: "SESSION_HANDLE_INVALID",
-        ck.SessionClosed: "SESSION_CLOSED",
-        ck.OperationActive: "OPERATION_ACTIVE",
-        ck.OperationNotInitialized: "OPERATION_NOT_INITIALIZED",
-        ck.UserNotLoggedIn: "USER_NOT_LOGGED_IN",
-        ck.ObjectHandleInvalid: "OBJECT_HANDLE_INVALID",
-        ck.KeyHandleInvalid: "KEY_HANDLE_INVALID",
-        ck.UnwrappingKeyHandleInvalid: "UNWRAPPING_KEY_HANDLE_INVALID",
-        ck.WrappingKeyHandleInvalid: "WRAPPING_KEY_HANDLE_INVALID",
-        ck.SessionCount: "SESSION_COUNT",
-        ck.DeviceError: "DEVICE_ERROR",
-        ck.DeviceRemoved: "DEVICE_REMOVED",
-        ck.TokenNotPresent: "TOKEN_NOT_PRESENT",
-        ck.TokenNotRecognised: "TOKEN_NOT_RECOGNIZED",
-        ck.SlotIDInvalid: "SLOT_ID_INVALID",
-        ck.DeviceMemory: "DEVICE_MEMORY",
-        ck.HostMemory: "HOST_MEMORY",
-        ck.PinIncorrect: "PIN_INCORRECT",
-        ck.PinInvalid: "PIN_INVALID",
-        ck.PinLenRange: "PIN_LEN_RANGE",
-        ck.PinLocked: "PIN_LOCKED",
-        ck.PinExpired: "PIN_EXPIRED",
-        ck.UserPinNotInitialized: "USER_PIN_NOT_INITIALIZED",
+        ck.AnotherUserAlreadyLoggedIn: CKR.USER_ANOTHER_ALREADY_LOGGED_IN,
+        ck.FunctionCancelled: CKR.FUNCTION_CANCELED,
+        ck.TokenNotRecognised: CKR.TOKEN_NOT_RECOGNIZED,
     }
 )
+_BY_CLASS_NAME = {code.name.replace("_", "").lower(): code for code in CKR}
+# For the others it raises its base class with a text ("Should never see this").
+_BY_TEXT: Mapping[str, CKR] = MappingProxyType(
+    {
+        "Buffer was too small": CKR.BUFFER_TOO_SMALL,
+        "already initialized": CKR.CRYPTOKI_ALREADY_INITIALIZED,
+        "not initialized": CKR.CRYPTOKI_NOT_INITIALIZED,
+        "Parallel not supported": CKR.SESSION_PARALLEL_NOT_SUPPORTED,
+        "User type invalid": CKR.USER_TYPE_INVALID,
+    }
+)
+_UNMAPPED = re.compile(r"Unmapped error code (0x[0-9a-f]+)")
+
+
+def return_code(error: ck.PKCS11Error) -> int | None:
+    """The return code behind a python-pkcs11 exception.
+
+    A :class:`CKR`, or the number of a code that v2.40 does not name; None where the exception
+    stands for no return code (python-pkcs11's own, such as NoSuchKey).
+    """
+    if isinstance(error, CryptokiError):
+        return error.code
+    if type(error) is not ck.PKCS11Error:
+        kind = type(error)
+        return _OTHER_SPELLINGS.get(kind) or _BY_CLASS_NAME.get(kind.__name__.lower())
+    text = str(error)
+    if unmapped := _UNMAPPED.fullmatch(text):
+        return _named(int(unmapped[1], 16))
+    return next((code for part, code in _BY_TEXT.items() if part in text), None)
 
 
 def code_name(error: ck.PKCS11Error) -> str:
     """Name of the return code behind a python-pkcs11 exception, without ``CKR_``."""
-    if isinstance(error, CryptokiError):
-        return error.name
-    name = _NAMES.get(type(error))
-    if name is not None:
-        return name
-    # python-pkcs11 has no class for this one, only a text ("should never see this").
-    if "not initialized" in str(error):
-        return "CRYPTOKI_NOT_INITIALIZED"
-    return str(error) if type(error) is ck.PKCS11Error else type(error).__name__
+    code = return_code(error)
+    return type(error).__name__ if code is None else _text(code)
 
 
 def is_vendor_defined(error: ck.PKCS11Error) -> bool:
     """Whether the return code is a vendor's own (CKR_VENDOR_DEFINED and above)."""
-    if isinstance(error, CryptokiError):
-        return error.code >= _VENDOR_DEFINED
-    # python-pkcs11 has no class for these either, and its text does not tell them from others.
-    return type(error) is ck.PKCS11Error
+    code = return_code(error)
+    return code is not None and code >= CKR.VENDOR_DEFINED
 
 
 def recovery_of(error: ck.PKCS11Error) -> Recovery | None:
     """The row for this error; None when the code speaks of the operation, not the connection."""
-    return RECOVERY.get(code_name(error))
+    code = return_code(error)
+    return RECOVERY.get(code) if isinstance(code, CKR) else None
+
+
+def typed_error(error: ck.PKCS11Error) -> errors.HsmwrapError:
+    """The error that the caller gets for this answer of the HSM."""
+    recovery = recovery_of(error)
+    kind = errors.HsmError if recovery is None else recovery.error
+    return kind(f"the HSM answered {code_name(error)}")
+
+
+def _named(code: int) -> int:
+    """The :class:`CKR`; the same number for a code that v2.40 does not name."""
+    try:
+        return CKR(code)
+    except ValueError:
+        return code
+
+
+def _text(code: int) -> str:
+    return code.name if isinstance(code, CKR) else f"{code:#x}"

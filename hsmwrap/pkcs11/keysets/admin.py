@@ -20,14 +20,13 @@ from pkcs11.types import Session, Token
 from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import (
     ConfigurationError,
-    HsmError,
     HsmwrapError,
     PinError,
     TokenSelectionError,
 )
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.profiles import profile
-from hsmwrap.pkcs11.binding.returncodes import code_name, recovery_of
+from hsmwrap.pkcs11.binding.returncodes import code_name, recovery_of, typed_error
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
 from hsmwrap.pkcs11.keysets.keys import HIGHEST_NUMBER, KeySet, KeySets, Role
 from hsmwrap.pkcs11.sessions.connection import RESTART_PAUSES, Connection, sleep_about
@@ -274,7 +273,7 @@ def _officer_session(settings: Pkcs11Settings, so_pin: PinSource) -> Iterator[Se
                 # What was made is there: what the HSM says of the end of the session is no error.
                 close_quietly(session)
     except PKCS11Error as error:
-        raise _typed(error) from None
+        raise typed_error(error) from None
     finally:
         host.release()
 
@@ -328,9 +327,3 @@ def _open_officer_session(token: Token, so_pin: PinSource) -> Session:
         raise ConfigurationError(
             f"the security officer cannot log in ({name}); close this process's backends first"
         ) from None
-
-
-def _typed(error: PKCS11Error) -> HsmwrapError:
-    recovery = recovery_of(error)
-    kind = HsmError if recovery is None else recovery.error
-    return kind(f"the HSM answered {code_name(error)}")

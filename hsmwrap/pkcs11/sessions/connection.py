@@ -23,8 +23,8 @@ from pkcs11.constants import Attribute
 from pkcs11.exceptions import PKCS11Error, SessionHandleInvalid
 from pkcs11.types import Object, Session, Token
 
+from hsmwrap.ckr import CKR
 from hsmwrap.errors import (
-    HsmError,
     HsmUnavailable,
     HsmwrapError,
     InvalidCiphertext,
@@ -39,12 +39,13 @@ from hsmwrap.gate import Gate
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.module import Module
 from hsmwrap.pkcs11.binding.returncodes import (
-    CKR,
     CryptokiError,
     Recovery,
     Remedy,
     code_name,
     recovery_of,
+    return_code,
+    typed_error,
 )
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
 from hsmwrap.pkcs11.sessions.breaker import Breaker, Pass
@@ -98,15 +99,13 @@ class Leftover:
 class _Failure(Exception):
     """An attempt that ended with a return code, and the state that it had seen."""
 
+    code: int | None
     name: str
     recovery: Recovery | None
+    typed: HsmwrapError
     held: Pass
     generation: int = 0
     logins: int = 0
-
-    def public(self) -> HsmwrapError:
-        """The typed error for the caller."""
-        return _public(self.name, self.recovery)
 
 
 class Connection:
@@ -284,15 +283,15 @@ class Connection:
             if not (retry and self._cleared(leaves)):
                 raise
         except _Failure as failure:
-            collided = leaves is not None and failure.name in _COLLISION
+            collided = leaves is not None and failure.code in _COLLISION
             again = (self._recover(failure) and retry) or collided
             if not (again and self._cleared(leaves)):
-                raise failure.public() from None
+                raise failure.typed from None
         try:
             return self._attempt(operation)
         except _Failure as failure:
             self._recover(failure)
-            raise failure.public() from None
+            raise failure.typed from None
 
     def _attempt(self, operation: Callable[[PooledSession], _T]) -> _T:
         deadline = time.monotonic() + self._settings.session_wait
@@ -326,7 +325,15 @@ class Connection:
             self._open_breaker(held, str(error))
             raise HsmUnavailable(str(error)) from None
         except PKCS11Error as error:
-            failure = _Failure(code_name(error), recovery_of(error), held, generation, logins)
+            failure = _Failure(
+                return_code(error),
+                code_name(error),
+                recovery_of(error),
+                typed_error(error),
+                held,
+                generation,
+                logins,
+            )
         raise failure
 
     @staticmethod
@@ -385,7 +392,7 @@ class Connection:
                     # Inside: after a restart its handle may be another session's.
                     close_quietly(old)
         except PKCS11Error as error:
-            raise _typed(error) from None
+            raise typed_error(error) from None
 
     def _renew_login(self, module: Module, generation: int, seen: int) -> Session | None:
         """Log in, unless somebody else has since; returns the session that kept the login."""
@@ -413,7 +420,7 @@ class Connection:
             except PKCS11Error as error:
                 if pause is None:
                     self._open_breaker(failure.held, code_name(error))
-                    raise _typed(error) from None
+                    raise typed_error(error) from None
             except ServiceUnavailable as error:
                 self._open_breaker(failure.held, name)
                 raise HsmUnavailable(f"the HSM is away ({name}): {error}") from None
@@ -496,7 +503,7 @@ class Connection:
         except TokenSelectionError as error:
             # It was there before, or may come later: that is a lost HSM, not a wrong setting.
             if self._was_live:
-                raise CryptokiError(str(error), CKR["TOKEN_NOT_PRESENT"]) from None
+                raise CryptokiError(str(error), CKR.TOKEN_NOT_PRESENT) from None
             raise
 
     # --- leftovers ---------------------------------------------------------------------------
@@ -541,16 +548,7 @@ def sleep_about(seconds: float) -> None:
 _CLIENT_S_FAULT = (InvalidCiphertext, InvalidImportToken, InvalidKeyMaterial, KeyNotFound)
 # What SoftHSM answers to the creation of a token object when another process does the same. Not
 # tried again blindly: what the first try left is found by its id and destroyed before.
-_COLLISION = frozenset({"GeneralError", "FunctionFailed"})
-
-
-def _typed(error: PKCS11Error) -> HsmwrapError:
-    return _public(code_name(error), recovery_of(error))
-
-
-def _public(name: str, recovery: Recovery | None) -> HsmwrapError:
-    """The typed error for the caller."""
-    return (recovery.error if recovery else HsmError)(f"the HSM answered {name}")
+_COLLISION = frozenset({CKR.GENERAL_ERROR, CKR.FUNCTION_FAILED})
 
 
 @contextmanager
@@ -561,7 +559,7 @@ def _connecting() -> Iterator[None]:
     except PKCS11Error as error:
         if recovery_of(error) is not None:
             raise
-        raise CryptokiError(code_name(error), CKR["TOKEN_NOT_PRESENT"]) from None
+        raise CryptokiError(code_name(error), CKR.TOKEN_NOT_PRESENT) from None
 
 
 def destroy_by_id(pooled: PooledSession, object_id: bytes) -> None:

@@ -1,4 +1,7 @@
-"""Return codes of PKCS#11 v2.40, by the names of the specification without their ``CKR_``."""
+"""PKCS#11 return codes, by the names of the specification without their ``CKR_``.
+
+The one list of them: for the PKCS#11 backend, the fault shim and plug-ins.
+"""
 
 from __future__ import annotations
 
@@ -94,5 +97,12 @@ class CKR(IntEnum):
     CRYPTOKI_ALREADY_INITIALIZED = 0x191
     MUTEX_BAD = 0x1A0
     MUTEX_NOT_LOCKED = 0x1A1
+    NEW_PIN_MODE = 0x1B0
+    NEXT_OTP = 0x1B1
+    EXCEEDED_MAX_ITERATIONS = 0x1B5
+    FIPS_SELF_TEST_FAILED = 0x1B6
+    LIBRARY_LOAD_FAILED = 0x1B7
+    PIN_TOO_WEAK = 0x1B8
+    PUBLIC_KEY_INVALID = 0x1B9
     FUNCTION_REJECTED = 0x200
     VENDOR_DEFINED = 0x80000000
