@@ -136,7 +136,7 @@ class PrivateKeyRef:
     see it. It is bound to the algorithm that the pair was issued for.
 
     At most 3,679 bytes: an import token has 4,096 (:mod:`hsmwrap.tokens`), of which the longest
-    CMK id, backend name and seal key id leave as much. A wrapped RSA-2048 PKCS#8 takes 1,250.
+    CMK id, backend name and key set id leave as much. A wrapped RSA-2048 PKCS#8 takes 1,250.
     """
 
     custody: Custody
@@ -238,15 +238,15 @@ class ImportedKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Seal:
-    """A message authentication code under a seal key that lives in the backend.
+class Mac:
+    """A message authentication code under a MAC key that lives in the backend.
 
     Attributes:
-        key_id: Id of the seal key (ASCII, at most 32 characters); seal keys can be rotated.
+        key_set: Id of the key set that the MAC key is of (ASCII, 1 to 32 characters).
         tag: HMAC-SHA-256, 32 bytes.
     """
 
-    key_id: str
+    key_set: str
     tag: bytes = field(repr=False)
 
 
@@ -285,12 +285,12 @@ class KeySetInfo:
     """One set of a backend's own keys: what seals import tokens, wrapping keys and imported keys.
 
     Attributes:
-        key_id: Its id, as in :attr:`Seal.key_id`.
+        key_set: Its id, as in :attr:`Mac.key_set`.
         current: Whether it seals now; the others only open what they sealed.
         detail: One phrase for the operator.
     """
 
-    key_id: str
+    key_set: str
     current: bool
     detail: str
 
@@ -354,7 +354,7 @@ class Backend(ABC):
         raise UnsupportedOperation(f"{cls.__name__} has no keys of its own to manage")
 
     @classmethod
-    def retire_keys(cls, settings: Mapping[str, Any], key_id: str) -> None:
+    def retire_keys(cls, settings: Mapping[str, Any], key_set: str) -> None:
         """Destroy a key set that is not current, and with it the use of all that it sealed.
 
         Raises:
@@ -482,12 +482,16 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def seal(self, data: bytes) -> Seal:
-        """Authenticate ``data`` under the current seal key."""
+    def mac(self, data: bytes) -> Mac:
+        """Authenticate ``data`` under the current key set's MAC key."""
 
     @abstractmethod
-    def check_seal(self, data: bytes, seal: Seal) -> bool:
-        """Whether ``seal`` is right for ``data``, in constant time; False for unknown key ids."""
+    def verify_mac(self, data: bytes, mac: Mac) -> None:
+        """Return if ``mac`` is right for ``data``; compares in constant time.
+
+        Raises:
+            InvalidMac: It is not, or its key set is not there (any more).
+        """
 
     @abstractmethod
     def reap(self, now: datetime) -> ReapReport:

@@ -143,6 +143,13 @@ class InvalidCiphertext(InvalidParameter):
         super().__init__("CiphertextBlob", "does not decrypt under this key and additional data")
 
 
+class InvalidMac(HsmwrapError):
+    """A message authentication code is not right for its data, or its key set is not known here.
+
+    No client sees it: what carries the code (an import token) has an error of its own.
+    """
+
+
 class UnsupportedOperation(HsmwrapError):
     """The backend can keep this key but not do this with it; its capabilities say so as well."""
 
@@ -216,10 +223,10 @@ class HsmError(HsmwrapError):
     """The HSM answered with a return code that nothing here recovers from; the text names it."""
 
 
-# --- no secret in a frame ---------------------------------------------------------------------
+# --- no secret in a traceback ---------------------------------------------------------------------
 
 
-def without_frames(call: Callable[_P, _T]) -> Callable[_P, _T]:
+def strip_tracebacks(call: Callable[_P, _T]) -> Callable[_P, _T]:
     """Decorate a call that handles secrets: an exception from it keeps none of its frames.
 
     A traceback holds the variables of every frame that it passed, and ``raise … from None`` still

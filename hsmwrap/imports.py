@@ -427,7 +427,7 @@ class ImportService:
         try:
             _require_pair(backend, key, spec, algorithm)
             claims = _claims(cmk, backend.name, key, expires_at)
-            token = tokens.encode(claims, backend.seal)
+            token = tokens.encode(claims, backend.mac)
         except BaseException:
             _discard(backend, key)
             raise
@@ -437,7 +437,7 @@ class ImportService:
     def _open_token(
         self, backend: Backend, cmk: Cmk, import_token: bytes
     ) -> tokens.ImportTokenClaims:
-        claims = tokens.decode(import_token, backend.check_seal)
+        claims = tokens.decode(import_token, backend.verify_mac)
         if claims.cmk_id != cmk.key_id:
             raise InvalidImportToken("the import token belongs to another CMK")
         if (claims.backend, claims.protection_level) != (backend.name, cmk.protection_level):

@@ -23,9 +23,9 @@ from hsmwrap.backend import (
     Health,
     ImportedKey,
     KeyRef,
+    Mac,
     PrivateKeyRef,
     ReapReport,
-    Seal,
     WrappingKey,
 )
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
@@ -43,8 +43,7 @@ class Operation:
     Attributes:
         name: The method of :class:`Backend`.
         backend: Name of the backend.
-        outcome: ``ok``, or the name of the exception's class (``InvalidKeyMaterial``). A seal
-            that is checked and found wrong is ``ok``: the call did what it is for.
+        outcome: ``ok``, or the name of the exception's class (``InvalidKeyMaterial``).
         seconds: How long it took.
         spec: Wrapping key spec, where the call says one.
         algorithm: Wrapping algorithm, where the call says one.
@@ -146,13 +145,13 @@ class _ObservedBackend(Backend):
         with self._told("destroy_key", key_spec=key.key_spec):
             self._backend.destroy_key(key)
 
-    def seal(self, data: bytes) -> Seal:
-        with self._told("seal"):
-            return self._backend.seal(data)
+    def mac(self, data: bytes) -> Mac:
+        with self._told("mac"):
+            return self._backend.mac(data)
 
-    def check_seal(self, data: bytes, seal: Seal) -> bool:
-        with self._told("check_seal"):
-            return self._backend.check_seal(data, seal)
+    def verify_mac(self, data: bytes, mac: Mac) -> None:
+        with self._told("verify_mac"):
+            self._backend.verify_mac(data, mac)
 
     def reap(self, now: datetime) -> ReapReport:
         with self._told("reap"):

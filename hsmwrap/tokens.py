@@ -2,15 +2,15 @@
 
 Layout, all integers big-endian::
 
-    version (1) | seal key id: length (1), ASCII | body | HMAC-SHA-256 (32)
+    version (1) | key set id: length (1), ASCII | body | HMAC-SHA-256 (32)
 
     body: token id (16) | expiry, Unix seconds (8) | spec (1) | algorithm (1) | level (1) |
           custody (1) | SHA-256 of the public key (32) |
           CMK id: length (1), UTF-8 | backend: length (1), ASCII |
           private key reference: length (2), bytes
 
-The MAC covers version and body under a key that lives in the backend; the seal key's id selects
-the key. There is exactly one encoding of given claims, and decoding accepts no other.
+The MAC covers version and body under a key that lives in the backend; the key set's id selects
+it. There is exactly one encoding of given claims, and decoding accepts no other.
 """
 
 from __future__ import annotations
@@ -21,9 +21,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from hsmwrap.backend import Custody, PrivateKeyRef, Seal
+from hsmwrap.backend import Custody, Mac, PrivateKeyRef
 from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.errors import ConfigurationError, HsmError, InvalidImportToken, InvalidParameter
+from hsmwrap.errors import (
+    ConfigurationError,
+    HsmError,
+    InvalidImportToken,
+    InvalidMac,
+    InvalidParameter,
+)
 
 TOKEN_VERSION = 1
 TOKEN_ID_LENGTH = 16
@@ -82,8 +88,8 @@ class ImportTokenClaims:
     private_key: PrivateKeyRef = field(repr=False)
 
 
-def encode(claims: ImportTokenClaims, seal: Callable[[bytes], Seal]) -> bytes:
-    """Serialise and authenticate ``claims``; ``seal`` is the backend's.
+def encode(claims: ImportTokenClaims, mac: Callable[[bytes], Mac]) -> bytes:
+    """Serialise and authenticate ``claims``; ``mac`` is the backend's.
 
     Raises:
         InvalidParameter: The CMK id has more than 255 bytes, or is no text that UTF-8 can carry.
@@ -91,18 +97,20 @@ def encode(claims: ImportTokenClaims, seal: Callable[[bytes], Seal]) -> bytes:
         HsmError: Anything else does not fit: what the backend made is wrong or too large.
     """
     body = _encode_body(claims)
-    tag = seal(_sealed_bytes(body))
-    key_id = _ascii(tag.key_id, "the id of its seal key")
-    if len(tag.tag) != _TAG_LENGTH:
-        raise _unfit(f"a seal of {len(tag.tag)} bytes where HMAC-SHA-256 has {_TAG_LENGTH}")
-    token = _HEAD.pack(TOKEN_VERSION, len(key_id)) + key_id + body + tag.tag
+    authenticated = mac(_mac_input(body))
+    key_set = _ascii(authenticated.key_set, "the id of its key set")
+    if len(authenticated.tag) != _TAG_LENGTH:
+        raise _unfit(
+            f"a MAC of {len(authenticated.tag)} bytes where HMAC-SHA-256 has {_TAG_LENGTH}"
+        )
+    token = _HEAD.pack(TOKEN_VERSION, len(key_set)) + key_set + body + authenticated.tag
     if len(token) > MAX_TOKEN_LENGTH:
         raise _unfit(f"an import token of {len(token)} bytes, and {MAX_TOKEN_LENGTH} is the most")
     return token
 
 
-def decode(token: bytes, check_seal: Callable[[bytes, Seal], bool]) -> ImportTokenClaims:
-    """Authenticate ``token`` with the backend's ``check_seal``, then read its claims.
+def decode(token: bytes, verify_mac: Callable[[bytes, Mac], None]) -> ImportTokenClaims:
+    """Authenticate ``token`` with the backend's ``verify_mac``, then read its claims.
 
     Nothing of the body is looked at before the MAC is right. Expiry is not checked here.
 
@@ -110,20 +118,22 @@ def decode(token: bytes, check_seal: Callable[[bytes, Seal], bool]) -> ImportTok
         InvalidImportToken: Not a token of a known version, or not authentic.
     """
     try:
-        body, seal = _open_envelope(token)
+        body, mac = _open_envelope(token)
     except (struct.error, UnicodeDecodeError):
         raise InvalidImportToken("the import token is cut short or damaged") from None
-    if not check_seal(_sealed_bytes(body), seal):
-        raise InvalidImportToken("the import token was not issued here, or was changed")
+    try:
+        verify_mac(_mac_input(body), mac)
+    except InvalidMac:
+        raise InvalidImportToken("the import token was not issued here, or was changed") from None
     return _decode_body(body)
 
 
-def _sealed_bytes(body: bytes) -> bytes:
-    # The context keeps a token's MAC from meaning anything to another use of the seal key.
+def _mac_input(body: bytes) -> bytes:
+    # The context keeps a token's MAC from meaning anything to another use of the MAC key.
     return b"hsmwrap import token" + _LENGTH1.pack(TOKEN_VERSION) + body
 
 
-def _open_envelope(token: bytes) -> tuple[bytes, Seal]:
+def _open_envelope(token: bytes) -> tuple[bytes, Mac]:
     if len(token) > MAX_TOKEN_LENGTH:
         raise InvalidImportToken(f"an import token has at most {MAX_TOKEN_LENGTH} bytes")
     version, id_length = _HEAD.unpack_from(token)
@@ -132,7 +142,7 @@ def _open_envelope(token: bytes) -> tuple[bytes, Seal]:
     start, end = _HEAD.size + id_length, len(token) - _TAG_LENGTH
     if end < start:
         raise InvalidImportToken("the import token is cut short")
-    return token[start:end], Seal(token[_HEAD.size : start].decode("ascii"), token[end:])
+    return token[start:end], Mac(token[_HEAD.size : start].decode("ascii"), token[end:])
 
 
 def _encode_body(claims: ImportTokenClaims) -> bytes:

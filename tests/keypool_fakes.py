@@ -15,12 +15,13 @@ from hsmwrap.backend import (
     Health,
     ImportedKey,
     KeyRef,
+    Mac,
     PrivateKeyRef,
     ReapReport,
-    Seal,
     WrappingKey,
 )
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.errors import InvalidMac
 from hsmwrap.keypool import KeyPool
 
 NOW = datetime(2030, 1, 1, 12, 0, 0, 250_000, tzinfo=UTC)
@@ -46,7 +47,7 @@ class FakeBackend(Backend):
         self.ready = True
         self.permits = None
         self.key_set = "1"
-        self.seal_fails = None
+        self.mac_fails = None
         self.entered = threading.Event()
         self.facts = {}
 
@@ -101,13 +102,14 @@ class FakeBackend(Backend):
         if self.fail is not None:
             raise self.fail
 
-    def seal(self, data):
-        if self.seal_fails is not None:
-            raise self.seal_fails
-        return Seal(self.key_set, data[:32])
+    def mac(self, data):
+        if self.mac_fails is not None:
+            raise self.mac_fails
+        return Mac(self.key_set, data[:32])
 
-    def check_seal(self, data, seal):
-        return seal == self.seal(data)
+    def verify_mac(self, data, mac):
+        if mac != self.mac(data):
+            raise InvalidMac
 
     def reap(self, now):
         return ReapReport(examined=len(self.alive))
@@ -214,8 +216,8 @@ EVERY_CALL = {
     "encrypt": lambda b: b.encrypt(_KEY, b"secret plaintext", b"aad"),
     "decrypt": lambda b: b.decrypt(_KEY, b"aadsecret ciphertext", b"aad"),
     "destroy_key": lambda b: b.destroy_key(_KEY),
-    "seal": lambda b: b.seal(b"d" * 40),
-    "check_seal": lambda b: b.check_seal(b"d" * 40, Seal("1", b"d" * 32)),
+    "mac": lambda b: b.mac(b"d" * 40),
+    "verify_mac": lambda b: b.verify_mac(b"d" * 40, Mac("1", b"d" * 32)),
     "reap": lambda b: b.reap(NOW),
     "close": lambda b: b.close(),
 }

@@ -15,13 +15,14 @@ from hsmwrap.backend import (
     ImportedKey,
     KeyCapability,
     KeyRef,
+    Mac,
     PrivateKeyRef,
     ReapReport,
-    Seal,
     WrappingCapability,
     WrappingKey,
 )
 from hsmwrap.catalog import COMPATIBILITY_TABLE, KeySpec, ProtectionLevel
+from hsmwrap.errors import InvalidMac
 
 INTERNAL = Custody.HSM_INTERNAL
 
@@ -86,12 +87,13 @@ class SpyBackend(Backend):
         self.made = ImportedKey(KeyRef(**made), b"\x01", exposure)
         return self.made
 
-    def seal(self, data):
-        self._note("seal")
-        return Seal("1", hmac.digest(b"spy", data, "sha256"))
+    def mac(self, data):
+        self._note("mac")
+        return Mac("1", hmac.digest(b"spy", data, "sha256"))
 
-    def check_seal(self, data, seal):
-        return hmac.compare_digest(hmac.digest(b"spy", data, "sha256"), seal.tag)
+    def verify_mac(self, data, mac):
+        if not hmac.compare_digest(hmac.digest(b"spy", data, "sha256"), mac.tag):
+            raise InvalidMac
 
     def encrypt(self, key, plaintext, additional_data=b""):
         raise NotImplementedError

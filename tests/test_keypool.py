@@ -143,8 +143,8 @@ def test_a_pair_during_whose_making_the_keys_were_rotated_is_not_handed_out(pool
 
 
 def test_a_backend_is_asked_for_its_key_set_once_a_second(sealed, filled):
-    asked, seal = [], sealed.seal
-    sealed.seal = lambda data: asked.append(data) or seal(data)
+    asked, mac = [], sealed.mac
+    sealed.mac = lambda data: asked.append(data) or mac(data)
     for moment, times in ((0.9, 0), (0.1, 1), (0.9, 1), (0.1, 2)):
         filled.time.move(moment * SECOND)
         assert filled.take(sealed)
@@ -158,16 +158,16 @@ def test_resident_pairs_outlive_the_key_set(backend, filled):
 
 
 def test_sealed_pairs_are_kept_while_the_backend_cannot_say_its_key_set(sealed, filled):
-    sealed.seal_fails = HsmUnavailable("away")
+    sealed.mac_fails = HsmUnavailable("away")
     filled.time.move(SECOND)
     assert filled.take(sealed).public_key == b"public 4"
     assert (filled.fact().level, filled.fact().discarded) == (4, 0)
-    sealed.seal_fails = None
+    sealed.mac_fails = None
     assert filled.take(sealed).public_key == b"public 0"
 
 
 def test_a_backend_that_cannot_say_its_key_set_makes_no_pairs_ahead(pool, sealed):
-    sealed.seal_fails = HsmUnavailable("away")
+    sealed.mac_fails = HsmUnavailable("away")
     pool.prepare(sealed, [OAEP])
     pool.work()
     assert (pool.fact().level, pool.fact().errors) == (0, 1)

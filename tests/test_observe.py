@@ -76,7 +76,7 @@ def test_a_whole_import_is_told_in_order(backend, told):
     key = service.import_key_material(cmk, ciphertext, parameters.import_token).imported.key
     assert watched.decrypt(key, watched.encrypt(key, b"m")) == b"m"
     names = [operation.name for operation in told if operation.name != "capabilities"]
-    expected = ["generate_wrapping_key", "seal", "check_seal", "unwrap_material"]
+    expected = ["generate_wrapping_key", "mac", "verify_mac", "unwrap_material"]
     assert names == [*expected, "encrypt", "decrypt"]
     assert {operation.outcome for operation in told} == {OK}
     assert {operation.backend for operation in told} == {"software"}
@@ -96,7 +96,7 @@ def test_failures_are_told_by_name_and_raised_unchanged(backend, told):
 
 def test_seconds_are_those_of_the_timer(told):
     ticks = iter([10.0, 12.5])
-    observed(FakeBackend(), told.append, timer=lambda: next(ticks)).seal(b"data")
+    observed(FakeBackend(), told.append, timer=lambda: next(ticks)).mac(b"data")
     assert told[0].seconds == 2.5
 
 
@@ -106,7 +106,7 @@ def test_an_observer_that_raises_changes_nothing_and_is_logged_once(caplog):
 
     watched = observed(FakeBackend(), broken)
     for _ in range(3):
-        assert watched.seal(b"data").key_id == "1"
+        assert watched.mac(b"data").key_set == "1"
     (record,) = caplog.records
     assert record.error == "ZeroDivisionError"
     assert "0123456789abcdef" not in str(vars(record))
@@ -164,7 +164,7 @@ def test_facts_are_read_when_somebody_scrapes():
 
 def test_the_pkcs11_backend_s_facts_are_all_exported(softhsm):
     with registry.open_backend("pkcs11", softhsm.settings("observe")) as backend:
-        backend.seal(b"data")
+        backend.mac(b"data")
         text = metrics.render(metrics.FactsCollector([backend])).decode()
         facts = set(backend.health().facts) - {"recoveries"}
     for fact in facts:
@@ -190,8 +190,8 @@ def test_a_fork_waits_for_the_update_of_another_thread():
 
     def count():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(observer._instruments.seconds.labels("fake", "seal"), "observe", update)
-            watched.seal(b"data")
+            patch.setattr(observer._instruments.seconds.labels("fake", "mac"), "observe", update)
+            watched.mac(b"data")
 
     def child():
         watched.reap(None)
@@ -205,7 +205,7 @@ def test_a_fork_waits_for_the_update_of_another_thread():
 
 def test_processes_are_added_up_and_facts_name_theirs(tmp_path):
     lines = run_alone(MULTIPROCESS, PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
-    labels = 'algorithm="",backend="fake",key_spec="",operation="seal",outcome="ok",spec=""'
+    labels = 'algorithm="",backend="fake",key_spec="",operation="mac",outcome="ok",spec=""'
     assert f"hsmwrap_backend_operations_total{{{labels}}} 3.0" in lines
     pid = lines[0]
     assert f'hsmwrap_backend_ready{{backend="fake",pid="{pid}"}} 1.0' in lines
@@ -218,9 +218,9 @@ from hsmwrap import metrics
 from hsmwrap.observe import observed
 fake = FakeBackend()
 watched = observed(fake, metrics.PrometheusObserver())
-watched.seal(b"parent")
+watched.mac(b"parent")
 for _ in range(2):
-    Child(lambda: watched.seal(b"child")).result()
+    Child(lambda: watched.mac(b"child")).result()
 print(os.getpid())
 print(metrics.render(metrics.FactsCollector([fake])).decode())
 """

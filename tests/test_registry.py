@@ -18,7 +18,7 @@ WHOLE = """
         contract_version = 1
         from_settings = classmethod(lambda cls, settings: cls(settings))
         name = capabilities = generate_wrapping_key = unwrap_material = unused
-        encrypt = decrypt = destroy_key = seal = check_seal = reap = health = close = unused
+        encrypt = decrypt = destroy_key = mac = verify_mac = reap = health = close = unused
 
         def __init__(self, settings):
             self.settings = settings
@@ -114,7 +114,7 @@ BROKEN = {
         WHOLE.replace("contract_version = 1", "contract_version = 2"),
         "declares contract version 2; this hsmwrap has contract version 1",
     ),
-    "unfinished": (WHOLE.replace("seal = check_seal =", ""), "does not implement check_seal, seal"),
+    "unfinished": (WHOLE.replace("mac = verify_mac =", ""), "does not implement mac, verify_mac"),
 }
 
 

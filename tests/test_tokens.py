@@ -8,13 +8,19 @@ from hypothesis import strategies as st
 from importing import flip
 
 from hsmwrap import tokens
-from hsmwrap.backend import Custody, KeyRef, PrivateKeyRef, Seal
+from hsmwrap.backend import Custody, KeyRef, Mac, PrivateKeyRef
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.errors import ConfigurationError, HsmError, InvalidImportToken, InvalidParameter
+from hsmwrap.errors import (
+    ConfigurationError,
+    HsmError,
+    InvalidImportToken,
+    InvalidMac,
+    InvalidParameter,
+)
 from hsmwrap.software import KeyringFile, SoftwareBackend
 from hsmwrap.tokens import MAX_CMK_ID_LENGTH, MAX_TOKEN_LENGTH, ImportTokenClaims
 
-KEY = b"a seal key that only the tests have"
+KEY = b"a MAC key that only the tests have"
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 EXAMPLE = ImportTokenClaims(
     token_id=bytes(range(16)),
@@ -51,15 +57,16 @@ any_claims = st.builds(
 )
 
 
-def seal(data, key_id="7"):
-    return Seal(key_id, hmac.digest(KEY, data, "sha256"))
+def mac(data, key_set="7"):
+    return Mac(key_set, hmac.digest(KEY, data, "sha256"))
 
 
-def check_seal(data, given_seal):
-    return given_seal.key_id == "7" and hmac.compare_digest(seal(data).tag, given_seal.tag)
+def verify_mac(data, given_mac):
+    if given_mac != mac(data):
+        raise InvalidMac
 
 
-def refused(token, check=check_seal):
+def refused(token, check=verify_mac):
     try:
         tokens.decode(token, check)
     except InvalidImportToken:
@@ -69,7 +76,7 @@ def refused(token, check=check_seal):
 
 def forged(body):
     """A token of any body under the right key: what a newer or broken hsmwrap could issue."""
-    tag = seal(b"hsmwrap import token\x01" + body).tag
+    tag = mac(b"hsmwrap import token\x01" + body).tag
     return b"\x01\x017" + body + tag
 
 
@@ -79,22 +86,22 @@ def forged(body):
 @settings(deadline=None)
 @given(any_claims)
 def test_round_trip(claims):
-    token = tokens.encode(claims, seal)
+    token = tokens.encode(claims, mac)
     assert len(token) <= MAX_TOKEN_LENGTH
-    assert tokens.decode(token, check_seal) == claims
+    assert tokens.decode(token, verify_mac) == claims
 
 
 @settings(deadline=None)
 @given(any_claims)
 def test_one_encoding(claims):
-    token = tokens.encode(claims, seal)
-    assert tokens.encode(tokens.decode(token, check_seal), seal) == token
+    token = tokens.encode(claims, mac)
+    assert tokens.encode(tokens.decode(token, verify_mac), mac) == token
 
 
 @settings(deadline=None)
 @given(any_claims, any_claims)
 def test_different_claims_have_different_tokens(left, right):
-    assert (tokens.encode(left, seal) == tokens.encode(right, seal)) == (left == right)
+    assert (tokens.encode(left, mac) == tokens.encode(right, mac)) == (left == right)
 
 
 def test_the_documented_layout():
@@ -107,7 +114,7 @@ def test_the_documented_layout():
         + b"\x06pkcs11"
         + b"\x00\x0bprivate key"
     )
-    assert tokens.encode(EXAMPLE, seal) == forged(body)
+    assert tokens.encode(EXAMPLE, mac) == forged(body)
 
 
 def test_a_claim_that_does_not_fit_is_refused_and_not_cut():
@@ -138,14 +145,14 @@ def test_a_claim_that_does_not_fit_is_refused_and_not_cut():
         for value in values:
             claims = replace(EXAMPLE, **{name: value})
             with pytest.raises(error):
-                pytest.fail(f"{name}: {tokens.encode(claims, seal)!r}")
+                pytest.fail(f"{name}: {tokens.encode(claims, mac)!r}")
 
 
 @pytest.mark.parametrize(
     "unfit",
-    [Seal("7" * 256, bytes(32)), Seal("é", bytes(32)), Seal("7", bytes(31)), Seal("7", b"")],
+    [Mac("7" * 256, bytes(32)), Mac("é", bytes(32)), Mac("7", bytes(31)), Mac("7", b"")],
 )
-def test_a_seal_that_does_not_fit_is_refused(unfit):
+def test_a_mac_that_does_not_fit_is_refused(unfit):
     with pytest.raises(HsmError, match="does not fit an import token"):
         tokens.encode(EXAMPLE, lambda _data: unfit)
 
@@ -166,7 +173,7 @@ def test_a_key_reference_that_cannot_be_stored_is_refused():
 @settings(deadline=None, max_examples=20)
 @given(any_claims)
 def test_every_changed_bit_is_refused(claims):
-    token = tokens.encode(claims, seal)
+    token = tokens.encode(claims, mac)
     assert not refused(token)
     assert [bit for bit in range(8 * len(token)) if not refused(flip(token, bit))] == []
 
@@ -174,7 +181,7 @@ def test_every_changed_bit_is_refused(claims):
 @settings(deadline=None)
 @given(any_claims, st.binary(min_size=1, max_size=40))
 def test_every_cut_and_extension_is_refused(claims, extra):
-    token = tokens.encode(claims, seal)
+    token = tokens.encode(claims, mac)
     assert all(refused(token[:length]) for length in range(len(token)))
     assert all(refused(token[length:]) for length in range(1, len(token)))
     assert refused(token + extra)
@@ -191,41 +198,41 @@ def test_random_bytes_are_refused(data):
 @settings(deadline=None)
 @given(any_claims, any_claims)
 def test_spliced_tokens_are_refused(left, right):
-    one, other = tokens.encode(left, seal), tokens.encode(right, seal)
+    one, other = tokens.encode(left, mac), tokens.encode(right, mac)
     mixed = one[:-32] + other[-32:]
     assert refused(mixed) == (mixed not in {one, other})
 
 
 @pytest.mark.parametrize("length", [MAX_TOKEN_LENGTH + 1, 1 << 20])
 def test_huge_input_is_refused_before_any_seal_is_computed(length):
-    token = tokens.encode(EXAMPLE, seal)
+    token = tokens.encode(EXAMPLE, mac)
     assert refused(token.ljust(length, b"\0"), check=None)
 
 
 def test_what_is_too_short_is_refused_before_any_seal_is_computed():
-    token = tokens.encode(EXAMPLE, seal)
+    token = tokens.encode(EXAMPLE, mac)
     assert all(refused(token[:length], check=None) for length in range(3 + 32))
 
 
 @pytest.mark.parametrize("version", [0, 2, 3, 127, 255])
 def test_other_versions_are_refused_even_where_the_seal_would_hold(version):
-    token = tokens.encode(EXAMPLE, seal)
+    token = tokens.encode(EXAMPLE, mac)
     assert refused(bytes([version]) + token[1:], check=lambda *_: True)
 
 
 def test_the_seal_is_for_import_tokens_of_this_version_only():
     sealed = []
-    tokens.encode(EXAMPLE, lambda data: sealed.append(data) or seal(data))
+    tokens.encode(EXAMPLE, lambda data: sealed.append(data) or mac(data))
     assert sealed[0].startswith(b"hsmwrap import token\x01")
 
 
 def test_the_body_is_not_looked_at_before_the_seal(monkeypatch):
     monkeypatch.setattr(tokens, "_decode_body", lambda body: pytest.fail("looked"))
-    assert refused(flip(tokens.encode(EXAMPLE, seal), 100))
+    assert refused(flip(tokens.encode(EXAMPLE, mac), 100))
 
 
-def test_an_unknown_seal_key_is_refused():
-    assert refused(tokens.encode(EXAMPLE, lambda data: seal(data, key_id="8")))
+def test_an_unknown_mac_key_is_refused():
+    assert refused(tokens.encode(EXAMPLE, lambda data: mac(data, key_set="8")))
 
 
 # --- authentic bodies that do not parse ---------------------------------------------------------
@@ -236,43 +243,43 @@ def test_an_unknown_seal_key_is_refused():
 def test_authentic_bytes_are_refused_unless_they_are_the_one_encoding(body):
     token = forged(body)
     try:
-        claims = tokens.decode(token, check_seal)
+        claims = tokens.decode(token, verify_mac)
     except InvalidImportToken:
         return
-    assert tokens.encode(claims, seal) == token
+    assert tokens.encode(claims, mac) == token
 
 
 @settings(deadline=None)
 @given(any_claims, st.data())
 def test_authentic_changes_are_refused_or_other_claims(claims, data):
-    body = tokens.encode(claims, seal)[3:-32]
+    body = tokens.encode(claims, mac)[3:-32]
     changed = flip(body, data.draw(st.integers(0, 8 * len(body) - 1)))
     try:
-        other = tokens.decode(forged(changed), check_seal)
+        other = tokens.decode(forged(changed), verify_mac)
     except InvalidImportToken:
         return
     assert other != claims
-    assert tokens.encode(other, seal) == forged(changed)
+    assert tokens.encode(other, mac) == forged(changed)
 
 
 @pytest.mark.parametrize(
     ("position", "name"), [(24, "spec"), (25, "algorithm"), (26, "level"), (27, "custody")]
 )
 def test_unknown_codes_are_refused(position, name):
-    body = bytearray(tokens.encode(EXAMPLE, seal)[3:-32])
+    body = bytearray(tokens.encode(EXAMPLE, mac)[3:-32])
     body[position] = 4
     assert refused(forged(bytes(body))), name
 
 
 def test_bytes_left_over_and_fields_past_the_end_are_refused():
-    body = tokens.encode(EXAMPLE, seal)[3:-32]
+    body = tokens.encode(EXAMPLE, mac)[3:-32]
     assert not refused(forged(body))
     assert refused(forged(body + b"\0"))
     assert [length for length in range(len(body)) if not refused(forged(body[:length]))] == []
 
 
 def test_an_expiry_beyond_all_years_is_refused():
-    body = tokens.encode(EXAMPLE, seal)[3:-32]
+    body = tokens.encode(EXAMPLE, mac)[3:-32]
     for expiry in (1 << 40, 1 << 63, (1 << 64) - 1):
         assert refused(forged(body[:16] + expiry.to_bytes(8) + body[24:])), expiry
 
@@ -287,7 +294,7 @@ def test_the_private_key_does_not_show():
     assert len(fields(hidden)) == 9
 
 
-# --- rotation of the seal key -------------------------------------------------------------------
+# --- rotation of the MAC key -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -303,21 +310,21 @@ def backend(tmp_path, keyring):
         yield opened
 
 
-def test_tokens_survive_a_rotation_but_not_the_retirement_of_their_seal_key(backend, keyring):
+def test_tokens_survive_a_rotation_but_not_the_retirement_of_their_mac_key(backend, keyring):
     old_id = keyring.read().current
-    old = tokens.encode(EXAMPLE, backend.seal)
+    old = tokens.encode(EXAMPLE, backend.mac)
     keyring.rotate()
-    new = tokens.encode(EXAMPLE, backend.seal)
+    new = tokens.encode(EXAMPLE, backend.mac)
     assert old != new
     assert old[2:10] == old_id.encode()
     for token in (old, new):
-        assert tokens.decode(token, backend.check_seal) == EXAMPLE
+        assert tokens.decode(token, backend.verify_mac) == EXAMPLE
     keyring.retire(old_id)
-    assert refused(old, backend.check_seal)
-    assert tokens.decode(new, backend.check_seal) == EXAMPLE
+    assert refused(old, backend.verify_mac)
+    assert tokens.decode(new, backend.verify_mac) == EXAMPLE
 
 
-def test_a_token_under_another_seal_key_s_id_is_refused(backend, keyring):
-    old = tokens.encode(EXAMPLE, backend.seal)
+def test_a_token_under_another_mac_key_s_id_is_refused(backend, keyring):
+    old = tokens.encode(EXAMPLE, backend.mac)
     new_id = keyring.rotate().current.encode()
-    assert refused(old[:2] + new_id + old[10:], backend.check_seal)
+    assert refused(old[:2] + new_id + old[10:], backend.verify_mac)

@@ -127,7 +127,7 @@ def _ensure_keys(settings: Mapping[str, str], so_pin_file: str | None) -> None:
     """Make the backend's own keys in a fresh token; the SO's PIN makes them trusted."""
     try:
         with registry.open_backend("pkcs11", settings) as backend:
-            backend.seal(b"")
+            backend.mac(b"")
     except ConfigurationError:
         # No keys yet. Were something else wrong, initialising would say so again.
         backend_class = cast("_InitialisesKeys", registry.load("pkcs11"))

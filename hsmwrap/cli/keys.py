@@ -68,7 +68,7 @@ def add_parser(subparsers: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=("init", "rotate", "retire", "list", "reap"))
-    parser.add_argument("key_id", nargs="?", help="the key set to retire; see above for when")
+    parser.add_argument("key_set", nargs="?", help="the key set to retire; see above for when")
     parser.add_argument("--backend", default="pkcs11", help="default: pkcs11")
     parser.add_argument("--so-pin-file", help="file with the security officer's PIN")
     for option in dict.fromkeys(name for names in _OPTIONS.values() for name in names):
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.action == "rotate":
         backend.rotate_keys(settings, so_pin_file=so_pin_file)
     elif args.action == "retire":
-        backend.retire_keys(settings, args.key_id or "")
+        backend.retire_keys(settings, args.key_set or "")
     elif args.action == "reap":
         return _reap(args, settings)
     _print(backend.list_keys(settings), as_json=args.json)
@@ -129,9 +129,9 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _print(sets: tuple[KeySetInfo, ...], *, as_json: bool) -> None:
     if as_json:
-        rows = [{"key_id": s.key_id, "current": s.current, "detail": s.detail} for s in sets]
+        rows = [{"key_set": s.key_set, "current": s.current, "detail": s.detail} for s in sets]
         print(tables.to_json({"key_sets": rows}))
         return
     marks = {True: "current", False: "opens only"}
-    cells = [(each.key_id, marks[each.current], each.detail) for each in sets]
+    cells = [(each.key_set, marks[each.current], each.detail) for each in sets]
     print(tables.render(("key set", "use", "detail"), cells))

@@ -60,7 +60,7 @@ def describe(error: BaseException) -> dict[str, str]:
 
 
 def _places(error: BaseException) -> list[str]:
-    """Where it came through; of one without frames (``hsmwrap.errors.without_frames``) the note."""
+    """Where it came through; of one by ``hsmwrap.errors.strip_tracebacks`` the note."""
     notes = [note for note in getattr(error, "__notes__", ()) if _PLACE.fullmatch(note)]
     return [*traceback.format_tb(error.__traceback__), *(f"  {note}\n" for note in notes)]
 

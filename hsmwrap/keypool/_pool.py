@@ -190,7 +190,7 @@ class KeyPool:
 
     def _ask_key_set(self, backend: Backend) -> str:
         until = self._timer() + KEY_SET_LIFETIME
-        key_set = backend.seal(_MARK).key_id  # a seal says it
+        key_set = backend.mac(_MARK).key_set  # a MAC says it
         self._key_sets[id(backend)] = key_set, until
         return key_set
 
@@ -325,7 +325,7 @@ class KeyPool:
 
 _NEVER = datetime.max.replace(tzinfo=UTC)
 _MARK = b"hsmwrap key-pair pool"
-"""What is sealed to learn the key set; as no import token looks like it, the seal is of no use."""
+"""What is authenticated to learn the key set; no import token looks like it."""
 _POOLS: WeakSet[KeyPool] = WeakSet()
 
 

@@ -22,15 +22,16 @@ from hsmwrap.backend import (
     ImportedKey,
     KeyRef,
     KeySetInfo,
+    Mac,
     PrivateKeyRef,
     ReapReport,
-    Seal,
     WrappingKey,
 )
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import (
     InvalidCiphertext,
     InvalidKeyMaterial,
+    InvalidMac,
     UnsupportedOperation,
 )
 from hsmwrap.pkcs11.binding.client_errors import blame
@@ -124,9 +125,9 @@ class Pkcs11Backend(Backend):
         return admin.rotate(Pkcs11Settings.from_mapping(settings), _so_pin(so_pin_file))
 
     @classmethod
-    def retire_keys(cls, settings: Mapping[str, Any], key_id: str) -> None:
+    def retire_keys(cls, settings: Mapping[str, Any], key_set: str) -> None:
         """Destroy a key set that is not current."""
-        admin.retire(Pkcs11Settings.from_mapping(settings), key_id)
+        admin.retire(Pkcs11Settings.from_mapping(settings), key_set)
 
     def __repr__(self) -> str:
         return f"<Pkcs11Backend {self.name} {self._connection!r}>"
@@ -328,30 +329,29 @@ class Pkcs11Backend(Backend):
 
     # --- import tokens -----------------------------------------------------------------------
 
-    def seal(self, data: bytes) -> Seal:
-        """SHA256-HMAC inside the HSM token, under the current key set's seal key."""
+    def mac(self, data: bytes) -> Mac:
+        """SHA256-HMAC inside the HSM token, under the current key set's MAC key."""
 
-        def operation(pooled: PooledSession) -> Seal:
+        def operation(pooled: PooledSession) -> Mac:
             number = self._keys.current(pooled)
-            key = self._keys.require(pooled, Role.SEAL, number)
-            return Seal(str(number), _tag(key, data))
+            key = self._keys.require(pooled, Role.MAC, number)
+            return Mac(str(number), _tag(key, data))
 
         return self._connection.run(operation)
 
-    def check_seal(self, data: bytes, seal: Seal) -> bool:
+    def verify_mac(self, data: bytes, mac: Mac) -> None:
         """Compute the tag again, inside the HSM token, and compare."""
         self._connection.require_open()
-        if not seal.key_id.isascii() or not seal.key_id.isdecimal():
-            return False
-        number = int(seal.key_id)
-        if str(number) != seal.key_id:
-            return False
+        number = _key_set_number(mac)
 
-        def operation(pooled: PooledSession) -> bool:
-            key = self._keys.find(pooled, Role.SEAL, number)
-            return key is not None and hmac.compare_digest(_tag(key, data), seal.tag)
+        def operation(pooled: PooledSession) -> None:
+            key = self._keys.find(pooled, Role.MAC, number)
+            if key is None:
+                raise InvalidMac(f"there is no key set {number} in the HSM token (any more)")
+            if not hmac.compare_digest(_tag(key, data), mac.tag):
+                raise InvalidMac("the MAC is not right for these data")
 
-        return self._connection.run(operation)
+        self._connection.run(operation)
 
     # --- upkeep ------------------------------------------------------------------------------
 
@@ -406,6 +406,13 @@ class Pkcs11Backend(Backend):
 
 def _so_pin(path: str | None) -> PinFile | None:
     return None if path is None else PinFile(path)
+
+
+def _key_set_number(mac: Mac) -> int:
+    written = mac.key_set
+    if not written.isascii() or not written.isdecimal() or str(int(written)) != written:
+        raise InvalidMac("the MAC names no key set: that is a number")
+    return int(written)
 
 
 def _tag(key: Any, data: bytes) -> bytes:

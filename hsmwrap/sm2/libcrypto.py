@@ -17,7 +17,7 @@ from hsmwrap.errors import (
     ConfigurationError,
     HsmwrapError,
     InvalidKeyMaterial,
-    without_frames,
+    strip_tracebacks,
 )
 from hsmwrap.sm2.curve import FIELD_BYTES, POINT_BYTES, decode_point
 from hsmwrap.sm2.engine import Sm2Engine, Sm2KeyPair
@@ -53,7 +53,7 @@ class LibcryptoEngine(Sm2Engine):
             version = self._lib.OpenSSL_version(0).decode()
             raise ConfigurationError(f"{SONAME} ({version}) has no SM2; {ADVICE}") from None
 
-    @without_frames
+    @strip_tracebacks
     def generate(self) -> Sm2KeyPair:
         """Make a fresh key pair (libcrypto's private random generator)."""
         with self._scope() as scope:
@@ -62,7 +62,7 @@ class LibcryptoEngine(Sm2Engine):
             self._lib.EVP_PKEY_generate(context, byref(key))
             return Sm2KeyPair(self._private(scope, key), self._public(scope, key))
 
-    @without_frames
+    @strip_tracebacks
     def encrypt(self, public: bytes, plaintext: bytes) -> Sm2Ciphertext:
         """Encrypt to a public key; see :meth:`Sm2Engine.encrypt`."""
         if not plaintext:
@@ -74,7 +74,7 @@ class LibcryptoEngine(Sm2Engine):
             der = self._run(scope, self._lib.EVP_PKEY_encrypt, context, plaintext, capacity)
         return parse(der, len(plaintext), [Layout.DER])
 
-    @without_frames
+    @strip_tracebacks
     def decrypt(self, private: bytes, public: bytes, ciphertext: Sm2Ciphertext) -> bytes:
         """Decrypt with a key pair that is checked first; see :meth:`Sm2Engine.decrypt`."""
         try:

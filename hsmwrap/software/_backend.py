@@ -16,9 +16,9 @@ from hsmwrap.backend import (
     ImportedKey,
     KeyRef,
     KeySetInfo,
+    Mac,
     PrivateKeyRef,
     ReapReport,
-    Seal,
     WrappingKey,
 )
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
@@ -30,7 +30,7 @@ from hsmwrap.errors import (
     InvalidKeyMaterial,
     KeyNotFound,
     UnsupportedOperation,
-    without_frames,
+    strip_tracebacks,
 )
 from hsmwrap.forkgate import LIBCRYPTO
 from hsmwrap.gate import Gate
@@ -49,12 +49,12 @@ class SoftwareBackend(Backend):
     """RSA, AES and SM4 by pyca/cryptography, SM2 by libcrypto; custody is always sealed blobs.
 
     Keys, material and plaintext are in variables of what is called from here, so every public call
-    is :func:`~hsmwrap.errors.without_frames`.
+    is :func:`~hsmwrap.errors.strip_tracebacks`.
     """
 
     contract_version: ClassVar[int] = 1
 
-    @without_frames
+    @strip_tracebacks
     def __init__(self, settings: SoftwareSettings | None = None) -> None:
         """Open the backend; the SM2 engine proves itself and the keyring is read.
 
@@ -72,20 +72,20 @@ class SoftwareBackend(Backend):
         self._gate = Gate("software backend")
 
     @classmethod
-    @without_frames
+    @strip_tracebacks
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """Open a backend from plain settings, see :class:`SoftwareSettings`."""
         return cls(SoftwareSettings.from_mapping(settings))
 
     @classmethod
-    @without_frames
+    @strip_tracebacks
     def list_keys(cls, settings: Mapping[str, Any]) -> tuple[KeySetInfo, ...]:
         """The master keys of the keyring file."""
         keyring = _keyring_file(settings).read()
         return tuple(KeySetInfo(i, i == keyring.current, _MASTER_KEY) for i in keyring.ids)
 
     @classmethod
-    @without_frames
+    @strip_tracebacks
     def initialise_keys(
         cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
     ) -> KeySetInfo:
@@ -95,7 +95,7 @@ class SoftwareBackend(Backend):
         )
 
     @classmethod
-    @without_frames
+    @strip_tracebacks
     def rotate_keys(
         cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
     ) -> KeySetInfo:
@@ -105,11 +105,11 @@ class SoftwareBackend(Backend):
         )
 
     @classmethod
-    @without_frames
-    def retire_keys(cls, settings: Mapping[str, Any], key_id: str) -> None:
+    @strip_tracebacks
+    def retire_keys(cls, settings: Mapping[str, Any], key_set: str) -> None:
         """Remove a master key that is not current."""
         try:
-            _keyring_file(settings).retire(key_id)
+            _keyring_file(settings).retire(key_set)
         except KeyNotFound as error:
             raise ConfigurationError(str(error)) from None
 
@@ -130,13 +130,13 @@ class SoftwareBackend(Backend):
         with self._gate.enter(), LIBCRYPTO.passing():
             yield
 
-    @without_frames
+    @strip_tracebacks
     def capabilities(self) -> Capabilities:
         """Report what this backend can do."""
         with self._inside():
             return self._capabilities
 
-    @without_frames
+    @strip_tracebacks
     def generate_wrapping_key(
         self,
         spec: WrappingKeySpec,
@@ -154,13 +154,13 @@ class SoftwareBackend(Backend):
             private_key = PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, blob)
             return WrappingKey(spec, algorithm, public_key, private_key)
 
-    @without_frames
+    @strip_tracebacks
     def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:  # noqa: ARG002  # as below
         """Do nothing: the caller has the only copy."""
         with self._inside():
             return
 
-    @without_frames
+    @strip_tracebacks
     def unwrap_material(
         self,
         private_key: PrivateKeyRef,
@@ -181,43 +181,43 @@ class SoftwareBackend(Backend):
             key = KeyRef(NAME, key_spec, Custody.HSM_ENCRYPTED_DATABASE, blob)
             return ImportedKey(key, check_value, Exposure.HOST)
 
-    @without_frames
+    @strip_tracebacks
     def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
         """Encrypt under an imported key, see :mod:`hsmwrap.software._cipher`."""
         with self._inside():
             return cipher.encrypt(key.key_spec, self._open_key(key), plaintext, additional_data)
 
-    @without_frames
+    @strip_tracebacks
     def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
         """Decrypt what :meth:`encrypt` made."""
         with self._inside():
             return cipher.decrypt(key.key_spec, self._open_key(key), ciphertext, additional_data)
 
-    @without_frames
+    @strip_tracebacks
     def destroy_key(self, key: KeyRef) -> None:  # noqa: ARG002  # a blob is the caller's to delete
         """Do nothing: the caller has the only copy."""
         with self._inside():
             return
 
-    @without_frames
-    def seal(self, data: bytes) -> Seal:
+    @strip_tracebacks
+    def mac(self, data: bytes) -> Mac:
         """Authenticate ``data`` under the current master key's import-token key."""
         with self._inside():
-            return self._sealer.tag(data)
+            return self._sealer.mac(data)
 
-    @without_frames
-    def check_seal(self, data: bytes, seal: Seal) -> bool:
-        """Whether ``seal`` is right for ``data``, in constant time; False for unknown key ids."""
+    @strip_tracebacks
+    def verify_mac(self, data: bytes, mac: Mac) -> None:
+        """Return if ``mac`` is right for ``data``."""
         with self._inside():
-            return self._sealer.check(data, seal)
+            self._sealer.verify_mac(data, mac)
 
-    @without_frames
+    @strip_tracebacks
     def reap(self, now: datetime) -> ReapReport:  # noqa: ARG002  # nothing resident can expire
         """Report that nothing is resident."""
         with self._inside():
             return ReapReport()
 
-    @without_frames
+    @strip_tracebacks
     def health(self) -> Health:
         """Report whether the backend is open and its keyring can be read."""
         facts = {"in_flight": self._gate.in_flight}
@@ -232,7 +232,7 @@ class SoftwareBackend(Backend):
         facts["master_keys"] = len(keyring.ids)
         return Health(ready=True, detail="ready", facts=facts)
 
-    @without_frames
+    @strip_tracebacks
     def close(self) -> None:
         """Wait for running calls, then let go of the keys. Safe to call again."""
         self._gate.close()

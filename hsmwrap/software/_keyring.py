@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, NoReturn, Self
 
-from hsmwrap.errors import ConfigurationError, KeyNotFound, without_frames
+from hsmwrap.errors import ConfigurationError, KeyNotFound, strip_tracebacks
 
 MASTER_KEY_LENGTH = 32
 """Length of a master key in bytes."""
@@ -29,7 +29,7 @@ class Keyring:
 
     __slots__ = ("_current", "_keys")
 
-    @without_frames
+    @strip_tracebacks
     def __init__(self, current: str, keys: Mapping[str, bytes]) -> None:
         """Take the current key's id and every key (32 bytes) by its id (8 hex digits).
 
@@ -100,7 +100,7 @@ class Keyring:
         return json.dumps(document, indent=2).encode() + b"\n"
 
     @classmethod
-    @without_frames
+    @strip_tracebacks
     def from_json(cls, raw: bytes) -> Self:
         """Parse what :meth:`to_json` made.
 

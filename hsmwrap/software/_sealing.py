@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from hsmwrap.backend import NONCE_LENGTH, TAG_LENGTH, Seal
-from hsmwrap.errors import KeyNotFound
+from hsmwrap.backend import NONCE_LENGTH, TAG_LENGTH, Mac
+from hsmwrap.errors import InvalidMac, KeyNotFound
 from hsmwrap.software._keyring import KEY_ID_LENGTH, Keyring
 
 _VERSION = 1
@@ -73,18 +73,23 @@ class Sealer:
         except (KeyNotFound, InvalidTag):
             raise BlobRejected from None
 
-    def tag(self, data: bytes) -> Seal:
+    def mac(self, data: bytes) -> Mac:
         """Authenticate ``data`` by HMAC-SHA-256 under the current import-token key."""
         keyring = self._keyring()
-        return Seal(keyring.current, _tag(keyring, keyring.current, data))
+        return Mac(keyring.current, _tag(keyring, keyring.current, data))
 
-    def check(self, data: bytes, seal: Seal) -> bool:
-        """Whether ``seal`` is right for ``data``, in constant time; False for unknown key ids."""
+    def verify_mac(self, data: bytes, mac: Mac) -> None:
+        """Return if ``mac`` is right for ``data``; compares in constant time.
+
+        Raises:
+            InvalidMac: It is not, or its master key is not in the keyring (any more).
+        """
         try:
-            expected = _tag(self._keyring(), seal.key_id, data)
+            expected = _tag(self._keyring(), mac.key_set, data)
         except KeyNotFound:
-            return False
-        return hmac.compare_digest(expected, seal.tag)
+            raise InvalidMac(f"there is no master key {mac.key_set!r}") from None
+        if not hmac.compare_digest(expected, mac.tag):
+            raise InvalidMac("the MAC is not right for these data")
 
 
 def _derive(keyring: Keyring, key_id: str, purpose: Purpose) -> bytes:

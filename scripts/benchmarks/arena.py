@@ -84,7 +84,7 @@ class Arena:
 
     def claims(self, parameters: ImportParameters) -> ImportTokenClaims:
         """What the import token says."""
-        return tokens.decode(parameters.import_token, self.backend.check_seal)
+        return tokens.decode(parameters.import_token, self.backend.verify_mac)
 
     def discard(self, parameters: ImportParameters) -> None:
         """Take a resident wrapping key away."""
@@ -99,7 +99,7 @@ def cycling(keys: Iterable[WrappingKey]) -> KeySource:
     """A key source that hands out a few pairs again and again.
 
     Making 100,000 RSA pairs takes hours. The import tokens over these few are as distinct as any:
-    token id, CMK and seal.
+    token id, CMK and MAC.
     """
     following = itertools.cycle(keys)
     return lambda *_args, **_kwargs: next(following)

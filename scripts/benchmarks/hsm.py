@@ -35,7 +35,7 @@ from hsmwrap.sm2 import DEFAULT_LAYOUTS, parse
 from hsmwrap.tokens import ImportTokenClaims
 
 TOKEN_BYTES = bytes(1340)
-"""As long as what the seal key authenticates of an import token with a sealed RSA key."""
+"""As long as what the MAC key authenticates of an import token with a sealed RSA key."""
 _SHORT_TOKEN_BYTES = bytes(135)
 """The same for an import token that only names a resident key."""
 
@@ -89,7 +89,7 @@ class RawSession:
     def __init__(self, token: RawToken, pooled: PooledSession, keys: KeySets) -> None:
         self._token, self._pooled, self._keys = token, pooled, keys
         self._number = keys.current(pooled)
-        self._seal = self.key(Role.SEAL)
+        self._mac = self.key(Role.MAC)
         self.session = pooled.session
 
     def key(self, role: Role) -> Any:
@@ -97,8 +97,8 @@ class RawSession:
         return self._keys.require(self._pooled, role, self._number)
 
     def authenticate(self, token: bytes = TOKEN_BYTES) -> None:
-        """What the seal of an import token costs."""
-        self._seal.sign(token, mechanism=Mechanism.SHA256_HMAC)
+        """What the MAC of an import token costs."""
+        self._mac.sign(token, mechanism=Mechanism.SHA256_HMAC)
 
     # --- issue -------------------------------------------------------------------------------
 

@@ -145,11 +145,11 @@ class HonestBackend(Backend):
 
     # --- the rest ----------------------------------------------------------------------------
 
-    def seal(self, data):
-        return self.inner.seal(data)
+    def mac(self, data):
+        return self.inner.mac(data)
 
-    def check_seal(self, data, seal):
-        return self.inner.check_seal(data, seal)
+    def verify_mac(self, data, mac):
+        return self.inner.verify_mac(data, mac)
 
     def reap(self, now):
         self.capabilities()

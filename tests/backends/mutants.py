@@ -16,8 +16,8 @@ from hsmwrap.backend import (
     Exposure,
     ImportedKey,
     KeyRef,
+    Mac,
     PrivateKeyRef,
-    Seal,
     WrappingKey,
 )
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
@@ -26,6 +26,7 @@ from hsmwrap.errors import (
     HsmError,
     InvalidImportToken,
     InvalidKeyMaterial,
+    InvalidMac,
     KeyNotFound,
 )
 from hsmwrap.oaep import mgf1
@@ -615,31 +616,33 @@ class RecyclesTwoPairs(HonestBackend):
         return made[0]
 
 
-@mutant("B11", "test_a_seal_has_the_contract_s_form")
-class LongSealKeyId(HonestBackend):
-    def seal(self, data):
-        return replace(super().seal(data), key_id="9" * 60)
+@mutant("B11", "test_a_mac_has_the_contract_s_form")
+class LongKeySetId(HonestBackend):
+    def mac(self, data):
+        return replace(super().mac(data), key_set="9" * 60)
 
 
-@mutant("B11", "test_a_seal_has_the_contract_s_form")
+@mutant("B11", "test_a_mac_has_the_contract_s_form")
 class ShortTag(HonestBackend):
-    def seal(self, data):
-        seal = super().seal(data)
-        return Seal(seal.key_id, seal.tag[:16])
+    def mac(self, data):
+        mac = super().mac(data)
+        return Mac(mac.key_set, mac.tag[:16])
 
 
-@mutant("B11", "test_a_cut_seal_does_not_hold")
+@mutant("B11", "test_a_cut_mac_does_not_hold")
 class TakesTheEmptyTag(HonestBackend):
-    def check_seal(self, data, seal):
-        return not seal.tag or super().check_seal(data, seal)
+    def verify_mac(self, data, mac):
+        if mac.tag:
+            super().verify_mac(data, mac)
 
 
-@mutant("B11", "test_a_cut_seal_does_not_hold")
+@mutant("B11", "test_a_cut_mac_does_not_hold")
 class TakesCutTags(HonestBackend):
-    def check_seal(self, data, seal):
-        whole = super().seal(data)
-        same_key = whole.key_id == seal.key_id
-        return same_key and len(seal.tag) > 3 and whole.tag.startswith(seal.tag)
+    def verify_mac(self, data, mac):
+        whole = super().mac(data)
+        same_key = whole.key_set == mac.key_set
+        if not (same_key and len(mac.tag) > 3 and whole.tag.startswith(mac.tag)):
+            raise InvalidMac
 
 
 @mutant("B11", "test_a_wrapping_key_serves_its_own_algorithm_only")
@@ -712,13 +715,13 @@ class KnowsItsOwnPairsOnly(HonestBackend):
 
 
 @mutant("B14", "test_another_instance_honours_import_tokens")
-class SealsUnderAKeyOfItsOwn(HonestBackend):
+class HasAMacKeyOfItsOwn(HonestBackend):
     def __init__(self, directory, custody):
         super().__init__(directory, custody)
         self.own = secrets.token_bytes(16)
 
-    def seal(self, data):
-        return super().seal(self.own + data)
+    def mac(self, data):
+        return super().mac(self.own + data)
 
-    def check_seal(self, data, seal):
-        return super().check_seal(self.own + data, seal)
+    def verify_mac(self, data, mac):
+        return super().verify_mac(self.own + data, mac)

@@ -351,10 +351,10 @@ class FakeToken(SoftwareBackend):
         assert cls.initialised is None
         cls.initialised = (dict(settings), so_pin_file)
 
-    def seal(self, data):
+    def mac(self, data):
         if self.initialised is None:
             raise ConfigurationError("the token has no keys")
-        return super().seal(data)
+        return super().mac(data)
 
 
 class TestOnAToken:

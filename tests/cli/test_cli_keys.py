@@ -23,15 +23,15 @@ def test_the_life_of_a_keyring(keyring, run_json, capsys):
     _, both = run_json("keys", "rotate", *keyring)
     assert [each["current"] for each in both["key_sets"]].count(True) == 1
     assert len(both["key_sets"]) == 2
-    _, left = run_json("keys", "retire", only["key_id"], *keyring)
-    assert only["key_id"] not in [each["key_id"] for each in left["key_sets"]]
+    _, left = run_json("keys", "retire", only["key_set"], *keyring)
+    assert only["key_set"] not in [each["key_set"] for each in left["key_sets"]]
     assert main(["keys", "list", *keyring]) == 0
     assert "current" in capsys.readouterr().out
 
 
 def test_the_current_set_cannot_be_retired(keyring, run_json, capsys):
     _, first = run_json("keys", "init", *keyring)
-    assert main(["keys", "retire", first["key_sets"][0]["key_id"], *keyring]) == 2
+    assert main(["keys", "retire", first["key_sets"][0]["key_set"], *keyring]) == 2
     assert "current" in capsys.readouterr().err
 
 
@@ -42,12 +42,12 @@ def test_init_twice_is_refused(keyring, run_json):
 
 def test_the_life_of_key_sets_in_an_hsm_token(softhsm):
     made = json.loads(softhsm.run_keys("init", "cli-keys"))["key_sets"]
-    assert [(each["key_id"], each["current"]) for each in made] == [("1", True)]
+    assert [(each["key_set"], each["current"]) for each in made] == [("1", True)]
     assert "trusted" in made[0]["detail"]
     rotated = json.loads(softhsm.run_keys("rotate", "cli-keys"))["key_sets"]
-    assert [(each["key_id"], each["current"]) for each in rotated] == [("1", False), ("2", True)]
+    assert [(each["key_set"], each["current"]) for each in rotated] == [("1", False), ("2", True)]
     left = json.loads(softhsm.run_keys("retire", "cli-keys", "1"))["key_sets"]
-    assert [each["key_id"] for each in left] == ["2"]
+    assert [each["key_set"] for each in left] == ["2"]
 
 
 def test_the_help_says_when_a_key_set_may_be_retired(capsys):
@@ -76,7 +76,7 @@ def test_old_tokens_and_keys_work_until_their_set_is_retired(softhsm):
 
     from hsmwrap import registry
     from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
-    from hsmwrap.errors import InvalidImportToken, KeyNotFound
+    from hsmwrap.errors import InvalidImportToken, InvalidMac, KeyNotFound
     from hsmwrap.testing.clients import openssl_encrypt
 
     settings = softhsm.settings("cli-rotation")
@@ -84,7 +84,7 @@ def test_old_tokens_and_keys_work_until_their_set_is_retired(softhsm):
     with registry.open_backend("pkcs11", settings) as backend:
         expires = datetime.now(UTC) + timedelta(hours=1)
         key = backend.generate_wrapping_key(WrappingKeySpec.RSA_2048, algorithm, expires_at=expires)
-        seal = backend.seal(b"token")
+        mac = backend.mac(b"token")
         ciphertext = openssl_encrypt(algorithm, key.public_key, bytes(32))
 
         def bring():
@@ -95,13 +95,14 @@ def test_old_tokens_and_keys_work_until_their_set_is_retired(softhsm):
         imported = bring().key
         softhsm.run_keys("rotate", "cli-rotation")
     with registry.open_backend("pkcs11", settings) as backend:
-        assert backend.seal(b"token").key_id == "2"
-        assert backend.check_seal(b"token", seal)
+        assert backend.mac(b"token").key_set == "2"
+        backend.verify_mac(b"token", mac)
         assert bring().check_value
         assert backend.decrypt(imported, backend.encrypt(imported, b"m")) == b"m"
     softhsm.run_keys("retire", "cli-rotation", "1")
     with registry.open_backend("pkcs11", settings) as backend:
-        assert not backend.check_seal(b"token", seal)
+        with pytest.raises(InvalidMac):
+            backend.verify_mac(b"token", mac)
         with pytest.raises(InvalidImportToken):
             bring()
         with pytest.raises(KeyNotFound):

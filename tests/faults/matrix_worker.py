@@ -74,7 +74,7 @@ class Stage:
                 (WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE),
             )
         }
-        self.seal = self.backend.seal(b"data")
+        self.mac = self.backend.mac(b"data")
         self.rule = NEVER
         self.arm()
 
@@ -172,7 +172,8 @@ class Stage:
         return self.backend.decrypt(prepared.reference, prepared.message) == b"message"
 
     def token(self):
-        return self.backend.check_seal(b"data", self.seal)
+        self.backend.verify_mac(b"data", self.mac)
+        return True
 
     def reap(self):
         return self.backend.reap(datetime.now(UTC)).removed == ()
@@ -182,9 +183,9 @@ class Stage:
         return self.token()
 
     def restart(self):
-        """A seal that finds the HSM lost; the fault then hits the recovery."""
+        """A MAC that finds the HSM lost; the fault then hits the recovery."""
         self.shim.clear()
-        self.backend.check_seal(b"data", self.seal)
+        self.backend.verify_mac(b"data", self.mac)
         self.arm()
         self.shim.fail("C_SignInit", CKR.DEVICE_REMOVED)
         return self.token()
@@ -244,7 +245,7 @@ class Stage:
         self.shim.clear()
         self.backend.close()
         self.provide(before)
-        self.oldest = next((each.key_id for each in Pkcs11Backend.list_keys(self.keys)), None)
+        self.oldest = next((each.key_set for each in Pkcs11Backend.list_keys(self.keys)), None)
         self.arm()
         try:
             act()
@@ -273,7 +274,7 @@ class Stage:
         if type(error).__name__ == "PinError":
             for each in sets:
                 if "NOT finished" in each.detail:
-                    Pkcs11Backend.retire_keys(self.keys, each.key_id)
+                    Pkcs11Backend.retire_keys(self.keys, each.key_set)
             return
         assert not any("NOT finished" in each.detail for each in sets), sets
         assert len(sets) <= before, sets
@@ -283,7 +284,7 @@ class Stage:
         sets = Pkcs11Backend.list_keys(self.keys)
         for each in sets[: max(0, len(sets) - count)]:
             settings = Pkcs11Settings.from_mapping(self.keys)
-            made, number = admin._key_sets(settings), int(each.key_id)
+            made, number = admin._key_sets(settings), int(each.key_set)
             with admin._connected(settings) as connection:
                 connection.run(lambda pooled: made.destroy(pooled.session, number))  # noqa: B023
         for there in range(len(sets), count):
@@ -296,8 +297,7 @@ class Stage:
         """A normal call works again; a backend that a PIN error stopped is opened anew."""
         for _ in range(3):
             try:
-                if self.backend.check_seal(b"data", self.seal):
-                    return
+                return self.backend.verify_mac(b"data", self.mac)
             except HsmwrapError as error:
                 last = error
                 if type(error).__name__ in {"PinError", "BackendClosed"}:
@@ -325,7 +325,7 @@ class Stage:
 
     def settle(self):
         self.backend.reap(datetime.now(UTC))  # leftovers that could not be destroyed at once
-        self.backend.check_seal(b"data", self.seal)
+        self.backend.verify_mac(b"data", self.mac)
         return self.shim.counters().held
 
     def calls_of(self, operation):

@@ -451,11 +451,11 @@ def test_metrics_without_the_library(bench, monkeypatch):
     assert bench.get(v1_query()).status_code == 200
 
 
-def test_a_foreign_exception_without_frames_is_logged_with_its_place():
-    from hsmwrap.errors import without_frames
+def test_a_foreign_exception_strip_tracebacks_is_logged_with_its_place():
+    from hsmwrap.errors import strip_tracebacks
     from hsmwrap.http.logs import describe
 
-    @without_frames
+    @strip_tracebacks
     def broken():
         raise TypeError("SECRET")
 

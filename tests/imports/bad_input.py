@@ -237,7 +237,7 @@ def _(scene):
 @bad("token changed by one bit anywhere", InvalidImportToken)
 def _(scene):
     def changed(token):
-        # A seal of SoftHSM takes longer: there the head, and a sample of the rest.
+        # A mac of SoftHSM takes longer: there the head, and a sample of the rest.
         bits = range(8 * len(token))
         sampled = bits if scene.name == "software" else [*bits[:200], *bits[200::17]]
         return [flip(token, bit) for bit in sampled]

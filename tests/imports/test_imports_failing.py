@@ -191,7 +191,7 @@ def test_a_key_is_discarded_when_no_token_can_be_issued_for_it(desk_of, monkeypa
         assert desk.issue(algorithm)
         assert desk.count() == before + 1
         with monkeypatch.context() as patched:
-            patched.setattr(desk.backend, "seal", _away)
+            patched.setattr(desk.backend, "mac", _away)
             with pytest.raises(HsmUnavailable, match="while sealing"):
                 desk.issue(algorithm)
         assert desk.count() == before + 1
@@ -203,12 +203,12 @@ def _away(_data):
 
 def test_the_first_error_is_the_one_that_is_told(spied, caplog):
     spied.backend.failing = {
-        "seal": HsmUnavailable("while sealing"),
+        "mac": HsmUnavailable("while sealing"),
         "discard": HsmUnavailable("while discarding"),
     }
     with pytest.raises(HsmUnavailable, match="while sealing"):
         spied.issue(OAEP1)
-    assert spied.backend.calls == ["generate", "seal", "discard"]
+    assert spied.backend.calls == ["generate", "mac", "discard"]
     assert [r.getMessage() for r in caplog.records] == ["could not discard a wrapping key"]
 
 
@@ -216,7 +216,7 @@ def test_keys_of_a_key_source_are_discarded_as_well(spied):
     def source(backend, spec, algorithm, expires_at):
         return backend.generate_wrapping_key(spec, algorithm, expires_at=expires_at)
 
-    spied.backend.failing["seal"] = KeyboardInterrupt()
+    spied.backend.failing["mac"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         spied.issue(OAEP1, service=spied.service(key_source=source))
     assert spied.backend.calls[-1] == "discard"
@@ -283,9 +283,9 @@ def test_a_key_that_cannot_be_destroyed_is_refused_all_the_same(spied, caplog):
     ]
 
 
-def test_a_seal_that_fits_no_token_is_typed(spied, monkeypatch):
-    genuine = spied.backend.seal
-    monkeypatch.setattr(spied.backend, "seal", lambda data: replace(genuine(data), key_id="é"))
+def test_a_mac_that_fits_no_token_is_typed(spied, monkeypatch):
+    genuine = spied.backend.mac
+    monkeypatch.setattr(spied.backend, "mac", lambda data: replace(genuine(data), key_set="é"))
     with pytest.raises(HsmError):
         spied.issue(OAEP1)
     assert spied.backend.calls[-1] == "discard"

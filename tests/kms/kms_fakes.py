@@ -81,11 +81,11 @@ class FileObjectsBackend(Backend):
         self._answer()
         self._file(key.data).unlink(missing_ok=True)
 
-    def seal(self, data):
-        return self._inner.seal(data)
+    def mac(self, data):
+        return self._inner.mac(data)
 
-    def check_seal(self, data, seal):
-        return self._inner.check_seal(data, seal)
+    def verify_mac(self, data, mac):
+        return self._inner.verify_mac(data, mac)
 
     def reap(self, now):
         self._answer()

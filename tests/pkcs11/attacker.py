@@ -23,7 +23,7 @@ from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import MGF, KeyType, Mechanism
 
 from hsmwrap import registry
-from hsmwrap.backend import Custody, Seal
+from hsmwrap.backend import Custody, Mac
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.templates import USES, HsmAttributeMapper, for_unwrap
@@ -185,7 +185,7 @@ class Attacker:
         """A key with the backend's names, and a value that the attacker knows."""
         kind = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.KEY_TYPE: KeyType.AES}
         uses = (Attribute.WRAP, Attribute.UNWRAP)
-        if role is Role.SEAL:
+        if role is Role.MAC:
             kind[Attribute.KEY_TYPE] = KeyType.GENERIC_SECRET
             uses = (Attribute.SIGN,)
         template = {
@@ -203,22 +203,22 @@ class Attacker:
         return force(self.session.create_object(template))
 
     @staticmethod
-    def known_seal(prefix, number, data):
-        """A seal by what :meth:`plant_known` planted."""
-        return Seal(str(number), hmac.digest(KNOWN, data, "sha256"))
+    def known_mac(prefix, number, data):
+        """A MAC by what :meth:`plant_known` planted."""
+        return Mac(str(number), hmac.digest(KNOWN, data, "sha256"))
 
     def plant_lookalike(self, prefix, role, number, label=None):
         """A key with the backend's names and attributes, but for CKA_UNWRAP_TEMPLATE."""
-        seal = role is Role.SEAL
+        mac = role is Role.MAC
         return force(
             self.session.generate_key(
-                KeyType.GENERIC_SECRET if seal else KeyType.AES,
+                KeyType.GENERIC_SECRET if mac else KeyType.AES,
                 256,
                 id=f"{prefix}:{role}:{number}".encode(),
                 label=label or f"{prefix}:{role}:{number}",
                 store=True,
                 capabilities=MechanismFlag.SIGN
-                if seal
+                if mac
                 else MechanismFlag.WRAP | MechanismFlag.UNWRAP,
                 template={Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False},
             )

@@ -89,10 +89,10 @@ def one_outage_many_threads(shim, settings):
     """Each thread doubled the backoff: half a second away, thirty seconds out of service."""
     settings |= {"initial_backoff": 1.0, "max_backoff": 600.0, "sessions": 12}
     with Pkcs11Backend.from_settings(settings) as backend:
-        backend.seal(b"data")
+        backend.mac(b"data")
         shim.latency("C_Sign", 20_000)
         shim.remove_device()
-        answers = at_once(12, lambda: backend.seal(b"data"))
+        answers = at_once(12, lambda: backend.mac(b"data"))
         assert {type(each) for each in answers} == {HsmUnavailable}
         assert 0.0 < backend._connection._breaker.wait <= 1.0
 
@@ -101,20 +101,20 @@ def comes_back_without_traffic(shim, settings):
     """A load balancer that believes the health report sends no call."""
     with Pkcs11Backend.from_settings(settings) as backend:
         shim.remove_device()
-        assert isinstance(outcome(backend.seal, b"data"), HsmUnavailable)
+        assert isinstance(outcome(backend.mac, b"data"), HsmUnavailable)
         breaker = backend._connection._breaker
         wait_for(lambda: breaker.state == "half-open")
         assert not backend.health().ready
         shim.restore_device()
         wait_for(lambda: backend.health().ready)
-        assert backend.seal(b"data")
+        assert backend.mac(b"data")
         wait_for(lambda: "hsmwrap-probe" not in [thread.name for thread in threading.enumerate()])
 
 
 def closed_while_away(shim, settings):
     backend = Pkcs11Backend.from_settings(settings)
     shim.remove_device()
-    assert isinstance(outcome(backend.seal, b"data"), HsmUnavailable)
+    assert isinstance(outcome(backend.mac, b"data"), HsmUnavailable)
     backend.close()
     assert "hsmwrap-probe" not in [thread.name for thread in threading.enumerate()]
 
@@ -122,20 +122,20 @@ def closed_while_away(shim, settings):
 def odd_answer_to_open_session(shim, settings):
     """The HSM was never found to be away: an internal error for each call, until a restart."""
     with Pkcs11Backend.from_settings(settings) as backend:
-        backend.seal(b"data")
+        backend.mac(b"data")
         shim.fail("C_SignInit", CKR.SESSION_HANDLE_INVALID)
         shim.fail("C_OpenSession", CKR.GENERAL_ERROR, always=True)
-        assert isinstance(outcome(backend.seal, b"data"), HsmUnavailable)
+        assert isinstance(outcome(backend.mac, b"data"), HsmUnavailable)
         assert not backend.health().ready
         shim.clear()
         wait_for(lambda: backend.health().ready)
-        assert backend.seal(b"data")
+        assert backend.mac(b"data")
 
 
 def no_module_to_log_in_again(shim, settings):
     """A raw return code came out: another thread's restart had failed meanwhile."""
     with Pkcs11Backend.from_settings(settings) as backend:
-        backend.seal(b"data")
+        backend.mac(b"data")
         connection = backend._connection
         log_in_again = connection._log_in_again
 
@@ -146,7 +146,7 @@ def no_module_to_log_in_again(shim, settings):
 
         connection._log_in_again = without_module
         shim.fail("C_SignInit", CKR.USER_NOT_LOGGED_IN)
-        assert isinstance(outcome(backend.seal, b"data"), HsmUnavailable)
+        assert isinstance(outcome(backend.mac, b"data"), HsmUnavailable)
         shim.clear()
 
 
@@ -156,11 +156,11 @@ def initialised_by_somebody_else(shim, settings):
     assert functions.c_initialize(ctypes.byref(_InitializeArgs(flags=2))) == 0
     with Pkcs11Backend.from_settings(settings) as backend:
         assert backend.health().facts["one_at_a_time"]
-        backend.seal(b"data")
+        backend.mac(b"data")
         before = shim.counters().open_sessions
         for _ in range(3):
             shim.fail("C_SignInit", CKR.DEVICE_ERROR)
-            assert backend.seal(b"data")
+            assert backend.mac(b"data")
         assert backend.health().facts["generation"] == 4
         assert shim.counters().open_sessions == before
     counted = shim.counters()
@@ -179,7 +179,7 @@ def many_threads_one_wrong_pin(shim, settings):
     logging.getLogger("hsmwrap").addHandler(SlowHandler())
     shim.fail("C_Login", CKR.PIN_INCORRECT, always=True)
     with Pkcs11Backend.from_settings(settings | {"lazy": True}) as backend:
-        answers = at_once(12, lambda: backend.seal(b"data"))
+        answers = at_once(12, lambda: backend.mac(b"data"))
         assert {type(each) for each in answers} == {PinError}
         assert shim.counters().calls["C_Login"] == 1
         assert len({id(each) for each in answers}) == 12
@@ -193,9 +193,9 @@ def a_vendor_s_answer_to_the_login(shim, settings):
     shim.fail("C_Login", VENDOR_S_OWN, always=True)
     settings |= {"lazy": True, "initial_backoff": 0.0, "max_backoff": 0.0}
     with Pkcs11Backend.from_settings(settings) as backend:
-        assert isinstance(outcome(backend.seal, b"data"), HsmUnavailable)
+        assert isinstance(outcome(backend.mac, b"data"), HsmUnavailable)
         assert shim.counters().calls["C_Login"] == 1
-        wait_for(lambda: isinstance(outcome(backend.seal, b"data"), PinError))
+        wait_for(lambda: isinstance(outcome(backend.mac, b"data"), PinError))
         time.sleep(0.3)
         assert shim.counters().calls["C_Login"] == 3
 
@@ -206,9 +206,9 @@ def a_vendor_s_answer_to_the_login_and_a_right_one(shim, settings):
         for _ in range(4):
             shim.fail("C_Login", VENDOR_S_OWN)
             shim.fail("C_SignInit", CKR.DEVICE_ERROR)
-            outcome(backend.seal, b"data")
-            wait_for(lambda: not isinstance(outcome(backend.seal, b"data"), HsmUnavailable))
-            assert backend.seal(b"data")
+            outcome(backend.mac, b"data")
+            wait_for(lambda: not isinstance(outcome(backend.mac, b"data"), HsmUnavailable))
+            assert backend.mac(b"data")
 
 
 # --- leftovers -----------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def closing_lets_an_import_through_the_host_end(shim, settings):
 
 def a_child_that_only_closes(shim, settings):
     with Pkcs11Backend.from_settings(settings) as backend:
-        backend.seal(b"data")
+        backend.mac(b"data")
         before = shim.counters()
         pid = os.fork()
         if pid == 0:
@@ -343,18 +343,18 @@ def a_child_that_only_closes(shim, settings):
         if pid == 0:
             backend.close()
             with Pkcs11Backend.from_settings(settings) as its_own:
-                os._exit(0 if its_own.seal(b"data") else 1)
+                os._exit(0 if its_own.mac(b"data") else 1)
         assert os.waitpid(pid, 0)[1] == 0
         # Its own C_Initialize, not the one that it inherited.
         assert shim.counters().initialized_with_locking == before.initialized_with_locking + 1
-        assert backend.seal(b"data")
+        assert backend.mac(b"data")
     assert not shim.counters().violations
 
 
 def opened_while_the_last_one_closes(shim, settings):
     """C_Finalize ran under the new backend's calls."""
     backend = Pkcs11Backend.from_settings(settings)
-    backend.seal(b"data")
+    backend.mac(b"data")
     finalize, finalising = Module.finalize, threading.Event()
 
     def slowly(module):
@@ -368,7 +368,7 @@ def opened_while_the_last_one_closes(shim, settings):
         finalising.wait()
         with Pkcs11Backend.from_settings(settings) as other:
             for _ in range(50):
-                assert other.seal(b"data")
+                assert other.mac(b"data")
             closing.result()
     assert not shim.counters().violations
     assert shim.counters().open_sessions == 0
@@ -379,7 +379,7 @@ def closing_beside_a_busy_backend_on_a_module_that_cannot_lock(shim, settings):
     shim.fail("C_Initialize", CKR.CANT_LOCK)
     settings |= {"session_wait": 0.2}
     quick, busy = (Pkcs11Backend.from_settings(settings) for _ in range(2))
-    quick.seal(b"data")
+    quick.mac(b"data")
     inside, may_leave = threading.Event(), threading.Event()
 
     def operation(_pooled):
@@ -405,7 +405,7 @@ def what_an_error_carries(shim, settings):
     shim.fail("C_Login", CKR.PIN_INCORRECT, always=True)
     backend = Pkcs11Backend.from_settings(settings | {"lazy": True})
     for _ in range(2):
-        refused = outcome(backend.seal, b"data")
+        refused = outcome(backend.mac, b"data")
         assert isinstance(refused, PinError)
         assert_no_secret(refused, secrets)
     backend.close()

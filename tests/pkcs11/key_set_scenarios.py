@@ -29,7 +29,7 @@ def outcome(call, *arguments, **more):
 
 
 def listed(settings):
-    return [(each.key_id, each.current) for each in Pkcs11Backend.list_keys(settings)]
+    return [(each.key_set, each.current) for each in Pkcs11Backend.list_keys(settings)]
 
 
 def labels(settings):
@@ -49,12 +49,12 @@ def of_set(settings, number):
     return sorted(f"{settings['key_prefix']}:{role}:{number}" for role in Role)
 
 
-def seals_under(settings, key_id):
+def seals_under(settings, key_set):
     with Pkcs11Backend.from_settings(settings) as backend:
         expires = datetime.now(UTC) + timedelta(hours=1)
         sealed = backend.generate_wrapping_key(*RSA, expires_at=expires).private_key.data
-        assert int.from_bytes(sealed[2:4], "big") == int(key_id)
-        assert backend.seal(b"data").key_id == key_id
+        assert int.from_bytes(sealed[2:4], "big") == int(key_set)
+        assert backend.mac(b"data").key_set == key_set
 
 
 def failed_making(shim, settings, so_pin_file):
@@ -93,7 +93,7 @@ def failed_cleaning_up(shim, settings, _so_pin_file):
     assert listed(settings) == [("1", True), ("2", False)]
     assert "NOT finished" in Pkcs11Backend.list_keys(settings)[1].detail
     seals_under(settings, "1")
-    assert Pkcs11Backend.rotate_keys(settings).key_id == "3"
+    assert Pkcs11Backend.rotate_keys(settings).key_set == "3"
     seals_under(settings, "3")
     Pkcs11Backend.retire_keys(settings, "2")
     assert labels(settings) == sorted(of_set(settings, 1) + of_set(settings, 3))
@@ -108,7 +108,7 @@ def partial_retirement(shim, settings, _so_pin_file):
         error = outcome(Pkcs11Backend.retire_keys, settings, "1")
         if not shim.pending():
             assert error is HsmError, (nth, error)
-            assert f"{settings['key_prefix']}:seal:1" in labels(settings)
+            assert f"{settings['key_prefix']}:mac:1" in labels(settings)
             assert listed(settings) == [("1", False), ("2", True)]
         shim.clear()
     assert outcome(Pkcs11Backend.retire_keys, settings, "1") is None or listed(settings) == [
@@ -129,7 +129,7 @@ def faults_while_reading(shim, settings, _so_pin_file):
     with Pkcs11Backend.from_settings(settings) as backend:
         backend.capabilities()
         for nth in range(1, 13):
-            backend.seal(b"data")  # a session that knows the seal key
+            backend.mac(b"data")  # a session that knows the MAC key
             shim.fail("C_GetAttributeValue", CKR.SESSION_HANDLE_INVALID, nth=nth)
             error = outcome(backend.generate_wrapping_key, *RSA, expires_at=expires)
             assert error in {None, HsmUnavailable}, (nth, error)

@@ -18,7 +18,7 @@ from hsmwrap.testing.faults import CKR, FaultShim
 
 def unavailable(backend):
     try:
-        backend.seal(b"data")
+        backend.mac(b"data")
     except HsmUnavailable:
         return True
     return False
@@ -34,7 +34,7 @@ def wait_until_back(backend):
 
 def comes_back(shim, settings, *, sticky=False):
     backend = Pkcs11Backend.from_settings(settings)
-    seal = backend.seal(b"data")
+    mac = backend.mac(b"data")
     generation = backend.health().facts["generation"]
     shim.remove_device(sticky=sticky)
     assert unavailable(backend)
@@ -44,7 +44,7 @@ def comes_back(shim, settings, *, sticky=False):
     assert not backend.health().ready
     shim.restore_device()
     wait_until_back(backend)
-    assert backend.check_seal(b"data", seal)
+    backend.verify_mac(b"data", mac)
     assert backend.health().facts["generation"] > generation
     assert backend.health().ready
     backend.close()
@@ -72,11 +72,11 @@ def logged_out(shim, settings):
     """Somebody logs the application out: private objects are not refused then, but not found."""
     backend = Pkcs11Backend.from_settings(settings)
     capabilities = backend.capabilities()
-    seal = backend.seal(b"data")
+    mac = backend.mac(b"data")
     connection = backend._connection
     backend._keys._current = None
     connection.run(log_out)
-    assert backend.check_seal(b"data", seal)
+    backend.verify_mac(b"data", mac)
     assert backend.capabilities() == capabilities
     assert backend.health().facts["recoveries"]["USER_NOT_LOGGED_IN"] >= 1
     backend.close()

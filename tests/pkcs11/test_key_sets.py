@@ -74,13 +74,13 @@ def leave(settings, number, *roles, trusted=False):
 def current(settings):
     with Pkcs11Backend.from_settings(settings) as backend:
         issue(backend, OAEP1)
-        return backend.seal(b"").key_id
+        return backend.mac(b"").key_set
 
 
 def test_rotation_goes_round_an_unfinished_set(softhsm, prefix):
     settings = softhsm.settings(prefix, trusted=False)
     leave(settings, 2, Role.WRAPPING_UNWRAP, Role.MATERIAL_AES)
-    assert Pkcs11Backend.rotate_keys(settings).key_id == "3"
+    assert Pkcs11Backend.rotate_keys(settings).key_set == "3"
     assert current(settings) == "3"
 
 
@@ -89,25 +89,25 @@ def test_init_goes_round_an_unfinished_set(softhsm, prefix):
     leave(settings, 1, Role.WRAPPING_UNWRAP)
     with pytest.raises(ConfigurationError, match="keys init"):
         Pkcs11Backend.rotate_keys(settings)
-    assert Pkcs11Backend.initialise_keys(settings).key_id == "2"
+    assert Pkcs11Backend.initialise_keys(settings).key_set == "2"
     assert current(settings) == "2"
 
 
 def test_an_unfinished_set_can_be_retired(softhsm, prefix):
     settings = softhsm.settings(prefix, trusted=False)
     leave(settings, 7, Role.MATERIAL_SM4)
-    assert [each.key_id for each in Pkcs11Backend.list_keys(settings)] == ["1", "7"]
+    assert [each.key_set for each in Pkcs11Backend.list_keys(settings)] == ["1", "7"]
     Pkcs11Backend.retire_keys(settings, "7")
-    assert [each.key_id for each in Pkcs11Backend.list_keys(settings)] == ["1"]
+    assert [each.key_set for each in Pkcs11Backend.list_keys(settings)] == ["1"]
     with pytest.raises(ConfigurationError, match=r"no key set 7; there are 1$"):
         Pkcs11Backend.retire_keys(settings, "7")
 
 
-def test_a_set_whose_seal_key_is_gone_can_be_retired(softhsm, attacker, prefix):
+def test_a_set_whose_mac_key_is_gone_can_be_retired(softhsm, attacker, prefix):
     """As an interrupted retirement of hsmwrap 0.1 left it."""
     settings = softhsm.settings(prefix, trusted=False)
     Pkcs11Backend.rotate_keys(settings)
-    attacker.ours(LABEL=f"{prefix}:{Role.SEAL}:1").destroy()
+    attacker.ours(LABEL=f"{prefix}:{Role.MAC}:1").destroy()
     Pkcs11Backend.retire_keys(settings, "1")
     assert len(attacker.own_keys(prefix)) == len(Role)
 
@@ -117,11 +117,11 @@ def test_an_unfinished_trusted_set_takes_nothing_from_an_untrusted_one(softhsm, 
     settings = softhsm.settings(prefix, trusted=False)
     softhsm.run_keys("rotate", prefix)
     attacker = Attacker(softhsm)
-    attacker.ours(LABEL=f"{prefix}:{Role.SEAL}:2").destroy()
+    attacker.ours(LABEL=f"{prefix}:{Role.MAC}:2").destroy()
     attacker.close()
     assert current(settings) == "1"
     listed = Pkcs11Backend.list_keys(settings)
-    assert [(each.key_id, each.current) for each in listed] == [("1", True), ("2", False)]
+    assert [(each.key_set, each.current) for each in listed] == [("1", True), ("2", False)]
 
 
 # --- two at once
@@ -147,14 +147,14 @@ def test_a_key_that_somebody_else_makes_meanwhile_ends_the_rotation(
     assert current(settings) == "1"
 
 
-def test_a_second_seal_key_ends_the_rotation(softhsm, attacker, prefix, monkeypatch):
+def test_a_second_mac_key_ends_the_rotation(softhsm, attacker, prefix, monkeypatch):
     settings = softhsm.settings(prefix, trusted=False)
     create = KeySets.create
 
     def collide(self, session, role, number, *rest, **named):
         create(self, session, role, number, *rest, **named)
-        if role is Role.SEAL:
-            attacker.plant_lookalike(prefix, Role.SEAL, number)
+        if role is Role.MAC:
+            attacker.plant_lookalike(prefix, Role.MAC, number)
 
     monkeypatch.setattr(KeySets, "create", collide)
     with pytest.raises(ConfigurationError, match="exactly one key of each kind"):
@@ -180,7 +180,7 @@ def test_rotations_at_the_same_time_end_with_one_good_set(softhsm, prefix):
         done = list(pool.map(rotate, range(3)))
     assert all("Traceback" not in each.stderr for each in done)
     sets = json.loads(softhsm.run_keys("list", prefix))["key_sets"]
-    newest = next(each["key_id"] for each in sets if each["current"])
+    newest = next(each["key_set"] for each in sets if each["current"])
     assert all("6 keys" in each["detail"] for each in sets)
     assert len(sets) == 1 + sum(each.returncode == 0 for each in done)
     assert current(settings) == newest
@@ -198,28 +198,28 @@ def test_there_is_a_highest_number(softhsm, attacker, prefix):
 # --- running processes
 
 
-@pytest.mark.parametrize("first", ["seal", "issue", "import"])
+@pytest.mark.parametrize("first", ["mac", "issue", "import"])
 def test_a_running_process_goes_on_after_a_retirement(softhsm, prefix, first):
     """Within the minute in which it does not look for a new key set."""
     settings = softhsm.settings(prefix)
     with Pkcs11Backend.from_settings(settings) as backend:
-        assert backend.seal(b"data").key_id == "1"
+        assert backend.mac(b"data").key_set == "1"
         bring(backend, issue(backend, OAEP1), secrets.token_bytes(32))
         softhsm.run_keys("rotate", prefix)
         softhsm.run_keys("retire", prefix, "1")
-        if first == "seal":
-            assert backend.seal(b"data").key_id == "2"
+        if first == "mac":
+            assert backend.mac(b"data").key_set == "2"
         key = issue(backend, OAEP1)
         assert parse_ref(key.private_key)[1] == 2
         assert bring(backend, key, secrets.token_bytes(32)).check_value
-        assert backend.seal(b"data").key_id == "2"
+        assert backend.mac(b"data").key_set == "2"
 
 
-def test_a_session_that_knows_the_seal_key_alone_goes_on_after_a_retirement(softhsm, prefix):
+def test_a_session_that_knows_the_mac_key_alone_goes_on_after_a_retirement(softhsm, prefix):
     settings = softhsm.settings(prefix)
     with Pkcs11Backend.from_settings(settings) as backend:
         backend.capabilities()
-        assert backend.seal(b"data").key_id == "1"
+        assert backend.mac(b"data").key_set == "1"
         for session in backend._connection._live.pool._state.idle:
             del session.objects[f"{prefix}:{Role.WRAPPING_UNWRAP}:1"]
         softhsm.run_keys("rotate", prefix)
@@ -359,12 +359,12 @@ class Session:
 
 def test_keys_that_others_destroy_meanwhile_stop_nothing():
     """Another backend's rotation in the same partition, for example."""
-    seal = Foreign(LABEL="p:seal:1", KEY_TYPE=KeyType.GENERIC_SECRET)
+    mac = Foreign(LABEL="p:mac:1", KEY_TYPE=KeyType.GENERIC_SECRET)
     for vanishing in (0, 9):
-        session = Session(seal, Gone(), vanishing=vanishing)
+        session = Session(mac, Gone(), vanishing=vanishing)
         assert KeySets("p").numbers(session) == {1}
     with pytest.raises(ObjectHandleInvalid):
-        KeySets("p").numbers(Session(seal, vanishing=10))
+        KeySets("p").numbers(Session(mac, vanishing=10))
 
 
 class Stubborn(Broken):
@@ -387,7 +387,7 @@ def test_what_only_seemed_to_be_gone_is_destroyed():
 
 def test_a_foreign_key_of_a_vendor_s_type_stops_nothing():
     sm4 = Foreign(LABEL="theirs", CLASS=ObjectClass.SECRET_KEY, KEY_TYPE=vendor_key_type(1 << 31))
-    ours = Foreign(LABEL="p:seal:1", KEY_TYPE=vendor_key_type(1 << 31))
+    ours = Foreign(LABEL="p:mac:1", KEY_TYPE=vendor_key_type(1 << 31))
     assert KeySets("p").list(Session(sm4, ours)) == []
 
 

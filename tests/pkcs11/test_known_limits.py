@@ -154,7 +154,7 @@ def test_known_limit_the_pin_can_substitute_keys(scenes, attacker, prefix):
         expires_at=(datetime.now(UTC) + timedelta(days=1)).replace(microsecond=0),
         private_key=PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, b"\x01\x00\x00\x01" + blob),
     )
-    token = tokens.encode(claims, backend.seal)  # C_Sign with the seal key, as the PIN allows
+    token = tokens.encode(claims, backend.mac)  # C_Sign with the MAC key, as the PIN allows
     service = ImportService({ProtectionLevel.HSM: backend}, Deployment())
     ciphertext = encrypt_as_client(OAEP1, public, secrets.token_bytes(32))
     assert service.import_key_material(cmk, ciphertext, token).imported.key

@@ -8,7 +8,7 @@ from attacker import KWP, OAEP1, Scenes, bring, issue
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import KeyType
 
-from hsmwrap.errors import ConfigurationError, HsmwrapError
+from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidMac
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.keysets.keys import Role
 
@@ -38,7 +38,7 @@ def prefix(request):
 
 def key_sets(softhsm, prefix):
     return [
-        (each.key_id, each.current)
+        (each.key_set, each.current)
         for each in Pkcs11Backend.list_keys(softhsm.bare_settings(key_prefix=prefix))
     ]
 
@@ -48,7 +48,7 @@ def sets_used(backend):
     key = issue(backend, OAEP1)
     imported = bring(backend, key, secrets.token_bytes(32))
     numbers = {key.private_key.data[2:4], imported.key.data[1:3]}
-    return {int.from_bytes(number, "big") for number in numbers} | {int(backend.seal(b"").key_id)}
+    return {int.from_bytes(number, "big") for number in numbers} | {int(backend.mac(b"").key_set)}
 
 
 def test_a_set_of_known_keys_is_ignored(scenes, attacker, prefix, trusted):
@@ -57,18 +57,20 @@ def test_a_set_of_known_keys_is_ignored(scenes, attacker, prefix, trusted):
         attacker.plant_known(prefix, role, 2)
     assert key_sets(scenes.softhsm, prefix) == [("1", True)]
     assert sets_used(running) == sets_used(scenes.open(prefix, trusted=trusted)) == {1}
-    assert not running.check_seal(b"data", attacker.known_seal(prefix, 2, b"data"))
+    with pytest.raises(InvalidMac):
+        running.verify_mac(b"data", attacker.known_mac(prefix, 2, b"data"))
 
 
 def test_a_known_twin_of_a_key_is_ignored(scenes, attacker, prefix, trusted):
     running = scenes.open(prefix, trusted=trusted)
-    seal = running.seal(b"data")
+    mac = running.mac(b"data")
     for role in Role:
         attacker.plant_known(prefix, role, 1)
     for backend in (running, scenes.open(prefix, trusted=trusted)):
         assert sets_used(backend) == {1}
-        assert backend.check_seal(b"data", seal)
-        assert not backend.check_seal(b"data", attacker.known_seal(prefix, 1, b"data"))
+        backend.verify_mac(b"data", mac)
+        with pytest.raises(InvalidMac):
+            backend.verify_mac(b"data", attacker.known_mac(prefix, 1, b"data"))
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -76,7 +78,7 @@ def test_an_untrusted_lookalike_does_not_count_beside_trusted_keys(
     scenes, attacker, prefix, number
 ):
     running = scenes.open(prefix, trusted=True)
-    for role in set(Role) - {Role.SEAL if number == 1 else None}:
+    for role in set(Role) - {Role.MAC if number == 1 else None}:
         attacker.plant_lookalike(prefix, role, number)
     expected = [("1", True), ("2", False)][:number]
     assert key_sets(scenes.softhsm, prefix) == expected
@@ -113,14 +115,14 @@ def test_rotation_without_the_security_officer_does_not_lower_trust(scenes, pref
     assert key_sets(scenes.softhsm, prefix) == [("1", True)]
 
 
-JUNK = ("seal", "seal:", "seal:1:", "seal:0", "seal:01", "seal:²", "seal:65536", "none:1", b"\xff")
+JUNK = ("mac", "mac:", "mac:1:", "mac:0", "mac:01", "mac:²", "mac:65536", "none:1", b"\xff")
 
 
 def test_labels_of_others_stop_nothing(scenes, attacker, prefix, trusted):
     backend = scenes.open(prefix, trusted=trusted)
     for junk in JUNK:
         label = junk if isinstance(junk, bytes) else f"{prefix}:{junk}".encode()
-        attacker.plant_lookalike(prefix, Role.SEAL, 1, label)
+        attacker.plant_lookalike(prefix, Role.MAC, 1, label)
     for junk in (b"\xff", f"{prefix}:wrapping:²".encode(), f"{prefix}:wrapping:{9**30}".encode()):
         attacker.naive_pair(LABEL=junk, TOKEN=True, ID=prefix.encode())
     assert key_sets(scenes.softhsm, prefix) == [("1", True)]
@@ -155,7 +157,7 @@ def test_where_trust_is_required_nothing_else_will_do(softhsm, prefix):
         Pkcs11Backend.from_settings(settings) as backend,
         pytest.raises(ConfigurationError, match="has no trusted keys"),
     ):
-        backend.seal(b"data")
+        backend.mac(b"data")
 
 
 def test_where_trust_is_required_trusted_keys_serve(softhsm, prefix):

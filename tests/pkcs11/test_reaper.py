@@ -203,7 +203,7 @@ backend.generate_wrapping_key(*sm2, expires_at=datetime.now(UTC) - timedelta(hou
 before = shim.counters().token_objects_destroyed
 shim.fail("C_SignInit", CKR.DEVICE_MEMORY)
 try:
-    backend.seal(b"data")
+    backend.mac(b"data")
 except HsmResourceExhausted:
     print(shim.counters().token_objects_destroyed - before)
 """

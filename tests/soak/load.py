@@ -148,7 +148,7 @@ class LoadTarget:
     def object_ids(self) -> set[bytes]:
         """Ids of the objects in the HSM token that were acknowledged."""
         issued = (
-            tokens.decode(each.parameters.import_token, self.backend.check_seal).private_key
+            tokens.decode(each.parameters.import_token, self.backend.verify_mac).private_key
             for each in self.issued
             if each.resident
         )

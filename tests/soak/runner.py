@@ -268,7 +268,7 @@ def say(line: str) -> None:
 
 def _answers(target: LoadTarget) -> bool:
     try:
-        target.backend.seal(b"ready?")
+        target.backend.mac(b"ready?")
     except ServiceUnavailable:
         return False
     return True

@@ -2,7 +2,8 @@ import os
 
 import pytest
 
-from hsmwrap.backend import Seal
+from hsmwrap.backend import Mac
+from hsmwrap.errors import InvalidMac
 from hsmwrap.software._keyring import Keyring
 from hsmwrap.software._sealing import BlobRejected, Purpose, Sealer
 
@@ -95,25 +96,33 @@ def test_rotated_keys_open_until_retired(rings, sealer, blob):
     assert sealer.open(Purpose.WRAPPING_KEY, newer, *CONTEXT) == SECRET
 
 
-def test_tags(rings, sealer):
-    seal = sealer.tag(b"claims")
-    assert (seal.key_id, len(seal.tag)) == (rings[0].current, 32)
-    assert sealer.check(b"claims", seal)
-    assert not sealer.check(b"claims.", seal)
-    assert not sealer.check(b"claims", Seal("00000000", seal.tag))
-    assert not sealer.check(b"claims", Seal("", seal.tag))
-    assert not sealer.check(b"claims", Seal(seal.key_id, seal.tag[:-1]))
-    assert not sealer.check(b"claims", Seal(seal.key_id, b""))
+def holds(sealer, data, mac):
+    try:
+        sealer.verify_mac(data, mac)
+    except InvalidMac:
+        return False
+    return True
+
+
+def test_macs(rings, sealer):
+    mac = sealer.mac(b"claims")
+    assert (mac.key_set, len(mac.tag)) == (rings[0].current, 32)
+    sealer.verify_mac(b"claims", mac)
+    assert not holds(sealer, b"claims.", mac)
+    assert not holds(sealer, b"claims", Mac("00000000", mac.tag))
+    assert not holds(sealer, b"claims", Mac("", mac.tag))
+    assert not holds(sealer, b"claims", Mac(mac.key_set, mac.tag[:-1]))
+    assert not holds(sealer, b"claims", Mac(mac.key_set, b""))
     for position in range(32):
-        changed = bytearray(seal.tag)
+        changed = bytearray(mac.tag)
         changed[position] ^= 1
-        assert not sealer.check(b"claims", Seal(seal.key_id, bytes(changed)))
+        assert not holds(sealer, b"claims", Mac(mac.key_set, bytes(changed)))
 
 
-def test_tags_of_rotated_keys_hold_until_retired(rings, sealer):
-    seal = sealer.tag(b"claims")
+def test_macs_of_rotated_keys_hold_until_retired(rings, sealer):
+    mac = sealer.mac(b"claims")
     rings[0] = rings[0].rotated()
-    assert sealer.check(b"claims", seal)
-    assert sealer.tag(b"claims").key_id == rings[0].current != seal.key_id
-    rings[0] = rings[0].retired(seal.key_id)
-    assert not sealer.check(b"claims", seal)
+    sealer.verify_mac(b"claims", mac)
+    assert sealer.mac(b"claims").key_set == rings[0].current != mac.key_set
+    rings[0] = rings[0].retired(mac.key_set)
+    assert not holds(sealer, b"claims", mac)

@@ -17,6 +17,7 @@ from hsmwrap.errors import (
     InvalidCiphertext,
     InvalidImportToken,
     InvalidKeyMaterial,
+    InvalidMac,
     KeyNotFound,
     SelfTestFailed,
     UnsupportedOperation,
@@ -223,17 +224,17 @@ def durable(keyring_file):
 
 def test_keys_outlive_the_backend(durable, keyring_file, issue, wrap):
     pair = issue(durable, OAEP)
-    seal = durable.seal(b"claims")
+    mac = durable.mac(b"claims")
     durable.close()
     with SoftwareBackend.from_settings({"keyring_file": str(keyring_file._path)}) as again:
-        assert again.check_seal(b"claims", seal)
+        again.verify_mac(b"claims", mac)
         again.unwrap_material(
             pair.private_key, OAEP, wrap(pair, bytes(32)), key_spec=KeySpec.ALIYUN_AES_256
         )
 
 
 def test_rotation_and_retirement_reach_a_running_backend(durable, keyring_file, issue, wrap):
-    pair, seal = issue(durable, OAEP), durable.seal(b"claims")
+    pair, mac = issue(durable, OAEP), durable.mac(b"claims")
     ciphertext = wrap(pair, bytes(32))
 
     def use():
@@ -242,11 +243,12 @@ def test_rotation_and_retirement_reach_a_running_backend(durable, keyring_file, 
         )
 
     keyring_file.rotate()
-    assert durable.check_seal(b"claims", seal)
-    assert durable.seal(b"claims").key_id != seal.key_id
+    durable.verify_mac(b"claims", mac)
+    assert durable.mac(b"claims").key_set != mac.key_set
     resealed = use().key
-    keyring_file.retire(seal.key_id)
-    assert not durable.check_seal(b"claims", seal)
+    keyring_file.retire(mac.key_set)
+    with pytest.raises(InvalidMac):
+        durable.verify_mac(b"claims", mac)
     with pytest.raises(InvalidImportToken):
         use()
     assert durable.encrypt(resealed, b"")
@@ -258,10 +260,10 @@ def test_exposed_keyring_stops_the_backend(durable, keyring_file):
     assert not durable.health().ready
     assert "chmod 600" in durable.health().detail
     with pytest.raises(ConfigurationError):
-        durable.seal(b"claims")
+        durable.mac(b"claims")
     keyring_file._path.chmod(0o600)
     assert durable.health().ready
-    durable.seal(b"claims")
+    durable.mac(b"claims")
 
 
 # --- capabilities -------------------------------------------------------------------------------
@@ -374,11 +376,11 @@ def test_closed_backend_answers_nothing_but_health(backend, imported):
         "encrypt": lambda: backend.encrypt(outcome.key, b""),
         "decrypt": lambda: backend.decrypt(outcome.key, b""),
         "destroy": lambda: backend.destroy_key(outcome.key),
-        "seal": lambda: backend.seal(b""),
-        "check_seal": lambda: backend.check_seal(b"", seal),
+        "mac": lambda: backend.mac(b""),
+        "verify_mac": lambda: backend.verify_mac(b"", mac),
         "reap": lambda: backend.reap(NOW),
     }
-    seal = backend.seal(b"")
+    mac = backend.mac(b"")
     backend.destroy_key(outcome.key)
     backend.discard_wrapping_key(pair.private_key)
     assert backend.health().ready
@@ -393,7 +395,7 @@ def test_closed_backend_answers_nothing_but_health(backend, imported):
 def test_close_lets_go_of_the_keys(backend):
     backend.close()
     with pytest.raises(BackendClosed):
-        backend._sealer.tag(b"")
+        backend._sealer.mac(b"")
 
 
 def test_health_beside_close_says_closed(backend, monkeypatch):
@@ -458,12 +460,12 @@ def test_threads(backend, issue, wrap):
 def test_children_share_the_keyring_and_nothing_else(backend, imported, issue, wrap, in_child):
     pair, _, outcome = imported()
     message = backend.encrypt(outcome.key, b"plaintext")
-    seal = backend.seal(b"claims")
+    mac = backend.mac(b"claims")
     ciphertext = wrap(pair, bytes(32))
 
     def child():
         assert backend.decrypt(outcome.key, message) == b"plaintext"
-        assert backend.check_seal(b"claims", seal)
+        backend.verify_mac(b"claims", mac)
         made = backend.unwrap_material(
             pair.private_key, OAEP, ciphertext, key_spec=KeySpec.ALIYUN_AES_256
         )
@@ -525,7 +527,7 @@ def test_forks_wait_for_calls_into_libcrypto(backend, monkeypatch):
     from hsmwrap.forkgate import LIBCRYPTO
 
     seen = []
-    monkeypatch.setattr(backend._sealer, "tag", lambda data: seen.append(len(LIBCRYPTO._inside)))
-    backend.seal(b"data")
+    monkeypatch.setattr(backend._sealer, "mac", lambda data: seen.append(len(LIBCRYPTO._inside)))
+    backend.mac(b"data")
     assert seen == [1]
     assert not LIBCRYPTO._inside

@@ -12,7 +12,7 @@ from frames import assert_no_secret, frames_of
 
 from hsmwrap.backend import MESSAGE_VERSION, KeyRef
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidKeyMaterial, without_frames
+from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidKeyMaterial, strip_tracebacks
 from hsmwrap.sm2.engine import open_engine
 from hsmwrap.software import SoftwareBackend
 from hsmwrap.software import _backend as backend_module
@@ -38,7 +38,7 @@ class Case:
         imported = self.unwrap(OAEP256, self.wrap(OAEP256, self.material))
         self.key, self.check_value = imported.key, imported.check_value
         self.message = backend.encrypt(self.key, PLAINTEXT, b"context")
-        self.seal = backend.seal(b"claims")
+        self.mac = backend.mac(b"claims")
         keyring = backend._keyring()
         self.secrets = {
             "material": self.material,
@@ -140,12 +140,12 @@ FAULTS = (
     ("generate SM2", Sealer, "seal", lambda case: case.generate(SM2PKE)),
     ("encrypt", cipher, "GCM", lambda case: case.backend.encrypt(case.key, PLAINTEXT)),
     ("decrypt", cipher, "GCM", lambda case: case.backend.decrypt(case.key, case.message)),
-    ("seal", sealing.hmac, "digest", lambda case: case.backend.seal(b"claims")),
+    ("mac", sealing.hmac, "digest", lambda case: case.backend.mac(b"claims")),
     (
-        "check_seal",
+        "verify_mac",
         sealing.hmac,
         "digest",
-        lambda case: case.backend.check_seal(b"claims", case.seal),
+        lambda case: case.backend.verify_mac(b"claims", case.mac),
     ),
 )
 CALLS |= {
@@ -175,8 +175,10 @@ CALLS |= {
     "decrypt under no key": lambda case, _: case.backend.decrypt(
         replace(case.key, data=b""), case.message
     ),
-    "seal nothing": lambda case, _: case.backend.seal(None),
-    "check nothing": lambda case, _: case.backend.check_seal(None, case.backend.seal(b"claims")),
+    "mac of nothing": lambda case, _: case.backend.mac(None),
+    "verify the mac of nothing": lambda case, _: case.backend.verify_mac(
+        None, case.backend.mac(b"claims")
+    ),
 }
 
 
@@ -225,7 +227,7 @@ def test_a_malformed_keyring_file_stays_out_of_errors(case, spoil):
     case.spoil(spoil(text).encode(errors="surrogateescape"))
     settings = case.settings
     for call in (
-        lambda: case.backend.seal(b"claims"),
+        lambda: case.backend.mac(b"claims"),
         lambda: case.backend.encrypt(case.key, PLAINTEXT),
         lambda: SoftwareBackend.from_settings(settings),
         lambda: SoftwareBackend.list_keys(settings),
@@ -300,10 +302,10 @@ def hide(value):
         assert_no_secret(ValueError(secret), {"secret": secret})
 
 
-def test_an_error_without_frames_is_the_same_error_alone():
+def test_an_error_strip_tracebacks_is_the_same_error_alone():
     expected = HsmwrapError("the text")
 
-    @without_frames
+    @strip_tracebacks
     def fails(secret):
         """Say what it does."""
         try:
@@ -321,7 +323,7 @@ def test_an_error_without_frames_is_the_same_error_alone():
 
 
 def test_an_error_that_nobody_raised_on_purpose_says_where_it_was():
-    @without_frames
+    @strip_tracebacks
     def fails(secret):
         return int(b"\xff" + secret)
 

@@ -1,6 +1,6 @@
 """Making, rotating, retiring and listing the backend's own keys: ``hsmwrap keys``.
 
-A key set is made key by key. One that is not finished has no seal key, is never current, and is
+A key set is made key by key. One that is not finished has no MAC key, is never current, and is
 destroyed again if its making fails; what a killed process leaves of one does no harm, is listed,
 and can be retired.
 """
@@ -36,7 +36,7 @@ from hsmwrap.pkcs11.token.pin import PinSource
 from hsmwrap.pkcs11.token.selection import find_token
 
 _EVERY_ROLE = frozenset(Role)
-_KEY_ENCRYPTION_ROLES = tuple(role for role in Role if role is not Role.SEAL)
+_KEY_ENCRYPTION_ROLES = tuple(role for role in Role if role is not Role.MAC)
 _DOUBTFUL_SO_PIN = (
     TokenFlag.SO_PIN_COUNT_LOW,
     TokenFlag.SO_PIN_FINAL_TRY,
@@ -135,7 +135,7 @@ def rotate(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo:
     return _create(settings, so_pin, present.free_number())
 
 
-def retire(settings: Pkcs11Settings, key_id: str) -> None:
+def retire(settings: Pkcs11Settings, key_set: str) -> None:
     """Destroy a key set that is not current, whole or what there is of it.
 
     Whatever it sealed is lost. Import tokens: so wait, after the rotation, for the lifetime of an
@@ -146,21 +146,21 @@ def retire(settings: Pkcs11Settings, key_id: str) -> None:
 
     Args:
         settings: Which HSM token, and the user PIN.
-        key_id: Number of the key set.
+        key_set: Number of the key set.
 
     Raises:
         ConfigurationError: It is not there, or it is the current one.
         ServiceUnavailable, HsmError: The HSM failed; call again to destroy what is left.
     """
     present = _survey(settings)
-    if key_id not in map(str, present.numbers):
+    if key_set not in map(str, present.numbers):
         there = ", ".join(map(str, sorted(present.numbers))) or "none"
-        raise ConfigurationError(f"there is no key set {key_id}; there are {there}")
-    if any(each.current for each in present.sets if str(each.number) == key_id):
-        raise ConfigurationError(f"key set {key_id} is current; rotate first")
+        raise ConfigurationError(f"there is no key set {key_set}; there are {there}")
+    if any(each.current for each in present.sets if str(each.number) == key_set):
+        raise ConfigurationError(f"key set {key_set} is current; rotate first")
     keys = _key_sets(settings)
     with _connected(settings) as connection:
-        connection.run(lambda pooled: _destroy(pooled, keys, int(key_id)))
+        connection.run(lambda pooled: _destroy(pooled, keys, int(key_set)))
 
 
 def _destroy(pooled: PooledSession, keys: KeySets, number: int, made_by: str | None = None) -> None:
@@ -195,7 +195,7 @@ def _create(settings: Pkcs11Settings, so_pin: PinSource | None, number: int) -> 
 def _finish(
     settings: Pkcs11Settings, keys: KeySets, number: int, made_by: str, left: tuple[Role, ...]
 ) -> KeySetInfo:
-    """Make the keys that are left, the seal key last: with it, the set counts."""
+    """Make the keys that are left, the MAC key last: with it, the set counts."""
 
     def create(role: Role) -> None:
         def operation(pooled: PooledSession) -> None:
@@ -208,7 +208,7 @@ def _finish(
         for role in left:
             create(role)
         _require_complete(connection, keys, number, frozenset(_KEY_ENCRYPTION_ROLES))
-        create(Role.SEAL)
+        create(Role.MAC)
         _require_complete(connection, keys, number, _EVERY_ROLE)
         listed = connection.run(lambda pooled: keys.list(pooled.session))
     return next(each.info() for each in listed if each.number == number)

@@ -1,4 +1,4 @@
-"""The backend's own keys in the HSM token: one seal key and the key-encryption keys.
+"""The backend's own keys in the HSM token: one MAC key and the key-encryption keys.
 
 A *key set* has a number; the highest is current, older ones keep opening what they sealed until
 they are retired. Each key does one job. A key-encryption key wraps and unwraps, nothing else, and
@@ -11,7 +11,7 @@ Keys are found by their label, and whoever has the PIN can give any key that lab
 only if it has the attributes of one that was made here; and beside a trusted key-encryption key
 those that are not trusted do not count, neither in its own set nor as a newer set.
 
-The seal key is made last and destroyed last: a set without one is unfinished, or is being retired,
+The MAC key is made last and destroyed last: a set without one is unfinished, or is being retired,
 and nothing is sealed with it.
 """
 
@@ -61,7 +61,7 @@ CURRENT_SET_LIFETIME = 60.0
 class Role(StrEnum):
     """What a key of a key set does; part of its label."""
 
-    SEAL = "seal"
+    MAC = "mac"
     """Authenticates import tokens (SHA256-HMAC)."""
     WRAPPING_UNWRAP = "kek-wrapping-unwrap"
     """Wraps RSA wrapping keys that may only C_UnwrapKey."""
@@ -127,8 +127,8 @@ class KeySet:
 
     @property
     def finished(self) -> bool:
-        """Whether it has a seal key, which is made last."""
-        return Role.SEAL in self.roles
+        """Whether it has a MAC key, which is made last."""
+        return Role.MAC in self.roles
 
     def info(self) -> KeySetInfo:
         """For ``hsmwrap keys list``."""
@@ -191,7 +191,7 @@ class KeySets:
     def _is_there(self, pooled: PooledSession, number: int) -> bool:
         # Costs a search in a session's first use: one that replaces a session that failed looks
         # whether the set was retired meanwhile.
-        return self.find(pooled, Role.SEAL, number) is not None
+        return self.find(pooled, Role.MAC, number) is not None
 
     def forget(self) -> None:
         """Look again for everything: a key that was known turned out to be gone."""
@@ -234,13 +234,13 @@ class KeySets:
         )
 
     def list(self, session: Session) -> list[KeySet]:
-        """All key sets, oldest first; one without a seal key is unfinished and never current."""
+        """All key sets, oldest first; one without a MAC key is unfinished and never current."""
         found = [each for each in self._search(session) if each.made_here]
         self._trusted |= {each.number for each in found if each.trusted}
         roles: dict[int, set[Role]] = {}
         for each in filter(self._counts, found):
             roles.setdefault(each.number, set()).add(each.role)
-        finished = {number for number in roles if Role.SEAL in roles[number]}
+        finished = {number for number in roles if Role.MAC in roles[number]}
         self._trusted_sets |= finished & self._trusted
         only_trusted = self._must_be_trusted or self._trusted_sets
         current = max(finished & self._trusted if only_trusted else finished, default=None)
@@ -293,7 +293,7 @@ class KeySets:
 
     def _counts(self, found: _Found) -> bool:
         """A set with one trusted key-encryption key has no others."""
-        trust = found.role is Role.SEAL or found.trusted or found.number not in self._trusted
+        trust = found.role is Role.MAC or found.trusted or found.number not in self._trusted
         return found.made_here and trust
 
     def create(
@@ -323,8 +323,8 @@ class KeySets:
         trusted: bool,
         refused: frozenset[Attribute],
     ) -> None:
-        if role is Role.SEAL:
-            template, capabilities, key_type = _SEAL_KEY, MechanismFlag.SIGN, KeyType.GENERIC_SECRET
+        if role is Role.MAC:
+            template, capabilities, key_type = _MAC_KEY, MechanismFlag.SIGN, KeyType.GENERIC_SECRET
         else:
             template = _key_encryption_key(role, self.opens(role), trusted=trusted, refused=refused)
             capabilities, key_type = MechanismFlag.WRAP | MechanismFlag.UNWRAP, KeyType.AES
@@ -350,8 +350,8 @@ class KeySets:
         """
         destroyed = 0
         # What is being retired stays listed to the end; what was never finished must not look so.
-        seal_first = made_by is not None
-        for role in sorted(Role, key=lambda role: role is Role.SEAL, reverse=seal_first):
+        mac_key_first = made_by is not None
+        for role in sorted(Role, key=lambda role: role is Role.MAC, reverse=mac_key_first):
             wanted: Template = {Attribute.LABEL: self.label(role, number), Attribute.TOKEN: True}
             if made_by is not None:
                 wanted[Attribute.ID] = self._id(role, number, made_by)
@@ -366,7 +366,7 @@ class KeySets:
         return destroyed
 
 
-_SEAL_KEY: Template = {
+_MAC_KEY: Template = {
     Attribute.CLASS: ObjectClass.SECRET_KEY,
     Attribute.PRIVATE: True,
     Attribute.SENSITIVE: True,
@@ -384,7 +384,7 @@ def _key_encryption_key(
     loose = {Attribute.TOKEN} if role in _MATERIAL_ROLES else frozenset()
     pinned: Template = {key: value for key, value in becomes.items() if key not in loose}
     template: Template = {
-        **_SEAL_KEY,
+        **_MAC_KEY,
         Attribute.UNWRAP_TEMPLATE: NestedTemplate(without(pinned, refused)),
         Attribute.ALLOWED_MECHANISMS: (AES_KEY_WRAP,),
     }
@@ -412,7 +412,7 @@ def _made_here(role: Role, attributes: Mapping[Attribute, Any]) -> bool:
     What an HSM token does not tell is taken for granted. CKA_LOCAL would say the same as the two
     histories, but NSS always says false (measured).
     """
-    if role is Role.SEAL:
+    if role is Role.MAC:
         made = secret_key(KeyType.GENERIC_SECRET, Attribute.SIGN)
     else:
         made = secret_key(KeyType.AES, Attribute.WRAP, Attribute.UNWRAP)

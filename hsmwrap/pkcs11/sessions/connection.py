@@ -33,7 +33,7 @@ from hsmwrap.errors import (
     KeyNotFound,
     ServiceUnavailable,
     TokenSelectionError,
-    without_frames,
+    strip_tracebacks,
 )
 from hsmwrap.gate import Gate
 from hsmwrap.pkcs11.binding.host import ModuleHost
@@ -170,7 +170,7 @@ class Connection:
         """Number of the module's present life; handles of another one mean nothing."""
         return self._host.generation
 
-    @without_frames
+    @strip_tracebacks
     def run(
         self,
         operation: Callable[[PooledSession], _T],

@@ -96,7 +96,7 @@ class LifeConformance(ConformanceFixtures):
         key_spec = a_key_spec(backend)
         imported, _ = import_one(backend, key_spec)
         key = converse_anyhow(backend).key
-        seal = backend.seal(b"data")
+        mac = backend.mac(b"data")
         backend.close()
         backend.close()
         calls: list[Callable[[], object]] = [
@@ -106,8 +106,8 @@ class LifeConformance(ConformanceFixtures):
             lambda: backend.encrypt(imported.key, b""),
             lambda: backend.decrypt(imported.key, bytes(40)),
             lambda: backend.destroy_key(imported.key),
-            lambda: backend.seal(b"data"),
-            lambda: backend.check_seal(b"data", seal),
+            lambda: backend.mac(b"data"),
+            lambda: backend.verify_mac(b"data", mac),
             lambda: backend.reap(datetime.now(UTC)),
         ]
         for call in calls:
@@ -157,7 +157,7 @@ class _Rehearsal:
             backend.decrypt(imported.key, sealed)
             yield from _errors(lambda: backend.decrypt(imported.key, flip(sealed, 8)))
             yield from _errors(lambda: backend.decrypt(imported.key, sealed, b"other"))
-        yield repr((backend, backend.seal(b"data"), backend.health()))
+        yield repr((backend, backend.mac(b"data"), backend.health()))
 
 
 def _errors(call: Callable[[], object]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Import tokens: seals that hold, references that fit, and a second instance that honours both."""
+"""Import tokens: MACs that hold, references that fit, and a second instance that honours both."""
 
 # A test kit: asserts do it.
 # ruff: noqa: S101
@@ -13,9 +13,9 @@ from dataclasses import replace
 import pytest
 
 from hsmwrap import tokens
-from hsmwrap.backend import Backend, Seal
+from hsmwrap.backend import Backend, Mac
 from hsmwrap.catalog import KeySpec
-from hsmwrap.errors import InvalidImportToken
+from hsmwrap.errors import InvalidImportToken, InvalidMac
 from hsmwrap.testing._conformance.base import (
     ConformanceFixtures,
     Conversation,
@@ -26,36 +26,38 @@ from hsmwrap.testing._conformance.base import (
     tomorrow,
 )
 
-SEAL_ID_LENGTH = 32
+KEY_SET_ID_LENGTH = 32
 TAG_LENGTH = 32
 
 
 class ImportTokenConformance(ConformanceFixtures):
     """Whatever import tokens need of a backend."""
 
-    def test_a_seal_has_the_contract_s_form(self, backend: Backend) -> None:
-        seal = backend.seal(b"data")
-        assert seal.key_id.isascii()
-        assert 0 < len(seal.key_id) <= SEAL_ID_LENGTH
-        assert len(seal.tag) == TAG_LENGTH
+    def test_a_mac_has_the_contract_s_form(self, backend: Backend) -> None:
+        mac = backend.mac(b"data")
+        assert mac.key_set.isascii()
+        assert 0 < len(mac.key_set) <= KEY_SET_ID_LENGTH
+        assert len(mac.tag) == TAG_LENGTH
 
-    def test_a_seal_holds_for_its_data_only(self, backend: Backend) -> None:
+    def test_a_mac_holds_for_its_data_only(self, backend: Backend) -> None:
         data = secrets.token_bytes(100)
-        seal = backend.seal(data)
-        assert backend.check_seal(data, seal)
-        assert not backend.check_seal(flip(data, 99), seal)
+        mac = backend.mac(data)
+        backend.verify_mac(data, mac)
+        assert not _holds(backend, flip(data, 99), mac)
         for bit in range(0, 256, 7):
-            assert not backend.check_seal(data, Seal(seal.key_id, flip(seal.tag, bit)))
+            assert not _holds(backend, data, Mac(mac.key_set, flip(mac.tag, bit)))
 
-    def test_a_cut_seal_does_not_hold(self, backend: Backend) -> None:
-        seal = backend.seal(b"data")
+    def test_a_cut_mac_does_not_hold(self, backend: Backend) -> None:
+        mac = backend.mac(b"data")
         for length in (0, 1, 4, 16, 31):
-            assert not backend.check_seal(b"data", Seal(seal.key_id, seal.tag[:length])), length
-        assert not backend.check_seal(b"data", Seal(seal.key_id, seal.tag + b"\0"))
+            assert not _holds(backend, b"data", Mac(mac.key_set, mac.tag[:length])), length
+        assert not _holds(backend, b"data", Mac(mac.key_set, mac.tag + b"\0"))
 
-    @pytest.mark.parametrize("key_id", ["", "0", "01", "unknown", "-1", "9" * 32])
-    def test_an_unknown_seal_key_is_no_error(self, backend: Backend, key_id: str) -> None:
-        assert not backend.check_seal(b"data", Seal(key_id, bytes(32)))
+    @pytest.mark.parametrize("key_set", ["", "0", "01", "unknown", "-1", "9" * 32])
+    def test_a_mac_of_an_unknown_key_set_does_not_hold(
+        self, backend: Backend, key_set: str
+    ) -> None:
+        assert not _holds(backend, b"data", Mac(key_set, bytes(32)))
 
     def test_a_token_for_the_longest_cmk_id_fits(self, conversation: Conversation) -> None:
         backend, key_spec = conversation.backend, a_key_spec(conversation.backend)
@@ -100,6 +102,14 @@ class ImportTokenConformance(ConformanceFixtures):
                 conversation.bring_in(ciphertext, key_spec)
 
 
+def _holds(backend: Backend, data: bytes, mac: Mac) -> bool:
+    try:
+        backend.verify_mac(data, mac)
+    except InvalidMac:
+        return False
+    return True
+
+
 def _token(conversation: Conversation, cmk_id: str) -> bytes:
     """An import token as the import service makes it."""
     backend, key = conversation.backend, conversation.key
@@ -114,12 +124,12 @@ def _token(conversation: Conversation, cmk_id: str) -> bytes:
         expires_at=tomorrow().replace(microsecond=0),
         private_key=key.private_key,
     )
-    return tokens.encode(claims, backend.seal)
+    return tokens.encode(claims, backend.mac)
 
 
 def _import_by_token(backend: Backend, token: bytes, ciphertext: bytes, key_spec: KeySpec) -> bytes:
     """The check value of what comes of it."""
-    claims = tokens.decode(token, backend.check_seal)
+    claims = tokens.decode(token, backend.verify_mac)
     imported = backend.unwrap_material(
         claims.private_key, claims.algorithm, ciphertext, key_spec=key_spec
     )
