@@ -1,11 +1,15 @@
 import os
+from pathlib import Path
 
 import pytest
-import skips
-from softhsm_token import make_softhsm
+from support import skips
+from support.services.softhsm import make_softhsm
 
 
 def pytest_configure(config):
+    # Workers are modules of support that run as processes of their own.
+    paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     skips.register(config)
 
 
@@ -20,7 +24,7 @@ def softhsm(tmp_path_factory):
 @pytest.fixture(scope="session")
 def postgres_cluster():
     pytest.importorskip("psycopg", reason="capability: psycopg is not installed")
-    from postgres import PrivateCluster, binaries
+    from support.services.postgres import PrivateCluster, binaries
 
     if binaries() is None:
         pytest.skip("capability: PostgreSQL is not installed")

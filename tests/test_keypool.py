@@ -5,7 +5,17 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from keypool_fakes import DAY, NOW, OAEP, PKCS1, SM2, Child, FakeBackend, ManualPool, wait_for
+from support.keypool.fakes import (
+    DAY,
+    NOW,
+    OAEP,
+    PKCS1,
+    SM2,
+    Child,
+    FakeBackend,
+    ManualPool,
+    wait_for,
+)
 
 from hsmwrap.backend import Custody
 from hsmwrap.errors import (

@@ -1,17 +1,15 @@
 """The pool on a real token: sealed RSA and resident SM2 pairs, forks, kills, two processes."""
 
 import json
-import os
 import secrets
 import signal
 import subprocess
 import sys
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
-from keypool_fakes import DAY, OAEP, SM2, Child, wait_for
+from support.keypool.fakes import DAY, OAEP, SM2, Child, wait_for
 
 from hsmwrap import registry
 from hsmwrap.backend import Custody
@@ -28,7 +26,6 @@ from hsmwrap.testing.clients import openssl_encrypt
 SETTINGS = PoolSettings(high_water=4, low_water=2)
 RESIDENT = SETTINGS.max_age + SETTINGS.token_lifetime
 SECOND = timedelta(seconds=1)
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +71,10 @@ def _take(pool, backend, pair=SM2):
 def other_process(settings, count):
     """A process with a pool of its own; yields it and the public keys that it took."""
     process = subprocess.Popen(
-        [sys.executable, HERE / "keypool_process.py", json.dumps(settings), str(count)],
+        [sys.executable, "-m", "support.keypool.process", json.dumps(settings), str(count)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"},
     )
     with process:
         lines = [process.stdout.readline().strip() for _ in range(count + 1)]

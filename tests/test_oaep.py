@@ -4,7 +4,7 @@ import os
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from vectors import wycheproof
+from support.vectors import wycheproof
 
 from hsmwrap.errors import InvalidKeyMaterial
 from hsmwrap.oaep import HashName, decode, mgf1

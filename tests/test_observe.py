@@ -7,11 +7,10 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from keypool_fakes import EVERY_CALL, OAEP, Child, FakeBackend, ManualPool
 from prometheus_client import CollectorRegistry
+from support.keypool.fakes import EVERY_CALL, OAEP, Child, FakeBackend, ManualPool
 
 from hsmwrap import metrics, registry
 from hsmwrap.backend import Backend
@@ -213,7 +212,7 @@ def test_processes_are_added_up_and_facts_name_theirs(tmp_path):
 
 MULTIPROCESS = """
 import os
-from keypool_fakes import Child, FakeBackend
+from support.keypool.fakes import Child, FakeBackend
 from hsmwrap import metrics
 from hsmwrap.observe import observed
 fake = FakeBackend()
@@ -243,10 +242,9 @@ except ConfigurationError as error:
 
 
 def run_alone(script, **environment):
-    here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],
-        env=os.environ | environment | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}"},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,

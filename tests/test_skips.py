@@ -1,6 +1,6 @@
 """The list of expected skips can fail a run."""
 
-from skips import Expected, SkipList
+from support.skips import Expected, SkipList
 
 ENTRY = Expected("tests/x.py::*", "capability: no *", always=True)
 

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from importing import flip
+from support.importing import flip
 
 from hsmwrap import tokens
 from hsmwrap.backend import Custody, KeyRef, Mac, PrivateKeyRef

@@ -1,7 +1,7 @@
 """One suite over every backend that is registered, in each way that it keeps keys."""
 
 import pytest
-from kept_open import KeptOpen
+from support.backends.kept_open import KeptOpen
 
 from hsmwrap import registry
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec

@@ -4,9 +4,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from honest_backend import Sm4Only
-from honest_kit import HonestKit
-from mutants import MUTANTS
+from support.backends.honest import Sm4Only
+from support.backends.honest_kit import HonestKit
+from support.backends.mutants import MUTANTS
 
 from hsmwrap.backend import Custody
 from hsmwrap.errors import HsmwrapError
@@ -45,7 +45,7 @@ class Jury:
 @pytest.fixture(scope="module")
 def verdicts():
     jury = Jury()
-    kit = Path(__file__).with_name("kit_over_mutants.py")
+    kit = Path(__file__).parents[1] / "support/backends/kit_over_mutants.py"
     options = ["-s", "--noconftest", "-o", "addopts="]
     options += ["-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:faulthandler"]
     assert pytest.main([*options, str(kit)], plugins=[jury]) == pytest.ExitCode.TESTS_FAILED

@@ -10,8 +10,8 @@ import subprocess
 import sys
 
 import pytest
-from kept_open import KeptOpen
-from nss_token import LABEL, make_nss
+from support.backends.kept_open import KeptOpen
+from support.services.nss import LABEL, make_nss
 
 from hsmwrap import registry
 from hsmwrap.backend import Custody, Exposure

@@ -1,9 +1,9 @@
 """SoftHSM behind p11-kit's server: a poorer token (p11-kit 0.24 has few mechanisms), far away."""
 
 import pytest
-from kept_open import KeptOpen
-from p11kit_server import p11kit_server
-from softhsm_token import make_softhsm
+from support.backends.kept_open import KeptOpen
+from support.services.p11kit import p11kit_server
+from support.services.softhsm import make_softhsm
 
 from hsmwrap.backend import Custody, Exposure
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from documents import ROOT, text_of
+from support.documents import ROOT, text_of
 
 NUMBERS = r"(\d+(?:(?:, | and |, and | or | to )\d+)*)"
 CITATION = re.compile(

@@ -3,7 +3,7 @@
 import importlib
 import re
 
-from documents import ROOT, section_of
+from support.documents import ROOT, section_of
 
 from hsmwrap.errors import HsmwrapError
 

@@ -6,7 +6,7 @@ import tomllib
 from urllib.parse import unquote
 
 import pytest
-from documents import DOCUMENTS, ROOT, anchors_of, name_of, prose_of, text_of
+from support.documents import DOCUMENTS, ROOT, anchors_of, name_of, prose_of, text_of
 
 LINK = re.compile(r"(?<!!)\[[^]]*\]\(\s*<?([^)>\s]+)>?\s*\)")
 PATH = re.compile(r"`((?:hsmwrap|tests|scripts|softhsm|docs|\.ci)/[^`\s*<>]*|[A-Z]+\.md)`")

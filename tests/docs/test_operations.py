@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
-from documents import ROOT, section_of, text_of
+from support.documents import ROOT, section_of, text_of
 
 OPERATIONS = ROOT / "docs" / "operations.md"
 BLOCK = re.compile(r"^```console tested\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -4,16 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from softhsm_token import make_softhsm
+from support.services.softhsm import make_softhsm
 
 from hsmwrap import errors
 from hsmwrap.ckr import CKR
 from hsmwrap.pkcs11.binding.returncodes import RECOVERY
 
-WORKER = Path(__file__).with_name("matrix_worker.py")
+WORKER = "support.faults.matrix_worker"
 OPERATIONS = (
     *("issue_rsa", "issue_sm2", "import_unwrap", "import_raw", "import_sm2"),
     *("encrypt", "decrypt", "token", "reap", "discard", "open_again", "restart"),
@@ -43,7 +42,7 @@ def matrix(tmp_path_factory):
 def start(directory, share):
     token = make_softhsm(directory / "token")
     settings = token.settings("faults", initial_backoff=0.0, max_backoff=0.0, session_wait=5.0)
-    command = [sys.executable, WORKER, directory / "shim", json.dumps(settings)]
+    command = [sys.executable, "-m", WORKER, directory / "shim", json.dumps(settings)]
     command += [token.environment["HSMWRAP_SO_PIN_FILE"], str(share), str(SHARES), *OPERATIONS]
     environment = os.environ | token.environment
     # Into files: a pipe that nobody reads yet would hold the worker up.

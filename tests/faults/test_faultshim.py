@@ -13,14 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
-from shimclient import CKA_CLASS, CKA_TOKEN, PIN, Client, fresh_process, ready
+from support.faults.shimclient import CKA_CLASS, CKA_TOKEN, PIN, Client, fresh_process, ready
 
 from hsmwrap.testing import _control, _shimbuild
 from hsmwrap.testing.faults import CKR, FUNCTIONS, FaultControl, FaultShim, build, main
 
 SOFTHSM = "/usr/lib/softhsm/libsofthsm2.so"
 ROOT = Path(__file__).parents[2]
-SMOKE = Path(__file__).with_name("smoke.c")
+SMOKE = ROOT / "tests/support/faults/smoke.c"
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from p11kit_server import p11kit_server
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import Mechanism
 from soak.load import LoadTarget
 from soak.runner import TICK, Plan, Soak
-from softhsm_token import make_softhsm
+from support.services.p11kit import p11kit_server
+from support.services.softhsm import make_softhsm
 
 from hsmwrap import checkvalue
 from hsmwrap.backend import Custody

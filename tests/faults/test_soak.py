@@ -3,10 +3,9 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from softhsm_token import make_softhsm
+from support.services.softhsm import make_softhsm
 
 SOAK = ["-m", "soak", "--seconds", "20", "--least-speed", "0.3", "--seed", "20261124"]
 # The same check value for every key.
@@ -23,7 +22,7 @@ sys.exit(main(["--seconds", "8", "--seed", "1"]))
 def soak(tmp_path):
     """Runs Python on a token of its own, because a soak may leave objects in it."""
     token = make_softhsm(tmp_path / "token", label="soaked")
-    environment = os.environ | token.environment | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | token.environment
 
     def run(*arguments):
         return subprocess.run(

@@ -1,5 +1,5 @@
 import pytest
-from http_fakes import Bench
+from support.http.fakes import Bench
 
 
 @pytest.fixture

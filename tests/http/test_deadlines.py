@@ -10,8 +10,8 @@ from contextlib import ExitStack, suppress
 from unittest import mock
 
 import pytest
-from gunicorn_fake import THREADS
-from gunicorn_runner import DEADLINE, running
+from support.http.gunicorn_fake import THREADS
+from support.http.gunicorn_runner import DEADLINE, running
 from test_gunicorn import FAKE, get, parse, post
 
 from hsmwrap.http import deadline

@@ -13,21 +13,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from gunicorn_runner import DEADLINE, Process, running, running_command
-from rpc_signing import v1_query
+from support.http.gunicorn_runner import DEADLINE, Process, running, running_command
+from support.http.rpc_signing import v1_query
 
 from hsmwrap.http.app import MAX_BODY
 from hsmwrap.http.worker import MAX_REQUEST_LINE
 
-HERE = Path(__file__).parent
-FAKE = str(HERE / "gunicorn_fake.py")
+FAKE = ("-m", "support.http.gunicorn_fake")
 UUID = r"[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}"
 
 
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory):
     directory = tmp_path_factory.mktemp("fake")
-    with running([FAKE, "1", str(directory)], directory / "log") as process:
+    with running([*FAKE, "1", str(directory)], directory / "log") as process:
         yield process
 
 
@@ -86,8 +85,9 @@ def test_long_request_lines_under_gunicorns_own_command(tmp_path):
         "bind, control_socket_disable = '127.0.0.1:0', True\n"
     )
     command = [sys.executable, "-m", "gunicorn", "-c", str(settings), "--limit-request-line", "99"]
-    command += ["-k", "hsmwrap.http.worker.KmsWorker", "gunicorn_fake:from_environment()"]
-    environment = {**os.environ, "FAKE_DIRECTORY": str(tmp_path), "PYTHONPATH": str(HERE)}
+    command += ["-k", "hsmwrap.http.worker.KmsWorker"]
+    command += ["support.http.gunicorn_fake:from_environment()"]
+    environment = {**os.environ, "FAKE_DIRECTORY": str(tmp_path)}
     with running_command(command, tmp_path / "log", environment) as process:
         answer = parse(process.exchange(get(signed("Encrypt", **LONG))))
     assert answer[1]["Length"] == 16384
@@ -136,7 +136,7 @@ def test_the_log_is_json(fake):
 
 
 def test_shutdown_finishes_running_calls(tmp_path):
-    with running([FAKE, "1", str(tmp_path)], tmp_path / "log") as process:
+    with running([*FAKE, "1", str(tmp_path)], tmp_path / "log") as process:
         answers = []
         call = threading.Thread(
             target=lambda: answers.append(process.exchange(get(signed("Wait"))))
@@ -169,7 +169,7 @@ def test_an_application_that_does_not_load_is_never_ready(tmp_path):
     (tmp_path / "broken").touch()
     with (
         pytest.raises(AssertionError, match="does not load"),
-        running([FAKE, "1", str(tmp_path)], tmp_path / "log"),
+        running([*FAKE, "1", str(tmp_path)], tmp_path / "log"),
     ):
         pass
 
@@ -177,7 +177,7 @@ def test_an_application_that_does_not_load_is_never_ready(tmp_path):
 def test_metrics_of_all_workers(tmp_path):
     """Even of those that are gone: their successors answer here."""
     pytest.importorskip("prometheus_client")
-    with running([FAKE, "2", str(tmp_path)], tmp_path / "log") as process:
+    with running([*FAKE, "2", str(tmp_path)], tmp_path / "log") as process:
         for _ in range(20):
             process.exchange(get(signed("Encrypt")))
         wait_for_text(process, "Booting worker", times=2)

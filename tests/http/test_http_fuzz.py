@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
-from http_fakes import Bench
 from hypothesis import given
-from rpc_signing import acs3_headers, v1_query
+from support.http.fakes import Bench
+from support.http.rpc_signing import acs3_headers, v1_query
 
 CODES = {
     "IllegalTimestamp",

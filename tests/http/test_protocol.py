@@ -9,8 +9,8 @@ from io import BytesIO
 from xml.etree import ElementTree as ET
 
 import pytest
-from http_fakes import ACCESS_KEY, Bench
-from rpc_signing import acs3_headers, encode_all, v1_parameters, v1_query, v1_signature
+from support.http.fakes import ACCESS_KEY, Bench
+from support.http.rpc_signing import acs3_headers, encode_all, v1_parameters, v1_query, v1_signature
 
 from hsmwrap import errors
 from hsmwrap.http import answer, logs, metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from rpc_signing import acs3_headers, v1_query
+from support.http.rpc_signing import acs3_headers, v1_query
 
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec, loggable
 from hsmwrap.errors import InvalidParameter

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import os
 
-import material_clients as clients
 import pytest
-from kms_over_http import backend_settings, running_kms
-from sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, SdkError
+from support.http import material_clients as clients
+from support.http.kms_over_http import backend_settings, running_kms
+from support.http.sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, SdkError
 
 from hsmwrap.registry import open_backend
 

@@ -7,10 +7,10 @@ import os
 from contextlib import ExitStack
 from unittest import mock
 
-import material_clients as clients
 import pytest
-from kms_over_http import running_kms
-from sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, Credentials, NewSdk, SdkError
+from support.http import material_clients as clients
+from support.http.kms_over_http import running_kms
+from support.http.sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, Credentials, NewSdk, SdkError
 
 from hsmwrap.catalog import ManagedHsm
 from hsmwrap.errors import HsmError, HsmUnavailable

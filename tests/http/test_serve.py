@@ -8,12 +8,12 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 
-import material_clients as clients
 import pytest
-from gunicorn_runner import DEADLINE, running
-from kms_over_http import backend_settings
-from rpc_signing import v1_query
-from sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, Credentials, SdkError
+from support.http import material_clients as clients
+from support.http.gunicorn_runner import DEADLINE, running
+from support.http.kms_over_http import backend_settings
+from support.http.rpc_signing import v1_query
+from support.http.sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, Credentials, SdkError
 
 from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.software import KeyringFile

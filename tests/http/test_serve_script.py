@@ -7,10 +7,10 @@ import os
 import re
 from pathlib import Path
 
-import material_clients as clients
 import pytest
-from gunicorn_runner import running_command
-from sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, Credentials
+from support.http import material_clients as clients
+from support.http.gunicorn_runner import running_command
+from support.http.sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, Credentials
 
 pytestmark = SDK_WARNINGS
 

@@ -4,8 +4,8 @@ from datetime import timedelta
 from urllib.parse import parse_qsl
 
 import pytest
-from http_fakes import NOW
-from rpc_signing import (
+from support.http.fakes import NOW
+from support.http.rpc_signing import (
     acs3_headers,
     encode_all,
     fresh_nonce,

@@ -1,8 +1,8 @@
 """Desks over the built-in backends, each opened once for a module."""
 
 import pytest
-from importing import Desk, open_pkcs11, open_software, token_objects
-from spy_backend import SpyBackend
+from support.backends.spy import SpyBackend
+from support.importing import Desk, open_pkcs11, open_software, token_objects
 
 
 @pytest.fixture(scope="module")

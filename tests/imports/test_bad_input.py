@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from bad_input import ROWS, Scene, changed_rsa, good, wrong_pkcs1
-from importing import AES, MATERIAL, PKCS1, Desk, open_pkcs11, open_software
+from support.bad_input import ROWS, Scene, changed_rsa, good, wrong_pkcs1
+from support.importing import AES, MATERIAL, PKCS1, Desk, open_pkcs11, open_software
 
 from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial
 from hsmwrap.software import KeyringFile

@@ -7,7 +7,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
-from importing import (
+from support.backends.spy import SpyBackend
+from support.importing import (
     AES,
     HSM,
     MATERIAL,
@@ -20,7 +21,6 @@ from importing import (
     spec_of,
     wrap,
 )
-from spy_backend import SpyBackend
 
 from hsmwrap import tokens
 from hsmwrap.catalog import WrappingKeySpec

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from importing import AES, MATERIAL, OAEP1, OAEP256, SM2PKE, Clock, wrap
+from support.importing import AES, MATERIAL, OAEP1, OAEP256, SM2PKE, Clock, wrap
 
 from hsmwrap.backend import Custody, Exposure, PrivateKeyRef
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec

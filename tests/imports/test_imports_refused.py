@@ -5,7 +5,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
-from importing import (
+from support.backends.spy import SpyBackend
+from support.importing import (
     AES,
     HSM,
     MATERIAL,
@@ -20,7 +21,6 @@ from importing import (
     open_software,
     wrap,
 )
-from spy_backend import SpyBackend
 
 from hsmwrap import policy, tokens
 from hsmwrap.backend import Exposure

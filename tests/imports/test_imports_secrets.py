@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from importing import OAEP1, flip, wrap
+from support.importing import OAEP1, flip, wrap
 
 from hsmwrap import tokens
 from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial

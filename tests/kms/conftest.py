@@ -1,5 +1,5 @@
 import pytest
-from kms_fakes import Client, Clock, FileObjectsBackend, build_kms
+from support.kms.fakes import Client, Clock, FileObjectsBackend, build_kms
 
 from hsmwrap.software import KeyringFile, SoftwareBackend
 

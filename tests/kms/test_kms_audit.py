@@ -12,8 +12,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-from kms_fakes import AES_MATERIAL, Client
 from sqlalchemy import text
+from support.kms.fakes import AES_MATERIAL, Client
 
 from hsmwrap.cli import audit as audit_command
 from hsmwrap.errors import HsmwrapError

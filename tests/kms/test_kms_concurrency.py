@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 from functools import partial
 
 import pytest
-from kms_fakes import AES_MATERIAL, OTHER_MATERIAL, Client, build_kms, import_request
 from sqlalchemy import text
+from support.kms.fakes import AES_MATERIAL, OTHER_MATERIAL, Client, build_kms, import_request
 
 from hsmwrap.backend import Custody, KeyRef
 from hsmwrap.catalog import KeySpec

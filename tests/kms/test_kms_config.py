@@ -5,7 +5,7 @@ import json
 from datetime import timedelta
 
 import pytest
-from kms_fakes import Client, Clock
+from support.kms.fakes import Client, Clock
 
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm

@@ -4,8 +4,8 @@ import json
 import signal
 
 import pytest
-from kms_fakes import AES_MATERIAL, Client, import_request, run_elsewhere
 from sqlalchemy import text
+from support.kms.fakes import AES_MATERIAL, Client, import_request, run_elsewhere
 
 from hsmwrap.kms.objects import LEASE
 

@@ -8,9 +8,9 @@ import time
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from kms_fakes import AES_MATERIAL, Client
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
+from support.kms.fakes import AES_MATERIAL, Client
 
 from hsmwrap.errors import ServiceUnavailable
 from hsmwrap.kms import database as database_module

@@ -4,8 +4,8 @@ import json
 from contextlib import nullcontext
 
 import pytest
-from kms_fakes import AES_MATERIAL, OTHER_MATERIAL, Client
 from sqlalchemy import text
+from support.kms.fakes import AES_MATERIAL, OTHER_MATERIAL, Client
 
 from hsmwrap.backend import Custody, KeyRef
 from hsmwrap.catalog import KeySpec

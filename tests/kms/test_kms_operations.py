@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from kms_fakes import AES_MATERIAL, OTHER_MATERIAL, SM4_MATERIAL, Client
+from support.kms.fakes import AES_MATERIAL, OTHER_MATERIAL, SM4_MATERIAL, Client
 
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm
@@ -340,7 +340,7 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def one_client(tmp_path_factory):
-    from kms_fakes import build_kms
+    from support.kms.fakes import build_kms
 
     from hsmwrap.software import SoftwareBackend
 

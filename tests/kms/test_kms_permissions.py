@@ -1,7 +1,7 @@
 """Permissions deny by default; access keys come from a private file."""
 
 import pytest
-from kms_fakes import ADMIN, AES_MATERIAL, Client
+from support.kms.fakes import ADMIN, AES_MATERIAL, Client
 
 from hsmwrap.errors import ConfigurationError, HsmwrapError
 from hsmwrap.kms import AccessKey, Caller, Grant, NoPermission, Permissions

@@ -6,7 +6,7 @@ import warnings
 from datetime import timedelta
 
 import pytest
-from kms_fakes import AES_MATERIAL, Client, Clock
+from support.kms.fakes import AES_MATERIAL, Client, Clock
 
 from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
 from hsmwrap.kms import RejectedPendingImport

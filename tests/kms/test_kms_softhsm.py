@@ -3,8 +3,8 @@
 import signal
 
 import pytest
-from kms_fakes import AES_MATERIAL, Client, build_kms, import_request, run_elsewhere
 from pkcs11 import Attribute
+from support.kms.fakes import AES_MATERIAL, Client, build_kms, import_request, run_elsewhere
 
 from hsmwrap.kms.objects import LEASE
 from hsmwrap.registry import open_backend

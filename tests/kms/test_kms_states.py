@@ -1,7 +1,7 @@
 """The state matrix: every operation in every state, against a second, independent listing."""
 
 import pytest
-from kms_fakes import AES_MATERIAL
+from support.kms.fakes import AES_MATERIAL
 
 from hsmwrap.errors import HsmwrapError
 from hsmwrap.kms.api import OPERATIONS

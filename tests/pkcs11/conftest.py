@@ -1,7 +1,7 @@
 """What several files of these tests use."""
 
 import pytest
-from attacker import Attacker
+from support.pkcs11.attacker import Attacker
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -403,7 +402,7 @@ def test_a_token_without_our_keys_names_the_command(softhsm):
 
 # --- a lost HSM ---------------------------------------------------------------------------------
 
-SCENARIOS = Path(__file__).with_name("lost_hsm.py")
+SCENARIOS = "support.pkcs11.lost_hsm"
 
 
 @pytest.mark.parametrize("scenario", ["comes_back", "sticky", "lazy_start", "logged_out"])
@@ -417,7 +416,7 @@ def test_a_module_that_cannot_lock_is_called_by_one_thread_at_a_time(softhsm, tm
 
 def play(softhsm, tmp_path, scenario):
     settings = softhsm.settings("connection", initial_backoff=0.05, max_backoff=0.1)
-    command = [sys.executable, SCENARIOS, scenario, tmp_path / "shim", json.dumps(settings)]
+    command = [sys.executable, "-m", SCENARIOS, scenario, tmp_path / "shim", json.dumps(settings)]
     subprocess.run(command, check=True, timeout=DEADLINE)
 
 

@@ -6,7 +6,11 @@ Each fails against what the backend makes, and succeeds against a naive key.
 import secrets
 
 import pytest
-from attacker import (
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from pkcs11 import exceptions as ck
+from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.mechanisms import KDF, KeyType, Mechanism
+from support.pkcs11.attacker import (
     ACTION_PROHIBITED,
     AES,
     KEY_FUNCTION_NOT_PERMITTED,
@@ -22,10 +26,6 @@ from attacker import (
     issue,
     readable,
 )
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from pkcs11 import exceptions as ck
-from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.mechanisms import KDF, KeyType, Mechanism
 
 from hsmwrap.pkcs11.keysets.keys import OPENS, Role
 from hsmwrap.pkcs11.wrapping import material as material_module

@@ -7,14 +7,13 @@ import secrets
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from attacker import OAEP1, Attacker, bring, issue
 from pkcs11.constants import Attribute, ObjectClass, TokenFlag
 from pkcs11.exceptions import FunctionFailed, ObjectHandleInvalid, SessionHandleInvalid
 from pkcs11.mechanisms import KeyType
-from softhsm_token import ROOT, make_softhsm
+from support.pkcs11.attacker import OAEP1, Attacker, bring, issue
+from support.services.softhsm import ROOT, make_softhsm
 
 from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.errors import ConfigurationError, InvalidImportToken, PinError, TokenSelectionError
@@ -29,7 +28,7 @@ from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.wrapping import rsa, sm2
 from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, parse_ref
 
-SCENARIOS = Path(__file__).with_name("key_set_scenarios.py")
+SCENARIOS = "support.pkcs11.key_set_scenarios"
 DEADLINE = 300
 
 
@@ -50,7 +49,7 @@ def prefix():
 )
 def test_key_sets_behind_the_fault_shim(softhsm, tmp_path, prefix, scenario):
     settings = softhsm.bare_settings(key_prefix=prefix, initial_backoff=0.0, max_backoff=0.0)
-    command = [sys.executable, SCENARIOS, scenario, tmp_path / "shim", json.dumps(settings)]
+    command = [sys.executable, "-m", SCENARIOS, scenario, tmp_path / "shim", json.dumps(settings)]
     so_pin_file = softhsm.environment["HSMWRAP_SO_PIN_FILE"]
     subprocess.run([*command, so_pin_file], check=True, timeout=DEADLINE)
 

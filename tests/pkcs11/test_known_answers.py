@@ -8,11 +8,20 @@ from dataclasses import replace
 
 import pytest
 from cryptography.hazmat.primitives.keywrap import aes_key_wrap_with_padding
-from importing import AES, MATERIAL, OAEP1, OAEP256, PKCS1, SM2PKE, each_key_spec, open_pkcs11
 from pkcs11.constants import Attribute
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType
-from vectors import wycheproof
+from support.importing import (
+    AES,
+    MATERIAL,
+    OAEP1,
+    OAEP256,
+    PKCS1,
+    SM2PKE,
+    each_key_spec,
+    open_pkcs11,
+)
+from support.vectors import wycheproof
 
 from hsmwrap.errors import InvalidKeyMaterial
 from hsmwrap.pkcs11.binding.templates import (

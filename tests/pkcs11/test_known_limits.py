@@ -9,7 +9,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from attacker import (
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap_with_padding
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from pkcs11 import GCMParams
+from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.exceptions import GeneralError
+from pkcs11.mechanisms import KeyType, Mechanism
+from support.pkcs11.attacker import (
     AES,
     KWP,
     OAEP1,
@@ -25,13 +32,6 @@ from attacker import (
     issue,
     readable,
 )
-from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap_with_padding
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from pkcs11 import GCMParams
-from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.exceptions import GeneralError
-from pkcs11.mechanisms import KeyType, Mechanism
 
 from hsmwrap import oaep, tokens
 from hsmwrap.backend import Custody, PrivateKeyRef

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
-from attacker import OAEP1, SM2, issue
+from support.pkcs11.attacker import OAEP1, SM2, issue
 
 from hsmwrap.errors import PoolTimeout
 from hsmwrap.pkcs11 import Pkcs11Backend

@@ -4,9 +4,9 @@ import secrets
 from datetime import UTC, datetime
 
 import pytest
-from attacker import KWP, OAEP1, Scenes, bring, issue
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import KeyType
+from support.pkcs11.attacker import KWP, OAEP1, Scenes, bring, issue
 
 from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidMac
 from hsmwrap.pkcs11 import Pkcs11Backend

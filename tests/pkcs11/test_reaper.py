@@ -18,7 +18,7 @@ from pkcs11.exceptions import (
     SessionHandleInvalid,
     UserNotLoggedIn,
 )
-from softhsm_token import ROOT
+from support.services.softhsm import ROOT
 
 from hsmwrap import registry
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec

@@ -8,8 +8,8 @@ import secrets
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from attacker import AES, OAEP1, SM2, bring, issue
 from pkcs11.exceptions import KeyHandleInvalid
+from support.pkcs11.attacker import AES, OAEP1, SM2, bring, issue
 
 from hsmwrap.errors import KeyNotFound
 from hsmwrap.pkcs11 import Pkcs11Backend

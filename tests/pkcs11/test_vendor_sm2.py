@@ -9,7 +9,7 @@ import pytest
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.exceptions import TemplateInconsistent
 from pkcs11.mechanisms import KeyType
-from vendor_token import VendorToken, packed
+from support.pkcs11.vendor_token import VendorToken, packed
 
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial

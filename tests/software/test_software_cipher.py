@@ -2,7 +2,7 @@ import os
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from vectors import wycheproof
+from support.vectors import wycheproof
 
 from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import InvalidCiphertext

@@ -2,7 +2,7 @@ import os
 
 import pytest
 from cryptography.hazmat.primitives.serialization import load_der_public_key
-from vectors import wycheproof
+from support.vectors import wycheproof
 
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidKeyMaterial

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 import pytest
-from frames import assert_no_secret, frames_of
+from support.frames import assert_no_secret, frames_of
 
 from hsmwrap.backend import MESSAGE_VERSION, KeyRef
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec

@@ -13,20 +13,6 @@ from itertools import product
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding
 from cryptography.hazmat.primitives.serialization import load_der_public_key
-from importing import (
-    AES,
-    HSM,
-    MATERIAL,
-    OAEP1,
-    OAEP256,
-    PKCS1,
-    RSA_ALGORITHMS,
-    SM2PKE,
-    SOFTWARE,
-    Desk,
-    flip,
-    wrap,
-)
 
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import KeySpec, ManagedHsm, Origin, WrappingAlgorithm
@@ -45,6 +31,20 @@ from hsmwrap.imports import ImportService, MemoryUsedTokens
 from hsmwrap.policy import Deployment
 from hsmwrap.sm2 import parse, recover_y
 from hsmwrap.sm2.curve import P
+from support.importing import (
+    AES,
+    HSM,
+    MATERIAL,
+    OAEP1,
+    OAEP256,
+    PKCS1,
+    RSA_ALGORITHMS,
+    SM2PKE,
+    SOFTWARE,
+    Desk,
+    flip,
+    wrap,
+)
 
 ROWS = []
 OTHER_BACKENDS = ("software", "pkcs11", "resident", "other name", "other prefix")

@@ -1,6 +1,6 @@
 """Key sets behind the fault shim, each scenario in a process of its own.
 
-Usage: key_set_scenarios.py SCENARIO SHIM_DIRECTORY SETTINGS SO_PIN_FILE
+Usage: python -m support.pkcs11.key_set_scenarios SCENARIO SHIM_DIRECTORY SETTINGS SO_PIN_FILE
 """
 
 import json

@@ -1,8 +1,8 @@
 """Skips are counted and compared with a list: a new one fails the run, and so does a lost one.
 
-The list is expected_skips.toml beside this file. A skip is expected if its test and its reason
-match an entry (shell patterns). ``always = true``: the skip happens on every machine that the
-tests run on, so a whole run without it fails too: the capability is there now.
+The list is tests/expected_skips.toml. A skip is expected if its test and its reason match an entry
+(shell patterns). ``always = true``: the skip happens on every machine that the tests run on, so a
+whole run without it fails too: the capability is there now.
 """
 
 import tomllib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-LIST = Path(__file__).with_name("expected_skips.toml")
+LIST = Path(__file__).parents[1] / "expected_skips.toml"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sdk_clients import Credentials
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from hsmwrap.backend import Backend
@@ -21,6 +20,7 @@ from hsmwrap.kms.audit import AuditLog
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.service import Kms
 from hsmwrap.policy import Deployment
+from support.http.sdk_clients import Credentials
 
 ACCESS_KEYS = (
     AccessKey("testid", "testsecret", Permissions.everything()),

@@ -1,6 +1,6 @@
 """Scenarios of an HSM that goes away, and of a module that cannot lock.
 
-Usage: lost_hsm.py SCENARIO SHIM_DIRECTORY SETTINGS
+Usage: python -m support.pkcs11.lost_hsm SCENARIO SHIM_DIRECTORY SETTINGS
 """
 
 import contextlib

@@ -12,7 +12,7 @@ import itertools
 from datetime import datetime
 from urllib.parse import quote_from_bytes
 
-from http_fakes import NOW
+from support.http.fakes import NOW
 
 _nonces = itertools.count()
 VERSION = "2016-01-20"

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from softhsm_token import SoftHsm
 
 from hsmwrap.pkcs11 import Pkcs11Backend
+from support.services.softhsm import SoftHsm
 
 NO_P11_KIT = "capability: p11-kit's server and client module are not installed"
 ADDRESS = "P11_KIT_SERVER_ADDRESS"

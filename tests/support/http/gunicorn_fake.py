@@ -1,4 +1,6 @@
-"""Serves a KMS that is none, under gunicorn: ``gunicorn_fake.py WORKERS DIRECTORY [SECONDS]``.
+"""Serves a KMS that is none, under gunicorn.
+
+Usage: python -m support.http.gunicorn_fake WORKERS DIRECTORY [SECONDS]
 
 SECONDS are the deadline of everything that a client does, instead of the real ones.
 
@@ -41,11 +43,10 @@ class AnyNonce:
 
 
 def load(directory: Path):
-    from http_fakes import ACCESS_KEY
-
     from hsmwrap.http import logs
     from hsmwrap.http.app import create_app
     from hsmwrap.kms.access import StaticAccessKeys
+    from support.http.fakes import ACCESS_KEY
 
     if (directory / "broken").exists():
         raise RuntimeError("this application does not load")

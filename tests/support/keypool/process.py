@@ -7,10 +7,9 @@ import json
 import sys
 from datetime import UTC, datetime, timedelta
 
-from keypool_fakes import SM2, wait_for
-
 from hsmwrap import registry
 from hsmwrap.keypool import KeyPool, PoolSettings
+from support.keypool.fakes import SM2, wait_for
 
 settings, count = json.loads(sys.argv[1]), int(sys.argv[2])
 backend = registry.open_backend("pkcs11", settings)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import FunctionType
 
-_TESTS = str(Path(__file__).resolve().parent)
+_TESTS = str(Path(__file__).resolve().parents[1])
 
 
 def assert_no_secret(error, secrets):

@@ -6,9 +6,8 @@ import signal
 import sys
 from functools import partial
 
-from kms_fakes import ADMIN, Client, Clock, FileObjectsBackend, build_kms
-
 from hsmwrap.registry import open_backend
+from support.kms.fakes import ADMIN, Client, Clock, FileObjectsBackend, build_kms
 
 OPENERS = {"file": FileObjectsBackend.from_settings, "pkcs11": partial(open_backend, "pkcs11")}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-_BESIDE_CHECKOUT = Path(__file__).resolve().parents[2] / "shared" / "vectors"
+_BESIDE_CHECKOUT = Path(__file__).resolve().parents[3] / "shared" / "vectors"
 
 SKIP_REASON = "Wycheproof vectors not found: set HSMWRAP_VECTORS"
 

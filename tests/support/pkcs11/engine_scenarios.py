@@ -1,6 +1,6 @@
 """Scenarios of the engine behind the fault shim, each in a process of its own.
 
-Usage: engine_scenarios.py SCENARIO SHIM_DIRECTORY SETTINGS
+Usage: python -m support.pkcs11.engine_scenarios SCENARIO SHIM_DIRECTORY SETTINGS
 """
 
 import contextlib
@@ -18,7 +18,6 @@ from pathlib import Path
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding
 from cryptography.hazmat.primitives.serialization import load_der_public_key
-from frames import assert_no_secret
 
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import (
@@ -32,6 +31,7 @@ from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.module import Module, _InitializeArgs, shared_function_list
 from hsmwrap.pkcs11.keysets import hardening
 from hsmwrap.testing.faults import CKR, FaultShim
+from support.frames import assert_no_secret
 
 AES = KeySpec.ALIYUN_AES_256
 OAEP_1 = WrappingAlgorithm.RSAES_OAEP_SHA_1

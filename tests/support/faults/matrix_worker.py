@@ -1,6 +1,7 @@
 """Runs operations of the backend against every fault, in a process of its own.
 
-Usage: matrix_worker.py SHIM_DIRECTORY SETTINGS_JSON SO_PIN_FILE SHARE SHARES OPERATION...
+Usage: python -m support.faults.matrix_worker
+           SHIM_DIRECTORY SETTINGS_JSON SO_PIN_FILE SHARE SHARES OPERATION...
 
 Prints one JSON object a line: every SHARES-th case, from number SHARE on. In a process of its own,
 because the shim and a backend that loads SoftHSM directly would share one SoftHSM.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 VARIABLES = ("SOFTHSM2_CONF", "HSMWRAP_PKCS11_MODULE", "HSMWRAP_PIN_FILE", "HSMWRAP_SO_PIN_FILE")
 NO_SOFTHSM = "capability: SoftHSM2 is not installed"
 

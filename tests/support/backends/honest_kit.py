@@ -1,11 +1,11 @@
 """The conformance kit over the honest backend, and how it is opened."""
 
 import pytest
-from honest_backend import HonestBackend
 
 from hsmwrap.backend import Custody
 from hsmwrap.software import SoftwareBackend
 from hsmwrap.testing.conformance import BackendConformance
+from support.backends.honest import HonestBackend
 
 
 class HonestKit(BackendConformance):

@@ -185,10 +185,9 @@ def import_request(parameters, material):
 
 
 def run_elsewhere(arguments):
-    """Run an operation in another process, by ``kms_crasher.py``."""
-    crasher = Path(__file__).with_name("kms_crasher.py")
+    """Run an operation in another process, by ``support.kms.crasher``."""
     return subprocess.run(
-        [sys.executable, str(crasher), json.dumps(arguments)],
+        [sys.executable, "-m", "support.kms.crasher", json.dumps(arguments)],
         capture_output=True,
         text=True,
         timeout=120,

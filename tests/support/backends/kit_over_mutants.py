@@ -1,7 +1,7 @@
 """The conformance kit over every mutant; collected by test_kit.py alone, for it fails."""
 
-from honest_kit import HonestKit
-from mutants import MUTANTS
+from support.backends.honest_kit import HonestKit
+from support.backends.mutants import MUTANTS
 
 
 def _kit(mutant):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from honest_backend import INTERNAL, HonestBackend
 
 from hsmwrap.backend import (
     Custody,
@@ -35,6 +34,7 @@ from hsmwrap.sm2.kdf import xor
 from hsmwrap.software._rsa import RsaScheme, load
 from hsmwrap.software._sealing import Purpose
 from hsmwrap.testing._conformance.points import G, multiples_of, multiply
+from support.backends.honest import INTERNAL, HonestBackend
 
 SEALED, RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, INTERNAL
 OAEP1, SM2PKE = WrappingAlgorithm.RSAES_OAEP_SHA_1, WrappingAlgorithm.SM2PKE

@@ -1,0 +1,6 @@
+"""What the tests share, and the programs that they run in processes of their own.
+
+services   tokens and a database, each private to a run: SoftHSM2, NSS, p11-kit, PostgreSQL
+backends   backends that are honest, spy or break one promise
+pkcs11, faults, keypool, kms, http   what the tests of that area share
+"""
