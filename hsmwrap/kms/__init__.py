@@ -1,7 +1,7 @@
-"""The reference KMS: the smallest honest example of embedding hsmwrap (extra ``server``).
+"""The reference KMS: a small, complete example of embedding hsmwrap (extra ``server``).
 
 :class:`Kms` runs the operations of the KMS API 2016-01-20 on a database and the backends;
-``hsmwrap.http`` puts the wire protocol before :meth:`Kms.execute`.
+``hsmwrap.http`` serves :meth:`Kms.execute` over HTTP.
 """
 
 from __future__ import annotations

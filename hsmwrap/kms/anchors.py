@@ -1,7 +1,8 @@
-"""Anchors: the database remembers a line of each audit log, so that cutting its end is noticed.
+"""Anchors: the database stores one line of each audit log, to detect that its end was cut off.
 
-An anchor moves on to the log's last line as long as the log still has the line before; from then
-on it stays, so that lines appended afterwards do not hide what was cut off.
+An anchor moves to the log's last line as long as the log still has the previously stored line. If
+that line is missing, the anchor stays where it is, so that lines appended later cannot hide the
+cut.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ _log = logging.getLogger(__name__)
 
 
 def log_id(log: AuditLog) -> str:
-    """What the database calls an audit log: the configured id, or host and path."""
+    """The id of an audit log in the database: as configured, or host and path."""
     return log.log_id or f"{socket.gethostname()}:{log.path.resolve()}"[-LOG_ID_LENGTH:]
 
 
 def remembered(database: Database, log: AuditLog) -> tuple[Anchor, ...]:
-    """The line that the database remembers of this log, if any.
+    """The line of this log that the database stores, if any.
 
     Raises:
-        ServiceUnavailable: The database cannot answer now.
+        ServiceUnavailable: The database is unavailable.
     """
     with database.read() as transaction:
         row = transaction.get(AuditAnchor, log_id(log))
@@ -35,26 +36,26 @@ def remembered(database: Database, log: AuditLog) -> tuple[Anchor, ...]:
 
 
 def remember(database: Database, log: AuditLog) -> None:
-    """Have the database remember the log's last line, unless the log lacks the one before.
+    """Store the log's last line in the database, unless the previously stored line is missing.
 
     Raises:
         AuditFailed: The log cannot be read.
-        ServiceUnavailable: The database cannot answer now.
+        ServiceUnavailable: The database is unavailable.
     """
     with database.write() as transaction:
         row = _locked_row(database, transaction, log)
-        # Read behind the lock: other processes append, and remember what they appended.
+        # Read under the row lock: other processes append lines and move the anchor too.
         head = log.head()
         if not log.holds(_anchor(row)):
             facts = {"log": str(log.path), "sequence": row.sequence}
-            _log.error("audit log lacks a line that it had: run hsmwrap audit verify", extra=facts)
+            _log.error("a line of the audit log is missing: run hsmwrap audit verify", extra=facts)
             return
         row.sequence, row.digest, row.position = head.sequence, head.digest, head.position
 
 
 def _locked_row(database: Database, transaction: Session, log: AuditLog) -> AuditAnchor:
     first = {"log": log_id(log), "sequence": 0, "digest": FIRST, "position": 0}
-    # Two processes that start at once both find no row.
+    # Two processes that start at the same time may both insert.
     transaction.execute(database.insert(AuditAnchor).values(**first).on_conflict_do_nothing())
     return transaction.get_one(AuditAnchor, log_id(log), with_for_update=True)
 

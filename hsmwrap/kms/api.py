@@ -1,7 +1,7 @@
-"""The API's operations as data: parameters in, the answer's fields out.
+"""The API's operations as a table: parameters in, fields of the answer out.
 
-Source: Alibaba Cloud KMS API 2016-01-20. What is not served (asymmetric keys, rotation, aliases,
-tags, instances) is not in the tables, and answers as an unknown action or parameter does.
+Source: Alibaba Cloud KMS API 2016-01-20. Operations and parameters that this KMS does not serve
+(asymmetric keys, rotation, aliases, tags, instances) are answered as unknown.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _MAX_PAGE_SIZE = 100
 
 
 class Operations:
-    """The typed operations, by what they are about.
+    """The typed operations.
 
     Attributes:
-        lifecycle: The key as such.
-        material: Its material.
-        use: Encryption and decryption with it.
+        lifecycle: Create, describe, enable, disable and delete keys.
+        material: Import and delete key material.
+        use: Encrypt and decrypt.
     """
 
     def __init__(self, core: Core) -> None:
@@ -52,11 +52,11 @@ class Operations:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request whose parameters were read.
+    """A request with parsed parameters.
 
     Attributes:
         arguments: The value of each parameter of the operation.
-        caller: Access key id of who asks.
+        caller: Access key id of the caller.
     """
 
     arguments: Arguments
@@ -67,7 +67,7 @@ class Request:
 
     @property
     def key_id(self) -> str | None:
-        """Id of the key that the request is about; None if it is about no certain key."""
+        """Id of the key that the request names; None if it names none."""
         blob = self.arguments.get("CiphertextBlob")
         if isinstance(blob, CiphertextBlob):
             return blob.key_id
@@ -149,7 +149,7 @@ def _decrypt(kms: Operations, request: Request) -> Fields:
 
 
 def _generate_data_key(kms: Operations, request: Request) -> Fields:
-    # Where both are given, the API ignores KeySpec.
+    # If both are given, the API ignores KeySpec.
     length = request["NumberOfBytes"] or _DATA_KEY_LENGTHS[request["KeySpec"]]
     made = kms.use.generate_data_key(request["KeyId"], length, request["EncryptionContext"])
     return _encrypted(made.encrypted) | {"Plaintext": _base64(made.plaintext)}
@@ -245,11 +245,11 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         "CancelKeyDeletion": Operation(_KEY_ID, _cancel_key_deletion),
     }
 )
-"""Every operation by its action."""
+"""The operations by action."""
 
 
 def key_metadata(key: Key) -> Fields:
-    """KeyMetadata, as CreateKey and DescribeKey answer it; an absent time is an empty text."""
+    """The KeyMetadata of CreateKey and DescribeKey; an absent time is an empty string."""
     return {
         "KeyId": key.key_id,
         "Arn": key.arn,

@@ -1,11 +1,11 @@
 """The audit log: one line of JSON per operation, each chained to the line before.
 
-A line holds what happened, its sequence number from 1, and a digest over the previous line's
-digest and all of that: SHA-256, or HMAC-SHA-256 where there is a key. Whoever changes, removes or
-reorders lines breaks the chain; without a key they could write a new one. Lines cut off at the
-end leave a good chain: against that the database remembers a line (:mod:`hsmwrap.kms.anchors`).
+A line holds the event, its sequence number (from 1), and a digest over these and the previous
+line's digest: SHA-256, or HMAC-SHA-256 if a key is configured. Changing, removing or reordering
+lines breaks the chain. Without a key an attacker can write a new chain. Cutting lines off the end
+leaves a valid chain, so the database stores one line (:mod:`hsmwrap.kms.anchors`).
 
-Several processes append to one file: under its lock each reads the last line and chains to it.
+Several processes append to one file: each holds its lock, reads the last line and chains to it.
 Do not rotate the file; to start a new one, configure another path.
 """
 
@@ -27,9 +27,9 @@ from typing import Any
 from hsmwrap.errors import HsmwrapError
 
 FIRST = hashlib.sha256(b"hsmwrap audit log").hexdigest()
-"""What the first line is chained to."""
+"""The digest that the first line is chained to."""
 _MAX_TEXT = 256
-# Longest line: five texts of which each character may become two six-character escapes.
+# Longest line: five texts; each character may take two escapes of six characters.
 _MAX_LINE = 5 * 12 * _MAX_TEXT + 512
 _BEGIN = b'{"sequence":'
 
@@ -37,18 +37,18 @@ _log = logging.getLogger(__name__)
 
 
 class AuditFailed(HsmwrapError):
-    """The audit log cannot be written, so operations are not answered."""
+    """The audit log cannot be written, so operations are refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """What happened: who did what to which key in which request, and how it ended.
+    """One event: caller, action, key, request and outcome.
 
     Attributes:
-        request_id: The id that the answer carried.
-        access_key_id: Who asked; ``system`` for the KMS itself.
+        request_id: The RequestId of the answer.
+        access_key_id: The caller; ``system`` for the KMS itself.
         action: The API's action.
-        key_id: Id of the key; None where there is none.
+        key_id: Id of the key; None without one.
         outcome: ``ok``, or the error code of the answer.
     """
 
@@ -64,9 +64,9 @@ class Anchor:
     """A line of an audit log.
 
     Attributes:
-        sequence: Its number, from 1; 0 is what the first line is chained to.
+        sequence: Its number, from 1; 0 is the start of the chain.
         digest: Its digest.
-        position: Where it begins in the file, or any line's beginning before that.
+        position: Byte offset of the line, or of any line before it.
     """
 
     sequence: int
@@ -76,7 +76,7 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class AuditProblem:
-    """Something wrong with an audit log, at a line (from 1) of the file."""
+    """A problem of an audit log at a line of the file, counted from 1."""
 
     line: int
     problem: str
@@ -87,7 +87,7 @@ class AuditProblem:
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """What :func:`verify` found; ``head`` is the last line."""
+    """The result of :func:`verify`; ``head`` is the last line."""
 
     lines: int
     problems: tuple[AuditProblem, ...]
@@ -95,7 +95,7 @@ class AuditReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
 
@@ -104,11 +104,11 @@ class AuditLog:
     """Appends to one file.
 
     Attributes:
-        path: The file; made with mode 600 when absent.
+        path: The file; created with mode 600.
         clock: Returns the current aware time.
         key: HMAC key of the chain; None: SHA-256.
-        sync: True waits for the disk with each line.
-        log_id: What a database calls the log; None: host and path.
+        sync: True flushes each line to the disk.
+        log_id: Id of the log in the database; None: host and path.
     """
 
     path: Path
@@ -121,7 +121,7 @@ class AuditLog:
         """Write one line.
 
         Raises:
-            AuditFailed: It could not be written, or the file ends in no line of ours.
+            AuditFailed: It cannot be written, or the file does not end with a line of an audit log.
         """
         try:
             with self._locked() as file:
@@ -134,7 +134,7 @@ class AuditLog:
         """The last line.
 
         Raises:
-            AuditFailed: The file cannot be read, or ends in no line of ours.
+            AuditFailed: The file cannot be read, or does not end with a line of an audit log.
         """
         try:
             with self._locked() as file:
@@ -143,15 +143,15 @@ class AuditLog:
             raise AuditFailed(f"audit log {self.path}: {error}") from error
 
     def check(self) -> None:
-        """Make sure that a line could be written now; only whether there is room is not seen.
+        """Check that a line can be written now; free space on the disk is not checked.
 
         Raises:
-            AuditFailed: It could not.
+            AuditFailed: It cannot.
         """
         self.head()
 
     def holds(self, line: Anchor) -> bool:
-        """Whether the log still has this line. Reads from its position to the line alone.
+        """Whether the log still has this line; reads the file from the line's position.
 
         Raises:
             AuditFailed: The file cannot be read.
@@ -164,14 +164,15 @@ class AuditLog:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        # The lock is the open file's, so threads exclude each other as processes do.
+        # flock locks the open file, so it excludes threads as well as processes.
         file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 yield file
             finally:
-                # A child forked by another thread has the file open too: closing frees nothing.
+                # Explicitly: a child forked meanwhile has the file open too, so closing does not
+                # unlock it.
                 fcntl.flock(file, fcntl.LOCK_UN)
         finally:
             os.close(file)
@@ -180,7 +181,7 @@ class AuditLog:
         end = os.fstat(file).st_size
         if os.write(file, line) != len(line):
             os.ftruncate(file, end)
-            raise OSError("a line was written in part; is the disk full?")
+            raise OSError("a line was written only in part; is the disk full?")
         if self.sync:
             os.fdatasync(file)
 
@@ -194,7 +195,7 @@ def verify(path: Path, key: bytes | None = None, anchors: tuple[Anchor, ...] = (
     Args:
         path: The file.
         key: HMAC key of the chain; None: SHA-256.
-        anchors: Lines that it must have.
+        anchors: Lines that the log must have.
 
     Raises:
         OSError: The file cannot be read.
@@ -207,7 +208,7 @@ def verify(path: Path, key: bytes | None = None, anchors: tuple[Anchor, ...] = (
             try:
                 anchor, content = _parse(line)
             except ValueError:
-                problems.append(AuditProblem(number, "is no line of an audit log"))
+                problems.append(AuditProblem(number, "is not a line of an audit log"))
                 continue
             problems += (AuditProblem(number, text) for text in _faults(anchor, content, last, key))
             last = anchor
@@ -224,9 +225,9 @@ def _faults(
     anchor: Anchor, content: dict[str, Any], last: Anchor, key: bytes | None
 ) -> Iterator[str]:
     if anchor.sequence != last.sequence + 1:
-        yield f"has number {anchor.sequence} after {last.sequence}: lines are missing or moved"
+        yield f"has number {anchor.sequence} after {last.sequence}: lines are missing or reordered"
     if not hmac.compare_digest(anchor.digest, _digest(content, last.digest, key)):
-        yield "does not fit the line before: one of them was changed, or lines are missing or moved"
+        yield "does not chain to the line before: a line was changed, removed or reordered"
 
 
 def _line(entry: AuditEntry, now: datetime, last: Anchor, key: bytes | None) -> bytes:
@@ -245,36 +246,38 @@ def _line(entry: AuditEntry, now: datetime, last: Anchor, key: bytes | None) -> 
 def _parse(line: bytes) -> tuple[Anchor, dict[str, Any]]:
     content = json.loads(line)
     if not isinstance(content, dict) or _json(content) + b"\n" != line:
-        raise ValueError("not in the form that is written")
+        raise ValueError("not in canonical form")
     digest, sequence = content.pop("digest", None), content.get("sequence")
     if not isinstance(digest, str) or not isinstance(sequence, int):
-        raise ValueError("not chained")  # noqa: TRY004 (what it is, is a damaged line)
+        raise ValueError("not chained")  # noqa: TRY004 (the line is damaged; types are a detail)
     return Anchor(sequence, digest), content
 
 
 def _last_line(file: int) -> Anchor:
-    """The last whole line. What a crash of the machine left behind it is cut off.
+    """The last complete line; cuts off what a crash of the machine left behind it.
 
-    That is the beginning of a line, or zeros, or both; its operation was never answered.
+    A crash can leave the beginning of a line, zero bytes, or both. Its operation was not answered.
     """
     size = os.fstat(file).st_size
     written = _without_zeros(file, size)
     start = max(0, written - _MAX_LINE)
     tail = os.pread(file, written - start, start)
     whole = tail.rfind(b"\n") + 1
-    torn = tail[whole:]
-    if not (torn.startswith(_BEGIN) or _BEGIN.startswith(torn)) or (start and not whole):
-        raise ValueError("ends in something that is no line of an audit log")
+    partial = tail[whole:]
+    if not (partial.startswith(_BEGIN) or _BEGIN.startswith(partial)) or (start and not whole):
+        raise ValueError("does not end with a line of an audit log")
     begin = tail.rfind(b"\n", 0, max(0, whole - 1)) + 1
     last = _parse(tail[begin:whole])[0] if whole else _NOTHING
     if start + whole < size:
-        _log.warning("audit log: torn last line cut off", extra={"bytes": size - start - whole})
+        _log.warning(
+            "audit log: incomplete last line cut off", extra={"bytes": size - start - whole}
+        )
         os.ftruncate(file, start + whole)
     return replace(last, position=start + begin)
 
 
 def _line_from(file: int, sought: Anchor) -> Anchor | None:
-    """The first line from the position of ``sought`` on that does not come before it."""
+    """The first line from the position of ``sought`` whose number is not lower."""
     with os.fdopen(os.dup(file), "rb") as lines:
         lines.seek(sought.position)
         try:

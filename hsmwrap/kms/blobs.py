@@ -1,7 +1,7 @@
-"""CiphertextBlob: what Encrypt returns, and what it is bound to.
+"""CiphertextBlob, the result of Encrypt.
 
-Layout: version (1) | key id (16, a UUID) | the backend's ciphertext. The key id lets Decrypt do
-without a KeyId. It and the encryption context are the ciphertext's additional data.
+Layout: version (1 byte) | key id (16 bytes, a UUID) | the backend's ciphertext. Decrypt takes the
+key id from it. Key id and encryption context are the additional authenticated data.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CiphertextBlob:
         """Parse what :meth:`to_bytes` made.
 
         Raises:
-            InvalidCiphertext: It is no blob of a known version.
+            InvalidCiphertext: It is not a blob of a known version.
         """
         if len(raw) <= _HEAD_LENGTH or raw[0] != BLOB_VERSION:
             raise InvalidCiphertext
@@ -42,10 +42,10 @@ class CiphertextBlob:
 
 
 def additional_data(key_id: str, context: Mapping[str, str]) -> bytes:
-    """What a ciphertext is bound to: the key, and the encryption context in canonical form.
+    """The additional authenticated data: key id, and the encryption context in canonical form.
 
-    Canonical is JSON with sorted names, without white space, in ASCII; no context equals an
-    empty one.
+    Canonical form: JSON with sorted names, without white space, in ASCII. An absent context equals
+    an empty one.
     """
     canonical = json.dumps(dict(context), sort_keys=True, separators=(",", ":"))
     return b"hsmwrap kms ciphertext" + uuid.UUID(key_id).bytes + canonical.encode("ascii")

@@ -1,8 +1,8 @@
-"""What all operations share: database, backends, import service, clock; and a key's row, settled.
+"""What all operations share: database, backends, import service, clock, and access to keys' rows.
 
-A row is settled when material whose time is over has been taken out. Every operation settles the
-row that it looks at, so expiry is on time whether or not a sweeper runs; so is deletion. Material
-that goes leaves a line in the audit log, whoever took it out.
+Every operation first deletes the material of its key if that has expired, and treats a key whose
+deletion date has passed as deleted. So both take effect on time, with or without a sweeper. Each
+expiry leaves a line in the audit log.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from hsmwrap.policy import Deployment
 
 
 def no_step(_name: str) -> None:
-    """The step hook of production: nothing happens between the steps."""
+    """The step hook outside of tests: does nothing."""
 
 
 def by_name(backends: Iterable[Backend]) -> dict[str, Backend]:
-    """The backends by the name that key references have; one backend may be there repeatedly.
+    """The backends by the name that key references carry; the same backend may occur repeatedly.
 
     Raises:
-        ConfigurationError: Two have the same name, so that keys of one would be looked for in
-            the other.
+        ConfigurationError: Two have the same name, so key references would be ambiguous.
     """
     named: dict[str, Backend] = {}
     for backend in backends:
@@ -49,16 +48,16 @@ class Core:
     """The parts of a KMS.
 
     Attributes:
-        database: Where the rows are.
+        database: The database.
         backends: The backend of each protection level.
         deployment: Where this runs, for the policy.
         imports: The import service over the same backends.
-        objects: Keeps the backends' objects in step with the rows.
+        objects: Keeps the backends' objects consistent with the rows.
         clock: Returns the current aware time.
-        arn_prefix: What comes before the key id in an ARN.
-        audit: Writes a line on what the KMS does by itself: action and key id.
-        used_tokens: Where import tokens are marked as used; None: they are reusable.
-        step: Called with the name of each step that a crash could fall behind; for tests.
+        arn_prefix: The part of an ARN before the key id.
+        audit: Writes an audit line for an action of the KMS itself: action and key id.
+        used_tokens: Records used import tokens; None: tokens are reusable.
+        step: Called with the name of each step after which a crash matters; for tests.
     """
 
     database: Database
@@ -84,41 +83,41 @@ class Core:
         return backend
 
     def current(self, key_id: str, now: datetime | None = None) -> Key:
-        """The settled row of a key, detached; ``now`` is instead of the clock's time.
+        """The row of a key, detached, after expiry was applied; ``now`` overrides the clock.
 
         Raises:
-            KeyNotFound: There is no such key.
-            AuditFailed: The material was over and is gone, but the audit log cannot say so.
+            KeyNotFound: The key does not exist.
+            AuditFailed: The material expired and was deleted, but the audit log cannot be written.
         """
         now = now or self.clock()
         with self.database.read() as transaction:
             key = _find(transaction, key_id, now)
         if not _is_expired(key, now):
             return key
-        over = key.reference
+        expired = key.reference
         self.expire(key_id, now)
-        self.objects.destroy(over)
+        self.objects.destroy(expired)
         with self.database.read() as transaction:
             return _find(transaction, key_id, now)
 
     @contextmanager
     def locked(self, key_id: str, now: datetime) -> Iterator[tuple[Session, Key]]:
-        """A transaction on the settled row of a key; other writers stay off it until it ends.
+        """A transaction with the row of a key locked, after expiry was applied.
 
         Raises:
-            KeyNotFound: There is no such key.
+            KeyNotFound: The key does not exist.
             AuditFailed: As :meth:`current`.
         """
-        # In a transaction of its own: what is over stays out if the operation is then refused.
+        # In its own transaction: expired material stays deleted if the operation is then refused.
         self.current(key_id, now)
         with self.database.write() as transaction:
             yield transaction, _find(transaction, key_id, now, lock=True)
 
     def expire(self, key_id: str, now: datetime) -> bool:
-        """Take material out that is over at ``now``; False if there is none (any more).
+        """Delete the material if it has expired at ``now``; False if not, or if it is deleted.
 
         Raises:
-            AuditFailed: It is out, but the audit log cannot say so.
+            AuditFailed: It was deleted, but the audit log cannot be written.
         """
         with self.database.write() as transaction:
             key = transaction.get(Key, key_id, with_for_update=True)
@@ -144,9 +143,9 @@ def remove_material(transaction: Session, key: Key, now: datetime) -> None:
 
 def _find(transaction: Session, key_id: str, now: datetime, *, lock: bool = False) -> Key:
     key = transaction.get(Key, key_id, with_for_update=lock)
-    # Past its date a key is gone, also where the sweeper has not come by yet.
+    # After its deletion date a key does not exist, even if the sweeper has not deleted the row yet.
     if key is None or (key.deletion_at is not None and key.deletion_at <= now):
-        raise KeyNotFound("there is no key of this id")
+        raise KeyNotFound("no key has this id")
     return key
 
 

@@ -1,9 +1,9 @@
 """The database: SQLite by default, PostgreSQL by URL; read and write transactions on either.
 
-SQLite runs in WAL mode; a writer takes its lock at the start (``BEGIN IMMEDIATE``), for one that
-upgrades later can fail. On PostgreSQL a writer locks the rows it read (``SELECT … FOR UPDATE``).
-Nothing here is held while an HSM works, and nobody waits for long: not for a connection, not for a
-lock, and not for a process that stopped with a transaction open.
+SQLite runs in WAL mode; a writer takes its lock at the start (``BEGIN IMMEDIATE``), because an
+upgrade from read to write can fail. On PostgreSQL a writer locks the rows it read (``SELECT … FOR
+UPDATE``). No transaction is open during an HSM call. Every wait has a limit: for a connection, for
+a lock, and for a stopped process with an open transaction.
 """
 
 from __future__ import annotations
@@ -53,31 +53,31 @@ _POSTGRESQL_SETTINGS = MappingProxyType(
     }
 )
 # read_only_sql_transaction (a replica), idle_in_transaction_session_timeout.
-_AWAY_STATES = frozenset({"25006", "25P03"})
-# Each dialect has its own INSERT … ON CONFLICT; both are called the same way.
+_UNAVAILABLE_STATES = frozenset({"25006", "25P03"})
+# Each dialect has its own INSERT … ON CONFLICT, with the same interface.
 _INSERT: Mapping[str, Callable[[type[Row]], Any]] = MappingProxyType(
     {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
 )
-# Arbitrary, but the same in each process that migrates.
+# Any number, but the same in all processes that migrate.
 _MIGRATION_LOCK = 0x68736D77
 
 _log = logging.getLogger(__name__)
 
 
 class Database:
-    """Transactions on one database. Safe to share between threads, and after ``fork()``."""
+    """Transactions on one database. Safe to share between threads and after ``fork()``."""
 
     def __init__(self, url: str, *, pool_size: int = 16, sync: bool = True) -> None:
-        """Take an SQLAlchemy URL; nothing is opened yet.
+        """Take an SQLAlchemy URL; does not connect.
 
         Args:
             url: ``sqlite:///FILE`` or ``postgresql+psycopg://…``.
-            pool_size: Connections that are kept open.
-            sync: False lets SQLite answer before the disk has it: a crash of the machine (not
-                of the process) may then take back what was acknowledged.
+            pool_size: Number of connections to keep open.
+            sync: False lets SQLite commit before data is on the disk: a crash of the machine (not
+                of the process) may then lose committed transactions.
 
         Raises:
-            ConfigurationError: Neither SQLite nor PostgreSQL by psycopg.
+            ConfigurationError: The URL is neither SQLite nor PostgreSQL with psycopg.
         """
         self.engine = _engine(url, pool_size, sync=sync)
         self._writing = self.engine.execution_options(writing=True)
@@ -88,21 +88,21 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A transaction that only reads.
+        """A read-only transaction.
 
         Raises:
-            ServiceUnavailable: The database cannot answer now.
+            ServiceUnavailable: The database is unavailable.
         """
         with _available(), Session(self.engine, expire_on_commit=False) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """A transaction that commits at the end of the ``with`` block, or not at all.
+        """A transaction that commits at the end of the ``with`` block; rolled back on an error.
 
         Raises:
-            ServiceUnavailable: The database cannot answer now; nothing was written.
-            CommitUnknown: It failed during the commit itself.
+            ServiceUnavailable: The database is unavailable; nothing was written.
+            CommitUnknown: The commit itself failed; it may have happened.
         """
         writing = Session(self._writing, expire_on_commit=False)
         with _available(), writing as session, session.begin():
@@ -111,27 +111,27 @@ class Database:
             _commit(session)
 
     def insert(self, row: type[Row]) -> Any:
-        """The dialect's own INSERT into the table of ``row``, which has ON CONFLICT."""
+        """The dialect's INSERT into the table of ``row``, with support for ON CONFLICT."""
         return _INSERT[self.engine.dialect.name](row)
 
     def migrate(self) -> None:
-        """Bring the schema up to date; several processes may do so at once.
+        """Bring the schema up to date; several processes may do so at the same time.
 
         Raises:
-            ServiceUnavailable: The database cannot answer now.
+            ServiceUnavailable: The database is unavailable.
         """
         with _available(), self._writing.begin() as connection:
             if connection.dialect.name == "postgresql":
-                # However long the others' migration takes.
+                # Wait as long as another process's migration takes.
                 connection.execute(text("SET LOCAL lock_timeout = 0"))
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
             command.upgrade(migration_config(connection), "head")
 
     def ping(self) -> None:
-        """Ask the database for a sign of life.
+        """Check that the database answers.
 
         Raises:
-            ServiceUnavailable: There is none.
+            ServiceUnavailable: It does not.
         """
         with self.read() as transaction:
             transaction.execute(text("SELECT 1"))
@@ -158,7 +158,7 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError:
-        raise ConfigurationError("database_url is no SQLAlchemy URL") from None
+        raise ConfigurationError("database_url is not an SQLAlchemy URL") from None
     if parsed.drivername in ("postgresql", "postgresql+psycopg"):
         parsed = parsed.set(drivername="postgresql+psycopg")
         options: dict[str, Any] = {"pool_pre_ping": True, "pool_size": pool_size}
@@ -167,7 +167,7 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
     elif parsed.drivername == "sqlite" and parsed.database not in (None, "", ":memory:"):
         options = {"pool_size": pool_size}
     else:
-        raise ConfigurationError("database_url: sqlite:///FILE or postgresql+psycopg://…")
+        raise ConfigurationError("database_url has to be sqlite:///FILE or postgresql+psycopg://…")
     try:
         engine = create_engine(parsed, hide_parameters=True, **options)
     except (ImportError, NoSuchModuleError) as error:
@@ -181,7 +181,7 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
 
 
 def _prepare_sqlite(connection: Any, _record: object, *, sync: bool) -> None:
-    # The driver's own way of opening transactions is replaced by _begin_sqlite.
+    # _begin_sqlite opens transactions, not the driver.
     connection.isolation_level = None
     for pragma in (*_SQLITE_PRAGMAS, f"PRAGMA synchronous={'FULL' if sync else 'OFF'}"):
         connection.execute(pragma)
@@ -193,10 +193,10 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _prepare_postgresql(connection: Any, _record: object, *, url: URL) -> None:
-    # What the URL's options say stands. Not by options ourselves: connection poolers refuse them.
-    said = str(url.query.get("options", ""))
+    # The URL's own options win. Set by SQL and not by options, which connection poolers refuse.
+    given = str(url.query.get("options", ""))
     for name, value in _POSTGRESQL_SETTINGS.items():
-        if name not in said:
+        if name not in given:
             connection.execute("SELECT set_config(%s, %s, false)", (name, value))
     connection.commit()
 
@@ -206,7 +206,9 @@ def _commit(session: Session) -> None:
         session.commit()
     except DBAPIError as error:
         _log.warning("commit failed", extra={"error": type(error).__name__})
-        raise CommitUnknown("the database failed during a commit; look what is there") from error
+        raise CommitUnknown(
+            "the database failed during a commit; check what was committed"
+        ) from error
 
 
 @contextmanager
@@ -214,27 +216,28 @@ def _available() -> Iterator[None]:
     try:
         yield
     except (InterfaceError, OperationalError, PoolExhausted) as error:
-        raise _away(error) from error
+        raise _unavailable(error) from error
     except InternalError as error:
-        if getattr(error.orig, "sqlstate", None) not in _AWAY_STATES:
+        if getattr(error.orig, "sqlstate", None) not in _UNAVAILABLE_STATES:
             raise
-        raise _away(error) from error
+        raise _unavailable(error) from error
 
 
-def _away(error: Exception) -> ServiceUnavailable:
+def _unavailable(error: Exception) -> ServiceUnavailable:
     _log.warning("database failed", extra={"error": type(error).__name__})
-    return ServiceUnavailable(f"the database cannot answer: {type(error).__name__}")
+    return ServiceUnavailable(f"the database is unavailable: {type(error).__name__}")
 
 
 _DATABASES: WeakSet[Database] = WeakSet()
-# Closing an inherited connection would speak to the parent's server, or drop SQLite's locks.
+# A child must not close inherited connections: that would end the parent's session on the server,
+# or drop SQLite's locks. Keeping a reference prevents it.
 _INHERITED: list[Pool] = []
 
 
-def _leave_connections_to_the_parent() -> None:
+def _abandon_inherited_connections() -> None:
     for database in list(_DATABASES):
         _INHERITED.append(database.engine.pool)
         database.engine.dispose(close=False)
 
 
-os.register_at_fork(after_in_child=_leave_connections_to_the_parent)
+os.register_at_fork(after_in_child=_abandon_inherited_connections)

@@ -1,7 +1,7 @@
 """Errors of the reference KMS, with the API's codes, statuses and messages.
 
-They extend :mod:`hsmwrap.errors`: whoever handles :class:`~hsmwrap.errors.HsmwrapError` (its
-``code``, ``http_status`` and ``api_message``) handles these as well.
+They extend :mod:`hsmwrap.errors`: code that handles :class:`~hsmwrap.errors.HsmwrapError` handles
+these too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class InvalidAction(HsmwrapError):
 
 
 class NoPermission(HsmwrapError):
-    """The access key may not do this to this key; whether the key exists is not said."""
+    """The access key lacks the permission; the error does not tell whether the key exists."""
 
     code = "Forbidden.NoPermission"
     http_status = 403
@@ -26,7 +26,7 @@ class NoPermission(HsmwrapError):
 
 
 class AccessKeyNotFound(HsmwrapError):
-    """There is no such access key."""
+    """The access key does not exist."""
 
     code = "InvalidAccessKeyId.NotFound"
     http_status = 404
@@ -34,7 +34,7 @@ class AccessKeyNotFound(HsmwrapError):
 
 
 class UnsupportedAlias(HsmwrapError):
-    """An alias was given where only a key id or ARN serves; this KMS keeps no aliases."""
+    """An alias was given in place of a key id or ARN; this KMS has no aliases."""
 
     code = "Unsupported.Alias"
     http_status = 400
@@ -50,7 +50,7 @@ class StateModifiedFailed(HsmwrapError):
 
 
 class RejectedDisabled(HsmwrapError):
-    """The key is disabled: enable it first."""
+    """The key is disabled; enable it first."""
 
     code = "Rejected.Disabled"
     http_status = 409
@@ -58,7 +58,7 @@ class RejectedDisabled(HsmwrapError):
 
 
 class RejectedPendingDeletion(HsmwrapError):
-    """The key is about to be deleted: cancel that first."""
+    """The key is scheduled for deletion; cancel that first."""
 
     code = "Rejected.PendingDeletion"
     http_status = 409
@@ -66,7 +66,7 @@ class RejectedPendingDeletion(HsmwrapError):
 
 
 class RejectedPendingImport(HsmwrapError):
-    """The key has no material: import it first."""
+    """The key has no material; import it first."""
 
     code = "Rejected.PendingImport"
     http_status = 409
@@ -74,8 +74,8 @@ class RejectedPendingImport(HsmwrapError):
 
 
 class LeaseLost(ServiceUnavailable):
-    """An import took longer than its lease, and its object is going or gone: import again."""
+    """An import took longer than its lease and its object is being destroyed; import again."""
 
 
 class CommitUnknown(ServiceUnavailable):
-    """The database failed while it committed: what was asked for may have happened or not."""
+    """The database failed during the commit; the operation may have happened or not."""

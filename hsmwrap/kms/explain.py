@@ -16,17 +16,17 @@ from sqlalchemy.exc import ArgumentError
 from hsmwrap.kms.config import ENV_PREFIX, ServerConfig, read_file
 
 MASK = "(set, not shown)"
-# A setting that may hold a secret itself; one that says where the secret is may be shown, but not
-# a command, whose arguments are anybody's guess.
+# Names of settings that may hold a secret. Those that say where a secret is (file, variable) may be
+# shown. A command is not among them, since its arguments may hold secrets.
 _SECRET = re.compile(r"(?i)pin|secret|password|passphrase|credential")
 _WHERE = re.compile(r"(?i)_(file|env|path)$")
-# The PIN attributes of a PKCS#11 URI (RFC 7512), with all behind them: a PIN may hold a bare &.
+# The PIN attributes of a PKCS#11 URI (RFC 7512) and everything after: a PIN may contain a bare &.
 _URI_PIN = re.compile(r"(?i)(pin-(?:value|source))\s*=.*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One value: its name with dots, its text, and ``file``, ``default`` or the variable."""
+    """One value: dotted name, text, and source: ``file``, ``default`` or the variable."""
 
     name: str
     value: str
@@ -34,10 +34,10 @@ class Setting:
 
 
 def explain(config: ServerConfig, path: Path | None = None) -> list[Setting]:
-    """Every effective value; ``path`` is the file that the configuration was loaded from.
+    """All effective values; ``path`` is the file that the configuration was loaded from.
 
     Raises:
-        ConfigurationError: The file cannot be read (any more).
+        ConfigurationError: The file cannot be read.
     """
     document = read_file(path)
     return [
@@ -65,7 +65,7 @@ def _text(keys: tuple[str, ...], value: Any) -> str:
 
 
 def _masked(key: str, value: Any) -> Any:
-    """The value with every secret in it masked, however deep; a yes or no tells nothing."""
+    """The value with every secret in it masked, at any depth; booleans are never secret."""
     if isinstance(value, bool):
         return value
     if _is_secret(key):

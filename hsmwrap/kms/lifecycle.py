@@ -1,4 +1,4 @@
-"""The life of a key: create, describe, list, enable, disable, schedule and cancel deletion."""
+"""Keys: create, describe, list, enable, disable, schedule and cancel deletion."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hsmwrap.backend import KeyRef
 from hsmwrap.catalog import KeySpec, Origin, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import InvalidParameter
 from hsmwrap.kms.core import Core, remove_material
-from hsmwrap.kms.material import make_own_material
+from hsmwrap.kms.material import generate_material
 from hsmwrap.kms.objects import cancel_destruction
 from hsmwrap.kms.schema import Key
 from hsmwrap.kms.states import KeyState, require
@@ -29,7 +29,7 @@ class KeyPage:
 
 
 class KeyLifecycle:
-    """The operations on a key as such. Each raises KeyNotFound for an unknown key id."""
+    """Operations on keys. Each raises KeyNotFound for an unknown key id."""
 
     def __init__(self, core: Core) -> None:
         """Take the parts of the KMS."""
@@ -44,12 +44,11 @@ class KeyLifecycle:
         protection_level: ProtectionLevel = ProtectionLevel.SOFTWARE,
         description: str = "",
     ) -> Key:
-        """Make a key: without material if EXTERNAL, else with material of the KMS's own.
+        """Create a key: without material if EXTERNAL, else with material that the KMS generates.
 
         Raises:
-            UnsupportedProtectionLevel: No HSM in this region, or no backend for this level.
-            InvalidParameter: The backend does not take this key spec, or no material of the
-                KMS's own.
+            UnsupportedProtectionLevel: The region has no HSM, or the level has no backend.
+            InvalidParameter: The backend does not support this key spec or this origin.
         """
         self._require_served(key_spec, protection_level)
         key_id = str(uuid.uuid4())
@@ -67,42 +66,42 @@ class KeyLifecycle:
         )
         if origin is Origin.EXTERNAL:
             return self._add(key)
-        return self._add_with_own_material(key)
+        return self._add_with_generated_material(key)
 
     def describe_key(self, key_id: str) -> Key:
-        """The key's settled row."""
+        """The key's row."""
         return self._core.current(key_id)
 
     def list_keys(self, page_number: int, page_size: int) -> KeyPage:
         """One page of the keys, oldest first; pages count from 1."""
-        there = or_(Key.deletion_at.is_(None), Key.deletion_at > self._core.clock())
-        page = select(Key).where(there).order_by(Key.created_at, Key.key_id)
+        existing = or_(Key.deletion_at.is_(None), Key.deletion_at > self._core.clock())
+        page = select(Key).where(existing).order_by(Key.created_at, Key.key_id)
         page = page.offset((page_number - 1) * page_size).limit(page_size)
         with self._core.database.read() as transaction:
-            total = transaction.scalar(select(func.count()).select_from(Key).where(there)) or 0
+            total = transaction.scalar(select(func.count()).select_from(Key).where(existing)) or 0
             return KeyPage(tuple(transaction.scalars(page)), total)
 
     def enable_key(self, key_id: str) -> Key:
-        """Let the key be used.
+        """Enable the key.
 
         Raises:
-            StateModifiedFailed: It has no material, or is about to be deleted.
+            StateModifiedFailed: It has no material, or is scheduled for deletion.
         """
         return self._change("EnableKey", key_id, _enable)
 
     def disable_key(self, key_id: str) -> Key:
-        """Let the key not be used.
+        """Disable the key.
 
         Raises:
-            StateModifiedFailed: It has no material, or is about to be deleted.
+            StateModifiedFailed: It has no material, or is scheduled for deletion.
         """
         return self._change("DisableKey", key_id, _disable)
 
     def schedule_key_deletion(self, key_id: str, pending_window_in_days: int) -> Key:
-        """Have the key deleted for good once the days are over.
+        """Schedule the permanent deletion of the key.
 
         Raises:
-            StateModifiedFailed: That is so already.
+            StateModifiedFailed: It is scheduled already.
         """
         deletion_at = self._core.clock() + timedelta(days=pending_window_in_days)
 
@@ -112,15 +111,15 @@ class KeyLifecycle:
         return self._change("ScheduleKeyDeletion", key_id, schedule)
 
     def cancel_key_deletion(self, key_id: str) -> Key:
-        """Keep the key: Enabled if it has material, PendingImport if not.
+        """Cancel the deletion: the key is Enabled if it has material, PendingImport if not.
 
         Raises:
-            StateModifiedFailed: It is not about to be deleted.
+            StateModifiedFailed: It is not scheduled for deletion.
         """
-        return self._change("CancelKeyDeletion", key_id, _keep)
+        return self._change("CancelKeyDeletion", key_id, _cancel_deletion)
 
     def delete_due(self, key_id: str, now: datetime) -> bool:
-        """Delete the key for good if its time has come; False if it has not, or is gone."""
+        """Delete the key if its deletion date has passed; False if not, or if it does not exist."""
         with self._core.database.write() as transaction:
             key = transaction.get(Key, key_id, with_for_update=True)
             if key is None or key.deletion_at is None or key.deletion_at > now:
@@ -136,7 +135,7 @@ class KeyLifecycle:
         return key
 
     def _require_served(self, key_spec: KeySpec, level: ProtectionLevel) -> None:
-        # This row is offered everywhere: what refuses it refuses the protection level itself.
+        # This row of the table is allowed everywhere, so only the protection level can be refused.
         verdict = policy.check(
             WrappingKeySpec.RSA_2048,
             WrappingAlgorithm.RSAES_OAEP_SHA_256,
@@ -147,7 +146,7 @@ class KeyLifecycle:
             raise verdict.error()
         backend = self._core.backend_for(level)
         if backend.capabilities().key_for(key_spec) is None:
-            raise InvalidParameter("KeySpec", f"backend {backend.name} takes no {key_spec}")
+            raise InvalidParameter("KeySpec", f"backend {backend.name} does not support {key_spec}")
 
     def _add(self, key: Key, material: KeyRef | None = None) -> Key:
         with self._core.database.write() as transaction:
@@ -156,11 +155,11 @@ class KeyLifecycle:
             transaction.add(key)
         return key
 
-    def _add_with_own_material(self, key: Key) -> Key:
+    def _add_with_generated_material(self, key: Key) -> Key:
         core = self._core
         backend = core.backend_for(key.protection_level)
         with core.objects.pending(backend, key.key_spec) as pending:
-            imported = make_own_material(core.imports, key.cmk(), pending)
+            imported = generate_material(core.imports, key.cmk(), pending)
             core.objects.require_pending(imported.key, pending)
             core.step("material imported")
             key.state, key.reference = KeyState.ENABLED, imported.key.to_bytes()
@@ -178,6 +177,6 @@ def _disable(key: Key) -> None:
     key.state = KeyState.DISABLED
 
 
-def _keep(key: Key) -> None:
+def _cancel_deletion(key: Key) -> None:
     key.deletion_at = None
     key.state = KeyState.PENDING_IMPORT if key.reference is None else KeyState.ENABLED

@@ -1,13 +1,13 @@
-"""Key material: parameters for import, import, deletion; and material of the KMS's own.
+"""Key material: parameters for import, import, deletion; and material that the KMS generates.
 
-An import is whole or not at all. No lock is held while the HSM works; the commit locks the row,
-asks again whether the import is still allowed, and compares the check value again, so that of
-two imports, or an import and a deletion, one comes after the other.
+An import is atomic. The HSM works without a lock on the row. The commit locks the row, checks again
+that the import is allowed, and compares the check value again. So two imports, or an import and a
+deletion, take effect one after the other.
 
-Material of the KMS's own (origin Aliyun_KMS): backends make no keys, they import them. So the KMS
-takes random bytes and imports them as a client would, by RSAES_OAEP_SHA_256. It is in this
-process's memory for a moment, exposure ``host``, also at protection level HSM; where the
-configuration demands ``in_hsm`` the key is refused.
+Material of keys with origin Aliyun_KMS: backends cannot generate keys, only import them. So the KMS
+generates random bytes and imports them with RSAES_OAEP_SHA_256, as a client would. The material is
+in this process's memory for a moment: exposure ``host``, also at protection level HSM. If the
+configuration requires ``in_hsm``, such keys are refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 class KeyMaterial:
-    """The operations on a key's material. Each raises KeyNotFound for an unknown key id."""
+    """Operations on key material. Each raises KeyNotFound for an unknown key id."""
 
     def __init__(self, core: Core) -> None:
         """Take the parts of the KMS."""
@@ -56,7 +56,7 @@ class KeyMaterial:
         wrapping_key_spec: WrappingKeySpec | str,
         wrapping_algorithm: WrappingAlgorithm | str,
     ) -> ImportParameters:
-        """Issue a public wrapping key and an import token; raises as the import service does."""
+        """Issue a wrapping key and an import token; raises what the import service raises."""
         key = self._core.current(key_id)
         require("GetParametersForImport", key.state)
         return self._core.imports.get_parameters_for_import(
@@ -70,19 +70,19 @@ class KeyMaterial:
         import_token: bytes,
         key_material_expire: datetime | None = None,
     ) -> Key:
-        """Import key material; raises as the import service does.
+        """Import key material; raises what the import service raises, and these.
 
         Args:
             key_id: The key.
             encrypted_key_material: The client's ciphertext, raw bytes.
             import_token: The import token, raw bytes.
-            key_material_expire: Aware time of deletion; None: never.
+            key_material_expire: Aware time when the material is deleted; None: never.
 
         Raises:
-            StateModifiedFailed: The key is about to be deleted.
-            LeaseLost: It took so long that others gave it up.
-            CommitUnknown: The database failed during the commit: DescribeKey tells what is there.
-            ServiceUnavailable: The backend or the database is away for now.
+            StateModifiedFailed: The key is scheduled for deletion.
+            LeaseLost: The import took longer than its lease and was cancelled.
+            CommitUnknown: The database failed during the commit; DescribeKey shows the result.
+            ServiceUnavailable: The backend or the database is unavailable.
         """
         core = self._core
         key = core.current(key_id)
@@ -97,7 +97,7 @@ class KeyMaterial:
                 key_material_expire,
                 object_id=None if pending is None else pending.data,
             )
-            with self._token_back_if_undone(result):
+            with self._token_released_on_failure(result):
                 core.objects.require_pending(result.imported.key, pending)
                 core.step("material imported")
                 key, replaced = self._commit(key_id, result)
@@ -106,10 +106,10 @@ class KeyMaterial:
         return key
 
     def delete_key_material(self, key_id: str) -> Key:
-        """Delete the key's material; only the same material may come back.
+        """Delete the key's material; only the same material can be imported again.
 
         Raises:
-            UnsupportedOrigin: The KMS made the material itself.
+            UnsupportedOrigin: The KMS generated the material itself.
         """
         core, now = self._core, self._core.clock()
         with core.locked(key_id, now) as (transaction, key):
@@ -142,16 +142,16 @@ class KeyMaterial:
         return key, replaced
 
     @contextmanager
-    def _token_back_if_undone(self, result: ImportResult) -> Iterator[None]:
-        """Let a single-use token be used again if what follows the unwrapping came to nothing."""
+    def _token_released_on_failure(self, result: ImportResult) -> Iterator[None]:
+        """Release a single-use token if the import fails and is rolled back after unwrapping."""
         try:
             yield
         except Exception as error:
             if surely_rolled_back(error):
-                self._give_token_back(result.token_id)
+                self._release_token(result.token_id)
             raise
 
-    def _give_token_back(self, token_id: bytes) -> None:
+    def _release_token(self, token_id: bytes) -> None:
         used = self._core.used_tokens
         if used is None:
             return
@@ -162,10 +162,10 @@ class KeyMaterial:
             _log.warning("import token of a failed import stays used", extra=facts)
 
 
-def make_own_material(
+def generate_material(
     imports: ImportService, cmk: Cmk, pending: KeyRef | None = None
 ) -> ImportedKey:
-    """Make random material and import it for a CMK of origin Aliyun_KMS.
+    """Generate random material and import it for a CMK of origin Aliyun_KMS.
 
     Args:
         imports: The import service.
@@ -174,7 +174,7 @@ def make_own_material(
 
     Raises:
         CombinationRefused: The backend or the required exposure refuses it; names Origin.
-        HsmwrapError: As issuing and importing raise it.
+        HsmwrapError: As for issuing and importing.
     """
     as_external = replace(cmk, origin=Origin.EXTERNAL)
     try:
@@ -182,7 +182,7 @@ def make_own_material(
             as_external, WrappingKeySpec.RSA_2048, WrappingAlgorithm.RSAES_OAEP_SHA_256
         )
     except CombinationRefused as error:
-        # CreateKey has no parameter of the name that this error has.
+        # The error names WrappingAlgorithm, which is not a parameter of CreateKey.
         why = f"has to be {Origin.EXTERNAL} here: {error}"
         raise CombinationRefused("Origin", error.rule, why) from error
     result = imports.import_key_material(
@@ -197,7 +197,7 @@ def make_own_material(
 def _encrypted(public_key: bytes, material: bytes) -> bytes:
     key = load_der_public_key(public_key)
     if not isinstance(key, rsa.RSAPublicKey):
-        raise HsmError("the backend answered RSA_2048 with another kind of key")
+        raise HsmError("the backend did not return an RSA key for RSA_2048")
     oaep = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), label=None)
     return key.encrypt(material, oaep)
 

@@ -1,6 +1,6 @@
-"""What may be used once: signature nonces, and import tokens where they are single-use.
+"""Things that may be used once: signature nonces, and import tokens if they are single-use.
 
-The database decides, so it holds for all threads, processes and machines on it.
+The database decides, so this holds for all threads, processes and machines that share it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from hsmwrap.kms.schema import UsedOnce
 
 
 class OnceStore:
-    """Marks things as used, each by a digest of what it is."""
+    """Marks things as used, each by a digest."""
 
     def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
-        """Take the database, and the clock that says which marks are over."""
+        """Take the database, and the clock that decides which marks have expired."""
         self._database = database
         self._clock = clock
 
     def use(self, digest: bytes, expires_at: datetime) -> bool:
-        """Use it, atomically; False if it was used before and that mark is not over."""
+        """Mark it as used, atomically; False if an unexpired mark exists."""
         insert = self._database.insert(UsedOnce).values(digest=digest, expires_at=expires_at)
         unless_used = insert.on_conflict_do_update(
             index_elements=[UsedOnce.digest],
@@ -35,17 +35,17 @@ class OnceStore:
         with self._database.write() as transaction:
             return transaction.execute(unless_used).first() is not None
 
-    def is_over(self, expires_at: datetime) -> bool:
-        """Whether the time has come, by the clock that says which marks are over."""
+    def is_expired(self, expires_at: datetime) -> bool:
+        """Whether the time has passed on the store's clock."""
         return expires_at <= self._clock()
 
-    def forget(self, digest: bytes) -> None:
-        """Take the mark away."""
+    def release(self, digest: bytes) -> None:
+        """Delete the mark."""
         with self._database.write() as transaction:
             transaction.execute(delete(UsedOnce).where(UsedOnce.digest == digest))
 
     def purge(self, now: datetime) -> None:
-        """Drop the marks that are over."""
+        """Delete the expired marks."""
         with self._database.write() as transaction:
             transaction.execute(delete(UsedOnce).where(UsedOnce.expires_at <= now))
 
@@ -58,12 +58,12 @@ class NonceStore:
         self._once = once
 
     def use(self, access_key_id: str, nonce: str, expires_at: datetime) -> bool:
-        """Use the nonce, atomically; False if this access key used it and that is not over.
+        """Mark the nonce as used, atomically; False if this access key used it before.
 
         Args:
             access_key_id: The access key that signed with the nonce.
             nonce: The nonce, of any length.
-            expires_at: Aware time from which the request's timestamp is too old anyway.
+            expires_at: Aware time when the mark expires: then the request itself is too old.
         """
         return self._once.use(_digest("nonce", access_key_id.encode(), nonce.encode()), expires_at)
 
@@ -76,20 +76,20 @@ class UsedImportTokens:
         self._once = once
 
     def claim(self, token_id: bytes, expires_at: datetime) -> bool:
-        """Mark the id as used, atomically; False if it was already, or if its token is over.
+        """Mark the id as used, atomically; False if it was used before or its token has expired.
 
-        The mark outlasts the token by :data:`hsmwrap.imports.MARK_MARGIN`.
+        The mark is kept longer than the token is valid, by :data:`hsmwrap.imports.MARK_MARGIN`.
         """
-        if self._once.is_over(expires_at):
+        if self._once.is_expired(expires_at):
             return False
         return self._once.use(_digest("import token", token_id), expires_at + MARK_MARGIN)
 
     def release(self, token_id: bytes) -> None:
-        """Take a claim back after a failed import."""
-        self._once.forget(_digest("import token", token_id))
+        """Release a claim after a failed import."""
+        self._once.release(_digest("import token", token_id))
 
 
 def _digest(purpose: str, *parts: bytes) -> bytes:
-    # Digesting each part first leaves no two ways of splitting one input.
+    # Each part is hashed on its own, so different parts never give the same input.
     pieces = b"".join(hashlib.sha256(part).digest() for part in (purpose.encode(), *parts))
     return hashlib.sha256(pieces).digest()

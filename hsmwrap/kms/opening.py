@@ -25,7 +25,7 @@ from hsmwrap.observe import Observer, observed
 from hsmwrap.registry import open_backend
 
 _MIN_AUDIT_KEY = 32
-# Seconds between attempts to open what is away.
+# Seconds between attempts to start while a dependency is unavailable.
 _FIRST_PAUSE = 0.25
 _LONGEST_PAUSE = 4.0
 
@@ -40,19 +40,19 @@ def open_kms(
     access_keys: AccessKeys | None = None,
     observer: Observer | None = None,
 ) -> Kms:
-    """Open backends and database, migrate the schema, recover, start the sweeper.
+    """Open backends and database, migrate the schema, clean up after crashes, start the sweeper.
 
-    What is away for now is waited for, as long as the configuration says: a process that is
-    started again during an outage should outlast it, as those that run do.
+    If a backend or the database is unavailable, the call retries for ``startup_wait``, so that a
+    process that restarts during an outage survives it like the running ones.
 
     Args:
         config: The configuration.
-        access_keys: Instead of the configuration's file of access keys.
-        observer: Told of each call of a backend.
+        access_keys: Used in place of the configuration's file of access keys.
+        observer: Receives each call of a backend.
 
     Raises:
-        ConfigurationError: Something that the configuration names cannot be used.
-        HsmwrapError: A backend or the database does not open; nothing is left open.
+        ConfigurationError: The configuration is wrong or names something that cannot be used.
+        HsmwrapError: A backend or the database cannot be opened; nothing is left open.
     """
     deadline = time.monotonic() + config.startup_wait.total_seconds()
     with ExitStack() as opened:
@@ -65,7 +65,7 @@ def open_kms(
         opened.callback(key_pool.close)
         database = open_database(config)
         opened.callback(database.close)
-        _patiently(database.migrate, deadline)
+        _with_retries(database.migrate, deadline)
         kms = Kms(
             database,
             backends,
@@ -85,17 +85,17 @@ def open_kms(
 
 
 def open_database(config: ServerConfig) -> Database:
-    """The database that the configuration names; nothing is connected or migrated yet.
+    """The configured database; neither connected nor migrated yet.
 
     Raises:
-        ConfigurationError: The URL is not one of SQLite or PostgreSQL.
+        ConfigurationError: The URL is neither SQLite nor PostgreSQL.
     """
     url = config.database_url.get_secret_value()
     return Database(url, pool_size=config.limits.database_pool_size)
 
 
 def open_audit_log(config: ServerConfig) -> AuditLog:
-    """The audit log that the configuration names.
+    """The configured audit log.
 
     Raises:
         ConfigurationError: Its key file cannot be read, or is open to others.
@@ -125,7 +125,7 @@ def audit_key(path: Path | None) -> bytes | None:
 
 def _access_keys(config: ServerConfig) -> AccessKeys:
     if config.access_key_file is None:
-        raise ConfigurationError("access_key_file: say where the access keys are")
+        raise ConfigurationError("access_key_file: required; set it to the file of access keys")
     return FileAccessKeys(config.access_key_file)
 
 
@@ -136,7 +136,7 @@ def _open_backends(
     for level, wanted in config.backends.items():
         same = next((b for known, b in backends.items() if config.backends[known] == wanted), None)
         if same is None:
-            same = _patiently(partial(open_backend, wanted.plugin, wanted.settings), deadline)
+            same = _with_retries(partial(open_backend, wanted.plugin, wanted.settings), deadline)
             opened.callback(same.close)
             same = observed(same, observer) if observer else same
         backends[level] = same
@@ -144,8 +144,8 @@ def _open_backends(
     return backends
 
 
-def _patiently(call: Callable[[], _T], deadline: float) -> _T:
-    """Call again, ever less often, while what it needs is away; until the monotonic deadline."""
+def _with_retries(call: Callable[[], _T], deadline: float) -> _T:
+    """Repeat the call with growing pauses on ServiceUnavailable, until the monotonic deadline."""
     pause = _FIRST_PAUSE
     while True:
         try:
@@ -154,6 +154,6 @@ def _patiently(call: Callable[[], _T], deadline: float) -> _T:
             if not error.retryable or time.monotonic() + pause > deadline:
                 raise
             facts = {"code": error.code, "why": str(error), "seconds": pause}
-            _log.warning("cannot start yet; trying again", extra=facts)
+            _log.warning("cannot start yet; retrying", extra=facts)
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)

@@ -1,4 +1,4 @@
-"""Parameters of API requests: text in, typed values out."""
+"""Parameters of API requests: parsed from text into typed values."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Parameter:
 
     Attributes:
         parse: Makes the value.
-        required: True where the operation cannot do without. An empty text counts as absent.
+        required: True if the operation needs it. An empty text counts as absent.
         default: The value when absent.
     """
 
@@ -56,16 +56,16 @@ class Parameter:
 
 
 def parse(known: Mapping[str, Parameter], given: Mapping[str, str]) -> dict[str, Any]:
-    """The values of all ``known`` parameters.
+    """Parse all ``known`` parameters.
 
     Raises:
-        InvalidParameter: One is not known here, or its value is wrong.
-        MissingParameter: A required one is absent.
+        InvalidParameter: A parameter is unknown or its value is wrong.
+        MissingParameter: A required parameter is absent.
     """
     for name in given:
         if name not in known:
-            here = ", ".join(known)
-            raise InvalidParameter(loggable(name), f"not a parameter of this operation: {here}")
+            allowed = ", ".join(known)
+            raise InvalidParameter(loggable(name), f"not a parameter of this operation: {allowed}")
     return {name: _value(name, one, given.get(name)) for name, one in known.items()}
 
 
@@ -78,11 +78,11 @@ def _value(name: str, parameter: Parameter, text: str | None) -> Any:
 
 
 def key_id(_name: str, text: str) -> str:
-    """A key id. An ARN of this KMS was made one before; one of another KMS names no key here."""
+    """A key id. ARNs of this KMS were converted before; other ARNs are unknown keys."""
     if text.startswith("alias/") or ":alias/" in text:
-        raise UnsupportedAlias("give the key id; this KMS keeps no aliases")
+        raise UnsupportedAlias("use the key id; this KMS has no aliases")
     if not _KEY_ID.fullmatch(text):
-        raise KeyNotFound("there is no key of this id")
+        raise KeyNotFound("no key has this id")
     return text
 
 
@@ -103,7 +103,7 @@ def plaintext(name: str, text: str) -> bytes:
 
 
 def import_token(name: str, text: str) -> bytes:
-    """An import token in base64; what is not base64 is no token of ours."""
+    """An import token in base64; anything else is an invalid token."""
     try:
         return binary(name, text)
     except InvalidParameter:
@@ -136,11 +136,11 @@ def unix_time(name: str, text: str) -> datetime | None:
 
 
 def choice(*known: str) -> Parser:
-    """One of these words."""
+    """One of these values."""
 
     def parse_choice(name: str, text: str) -> str:
         if text not in known:
-            raise InvalidParameter(name, f"is none of {', '.join(known)}")
+            raise InvalidParameter(name, f"has to be one of {', '.join(known)}")
         return text
 
     return parse_choice
@@ -165,7 +165,7 @@ def member(
 
 
 def encryption_context(name: str, text: str) -> dict[str, str]:
-    """A JSON object of strings; a name that comes twice is refused."""
+    """A JSON object of strings; a repeated name is refused."""
     if len(text) > _MAX_CONTEXT:
         raise InvalidParameter(name, f"has more than {_MAX_CONTEXT} characters")
     try:
@@ -179,5 +179,5 @@ def encryption_context(name: str, text: str) -> dict[str, str]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name comes twice")
+        raise ValueError("a name is repeated")
     return dict(pairs)

@@ -1,4 +1,4 @@
-"""The rows of the reference KMS. They hold sealed blobs or object ids, never plaintext."""
+"""The tables of the reference KMS. They hold sealed blobs or object ids, never plaintext keys."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class ScheduledDestruction(Row):
 
 
 class UsedOnce(Row):
-    """Something that may be used once: a nonce, or a single-use import token."""
+    """A used nonce or single-use import token."""
 
     __tablename__ = "used_once"
 

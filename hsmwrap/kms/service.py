@@ -1,4 +1,4 @@
-"""The KMS: one entry for API requests, and the typed operations beneath it."""
+"""The KMS: one entry point for API requests, and the typed operations below it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class KmsHealth:
-    """Whether the KMS can serve, part by part (``database``, ``backend HSM`` …)."""
+    """Whether the KMS can serve, and the state of each part (``database``, ``backend HSM`` …)."""
 
     ready: bool
     parts: Mapping[str, str]
@@ -43,7 +43,7 @@ class KmsHealth:
 
 @dataclass(slots=True)
 class _Audited:
-    """What is known of a request so far."""
+    """The facts of a request for its audit line."""
 
     key_id: str | None
     outcome: str = "ok"
@@ -53,8 +53,8 @@ class Kms:
     """A KMS on a database and backends. Safe to share between threads, and after ``fork()``.
 
     Attributes:
-        access_keys: Where the protocol looks up access keys.
-        nonces: Where the protocol marks nonces as used.
+        access_keys: The access keys, for the protocol layer.
+        nonces: The used nonces, for the protocol layer.
         operations: The typed operations, without permissions and audit.
     """
 
@@ -77,28 +77,29 @@ class Kms:
         sweep_seconds: float | None = None,
         step: Callable[[str], None] = no_step,
     ) -> None:
-        """Put the KMS together, recover what a crash left, and start the sweeper.
+        """Build the KMS, clean up after crashes, and start the sweeper.
 
         Args:
-            database: Where the rows are; its schema is up to date. The KMS closes it.
+            database: The database, with an up-to-date schema. The KMS closes it.
             backends: The backend of each protection level. The KMS closes them.
             deployment: Where this runs, for the policy.
-            access_keys: Where the protocol looks up access keys.
-            audit_log: Where each operation leaves a line.
-            arn_prefix: What comes before the key id in an ARN.
+            access_keys: The access keys, for the protocol layer.
+            audit_log: Gets a line for each operation.
+            arn_prefix: The part of an ARN before the key id.
             clock: Returns the current aware time.
             token_lifetime: Validity of import tokens.
-            single_use: True makes import tokens single-use, on all processes of the database.
+            single_use: True makes import tokens single-use, in all processes on the database.
             required_exposure: ``Exposure.IN_HSM`` refuses HSM-level imports through the host.
             refused_algorithms: Wrapping algorithms that are turned off.
-            key_pool: Makes wrapping key pairs ahead; None: one per call. The KMS closes it.
-            import_lease: How long an import may take before others take it for dead.
+            key_pool: Makes wrapping key pairs ahead; None: generate at each call. The KMS closes
+                it.
+            import_lease: How long an import may take before other processes treat it as dead.
             sweep_seconds: Pause between sweeps; None: only :meth:`sweep` sweeps.
-            step: Called with the name of each step that a crash could fall behind; for tests.
+            step: Called with the name of each step after which a crash matters; for tests.
 
         Raises:
             ConfigurationError: Two backends have the same name.
-            UnsupportedProtectionLevel: A backend may not serve the level that it is given for.
+            UnsupportedProtectionLevel: A backend does not serve the level it is configured for.
         """
         self.access_keys = access_keys
         self._database = database
@@ -129,7 +130,7 @@ class Kms:
             objects,
             clock,
             arn_prefix,
-            self._audit_own,
+            self._audit_system,
             used_tokens,
             step,
         )
@@ -141,21 +142,21 @@ class Kms:
     def execute(
         self, action: str, parameters: Mapping[str, str], caller: Caller, request_id: str
     ) -> dict[str, Any]:
-        """Run an API request: validate, check the permission, run, audit.
+        """Run an API request: validate, check the permission, run the operation, audit.
 
         Args:
             action: The API's action (``CreateKey``).
-            parameters: The operation's own parameters as texts, the protocol's common ones
-                (Action, Version, Format, Signature…) taken out.
-            caller: Who signed the request.
-            request_id: The id that the answer, the log and the audit log carry.
+            parameters: The operation's own parameters as text, without the protocol's common ones
+                (Action, Version, Format, Signature…).
+            caller: The authenticated caller.
+            request_id: The request's id in the answer, the log and the audit log.
 
         Returns:
-            The answer's fields, RequestId included; JSON-able.
+            The fields of the answer, with RequestId; serialisable as JSON.
 
         Raises:
-            AuditFailed: The audit log cannot be written; the request was not run, unless the log
-                failed just then.
+            AuditFailed: The audit log cannot be written. The operation was not run, unless the log
+                failed after the check at the start.
             HsmwrapError: ``code``, ``http_status`` and ``api_message`` are the answer.
         """
         self._audit_log.check()
@@ -177,7 +178,7 @@ class Kms:
         self._audit_log.append(AuditEntry(request_id, access_key_id, action, None, code))
 
     def sweep(self, now: datetime | None = None) -> None:
-        """Do what is due: expired material, keys to be deleted, orphans, old nonces."""
+        """Process due work: expired material, key deletions, orphaned objects, old nonces."""
         self._sweep(now or self._clock())
 
     def health(self) -> KmsHealth:
@@ -245,7 +246,7 @@ class Kms:
                 )
             )
 
-    def _audit_own(self, action: str, key_id: str) -> None:
+    def _audit_system(self, action: str, key_id: str) -> None:
         self._audit_log.append(AuditEntry("", SYSTEM, action, key_id, "ok"))
 
     def _anchor(self) -> None:

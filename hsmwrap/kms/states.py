@@ -1,7 +1,7 @@
-"""Key states, and what each operation may do in them, as data.
+"""Key states, and which operations they allow, as a table.
 
-Source: Alibaba Cloud KMS, "Impact of CMK states on API operations". Not documented there and
-decided here: material imported into a Disabled key leaves it Disabled.
+Source: Alibaba Cloud KMS, "Impact of CMK states on API operations". One decision
+is ours: importing material into a Disabled key leaves it Disabled.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ STATE_MATRIX: Mapping[str, _Answers] = MappingProxyType(
         "CancelKeyDeletion": _ONLY_PENDING_DELETION,
     }
 )
-"""Operation → state → the error that answers; a state that is not listed allows the operation."""
+"""Operation → state → error. A state that is not listed allows the operation."""
 
 
 def require(operation: str, state: KeyState) -> None:
-    """Raise the error of :data:`STATE_MATRIX`, if there is one."""
+    """Raise the error that :data:`STATE_MATRIX` lists, if any."""
     error = STATE_MATRIX[operation].get(state)
     if error is not None:
-        raise error(f"{operation} is not possible while the key is {state}")
+        raise error(f"{operation} is not allowed in key state {state}")

@@ -1,8 +1,8 @@
-"""The sweeper: what is due happens, also when nobody asks.
+"""The sweeper: processes due work in the background.
 
-Expired material goes from the row and the token, keys whose date has come are deleted, doomed
-objects and expired wrapping keys are destroyed, used nonces are forgotten. Each kind of work is
-done whatever becomes of the others: an absent HSM must not keep material in the database.
+It deletes expired material and keys past their deletion date, destroys objects scheduled for
+destruction and expired wrapping keys, and deletes expired marks of nonces and tokens. Each kind of
+work runs even if the others fail: an unavailable HSM must not keep material in the database.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _log = logging.getLogger(__name__)
 
 
 class Sweep:
-    """One round of due work; any number of processes may sweep at once."""
+    """One sweep; any number of processes may sweep at the same time."""
 
     def __init__(self, core: Core, once: OnceStore, anchor: Callable[[], None]) -> None:
-        """Take the parts of the KMS, and who anchors the audit log."""
+        """Take the parts of the KMS, and the call that anchors the audit log."""
         self._core = core
         self._lifecycle = KeyLifecycle(core)
         self._once = once
         self._anchor = anchor
 
     def __call__(self, now: datetime) -> None:
-        """Do what is due at ``now``; what fails is logged, and due again next time."""
+        """Process what is due at ``now``; failures are logged and retried by the next sweep."""
         backends = {id(backend): backend for backend in self._core.backends.values()}.values()
         work: tuple[Callable[[], object], ...] = (
             lambda: self._expire_material(now),
@@ -51,9 +51,11 @@ class Sweep:
             try:
                 part()
             except HsmwrapError as error:
-                _log.warning("sweep failed in part", extra={"code": error.code, "why": str(error)})
-            except Exception:  # noqa: BLE001 (whatever becomes of the others)
-                _log.exception("sweep failed in part")
+                _log.warning(
+                    "a part of the sweep failed", extra={"code": error.code, "why": str(error)}
+                )
+            except Exception:  # noqa: BLE001 (the other parts run all the same)
+                _log.exception("a part of the sweep failed")
 
     def _expire_material(self, now: datetime) -> None:
         keys = self._keys(Key.material_expires_at <= now)
@@ -72,9 +74,9 @@ class Sweep:
 
 
 def _each(key_ids: Iterable[str], work: Callable[[str], object]) -> None:
-    """Do the work on each key, whatever becomes of the others; raise what failed last.
+    """Do the work for each key; raises the last failure after all keys were tried.
 
-    While the database is away there is no sense in trying the others.
+    Stops at once if the database is unavailable, since the other keys would fail too.
     """
     failed: Exception | None = None
     for key_id in key_ids:
@@ -83,14 +85,16 @@ def _each(key_ids: Iterable[str], work: Callable[[str], object]) -> None:
         except ServiceUnavailable:
             raise
         except Exception as error:  # noqa: BLE001 (raised below)
-            _log.error("due work failed", extra={"key_id": key_id, "error": type(error).__name__})
+            _log.error(
+                "due work on a key failed", extra={"key_id": key_id, "error": type(error).__name__}
+            )
             failed = error
     if failed is not None:
         raise failed
 
 
 class Sweeper:
-    """A thread that sweeps at intervals; in a child after ``fork()`` it starts anew."""
+    """A thread that sweeps at intervals; a child after ``fork()`` gets its own."""
 
     def __init__(self, sweep: Callable[[], None], seconds: float) -> None:
         """Start the thread."""
@@ -108,16 +112,16 @@ class Sweeper:
         while not self._stop.wait(self._seconds):
             try:
                 self._sweep()
-            except Exception:  # noqa: BLE001 (the thread has to outlive whatever it meets)
+            except Exception:  # noqa: BLE001 (the thread has to survive every failure)
                 _log.exception("sweep failed")
 
-    def start_again(self) -> None:
-        """Start the thread that a fork did not bring along, unless it was stopped."""
+    def restart(self) -> None:
+        """Start the thread in a forked child, unless the sweeper was stopped."""
         if not self._stop.is_set():
             self._start()
 
     def stop(self) -> None:
-        """Let the running sweep finish, then stop. Safe to call again."""
+        """Stop after the running sweep has finished. Safe to call again."""
         self._stop.set()
         self._thread.join()
 
@@ -125,9 +129,9 @@ class Sweeper:
 _SWEEPERS: WeakSet[Sweeper] = WeakSet()
 
 
-def _start_again_in_the_child() -> None:
+def _restart_in_child() -> None:
     for sweeper in list(_SWEEPERS):
-        sweeper.start_again()
+        sweeper.restart()
 
 
-os.register_at_fork(after_in_child=_start_again_in_the_child)
+os.register_at_fork(after_in_child=_restart_in_child)

@@ -1,4 +1,4 @@
-"""Use of a key: encrypt, decrypt, generate data keys."""
+"""Use of keys: encrypt, decrypt, generate data keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Use = Callable[[Backend, KeyRef], bytes]
 
 @dataclass(frozen=True, slots=True)
 class Encrypted:
-    """A ciphertext, and the key and version that made it."""
+    """A ciphertext and the key that encrypted it."""
 
     key: Key
     ciphertext_blob: bytes
@@ -26,7 +26,7 @@ class Encrypted:
 
 @dataclass(frozen=True, slots=True)
 class Decrypted:
-    """A plaintext, and the key and version that it was encrypted under."""
+    """A plaintext and the key that decrypted it."""
 
     key: Key
     plaintext: bytes = field(repr=False)
@@ -41,11 +41,11 @@ class DataKey:
 
 
 class KeyUse:
-    """The operations with a key.
+    """Operations with keys.
 
-    Each raises KeyNotFound for an unknown key id, Rejected… in a state that is not Enabled,
-    UnsupportedOperation where the backend can keep such keys but not use them, and
-    ServiceUnavailable while the backend is away.
+    Each raises KeyNotFound for an unknown key id, Rejected… if the key is not Enabled,
+    UnsupportedOperation if the backend can store such keys but not use them, and
+    ServiceUnavailable if the backend is unavailable.
     """
 
     def __init__(self, core: Core) -> None:
@@ -53,25 +53,25 @@ class KeyUse:
         self._core = core
 
     def encrypt(self, key_id: str, plaintext: bytes, context: Mapping[str, str]) -> Encrypted:
-        """Encrypt bytes, bound to an encryption context."""
+        """Encrypt bytes; the encryption context is authenticated."""
         return self._encrypt("Encrypt", key_id, plaintext, context)
 
     def decrypt(self, blob: CiphertextBlob, context: Mapping[str, str]) -> Decrypted:
-        """Decrypt what :meth:`encrypt` or :meth:`generate_data_key` made.
+        """Decrypt a result of :meth:`encrypt` or :meth:`generate_data_key`.
 
         Raises:
-            InvalidCiphertext: It does not decrypt under its key and this context.
+            InvalidCiphertext: It does not decrypt with its key and this context.
         """
-        bound_to = additional_data(blob.key_id, context)
+        data = additional_data(blob.key_id, context)
         key, plaintext = self._use(
             "Decrypt",
             blob.key_id,
-            lambda backend, key: backend.decrypt(key, blob.ciphertext, bound_to),
+            lambda backend, key: backend.decrypt(key, blob.ciphertext, data),
         )
         return Decrypted(key, plaintext)
 
     def generate_data_key(self, key_id: str, length: int, context: Mapping[str, str]) -> DataKey:
-        """Make ``length`` random bytes, and encrypt them bound to an encryption context."""
+        """Generate ``length`` random bytes and encrypt them; the context is authenticated."""
         plaintext = secrets.token_bytes(length)
         return DataKey(self._encrypt("GenerateDataKey", key_id, plaintext, context), plaintext)
 
@@ -90,15 +90,15 @@ class KeyUse:
         try:
             return key, use(backend, KeyRef.from_bytes(reference))
         except KeyNotFound:
-            # A re-import or a deletion may have taken the object away since the row was read.
+            # A re-import or a deletion may have destroyed the object since the row was read.
             key, replaced_by = self._usable(operation, key_id)
             if replaced_by == reference:
-                raise HsmError(f"the material of key {key_id} is not in its backend") from None
+                raise HsmError(f"the backend does not have the material of key {key_id}") from None
             return key, use(backend, KeyRef.from_bytes(replaced_by))
 
     def _usable(self, operation: str, key_id: str) -> tuple[Key, bytes]:
         key = self._core.current(key_id)
         require(operation, key.state)
         if key.reference is None:
-            raise HsmError(f"key {key_id} is {key.state} without material")
+            raise HsmError(f"key {key_id} is in state {key.state} but has no material")
         return key, key.reference

@@ -148,7 +148,7 @@ def test_empty_log(tmp_path, key):
     assert not verify(tmp_path / "e.log", key, (Anchor(1, "x"),)).ok
 
 
-TORN = {
+INCOMPLETE = {
     "most of a line": b'{"sequence":7,"ti',
     "a few bytes": b'{"seq',
     "one byte": b"{",
@@ -157,19 +157,19 @@ TORN = {
 }
 
 
-@pytest.mark.parametrize("torn", TORN.values(), ids=TORN)
-def test_torn_last_line_is_cut_off(log, key, caplog, torn):
-    log.path.write_bytes(log.path.read_bytes() + torn)
+@pytest.mark.parametrize("partial", INCOMPLETE.values(), ids=INCOMPLETE)
+def test_incomplete_last_line_is_cut_off(log, key, caplog, partial):
+    log.path.write_bytes(log.path.read_bytes() + partial)
     log.append(entry(7))
     assert verify(log.path, key).ok
     assert verify(log.path, key).lines == 7
-    assert "torn" in caplog.text
+    assert "incomplete" in caplog.text
 
 
-@pytest.mark.parametrize("torn", TORN.values(), ids=TORN)
-def test_torn_first_line_is_cut_off(tmp_path, key, torn):
+@pytest.mark.parametrize("partial", INCOMPLETE.values(), ids=INCOMPLETE)
+def test_incomplete_first_line_is_cut_off(tmp_path, key, partial):
     log = AuditLog(tmp_path / "new.log", lambda: NOW, key)
-    log.path.write_bytes(torn)
+    log.path.write_bytes(partial)
     log.append(entry(1))
     assert verify(log.path, key).ok
     assert verify(log.path, key).lines == 1
@@ -401,7 +401,7 @@ class TestAnchors:
         anchors.remember(database, log)
         assert anchors.remembered(database, log) == before
         assert not verify(log.path, log.key, before).ok
-        assert "lacks a line that it had" in caplog.text
+        assert "a line of the audit log is missing" in caplog.text
 
     def test_another_line_of_the_same_number_is_another(self, database, log, caplog):
         anchors.remember(database, log)
@@ -411,7 +411,7 @@ class TestAnchors:
         assert log.head().sequence == before[0].sequence
         anchors.remember(database, log)
         assert anchors.remembered(database, log) == before
-        assert "lacks a line that it had" in caplog.text
+        assert "a line of the audit log is missing" in caplog.text
 
     def test_reads_no_more_than_what_is_new(self, database, log, monkeypatch):
         anchors.remember(database, log)
@@ -466,7 +466,7 @@ class TestAnchors:
         lock = text("UPDATE audit_anchors SET sequence = sequence")
         overtaken(lambda transaction: transaction.execute(lock))
         assert anchors.remembered(database, log) == (log.head(),)
-        assert "lacks" not in caplog.text
+        assert "is missing" not in caplog.text
 
     def test_log_id_outlives_the_name_of_the_host(self, database, log, monkeypatch):
         named = replace(log, log_id="main")
@@ -487,7 +487,7 @@ def test_sweeps_remember_the_end(open_kms, tmp_path, caplog):
     assert anchor == kms._audit_log.head()
     rewrite(kms._audit_log, lambda lines: lines[:2])
     kms.sweep()
-    assert "lacks a line that it had" in caplog.text
+    assert "a line of the audit log is missing" in caplog.text
     assert anchors.remembered(kms._database, kms._audit_log) == (anchor,)
     assert not verify(tmp_path / "audit.log", None, (anchor,)).ok
 

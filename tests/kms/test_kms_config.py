@@ -333,7 +333,7 @@ class Away:
 
 
 @pytest.mark.parametrize("part", [(Database, "migrate"), (opening, "open_backend")])
-def test_start_waits_for_what_is_away(real, monkeypatch, part, caplog):
+def test_start_waits_for_what_is_unavailable(real, monkeypatch, part, caplog):
     monkeypatch.setenv("HSMWRAP_SERVER_SWEEP_INTERVAL", "PT0S")
     away = Away(monkeypatch, *part, HsmUnavailable("away"), times=6)
     with open_kms(load_config(real)) as kms:

@@ -162,7 +162,7 @@ def test_migration_waits_for_another_however_long(postgres_url):
     patient.close()
 
 
-def test_read_only_database_is_away(database_url, tmp_path):
+def test_read_only_database_is_unavailable(database_url, tmp_path):
     database = Database(database_url, sync=False)
     database.migrate()
     insert = text("INSERT INTO used_once VALUES ('d', 1)")
@@ -247,7 +247,7 @@ def test_health_without_a_database(open_kms, tmp_path, monkeypatch):
     health = kms.health()
     monkeypatch.undo()
     assert not health.ready
-    assert health.parts["database"].startswith("the database cannot answer")
+    assert health.parts["database"].startswith("the database is unavailable")
 
 
 def test_no_plaintext_in_the_database(open_kms, custody):

@@ -65,7 +65,7 @@ def test_gone_across_a_restart(client, clock, expiring, objects, open_kms):
     assert objects() == 0
 
 
-def test_gone_from_the_row_while_the_hsm_is_away(client, clock, expiring, objects):
+def test_gone_from_the_row_while_the_hsm_is_unavailable(client, clock, expiring, objects):
     backend = client.kms._backends["HSM"]
     clock.advance(hours=1)
     backend.away = True

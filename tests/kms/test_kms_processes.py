@@ -101,7 +101,7 @@ def test_single_use_holds_where_clocks_differ(open_kms, clock):
         slow.import_material(key_id, AES_MATERIAL, parameters)
 
 
-def test_token_that_is_over_is_not_claimed(open_kms, clock):
+def test_expired_token_is_not_claimed(open_kms, clock):
     used = open_kms(single_use=True).operations.material._core.used_tokens
     assert not used.claim(b"a", clock())
     assert used.claim(b"a", clock() + timedelta(seconds=1))

@@ -1,4 +1,4 @@
-"""What alembic runs: the migrations, inside the transaction that the caller opened."""
+"""Alembic's environment: runs the migrations in the transaction that the caller opened."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """Make the tables."""
-    _make_keys()
+    """Create the tables."""
+    _create_keys()
     op.create_table(
         "scheduled_destructions",
         sa.Column("reference", sa.LargeBinary(), nullable=False),
@@ -44,7 +44,7 @@ def downgrade() -> None:
         op.drop_table(table)
 
 
-def _make_keys() -> None:
+def _create_keys() -> None:
     op.create_table(
         "keys",
         sa.Column("key_id", sa.String(36), nullable=False),

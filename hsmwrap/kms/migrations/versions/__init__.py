@@ -1,1 +1,1 @@
-"""Migrations, oldest first; a released one never changes."""
+"""Schema migrations, oldest first; released ones never change."""
