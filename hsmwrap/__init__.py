@@ -27,6 +27,7 @@ from hsmwrap.errors import (
     InvalidCiphertext,
     InvalidImportToken,
     InvalidKeyMaterial,
+    InvalidMac,
     InvalidParameter,
     KeyNotFound,
     MissingParameter,
@@ -39,7 +40,14 @@ from hsmwrap.errors import (
     UnsupportedOrigin,
     UnsupportedProtectionLevel,
 )
-from hsmwrap.imports import Cmk, ImportParameters, ImportResult, ImportService, UsedTokens
+from hsmwrap.imports import (
+    Cmk,
+    ImportParameters,
+    ImportResult,
+    ImportService,
+    MemoryUsedTokens,
+    UsedTokens,
+)
 from hsmwrap.policy import Deployment
 from hsmwrap.registry import open_backend
 
@@ -68,11 +76,13 @@ __all__ = [
     "InvalidCiphertext",
     "InvalidImportToken",
     "InvalidKeyMaterial",
+    "InvalidMac",
     "InvalidParameter",
     "KeyNotFound",
     "KeyRef",
     "KeySpec",
     "ManagedHsm",
+    "MemoryUsedTokens",
     "MissingParameter",
     "Origin",
     "PinError",
