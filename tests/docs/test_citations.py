@@ -63,3 +63,13 @@ def test_citations_are_found():
         ("invariant", 2),
         ("invariant", 4),
     }
+
+
+def test_what_the_package_says_was_measured_cites_its_note():
+    said = re.compile(r"\([^()]*\bmeasured\b[^()]*\)")
+    bare = [
+        f"{path.relative_to(ROOT)}: {found}"
+        for path in sorted((ROOT / "hsmwrap").rglob("*.py"))
+        for found in said.findall(text_of(path))
+    ]
+    assert not bare, "say (field note N), and add the note to docs/field-notes.md"

@@ -67,7 +67,7 @@ def read_if_known(key: Any, attribute: Attribute) -> Any:
 
 
 def _certain(get: Callable[[], Any]) -> Any:
-    # Where python-pkcs11 reads an attribute, every return code becomes FUNCTION_FAILED (measured).
+    # Where python-pkcs11 reads an attribute, every code becomes FUNCTION_FAILED (field note 33).
     try:
         return get()
     except FunctionFailed:

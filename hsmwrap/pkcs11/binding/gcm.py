@@ -1,8 +1,8 @@
 """AES-GCM with an imported key, inside the HSM token.
 
 python-pkcs11 asks the module how long the ciphertext will be and offers just that. NSS forgets the
-tag in its answer, and then has no room for it (measured). How long it is, is no question: as long
-as the plaintext, and the tag.
+tag in its answer, and then has no room for it (field note 38). The length is known anyway: that of
+the plaintext, and the tag.
 """
 
 from __future__ import annotations

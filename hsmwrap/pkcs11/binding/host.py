@@ -2,7 +2,7 @@
 
 ``C_Initialize`` and ``C_Finalize`` belong to the process, not to a backend, so backends on the
 same shared object share a :class:`ModuleHost`. It counts the calls in flight, because
-``C_Finalize`` under a running call crashes even with OS locking (measured), and numbers the
+``C_Finalize`` under a running call crashes even with OS locking (field note 12), and numbers the
 module's lives: handles of one *generation* mean nothing in the next.
 
 Fork: the parent waits until no call is in flight before it forks, so that the child never

@@ -2,9 +2,9 @@
 
 python-pkcs11 calls ``C_Initialize(NULL)`` and releases the GIL around every call. By the standard
 (PKCS#11 v2.40, 5.4) NULL promises that only one thread will ever call, so a module may switch its
-locks off; SoftHSM does, and eight threads crash it (measured). :class:`Module` is python-pkcs11's
-own library class with ``C_Initialize`` done right: ``CKF_OS_LOCKING_OK``, and library parameters
-in ``pReserved`` where a module (NSS) wants some.
+locks off; SoftHSM does, and eight threads crash it (field note 1). :class:`Module` is
+python-pkcs11's own library class with ``C_Initialize`` done right: ``CKF_OS_LOCKING_OK``, and
+library parameters in ``pReserved`` where a module (NSS) wants some.
 """
 
 from __future__ import annotations

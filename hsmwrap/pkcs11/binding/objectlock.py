@@ -1,12 +1,12 @@
 """Keeps threads that look at token objects out of the way of one that writes some.
 
-For SoftHSM. There, any call that touches a token object first looks whether its file or the list
-of files has changed, and reads them anew if so: also what another thread of the same process is
-in the middle of writing, as locks on files do not hold between threads (and a thread that closes
-a file gives up the lock of the thread that writes it, for other processes). Measured with SoftHSM
-2.6.1, four threads in each of three processes: a few in a thousand new token objects got a second
-handle in the process that made them, or were never seen there again until C_Finalize, or could
-not be made (GENERAL_ERROR). Alone, a writer's objects are whole before anybody looks.
+For SoftHSM. There, any call that touches a token object first looks whether its file or the list of
+files has changed, and reads them anew if so: also what another thread of the same process is in the
+middle of writing, as locks on files do not hold between threads (and a thread that closes a file
+gives up the lock of the thread that writes it, for other processes). A few in a thousand new token
+objects then got a second handle in the process that made them, or were never seen there again until
+C_Finalize, or could not be made (field note 41). Alone, a writer's objects are whole before anybody
+looks.
 """
 
 from __future__ import annotations

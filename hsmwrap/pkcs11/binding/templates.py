@@ -2,7 +2,7 @@
 
 Attributes are spelled out, false ones too: SoftHSM compares an unwrap with the key-encryption
 key's CKA_UNWRAP_TEMPLATE attribute by attribute, and one that is left out is a mismatch
-(measured; SoftHSM 2.6.1, C_UnwrapKey).
+(field note 31).
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def for_unwrap(template: Mapping[Attribute, Any]) -> dict[str, Any]:
 
     python-pkcs11 adds every use of a secret key to the template, which is wrong for a private
     key (field note 7); DEFAULT takes them out again. CKA_MODIFIABLE goes last: SoftHSM applies
-    an unwrap's template in its order, and after MODIFIABLE = false refuses the rest (measured).
+    an unwrap's template in its order, and after MODIFIABLE = false refuses the rest (field
+    note 30).
     """
     absent: Template = {use: DEFAULT for use in USES if use not in template}
     ordered = {**absent, **template}

@@ -2,7 +2,7 @@
 
 Older and simpler tokens refuse some of them; then keys are made without, and the capability
 report says what is weaker. Session objects do not tell: NSS gives them any attribute and refuses
-it for token objects (measured). So this is tried on token objects when a key set is made, and
+it for token objects (field note 48). So this is tried on token objects when a key set is made, and
 the key-encryption keys that come of it tell every process later.
 """
 
@@ -47,7 +47,7 @@ def _refuses(session: Session, template: Template) -> bool:
     """Whether it says so twice, and makes the plain object in between.
 
     The return code does not tell: p11-kit's client answers DEVICE_ERROR to CKA_UNWRAP_TEMPLATE
-    (measured), which elsewhere means that the HSM is gone.
+    (field note 49), which elsewhere means that the HSM is gone.
     """
     for _ in range(2):
         try:
@@ -61,7 +61,7 @@ def _refuses(session: Session, template: Template) -> bool:
 
 def _make_and_destroy(session: Session, template: Template) -> None:
     # Public, so that the security officer can make it too; with an id, as NSS replaces a key by
-    # another of its id (measured).
+    # another of its id (field note 46).
     session.generate_key(
         KeyType.AES,
         256,
@@ -73,7 +73,7 @@ def _make_and_destroy(session: Session, template: Template) -> None:
 
 
 def missing_on(key_encryption_key: Any) -> frozenset[Attribute]:
-    """Attributes that the key was made without; CKA_UNWRAP_TEMPLATE cannot be read (measured)."""
+    """Attributes that the key lacks; CKA_UNWRAP_TEMPLATE cannot be read (field note 50)."""
     return frozenset(
         attribute
         for attribute, value in _READABLE.items()

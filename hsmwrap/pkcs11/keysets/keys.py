@@ -339,7 +339,7 @@ class KeySets:
         )
 
     def _id(self, role: Role, number: int, made_by: str) -> bytes:
-        """CKA_ID; never the same twice, as NSS replaces a key by another of its id (measured)."""
+        """CKA_ID; never used twice: NSS replaces a key by another of its id (field note 46)."""
         return f"{self.label(role, number)}:{made_by}".encode()
 
     def destroy(self, session: Session, number: int, made_by: str | None = None) -> int:
@@ -410,7 +410,7 @@ def _made_here(role: Role, attributes: Mapping[Attribute, Any]) -> bool:
     """Whether nobody can know this key's value, and it has its own uses and no other.
 
     What an HSM token does not tell is taken for granted. CKA_LOCAL would say the same as the two
-    histories, but NSS always says false (measured).
+    histories, but NSS always says false (field note 47).
     """
     if role is Role.MAC:
         made = secret_key(KeyType.GENERIC_SECRET, Attribute.SIGN)

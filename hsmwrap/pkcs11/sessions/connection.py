@@ -64,8 +64,7 @@ from hsmwrap.pkcs11.token.selection import find_token
 RESTART_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.6)
 """Seconds between the tries at connecting. SoftHSM writes the token's file at each login, and
 another process that looks at that moment sees no token, or one without a PIN, or gets GENERAL_ERROR
-for its own login (measured, forks under load; with four pauses of exact length, children that
-started together met again each time, and one in about a hundred gave up)."""
+for its own login (field note 35). Each pause is varied, for processes that started together."""
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -278,8 +277,8 @@ class Connection:
             return self._attempt(operation)
         except _CLIENT_S_FAULT:
             # Nobody is blamed for what does not happen twice: where python-pkcs11 reads an
-            # attribute, it turns every return code into FUNCTION_FAILED (measured). Always, as
-            # a second try for some failures only would tell them apart by the time they take.
+            # attribute, it turns every return code into FUNCTION_FAILED (field note 33). Always,
+            # as a second try for some failures only would tell them apart by their time.
             if not (retry and self._cleared(leaves)):
                 raise
         except _Failure as failure:

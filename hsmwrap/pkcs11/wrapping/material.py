@@ -4,7 +4,7 @@ The length is the trap. SoftHSM makes an AES key object of any length and does n
 (field note 17); NSS cuts to CKA_VALUE_LEN if one is given. So material becomes a session object
 first, and two things together tell its length: an AES operation works with 16, 24 and 32 bytes
 only, and its wrapped form has one of three lengths. The wrapped form alone would not do: SoftHSM
-pads a key of 31 bytes to 32 before it wraps it (measured). Then the blob is either kept, or
+pads a key of 31 bytes to 32 before it wraps it (field note 29). Then the blob is either kept, or
 unwrapped into the final object; the session object is destroyed.
 """
 
@@ -206,8 +206,7 @@ def _are_one_key(found: list[Any]) -> bool:
 
     SoftHSM 2.6.1 gives an object a second handle, in the process that made it, if another thread
     looks at the token between the making of the object's file and its entry in the list, and
-    another process has written meanwhile (OSToken.cpp, createObject and index; measured, a few
-    objects in a thousand with three busy processes). It keeps it until the object is destroyed.
+    another process has written meanwhile (field note 41), and until the object is destroyed.
     """
     return len(found) == 1 or len({_aes_check(each, error=KeyNotFound) for each in found}) == 1
 

@@ -69,7 +69,7 @@ class TokenFeatures:
         raw_rsa: CKM_RSA_X_509 decrypts.
         wrapped_lengths: Length of AES keys of each material length under CKM_AES_KEY_WRAP_PAD, in
             bytes; empty where the token does not wrap and unwrap them. Not the same everywhere:
-            SoftHSM pads by RFC 5649 (32 becomes 40), NSS by PKCS#7 (48; measured).
+            SoftHSM pads by RFC 5649, NSS as PKCS#7 does (field note 39).
         wraps_rsa: CKM_AES_KEY_WRAP_PAD wraps and unwraps RSA private keys.
         wraps_sm2: The same for SM2 private keys.
         sm2: SM2 key pairs and CKM_ECDH1_DERIVE on them work.
