@@ -1,13 +1,13 @@
 """The HSM in another process, killed under load: p11-kit's server in front of SoftHSM.
 
-Measured with p11-kit 0.24: a dead server is DEVICE_ERROR at once, for every call. C_Finalize and
+By field note 52, a dead server is DEVICE_ERROR at once, for every call. C_Finalize and
 C_Initialize then succeed without a server too, but no slot lists a token until both are called
 again with a server there. So the backend's own recovery brings it back, in the same process.
 
 The backend lets one thread at a time into this module, because its private function table can only
 be initialised without locking. Otherwise p11-kit's client lets one of several waiting threads read
 the socket for all; when the server died during that, the others sometimes waited for ever inside
-the module (seen in one of about twenty runs with eight threads).
+the module (field note 43).
 """
 
 import os

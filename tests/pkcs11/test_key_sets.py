@@ -187,7 +187,7 @@ def test_rotations_at_the_same_time_end_with_one_good_set(softhsm, prefix):
 
 def test_there_is_a_highest_number(softhsm, attacker, prefix):
     settings = softhsm.settings(prefix, trusted=False)
-    # SoftHSM overlooks what another process made before an object was made here (measured).
+    # SoftHSM overlooks what another process made before an object was made here (field note 42).
     assert len(attacker.own_keys(prefix)) == len(Role)
     attacker.plant_lookalike(prefix, Role.MATERIAL_AES, keys.HIGHEST_NUMBER)
     with pytest.raises(ConfigurationError, match="the highest that there can be"):
@@ -272,7 +272,7 @@ def test_the_officer_s_login_stops_before_it_locks_the_token(softhsm, tmp_path):
 
 @pytest.mark.parametrize("hidden", [len(RESTART_PAUSES), len(RESTART_PAUSES) + 1])
 def test_the_officer_looks_again_for_a_token_that_a_login_hides(softhsm, monkeypatch, hidden):
-    """SoftHSM writes the token's file at each login; meanwhile others see none (measured)."""
+    """SoftHSM writes the token's file at each login; others then see none (field note 35)."""
     settings = Pkcs11Settings.from_mapping(softhsm.bare_settings())
     looks, find = itertools.count(), admin.find_token
 

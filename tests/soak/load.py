@@ -274,8 +274,7 @@ MIX: Mapping[Operation, int] = MappingProxyType(
 )
 """Operations per round of a thread, which runs them in random order: so the speed is even.
 Above :data:`KEYS_KEPT`, more keys are destroyed than imported: SoftHSM gets slower with each
-object, and the speeds before and after the faults have to be comparable (measured without faults:
-74 operations a second at 170 objects, 44 at 800)."""
+object, and the speeds before and after the faults have to be comparable (field note 53)."""
 REAPER_MIX: Mapping[Operation, int] = MappingProxyType({reap: 1})
 
 

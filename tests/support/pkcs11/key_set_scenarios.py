@@ -118,7 +118,7 @@ def partial_retirement(shim, settings, _so_pin_file):
 
 
 def faults_while_reading(shim, settings, _so_pin_file):
-    """python-pkcs11 turns every code of C_GetAttributeValue into FUNCTION_FAILED (measured)."""
+    """python-pkcs11 makes every code of C_GetAttributeValue FUNCTION_FAILED (field note 33)."""
     Pkcs11Backend.initialise_keys(settings)
     for code in (CKR.SESSION_HANDLE_INVALID, CKR.DEVICE_ERROR):
         for nth in range(1, 13):
