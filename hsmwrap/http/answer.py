@@ -1,4 +1,4 @@
-"""Answers in the API's two formats, JSON and XML. Every one of the API carries its RequestId."""
+"""Answers in the API's two formats, JSON and XML. Each API answer carries its RequestId."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hsmwrap.errors import HsmwrapError
 _CONTENT_TYPE = {"JSON": "application/json;charset=utf-8", "XML": "text/xml;charset=utf-8"}
 _RECOMMEND = "Look for the RequestId in the log of this service."
 
-# XML 1.0, section 2.2: whatever is not a Char cannot be written, not even as a reference.
+# XML 1.0, section 2.2: a character that is not a Char is not allowed, not even as a reference.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _XML_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*", re.ASCII)
 
 
 def success(fields: Mapping[str, Any], request_id: str, format_: str) -> Response:
-    """The answer of an operation: its fields and the RequestId, status 200."""
+    """The answer of a successful operation: its fields and the RequestId, status 200."""
     return _response("KMS", {**fields, "RequestId": request_id}, 200, format_)
 
 
 def failure(error: HsmwrapError, request_id: str, host: str, format_: str) -> Response:
-    """The answer of an error: code, message and status are the error's."""
+    """The answer for an error, with its code, message and status."""
     fields = {
         "RequestId": request_id,
         "HostId": host,
@@ -39,7 +39,7 @@ def failure(error: HsmwrapError, request_id: str, host: str, format_: str) -> Re
 
 
 def page(fields: Mapping[str, Any], status: int) -> Response:
-    """A page that is none of the API's: JSON; with a RequestId where it is among the fields."""
+    """A page outside the API, as JSON; with a RequestId only if the fields have one."""
     return _response("Page", fields, status, "JSON")
 
 
@@ -60,7 +60,7 @@ def to_xml(root: str, fields: Mapping[str, Any]) -> str:
 
 def _element(name: str, value: Any) -> Iterator[str]:
     if not _XML_NAME.fullmatch(name):
-        raise ValueError("a field's name is no XML name")
+        raise ValueError("the name of a field is not an XML name")
     if value is None:
         return
     if isinstance(value, list | tuple):

@@ -1,18 +1,18 @@
-"""The WSGI application: Alibaba's RPC protocol before a KMS.
+"""The WSGI application: Alibaba's RPC protocol in front of a KMS.
 
-WSGI, because every call below blocks on an HSM or a database: a thread for each running request is
-the honest model, and gunicorn's ``gthread`` worker brings it together with several processes and
-a shutdown that finishes running calls. Werkzeug reads requests and writes responses.
+WSGI, because every call blocks on an HSM or a database, so each running request needs a thread.
+gunicorn's ``gthread`` worker provides threads, several processes, and a shutdown that finishes
+running calls. Werkzeug reads requests and writes responses.
 
 One request: read → format → Action → signature → Version → KMS → answer → one line in the log.
 
-Every answer of the API, and every error, has a RequestId that is in the log. The pages for
-machines (``/healthz``, ``/readyz``, ``/metrics``) have one, and a line in the log, only where they
-refuse: a probe each second would fill it.
+Every answer of the API, and every error, has a RequestId that is also in the log. The monitoring
+pages (``/healthz``, ``/readyz``, ``/metrics``) have one, and a log line, only when they fail:
+frequent successful polls would fill the log.
 
-The audit log has every request that was authentic, and some of those whose signature was refused
-(:mod:`hsmwrap.http.refusals`). What names no access key of ours, or is too old to be looked at,
-is in the log and the metrics only: anyone could write that.
+The audit log has every authentic request, and some requests with a wrong signature
+(:mod:`hsmwrap.http.refusals`). Requests with an unknown access key or an old timestamp are only in
+the log and the metrics, because anyone can send them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 API_VERSION = "2016-01-20"
 MAX_BODY = 128 * 1024
-"""Longest accepted body in bytes, unless configured: as long as a request line may be."""
+"""Default limit of a body in bytes; the same as for a request line."""
 
 _log = logging.getLogger(__name__)
 _FORMATS = {"json": "JSON", "xml": "XML"}
@@ -59,7 +59,7 @@ def _utc_now() -> datetime:
 
 @dataclass(slots=True)
 class _Exchange:
-    """What is known of a request so far: enough to answer and log it wherever it ends."""
+    """The facts of a request known so far: enough to answer and log it at any point."""
 
     host: str
     path: str
@@ -86,7 +86,7 @@ class _Exchange:
 
 
 class App:
-    """The application, as WSGI calls it. Made by :func:`create_app`."""
+    """The WSGI application, made by :func:`create_app`."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class App:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request."""
-        # As sent: werkzeug's Request.path takes // for /.
+        # The path as sent: werkzeug's Request.path turns // into /.
         exchange = _Exchange(environ.get("HTTP_HOST", "")[:255], environ.get("PATH_INFO", ""))
         response = self._respond(Request(environ), exchange)
         return response(environ, start_response)
@@ -124,7 +124,7 @@ class App:
             return self._page(request, page, exchange) if page else self._call(request, exchange)
         except HsmwrapError as error:
             return _failed(error, exchange)
-        except Exception as error:  # noqa: BLE001 (the border: the client gets InternalFailure)
+        except Exception as error:  # noqa: BLE001 (any other failure is InternalFailure to the client)
             return _failed(_internal(error), exchange)
 
     # --- the API
@@ -156,7 +156,7 @@ class App:
     def _require_served(
         self, claim: Claim, message: RpcMessage, caller: Caller, exchange: _Exchange
     ) -> None:
-        """Refuse what is authentic but not served, and audit that: the KMS will not see it."""
+        """Refuse an authentic request that is not served; audit it, since the KMS never sees it."""
         try:
             _require_signed(claim)
             _require_common(message)
@@ -176,7 +176,7 @@ class App:
             exchange.known_action = False
             raise
 
-    # --- the pages for machines that look after this one
+    # --- the monitoring pages
 
     def _page(
         self, request: Request, page: Callable[[str], Response], exchange: _Exchange
@@ -207,12 +207,12 @@ def create_app(
     max_body: int = MAX_BODY,
     collect: Callable[[], bytes] = metrics.render,
 ) -> App:
-    """Put the protocol before a KMS.
+    """Make the application for a KMS.
 
     Args:
         kms: Runs the operations.
-        access_keys: Who may sign.
-        nonces: Shared by all processes that serve these access keys.
+        access_keys: The access keys that may sign requests.
+        nonces: Used nonces, shared by all processes that serve these access keys.
         clock: Returns the current aware time.
         max_body: Longest accepted request body in bytes.
         collect: Returns the metrics in Prometheus' text format.
@@ -221,12 +221,12 @@ def create_app(
 
 
 def from_config(path: Path | None) -> App:
-    """Open the KMS that a configuration describes; it closes when the process ends.
+    """Open the configured KMS, and serve it; it is closed when the process exits.
 
     Raises:
-        ConfigurationError: What has to be changed, in words.
+        ConfigurationError: The configuration is wrong; the text says what to change.
     """
-    # Only a real server needs them, and what they import.
+    # Only a real server needs these imports.
     from hsmwrap.kms.config import load_config  # noqa: PLC0415
     from hsmwrap.kms.opening import open_kms  # noqa: PLC0415
 
@@ -244,12 +244,12 @@ def from_config(path: Path | None) -> App:
 
 
 def from_environment() -> App:
-    """For gunicorn's own command line; the configuration file is ``HSMWRAP_CONFIG``.
+    """The application for gunicorn's own command line; ``HSMWRAP_CONFIG`` names the configuration.
 
     ``gunicorn -k hsmwrap.http.worker.KmsWorker 'hsmwrap.http.app:from_environment()'``. Other
-    workers serve as well, but refuse long request lines, wait for ever for the rest of a request,
-    and log the text of requests that do not parse. Leave gunicorn's access log off: it writes down
-    request lines, and SDKs send plaintext in them.
+    workers work too, but refuse long request lines, have no deadline for the rest of a request, and
+    log the text of malformed requests. Leave gunicorn's access log off: it logs request lines, and
+    SDKs send plaintext in them.
     """
     path = os.environ.get("HSMWRAP_CONFIG")
     return from_config(Path(path) if path else None)
@@ -285,14 +285,14 @@ def _require_common(message: RpcMessage) -> None:
 
 
 def _failed(error: HsmwrapError, exchange: _Exchange) -> Response:
-    broken = error.http_status >= 500 and not error.retryable  # noqa: PLR2004 (5xx is ours)
-    # The texts of our own errors hold no secret; those of foreign ones are never looked at.
+    broken = error.http_status >= 500 and not error.retryable  # noqa: PLR2004 (5xx: server error)
+    # Texts of hsmwrap's own errors hold no secrets; texts of other exceptions are never logged.
     more = {"detail": str(error)} | (logs.describe(error) if broken else {})
     exchange.log(logging.ERROR if broken else logging.INFO, error.code, error.http_status, **more)
     return answer.failure(error, exchange.request_id, exchange.host, exchange.format_)
 
 
 def _internal(error: Exception) -> HsmwrapError:
-    wrapped = HsmwrapError("an exception that nothing here expects")
+    wrapped = HsmwrapError("unexpected exception")
     wrapped.__cause__ = error
     return wrapped

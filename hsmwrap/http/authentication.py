@@ -1,8 +1,8 @@
-"""Who sent this request: the claim of its signature, verified.
+"""Authentication: verifies the signature of a request.
 
-The order is part of the design. What needs no secret comes first (form, time), then the access
-key, then the signature; a nonce is used up by an authentic request only, so that nobody else can
-burn one.
+The order of the checks matters. Checks that need no secret come first (form, time), then the access
+key, then the signature. Only an authentic request marks its nonce as used, so that an attacker
+cannot use up nonces of others.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from hsmwrap.kms.access import AccessKey
 from hsmwrap.kms.errors import AccessKeyNotFound
 
 WINDOW = timedelta(minutes=15)
-"""How far a request's time may be from the server's, either way."""
+"""How far a request's timestamp may differ from the server's time."""
 
 _CLOCK_SKEW = timedelta(minutes=1)
 _NONCE = re.compile(r"[!-~]{1,128}", re.ASCII)
 
 
 def identify(claim: Claim, access_keys: AccessKeys, now: datetime) -> AccessKey:
-    """The access key that a claim names. Nothing is known yet of who sent it.
+    """Look up the access key that a claim names; the signature is not verified here.
 
     Raises:
-        InvalidParameter: The nonce is no printable ASCII of at most 128 characters.
-        IllegalTimestamp: The time is malformed or out of the window.
-        AccessKeyNotFound: No such access key.
+        InvalidParameter: The nonce is not 1 to 128 printable ASCII characters.
+        IllegalTimestamp: The timestamp is malformed or outside the window.
+        AccessKeyNotFound: The access key does not exist.
     """
     if not _NONCE.fullmatch(claim.nonce):
         raise InvalidParameter("SignatureNonce", "has to be 1 to 128 printable ASCII characters")
     if abs(_time(claim) - now) > WINDOW:
-        raise IllegalTimestamp("the timestamp is out of the window")
+        raise IllegalTimestamp("the timestamp is outside the window")
     key = access_keys.lookup(claim.access_key_id)
     if key is None:
-        raise AccessKeyNotFound("no such access key")
+        raise AccessKeyNotFound("the access key does not exist")
     return key
 
 
 def verify(claim: Claim, key: AccessKey, nonces: NonceStore) -> None:
-    """Verify an identified claim, and use up its nonce.
+    """Verify the signature with the access key's secret, and mark the nonce as used.
 
     Raises:
-        SignatureDoesNotMatch: Signed with another secret, or changed since.
-        SignatureNonceUsed: Authentic, but not for the first time.
-        HsmwrapError: The nonces cannot be asked.
+        SignatureDoesNotMatch: Signed with another secret, or changed after signing.
+        SignatureNonceUsed: The signature is right, but the nonce was used before.
+        HsmwrapError: The store of nonces failed.
     """
     if not claim.is_signed_with(key.secret):
         raise SignatureDoesNotMatch(claim.disclosed())
-    # Longer than the window, for other processes whose clocks are behind.
+    # Longer than the window, since the clocks of other processes may be behind.
     if not nonces.use(key.access_key_id, claim.nonce, _time(claim) + WINDOW + _CLOCK_SKEW):
-        raise SignatureNonceUsed("an authentic request came again")
+        raise SignatureNonceUsed("an authentic request was repeated")
 
 
 def _time(claim: Claim) -> datetime:
@@ -62,7 +62,7 @@ def _time(claim: Claim) -> datetime:
         time = datetime.fromisoformat(claim.timestamp)
     except ValueError:
         raise IllegalTimestamp("the timestamp is malformed") from None
-    # ISO 8601 has many forms, the API has one.
+    # fromisoformat accepts many forms of ISO 8601; the API allows one.
     if f"{time.replace(tzinfo=None).isoformat()}Z" != claim.timestamp:
         raise IllegalTimestamp("the timestamp is malformed")
     return time

@@ -1,4 +1,4 @@
-"""Canonical forms: what exactly is signed.
+"""Canonical forms: the exact strings that are signed.
 
 Source: Alibaba Cloud's description of RPC signatures V1 and V3 (ACS3), and what the public SDKs
 send (field note 70): sorted by name, RFC 3986 percent-encoding of UTF-8, blank values kept.
@@ -14,7 +14,7 @@ _ENCODED = [quote_from_bytes(bytes([byte]), safe="") for byte in range(256)]
 
 def percent_encode(text: str) -> str:
     """RFC 3986: everything but letters, digits, ``-``, ``_``, ``.`` and ``~``, as UTF-8."""
-    # One character a byte, for translate: twice as fast as quote() on base64.
+    # latin-1 makes one character of each byte for translate: twice as fast as quote() on base64.
     return text.encode().decode("latin-1").translate(_ENCODED)
 
 
@@ -41,7 +41,7 @@ def acs3_request(
 
     Args:
         method: GET or POST; the path is always ``/``.
-        query_parameters: Those of the query alone; ``body_digest`` covers a form.
+        query_parameters: Parameters of the query only; ``body_digest`` covers a form.
         headers: The signed headers, lower-case name and trimmed value, in signed order.
         body_digest: Digest of the body, in hex.
     """

@@ -1,6 +1,6 @@
-"""Deadlines for what a client sends and takes, so that none keeps a thread for as long as it likes.
+"""Deadlines for reading requests and sending answers, so that slow clients cannot hold threads.
 
-A timeout of the socket starts anew with each byte; a deadline does not.
+A socket timeout restarts with each byte; a deadline does not.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from gunicorn.http.unreader import SocketUnreader
 from hsmwrap.http.errors import RequestTimeout
 
 SILENT_SECONDS = 0.1
-"""How long a new connection that sends nothing keeps a thread; then it waits without one."""
+"""How long a new, silent connection holds a thread; after that it waits without one."""
 
 HEAD_SECONDS = 10.0
-"""How long request line and header fields may take, from the first byte on."""
+"""Limit for request line and header fields, from the first byte."""
 
 BODY_SECONDS = 30.0
-"""How long a body may take, from the end of the head on."""
+"""Limit for a body, from the end of the head."""
 
 ANSWER_SECONDS = 30.0
-"""How long a client may take to accept an answer."""
+"""Limit for the client to accept an answer."""
 
 REST_SECONDS = 5.0
-"""How long the rest of a body may take that was answered without being read."""
+"""Limit for the rest of a body, if the request was answered without reading it."""
 
 
 class TimedUnreader(SocketUnreader):
     """gunicorn's reader of a connection, with a deadline for each head and each body."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        """Take what gunicorn gives its own reader; a head is awaited."""
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # gunicorn's business
+        """Take the arguments of gunicorn's reader; starts with the deadline of a head."""
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # passed through to gunicorn
         self.await_head()
 
     def await_head(self) -> None:
-        """Give the next head :data:`HEAD_SECONDS` from now."""
+        """Set the deadline of the next head: :data:`HEAD_SECONDS` from now."""
         self._await(HEAD_SECONDS, _too_late)
 
     def await_body(self, close: Callable[[], None]) -> None:
-        """Give a body :data:`BODY_SECONDS` from now; ``close`` is called when they are over."""
+        """Set the deadline of a body: :data:`BODY_SECONDS` from now; if missed, calls ``close``."""
 
         def too_late() -> Exception:
             close()
@@ -50,15 +50,15 @@ class TimedUnreader(SocketUnreader):
         self._await(BODY_SECONDS, too_late)
 
     def await_rest(self) -> None:
-        """Give what is left of an answered request :data:`REST_SECONDS` from now."""
+        """Set the deadline of the rest of an answered request: :data:`REST_SECONDS` from now."""
         self._await(REST_SECONDS, TimeoutError)
 
     def chunk(self, _size_hint: int | None = None) -> bytes:
-        """The next bytes; none at the end of the connection.
+        """The next bytes; empty at the end of the connection.
 
         Raises:
-            RequestTimeout: They did not come in time.
-            TimeoutError: The same, where the request is answered already.
+            RequestTimeout: No bytes arrived before the deadline.
+            TimeoutError: The same, if the request was answered already.
         """
         timeout = self.sock.gettimeout()
         try:

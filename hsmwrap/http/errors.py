@@ -1,6 +1,6 @@
-"""Errors of the HTTP protocol: what a request can get wrong before it reaches the KMS.
+"""Errors of the HTTP protocol, for requests that do not reach the KMS.
 
-Codes and statuses are those of Alibaba Cloud's RPC gateway. No text repeats a parameter's value.
+Codes and statuses are those of Alibaba Cloud's RPC gateway. Texts never repeat parameter values.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from hsmwrap.errors import HsmwrapError
 
 
 class IncompleteSignature(HsmwrapError):
-    """The request is not signed, or not with everything that has to be signed."""
+    """The request is not signed, or a part that has to be signed is not."""
 
     code = "IncompleteSignature"
     http_status = 400
 
     def __init__(self, detail: str) -> None:
-        """Say which piece is missing or malformed; goes to the client."""
+        """Take which part is missing or malformed; sent to the client."""
         super().__init__(detail)
         self._api_text = f"The request signature does not conform to the standards: {detail}."
 
     @property
     def api_message(self) -> str:
-        """The API's message, with the piece that is missing or malformed."""
+        """The API's message, with the part that is missing or malformed."""
         return self._api_text
 
 
 class IllegalTimestamp(HsmwrapError):
-    """The request's time is no UTC time, or too far from the server's."""
+    """The request's timestamp is not in UTC form, or too far from the server's time."""
 
     code = "IllegalTimestamp"
     http_status = 400
@@ -37,7 +37,7 @@ class IllegalTimestamp(HsmwrapError):
 
 
 class SignatureDoesNotMatch(HsmwrapError):
-    """The signature is not the one that this access key makes for this request."""
+    """The signature is wrong for this request and access key."""
 
     code = "SignatureDoesNotMatch"
     http_status = 400
@@ -57,7 +57,7 @@ class SignatureDoesNotMatch(HsmwrapError):
 
 
 class SignatureNonceUsed(HsmwrapError):
-    """An authentic request came a second time."""
+    """An authentic request was repeated."""
 
     code = "SignatureNonceUsed"
     http_status = 400
@@ -65,7 +65,7 @@ class SignatureNonceUsed(HsmwrapError):
 
 
 class PathNotFound(HsmwrapError):
-    """The API has one path, ``/``."""
+    """The API has only the path ``/``."""
 
     code = "InvalidPath.NotFound"
     http_status = 404
@@ -73,7 +73,7 @@ class PathNotFound(HsmwrapError):
 
 
 class MethodNotAllowed(HsmwrapError):
-    """Another method than GET or POST."""
+    """The method is neither GET nor POST."""
 
     code = "UnsupportedHTTPMethod"
     http_status = 405
@@ -97,7 +97,7 @@ class RequestTooLarge(HsmwrapError):
 
 
 class MetricsUnavailable(HsmwrapError):
-    """The process was installed without the library that renders metrics."""
+    """The library that renders metrics is not installed."""
 
     code = "MetricsUnavailable"
     http_status = 404
@@ -105,15 +105,15 @@ class MetricsUnavailable(HsmwrapError):
 
 
 class MalformedRequest(HsmwrapError):
-    """Not HTTP as RFC 9112 wants it."""
+    """The request does not conform to RFC 9112."""
 
     code = "MalformedRequest"
     http_status = 400
-    _api_message = "The request is no well-formed HTTP request."
+    _api_message = "The request is not well-formed HTTP."
 
 
 class RequestLineTooLong(HsmwrapError):
-    """The request line is longer than any of this API; large values belong into a form body."""
+    """The request line is too long; large values belong into a form body."""
 
     code = "RequestLineTooLong"
     http_status = 414
@@ -121,7 +121,7 @@ class RequestLineTooLong(HsmwrapError):
 
 
 class HeadersTooLarge(HsmwrapError):
-    """Too many header fields, or too long ones."""
+    """The header fields are too many or too long."""
 
     code = "HeadersTooLarge"
     http_status = 431

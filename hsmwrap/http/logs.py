@@ -1,7 +1,7 @@
-"""Structured logs: one JSON object a line, with the fields that ``extra`` gave.
+"""Structured logs: one JSON object per line, with the fields given as ``extra``.
 
-An exception is described by its type and by where it happened, never by its text: foreign texts
-quote parameters (SQLAlchemy's do).
+An exception is logged by type and place, never by its text, because texts of other libraries quote
+parameters (SQLAlchemy's do).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON."""
+    """Formats a record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Time (UTC), level, logger, message, then the record's own fields."""
+        """Time (UTC), level, logger, message, then the fields of ``extra``."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -37,7 +37,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: int = logging.INFO) -> None:
-    """Send what hsmwrap logs to stderr as JSON. A second call changes nothing."""
+    """Send the log of hsmwrap to stderr as JSON. A second call changes nothing."""
     logger = logging.getLogger("hsmwrap")
     if any(isinstance(h.formatter, JsonFormatter) for h in logger.handlers):
         return
@@ -49,7 +49,7 @@ def configure(level: int = logging.INFO) -> None:
 
 
 def describe(error: BaseException) -> dict[str, str]:
-    """Types and places of an exception and its causes, without any text of theirs."""
+    """Types and places of an exception and its causes, without their texts."""
     chain = [error]
     while (cause := _cause(chain[-1])) and cause not in chain:
         chain.append(cause)

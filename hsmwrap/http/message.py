@@ -1,7 +1,7 @@
-"""An RPC message: the parameters and headers of one HTTP request, read strictly.
+"""An RPC message: the parameters and headers of one HTTP request, parsed strictly.
 
-What is signed has to be unambiguous: no parameter twice, no undecodable text, no other body than
-a form.
+The signed content has to be unambiguous: repeated parameters, undecodable text, and bodies that are
+not forms are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hsmwrap.errors import InvalidParameter
 from hsmwrap.http.errors import RequestTimeout, RequestTooLarge
 
 MAX_PARAMETERS = 64
-"""Most parameters of a query or a form; no operation has 20."""
+"""Limit of the parameters of a query or a form; operations have fewer than 20."""
 
 _FORM = "application/x-www-form-urlencoded"
 _COMMON = frozenset(
@@ -41,13 +41,13 @@ _COMMON = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RpcMessage:
-    """One request, before anything in it is believed.
+    """One request, parsed but not authenticated.
 
     Attributes:
         method: ``GET`` or ``POST``.
         query: Parameters of the query.
         form: Parameters of the form body; no name is in both.
-        headers: Headers by lower-case name, values as received (latin-1).
+        headers: Header values as received (latin-1), by lower-case name.
         body: The raw body.
     """
 
@@ -59,12 +59,12 @@ class RpcMessage:
 
     @property
     def parameters(self) -> dict[str, str]:
-        """All parameters, of the query and of the form."""
+        """The parameters of query and form."""
         return {**self.query, **self.form}
 
     @property
     def own_parameters(self) -> dict[str, str]:
-        """The operation's own parameters: all but the protocol's common ones."""
+        """The parameters of the operation, without the protocol's common ones."""
         return {n: v for n, v in self.parameters.items() if n not in _COMMON}
 
 
@@ -72,9 +72,9 @@ def read_message(request: Request, max_body: int) -> RpcMessage:
     """Read a request whose body has at most ``max_body`` bytes.
 
     Raises:
-        InvalidParameter: A parameter is there twice, the query or the form does not decode, or
-            the body is no form.
-        RequestTimeout: The body did not arrive in time; raised by the server's own reader.
+        InvalidParameter: A parameter is repeated, the query or the form does not decode, or the
+            body is not a form.
+        RequestTimeout: The body did not arrive in time; raised by the server's reader.
         RequestTooLarge: The body is longer than ``max_body``.
     """
     body = _read_body(request, max_body)
@@ -88,7 +88,7 @@ def read_message(request: Request, max_body: int) -> RpcMessage:
 
 
 def _read_body(request: Request, max_body: int) -> bytes:
-    # Werkzeug cuts a longer chunked body at the limit, without a word.
+    # Werkzeug silently cuts a longer chunked body at the limit, so the limit is one byte more.
     request.max_content_length = max_body + 1
     try:
         body = request.get_data(cache=False)
@@ -96,7 +96,7 @@ def _read_body(request: Request, max_body: int) -> bytes:
         raise _too_large(max_body) from None
     except RequestTimeout:
         raise
-    except Exception:  # noqa: BLE001 (each server has its own errors for a broken body)
+    except Exception:  # noqa: BLE001 (each server raises its own errors for a broken body)
         raise InvalidParameter("Content-Length", "the body ended early") from None
     if len(body) > max_body:
         raise _too_large(max_body)

@@ -1,4 +1,4 @@
-"""What the HTTP layer asks of the KMS behind it; :mod:`hsmwrap.kms` fits, and so can another."""
+"""The interfaces that the HTTP layer needs; :mod:`hsmwrap.kms` implements them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hsmwrap.kms.access import AccessKeys, Caller
 
 
 class Health(Protocol):
-    """The answer to "can calls succeed now?"."""
+    """Whether calls can succeed now."""
 
     @property
     def ready(self) -> bool:
@@ -22,7 +22,7 @@ class Health(Protocol):
 
 
 class KmsPort(Protocol):
-    """The KMS, as far as requests go. Called from several threads at a time."""
+    """The KMS as the HTTP layer uses it. Called from several threads at a time."""
 
     def execute(
         self, action: str, parameters: Mapping[str, str], caller: Caller, request_id: str
@@ -30,9 +30,9 @@ class KmsPort(Protocol):
         """Run an operation; raise a :class:`hsmwrap.errors.HsmwrapError` that is the answer."""
 
     def record_refusal(self, action: str, access_key_id: str, request_id: str, code: str) -> None:
-        """Audit a request that the protocol refused in the name of an access key that exists.
+        """Audit a request that the protocol refused for an existing access key.
 
-        ``code`` is the error's, or counts refusals that left no line
+        ``code`` is the error's code, or the number of refusals that were not audited
         (:data:`hsmwrap.http.refusals.LEFT_OUT`).
         """
 
@@ -41,10 +41,10 @@ class KmsPort(Protocol):
 
 
 class NonceStore(Protocol):
-    """Nonces that were used; shared by all processes that serve the same access keys."""
+    """Used nonces, shared by all processes that serve the same access keys."""
 
     def use(self, access_key_id: str, nonce: str, expires_at: datetime) -> bool:
-        """Use the nonce, atomically; False if it was used before and is not over."""
+        """Mark the nonce as used, atomically; False if it was used before and has not expired."""
 
 
 __all__ = ["AccessKeys", "Caller", "Health", "KmsPort", "NonceStore"]

@@ -1,10 +1,10 @@
-"""Which refused signatures are audited.
+"""Rate limit for refused signatures in the audit log.
 
-The audit log tells what was tried in the name of an access key, and grows for ever. Whoever knows
-the id of an access key can sign wrongly, and whoever saw a request can send it again: such
-refusals are audited at most :data:`PER_MINUTE` times a minute, for each access key and in each
-process. The first one that is audited after others were not is preceded by a line that says how
-many were left out. The request log and the metrics have every one.
+The audit log records attempts to use an access key, and is never truncated. Anyone who knows the id
+of an access key can send requests with wrong signatures, and anyone who saw a request can repeat
+it. So such refusals are audited at most :data:`PER_MINUTE` times a minute, for each access key and
+in each process. The next audited refusal is preceded by a line with the number of those left out.
+The request log and the metrics have all of them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from datetime import datetime, timedelta
 from hsmwrap.http.ports import KmsPort
 
 PER_MINUTE = 10
-"""Refusals that are audited, of each access key, a minute and a process."""
+"""Audited refusals per minute, access key and process."""
 
 LEFT_OUT = "RefusalsLeftOut"
-"""What the outcome of the line begins with that counts refusals which were not audited."""
+"""Start of the outcome of a line that counts refusals which were not audited."""
 
 _WINDOW = timedelta(minutes=1)
 
 
 @dataclass(slots=True)
 class _Window:
-    """A minute, and how many of its refusals came so far."""
+    """One minute, and its number of refusals so far."""
 
     begins: datetime
     refusals: int = 0
@@ -38,22 +38,22 @@ class _Window:
 
 
 class RefusalAudit:
-    """Audits refusals in the name of access keys that exist, some a minute."""
+    """Audits refusals for existing access keys, up to the rate limit."""
 
     def __init__(self, kms: KmsPort, clock: Callable[[], datetime]) -> None:
-        """Take the KMS that keeps the audit log, and what returns the current aware time."""
+        """Take the KMS that writes the audit log, and the clock."""
         self._kms = kms
         self._clock = clock
         self._lock = threading.Lock()
         self._windows: dict[str, _Window] = {}
 
     def record(self, action: str, access_key_id: str, request_id: str, code: str) -> None:
-        """Audit a refusal, if the access key has not had too many.
+        """Audit a refusal, unless the access key has reached the limit.
 
         Args:
-            action: The API's action, or nothing.
-            access_key_id: An access key that exists: one is remembered for each.
-            request_id: The id that the answer carries.
+            action: The API's action, or an empty text.
+            access_key_id: An existing access key; each takes some memory.
+            request_id: The RequestId of the answer.
             code: The error's code.
 
         Raises:
@@ -66,7 +66,7 @@ class RefusalAudit:
             self._kms.record_refusal(action, access_key_id, request_id, code)
 
     def _count(self, access_key_id: str) -> tuple[int, bool]:
-        """How many were left out before this one, and whether this one is audited."""
+        """The number of refusals left out before, and whether this one is audited."""
         now, left_out = self._clock(), 0
         with self._lock:
             window = self._windows.get(access_key_id)

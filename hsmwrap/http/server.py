@@ -1,8 +1,8 @@
 """The application under gunicorn: processes, threads, limits, graceful shutdown.
 
-Deadlines and limits of a request are :mod:`hsmwrap.http.worker`'s.
+Deadlines and limits of a request are in :mod:`hsmwrap.http.worker`.
 
-Each worker process opens the KMS for itself, after the fork. On SIGTERM a worker stops accepting,
+Each worker process opens its own KMS after the fork. On SIGTERM a worker stops accepting,
 finishes its running calls (at most ``shutdown_seconds``) and closes the KMS.
 """
 
@@ -36,7 +36,7 @@ _LOGGING = {
 
 
 class Server(BaseApplication):
-    """A gunicorn server that is configured from here and from nowhere else."""
+    """A gunicorn server; its only configuration is the arguments of this class."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Server(BaseApplication):
         super().__init__()
 
     def load_config(self) -> None:
-        """Hand the options to gunicorn (its hook)."""
+        """Pass the options to gunicorn (its hook)."""
         for name, value in self._options.items():
             self.cfg.set(name, value)
 
@@ -85,7 +85,7 @@ class Server(BaseApplication):
         return self._load()
 
     def run_to_exit(self) -> int:
-        """Serve until a signal ends it; the exit code. Workers return from here as well."""
+        """Serve until a signal; returns the exit code. Worker processes return here too."""
         try:
             self.run()
         except SystemExit as end:
@@ -93,7 +93,7 @@ class Server(BaseApplication):
         return 0
 
     def _share_metrics(self) -> None:
-        """Let the workers add up their metrics, before prometheus_client is imported."""
+        """Make prometheus_client aggregate over workers; has to run before it is imported."""
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             directory = Path(tempfile.mkdtemp(prefix="hsmwrap-metrics-"))
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
@@ -101,7 +101,7 @@ class Server(BaseApplication):
 
 
 def _announce(worker: Any) -> None:
-    """Say on stdout that the server listens and that the application is up, once."""
+    """Print one line on stdout when the server listens and the application is ready."""
     if worker.age == 1:
         host, port = worker.sockets[0].getsockname()[:2]
         print(f"ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)  # noqa: T201 (callers wait for this line)

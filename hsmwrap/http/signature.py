@@ -1,4 +1,4 @@
-"""What a request claims by its signature, read and checked for form; nothing is verified here.
+"""Parses the signature of a request into a claim, and checks its form.
 
 Two schemes: version 1 (HMAC-SHA1, in the parameters) and ACS3 (HMAC-SHA-256 or HMAC-SM3, in the
 headers). :mod:`hsmwrap.http.authentication` verifies the claim.
@@ -23,26 +23,27 @@ from hsmwrap.http.errors import IncompleteSignature
 from hsmwrap.http.message import RpcMessage
 
 SENSITIVE = frozenset({"CiphertextBlob", "EncryptedKeyMaterial", "ImportToken", "Plaintext"})
-"""Parameters whose values never leave this process: not in a log, not in an error message."""
+"""Parameters whose values must not appear in a log or an error message."""
 
 Mac = Callable[[bytes, bytes], str]
-"""Secret and text in, signature out, as it is written in a request."""
+"""Takes secret and text; returns the signature as a request carries it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Who signed what, when: as the request says.
+    """The content of a signature, not verified.
 
     Attributes:
-        access_key_id: The access key that is said to have signed.
-        timestamp: When, as written.
-        nonce: What makes the request unique.
+        access_key_id: The access key that signed, as claimed.
+        timestamp: Time of signing, as written.
+        nonce: Makes the request unique.
         action: API action that was signed; empty: none.
         version: API version that was signed; empty: none.
-        string_to_sign: The server's own string to sign; None: what was signed is not what came.
+        string_to_sign: The server's own string to sign; None if the body differs from the signed
+            one.
         disclosed: Makes ``string_to_sign`` without the values of sensitive parameters.
-        signature: As received.
-        mac: Makes the signature that it should be.
+        signature: The signature as received.
+        mac: Computes the expected signature.
     """
 
     access_key_id: str
@@ -56,19 +57,19 @@ class Claim:
     mac: Mac = field(repr=False)
 
     def is_signed_with(self, secret: str) -> bool:
-        """Whether the signature is the one that ``secret`` makes, in constant time."""
+        """Whether the signature is right for ``secret``; compared in constant time."""
         if self.string_to_sign is None:
             return False
-        # latin-1: ACS3 signs header bytes, which WSGI hands over in this guise.
+        # latin-1: ACS3 signs header bytes, which WSGI passes as latin-1 text.
         right = self.mac(secret.encode(), self.string_to_sign.encode("latin-1"))
         return hmac.compare_digest(right.encode(), self.signature.encode())
 
 
 def read_claim(message: RpcMessage) -> Claim:
-    """Read the claim of either scheme.
+    """Parse the claim of either scheme.
 
     Raises:
-        IncompleteSignature: A piece is missing, malformed or not signed.
+        IncompleteSignature: A part is missing, malformed or not signed.
         InvalidParameter: A signature method or version that is not served.
     """
     if "authorization" in message.headers:
@@ -165,7 +166,7 @@ def _read_acs3(message: RpcMessage) -> Claim:
         raise IncompleteSignature("the Authorization header is malformed")
     suite = _SUITES.get(authorization["algorithm"])
     if suite is None:
-        raise IncompleteSignature(f"the signature algorithm is none of {', '.join(_SUITES)}")
+        raise IncompleteSignature(f"the signature algorithm has to be one of {', '.join(_SUITES)}")
     headers = _signed_headers(message, authorization["signed"].split(";"))
     body_digest = suite.digest(message.body)
     string_to_sign = _acs3_string_to_sign(
@@ -195,7 +196,7 @@ def _acs3_string_to_sign(
 
 
 def _signed_headers(message: RpcMessage, names: list[str]) -> dict[str, str]:
-    """Header values by name, in signed order: sorted, complete, and all of them there."""
+    """The signed headers by name, sorted; all that have to be signed are there."""
     needed = {n for n in message.headers if n.startswith("x-acs-")} | set(_ACS3_NEEDED)
     if message.body:
         needed.add("content-type")

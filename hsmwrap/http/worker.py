@@ -1,12 +1,12 @@
-"""gunicorn's threaded worker, answering in the API's terms what never reaches the application.
+"""gunicorn's threaded worker, with the API's error answers and with deadlines.
 
-Out of the box gunicorn answers a request that it cannot parse in HTML, without a RequestId, and
-logs the request's text, which may hold a signature or an import token. It also waits for ever for
-the rest of a request, and for clients that take no answer; here both have a deadline
+gunicorn itself answers a malformed request in HTML, without a RequestId, and logs the request's
+text, which may hold a signature or an import token. It also waits without limit for the rest of a
+request and for clients that do not read an answer; here both have a deadline
 (:mod:`hsmwrap.http.deadline`).
 
-A request keeps a thread from its first byte on, within its deadline. Where strangers can connect,
-put a proxy in front that reads requests whole and limits connections by address; TLS, whose
+A request holds a thread from its first byte, up to its deadline. If untrusted clients can connect,
+put a proxy in front that buffers whole requests and limits connections by address. TLS, whose
 handshake has no deadline here, belongs there too.
 """
 
@@ -35,8 +35,8 @@ from hsmwrap.http.errors import (
 )
 
 MAX_REQUEST_LINE = 128 * 1024
-"""Longest request line in bytes. SDKs send everything in the query: a plaintext of 6 KiB may take
-24 KiB there, and an EncryptionContext of 8192 characters four times that."""
+"""Limit of a request line in bytes. SDKs send all parameters in the query: a plaintext of 6 KiB may
+take 24 KiB there, and an EncryptionContext of 8192 characters four times that."""
 
 _log = logging.getLogger(__name__)
 
@@ -45,9 +45,10 @@ class KmsWorker(ThreadWorker):
     """A ``gthread`` worker with deadlines, longer request lines and the API's error answers."""
 
     def init_process(self) -> None:
-        """Change what gunicorn's configuration cannot; ``limit_request_line`` counts for nothing.
+        """Set what gunicorn's configuration cannot set; ``limit_request_line`` is overridden.
 
-        gunicorn can lower its limit of the request line or switch it off, but not raise it.
+        By configuration gunicorn can lower its limit of the request line or disable it, not raise
+        it.
         """
         message.MAX_REQUEST_LINE = MAX_REQUEST_LINE  # type: ignore[misc]  # a constant to gunicorn
         self.cfg.set("limit_request_line", MAX_REQUEST_LINE)
@@ -62,14 +63,14 @@ class KmsWorker(ThreadWorker):
             reader.await_head()
         keep = super().handle(conn)
         if not keep:
-            # gunicorn waits up to two seconds for the client to close too, in the thread that
-            # accepts all others. Now it finds the end at once, after what has arrived already.
+            # gunicorn waits up to two seconds for the client to close, in the thread that accepts
+            # connections. After this it reads what has arrived, then finds the end at once.
             with contextlib.suppress(OSError):
                 conn.sock.shutdown(socket.SHUT_RD)
         return keep
 
     def handle_request(self, req: message.Request, conn: TConn) -> bool:
-        """Answer a request whose head is here; True keeps the connection."""
+        """Answer a request whose head was read; True keeps the connection."""
         reader = _reader(conn)
         if reader is None:
             return super().handle_request(req, conn)
@@ -82,7 +83,7 @@ class KmsWorker(ThreadWorker):
     def handle_error(
         self, _req: Any, client: socket.socket, _addr: Any, exc: BaseException
     ) -> None:
-        """Answer and log a request that could not be parsed, or a failure while answering."""
+        """Answer and log a malformed request, or a failure while answering."""
         error = _translate(exc)
         request_id = str(uuid.uuid4()).upper()
         level = logging.ERROR if type(error) is HsmwrapError else logging.INFO
@@ -106,7 +107,7 @@ def _translate(exc: BaseException) -> HsmwrapError:
     if isinstance(exc, parsing.LimitRequestHeaders):
         return HeadersTooLarge("the header fields are too many or too long")
     if isinstance(exc, parsing.ParseException):
-        return MalformedRequest("the request does not parse")
+        return MalformedRequest("the request is malformed")
     return HsmwrapError("unexpected")
 
 
