@@ -39,7 +39,7 @@ STALLS = {
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory):
     directory = tmp_path_factory.mktemp("fake")
-    with running([FAKE, "1", str(directory), SECONDS], directory / "log") as process:
+    with running([*FAKE, "1", str(directory), SECONDS], directory / "log") as process:
         yield process
 
 
