@@ -1,7 +1,7 @@
-"""The field's vocabulary in the API's own spelling, and the compatibility table as data.
+"""The API's enumerations in the API's spelling, and the compatibility table as data.
 
 Source of the table: Alibaba Cloud KMS, "Import key material" and ``GetParametersForImport``
-(API 2016-01-20). Who may use which row is decided in :mod:`hsmwrap.policy`; nothing here decides.
+(API 2016-01-20). The decisions are made in :mod:`hsmwrap.policy`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def loggable(text: object, longest: int = 40) -> str:
 
 
 class _ApiEnum(StrEnum):
-    """An enum whose members are spelled as the API spells them."""
+    """An enum with members in the API's spelling."""
 
     @classmethod
     def api_name(cls) -> str:
@@ -42,11 +42,11 @@ class _ApiEnum(StrEnum):
 
     @classmethod
     def parse(cls, value: str | None) -> Self:
-        """Return the member that the API's string names.
+        """Return the member for the API's string.
 
         Raises:
             MissingParameter: ``value`` is None or empty.
-            InvalidParameter: ``value`` names no member; the text lists those that exist.
+            InvalidParameter: ``value`` is not a member; the text lists the members.
         """
         if not value:
             raise MissingParameter(cls.api_name())
@@ -67,7 +67,7 @@ class WrappingKeySpec(_ApiEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> WrappingKeySpec | None:
-        # Older SDKs and the product pages write SM2 for the same key pair.
+        # Older SDKs and the product pages write SM2 for this spec.
         return cls.EC_SM2 if value == "SM2" else None
 
 
@@ -84,14 +84,14 @@ class WrappingAlgorithm(_ApiEnum):
 
 
 class ProtectionLevel(_ApiEnum):
-    """Where a CMK's key material lives; it decides the backend."""
+    """Where a CMK's key material is kept; it selects the backend."""
 
     SOFTWARE = "SOFTWARE"
     HSM = "HSM"
 
 
 class Origin(_ApiEnum):
-    """Who made a CMK's key material; only EXTERNAL is imported."""
+    """Where a CMK's key material comes from; only EXTERNAL is imported."""
 
     ALIYUN_KMS = "Aliyun_KMS"
     EXTERNAL = "EXTERNAL"
@@ -105,7 +105,7 @@ class KeySpec(_ApiEnum):
 
     @property
     def material_length(self) -> int:
-        """Length of the key material in bytes; no other length is ever accepted."""
+        """Length of the key material in bytes; other lengths are refused."""
         return _MATERIAL_LENGTH[self]
 
 
@@ -115,7 +115,7 @@ _MATERIAL_LENGTH: Mapping[KeySpec, int] = MappingProxyType(
 
 
 class ManagedHsm(StrEnum):
-    """Which certification the managed HSM of a region carries; NONE: no managed HSM there."""
+    """The certification of a region's managed HSM; NONE: the region has no managed HSM."""
 
     SCA = "SCA"
     FIPS = "FIPS"
@@ -123,10 +123,10 @@ class ManagedHsm(StrEnum):
 
 
 def configured(kind: type[_E], setting: str, value: str) -> _E:
-    """Return the member of ``kind`` that the value of a setting names.
+    """Return the member of ``kind`` for the value of a setting.
 
     Raises:
-        ConfigurationError: ``value`` names no member; the text lists those that exist.
+        ConfigurationError: ``value`` is not a member; the text lists the members.
     """
     try:
         return kind(value)
@@ -137,14 +137,14 @@ def configured(kind: type[_E], setting: str, value: str) -> _E:
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """One row of the compatibility table: where a wrapping algorithm may be used.
+    """One row of the compatibility table: a wrapping algorithm and where it may be used.
 
     Attributes:
         spec: The wrapping key spec.
         algorithm: The wrapping algorithm.
         levels: Protection levels of the CMK that may use the row.
         managed_hsm: Region classes whose HSM-level CMKs may use the row.
-        dedicated: True where a dedicated KMS instance offers the row as well.
+        dedicated: True if a dedicated KMS instance offers the row too.
     """
 
     spec: WrappingKeySpec
@@ -180,7 +180,7 @@ COMPATIBILITY_TABLE: tuple[TableRow, ...] = (
         dedicated=True,
     ),
     # "Only for a CMK whose ProtectionLevel is HSM, and only with Managed HSM in the Chinese
-    # mainland." Dedicated KMS is not stated there; read as yes.
+    # mainland." The source does not mention dedicated KMS; we read that as yes.
     TableRow(
         WrappingKeySpec.EC_SM2,
         WrappingAlgorithm.SM2PKE,

@@ -1,15 +1,15 @@
-"""Check values: tell equal key material from different material, and nothing else.
+"""Check values (KCV, key check value): they tell equal key material from different material.
 
-A check value is one byte that names the method, then 16 bytes: one constant block, encrypted by AES
-under the key. An Aliyun_SM4 key is taken as an AES-128 key for this. HMAC would be the cleaner
-choice for it, but SoftHSM takes no HMAC-SHA-256 key under 32 bytes (field note 28), and backends
-should agree on the value.
+A check value is one byte for the method, then 16 bytes: a constant block, encrypted by AES under
+the key. An Aliyun_SM4 key is used as an AES-128 key for this. HMAC would be the cleaner choice, but
+SoftHSM refuses HMAC-SHA-256 keys under 32 bytes (field note 28), and backends should agree on the
+value.
 
-Method bytes: 0 is none, 1 is this one, 2 to 127 are kept for later ones of hsmwrap, 128 to 255 are
-the plug-ins' own, for an HSM that cannot do method 1 (with its SM4 keys, for example). Check values
-are compared whole, so material imported under one method does not match under another: on a
-backend that changes its method, or after a move to a backend with another one, the re-import of
-the same material is refused as different. Such a change is a migration, as is one of the value.
+Method bytes: 0 is unused, 1 is this method, 2 to 127 are reserved for hsmwrap, 128 to 255 are for
+plug-ins whose HSM cannot do method 1 (for example with its SM4 keys). Check values are compared
+whole, so the same material has different check values under different methods. If a backend changes
+its method, or a CMK moves to a backend with another method, the re-import of the same material is
+refused as different material. Such a change needs a migration of the stored values.
 """
 
 from __future__ import annotations
@@ -21,19 +21,16 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 METHOD_AES_ECB = 1
 """AES of :data:`CHECK_BLOCK` under the key material."""
 
-# The key's other job is GCM with 12-byte nonces. There the block cipher sees nonce ‖ counter with
-# a counter of 1 or more (NIST SP 800-38D, 7.1: J0 ends in 1), and the all-zero block for the hash
-# key. A block that is not zero and ends in counter 0 is never encrypted, so its ciphertext is no
-# piece of any keystream.
+# The key is also used for GCM with 12-byte nonces. GCM encrypts nonce ‖ counter with a counter of 1
+# or more (NIST SP 800-38D, 7.1: J0 ends in 1), and the all-zero block for the hash key. It never
+# encrypts a non-zero block that ends in counter 0, so the check value is not part of any keystream.
 CHECK_BLOCK = b"hsmwrap-kcv\x01" + bytes(4)
-"""What the key is applied to: 16 bytes, one AES block."""
-CHECK_VALUE_LENGTH = 16
-"""Length in bytes of the value that follows the method byte."""
+"""The block that is encrypted: 16 bytes."""
 
 
 def check_value(material: bytes) -> bytes:
-    """Check value of key material (16, 24 or 32 bytes): 0x01 ‖ AES-ECB(block), 17 bytes."""
-    # One constant block, once per key: what ECB is bad at does not occur.
+    """Check value (KCV) of key material (16, 24 or 32 bytes): 0x01 ‖ AES-ECB(block), 17 bytes."""
+    # ECB is safe for a single constant block.
     aes = Cipher(algorithms.AES(material), modes.ECB()).encryptor()  # noqa: S305
     return bytes([METHOD_AES_ECB]) + aes.update(CHECK_BLOCK) + aes.finalize()
 

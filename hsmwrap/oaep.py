@@ -1,7 +1,7 @@
-"""EME-OAEP decoding in the host, for tokens that do raw RSA but not this OAEP (RFC 8017, 7.1.2).
+"""EME-OAEP decoding in the host, for HSM tokens that only do raw RSA here (RFC 8017, 7.1.2).
 
-Manger (Crypto 2001) recovers a plaintext from an oracle that tells only whether the first byte
-of the encoded message is zero, so how decoding failed must not be seen.
+Manger (Crypto 2001) recovers a plaintext from an oracle that tells only whether the first byte of
+the encoded message is zero. So the cause of a decoding error must not be visible.
 """
 
 from __future__ import annotations
@@ -18,23 +18,22 @@ HashName = Literal["sha1", "sha256"]
 def decode(encoded: bytes, hash_name: HashName) -> bytes:
     """Return the message of an OAEP-encoded block; MGF1 with the same hash, empty label.
 
-    Every check is made on every input, in the same order, over all positions; the outcomes are
-    gathered in one integer that is looked at once, at the end. No branch and no index before
-    that depends on the decoded bytes. What this can promise in Python: the same sequence of
-    bytecodes and hash calls whatever is wrong, and one error. What it cannot: constant time of
-    the interpreter below (allocation, caches, integer arithmetic, although all integers here are
-    the small ones that CPython keeps ready), nor the erasure of intermediate bytes. A token
-    that decodes OAEP itself is better, and is asked first.
+    Every check runs on every input, in the same order, over all positions. The results are
+    collected in one integer that is tested once, at the end. Before that, no branch and no index
+    depends on the decoded bytes. In Python this gives the same sequence of bytecodes and hash calls
+    for every error, and one error. It does not give constant time of the interpreter (allocation,
+    caches, integer arithmetic, although all integers here are small ones that CPython caches), nor
+    erasure of intermediate bytes. An HSM token that decodes OAEP itself is preferred.
 
     Args:
-        encoded: What a raw RSA decryption gave, as long as the modulus, leading zero included.
+        encoded: Result of a raw RSA decryption, as long as the modulus, with the leading zero.
         hash_name: The hash of the label and of MGF1.
 
     Returns:
-        The message, zero or more bytes. That decoding succeeded, and this length, are not hidden.
+        The message, zero or more bytes. Success and the length are not hidden.
 
     Raises:
-        InvalidKeyMaterial: The block is not an encoding; never says why.
+        InvalidKeyMaterial: The block is not a valid encoding; never says why.
     """
     size = hashlib.new(hash_name).digest_size
     if len(encoded) < 2 * size + 2:  # the length of the modulus: public
@@ -61,7 +60,7 @@ def mgf1(seed: bytes, length: int, hash_name: HashName) -> bytes:
 
 
 def _scan_padding(data: bytes) -> tuple[int, int]:
-    """Return the number of 00 before the first 01, and 0 if nothing else stands there."""
+    """Return the number of 00 bytes before the first 01, and 0 if no other byte precedes it."""
     padding, bad, searching = 0, 0, 1
     for byte in data:
         zero = _is_zero(byte)

@@ -1,7 +1,7 @@
-"""Policy: the compatibility table × the deployment → allowed, or the rule that refuses.
+"""Policy: whether the compatibility table allows a combination in a deployment.
 
-Asked before anything is generated (design invariant 1). The question is answered from
-:data:`hsmwrap.catalog.COMPATIBILITY_TABLE` alone; this module only reads it.
+It is checked before anything is generated (design invariant 1). The only input is
+:data:`hsmwrap.catalog.COMPATIBILITY_TABLE`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from hsmwrap.errors import (
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """Where this KMS runs, as far as the compatibility table cares.
+    """Where this KMS runs, as far as the compatibility table needs it.
 
     Attributes:
         managed_hsm: Class of the managed HSM: SCA (Chinese mainland), FIPS, or NONE; a member or
-            its spelling.
+            its name.
         dedicated: True for a dedicated KMS instance.
 
     Raises:
-        ConfigurationError: ``managed_hsm`` names no class, or ``dedicated`` is no boolean.
+        ConfigurationError: ``managed_hsm`` is not a class, or ``dedicated`` is not a boolean.
     """
 
     managed_hsm: ManagedHsm = ManagedHsm.SCA
@@ -45,24 +45,24 @@ class Deployment:
     def __post_init__(self) -> None:
         managed_hsm = configured(ManagedHsm, "managed_hsm", self.managed_hsm)
         object.__setattr__(self, "managed_hsm", managed_hsm)
-        # Every text is true, "false" as well.
+        # A non-empty text is true in Python, also "false".
         if not isinstance(self.dedicated, bool):
             raise ConfigurationError(f"dedicated: {self.dedicated!r} is neither True nor False")
 
     @classmethod
     def of_region(cls, region: str, *, dedicated: bool = False) -> Deployment:
-        """The deployment of an Alibaba Cloud region id; one that is not listed has no HSM."""
+        """The deployment of an Alibaba Cloud region id; unknown regions have no managed HSM."""
         return cls(REGIONS.get(region, ManagedHsm.NONE), dedicated=dedicated)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer of :func:`check`: allowed, or refused with the rule that refuses.
+    """The result of :func:`check`: allowed, or refused by a rule.
 
     Attributes:
         allowed: Whether parameters may be issued.
         rule: Short name of the refusing rule; ``None`` when allowed.
-        reason: What was wrong and what would be right; empty when allowed.
+        reason: Why it is refused and what is allowed instead; empty when allowed.
         parameter: The API parameter at fault; ``None`` when allowed.
     """
 
@@ -72,7 +72,7 @@ class Verdict:
     parameter: str | None = None
 
     def error(self) -> HsmwrapError:
-        """The typed error of a refusal (call it on refusals only)."""
+        """The error of a refusal; call it on refusals only."""
         rule, parameter = self.rule or "", self.parameter or ""
         if parameter == "ProtectionLevel" and rule == "no-managed-hsm":
             return UnsupportedProtectionLevel(rule, self.reason)
@@ -88,11 +88,11 @@ def check(
     level: ProtectionLevel,
     deployment: Deployment,
 ) -> Verdict:
-    """Say whether a CMK of ``level`` may have parameters of ``spec`` and ``algorithm`` here.
+    """Check whether a CMK of ``level`` may get parameters of ``spec`` and ``algorithm``.
 
-    A text counts as the member that it spells; one that spells none is refused.
+    Plain strings are accepted for members; unknown ones are refused.
     """
-    # Equality and not identity throughout: a text is no member, but it has to meet every rule.
+    # Compare with == and not with `is` throughout: plain strings have to meet every rule too.
     if level == ProtectionLevel.HSM and deployment.managed_hsm == ManagedHsm.NONE:
         return _refuse(
             "no-managed-hsm",

@@ -21,10 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand.
 
     Args:
-        argv: Arguments without the program's name; None: those of the process.
+        argv: Arguments without the program's name; None: the process's arguments.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 wrong usage or configuration.
+        The exit code: 0 success, 1 failure, 2 wrong usage or configuration.
 
     Raises:
         SystemExit: From argparse, for ``--help``, ``--version`` and wrong usage.
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hsmwrap: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
     except BrokenPipeError:
-        # The reader (head, less) has seen enough; nothing may be flushed to it at exit.
+        # The reader (head, less) has closed the pipe: do not flush to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status

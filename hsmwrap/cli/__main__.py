@@ -1,4 +1,4 @@
-"""``python -m hsmwrap.cli``: the command where its script is not on the PATH."""
+"""``python -m hsmwrap.cli``: the command if its script is not on the PATH."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``hsmwrap audit verify``: whether an audit log is whole and unchanged."""
+"""``hsmwrap audit verify``: check that an audit log is complete and unchanged."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def add_parser(subparsers: Subparsers) -> None:
     verify = actions.add_parser(
         "verify",
         help="find lines that were changed, removed or reordered",
-        description="Follow the chain of an audit log. With --config, the path, the key and the "
-        "line that the database remembers come from the server's configuration; that line is "
-        "what shows that the end was cut off. Exit code 1 if something is wrong, or if the "
-        "database remembers no line of a log that has some.",
+        description="Check the chain of an audit log. With --config, path and key come from the "
+        "server's configuration, and the database tells one line that the log must have, so that "
+        "a cut-off end is found. Exit code 1 if the log has a problem, or if the database stores "
+        "no line of a log that has lines.",
     )
     where = verify.add_mutually_exclusive_group(required=True)
     where.add_argument("--config", type=Path, metavar="FILE", help="the server's TOML file")
@@ -35,14 +35,14 @@ def add_parser(subparsers: Subparsers) -> None:
     verify.add_argument(
         "--without-anchor",
         action="store_true",
-        help="with --config, accept that the database remembers no line of the log",
+        help="with --config, accept that the database stores no line of the log",
     )
     add_json_option(verify)
     verify.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify the log and print what was found."""
+    """Verify the log and print the result."""
     require_server()
     from hsmwrap.kms.audit import verify  # noqa: PLC0415 (the extra may be absent)
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         report = verify(log.path, log.key, log.anchors)
     except OSError as error:
         raise ConfigurationError(f"{log.path}: {error.strerror}") from None
-    # Somebody who can rename the log, or the host, must not get the end unchecked by that.
+    # Renaming the log or the host must not skip the check of the log's end.
     missing = bool(args.config and report.lines and not log.anchors)
     whole = report.ok and (args.without_anchor or not missing)
     print(_json(log, report, whole=whole) if args.json else _text(log, report, missing=missing))
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 class _Log:
     """What to verify: the file, its HMAC key, and the lines that it must have.
 
-    ``name`` is what the database calls it; None where there is no database to ask.
+    ``name`` is the id of the log in the database; None without a database.
     """
 
     path: Path
@@ -104,12 +104,12 @@ def _json(log: _Log, report: AuditReport, *, whole: bool) -> str:
 
 def _text(log: _Log, report: AuditReport, *, missing: bool) -> str:
     found = [f"{log.path}: {problem}" for problem in report.problems]
-    verdict = "wrong" if found else "whole"
-    end = "" if log.name else "; whether the end was cut off, only --config can tell"
+    verdict = "damaged" if found else "complete"
+    end = "" if log.name else "; only --config can check that the end was not cut off"
     if missing:
         end = (
-            f"; whether the end was cut off cannot be told: the database remembers no line of a "
-            f"log called {log.name!r}. If the host was renamed or the log moved, set audit_log_id; "
-            "if no server has used this log with this database yet, accept it by --without-anchor"
+            "; cannot check that the end was not cut off: the database stores no line of a log "
+            f"with the id {log.name!r}. If the host was renamed or the log moved, set "
+            "audit_log_id; if no server has used this log with this database yet, use --without-anchor"
         )
     return "\n".join([*found, f"{log.path}: {report.lines} lines, {verdict}{end}"])

@@ -1,4 +1,4 @@
-"""``hsmwrap compat``: the compatibility table, as the policy answers it."""
+"""``hsmwrap compat``: print the compatibility table as the policy applies it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "compat",
         help="print the compatibility table",
-        description="Say for every wrapping key spec, wrapping algorithm and protection level "
-        "whether parameters for import may be issued, and which rule refuses. Without a region "
+        description="For every wrapping key spec, wrapping algorithm and protection level, print "
+        "whether parameters for import may be issued, or which rule refuses. Without a region "
         "or a class of managed HSM: for all deployments.",
     )
     where = parser.add_mutually_exclusive_group()

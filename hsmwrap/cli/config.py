@@ -1,4 +1,4 @@
-"""``hsmwrap config check``: every effective value of a server's configuration and its source."""
+"""``hsmwrap config check``: print the effective configuration of a server and its sources."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="print every effective value and where it comes from",
         description="Read the configuration as the server would and print every effective value "
         "and where it comes from: the file, an environment variable, or the default. Secrets are "
-        "not shown. Exit code 2 if the server would not take it.",
+        "not shown. Exit code 2 if the server would refuse it.",
     )
     check.add_argument("--config", type=Path, metavar="FILE", help="the TOML file")
     add_json_option(check)
@@ -28,7 +28,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the configuration, or raise the ConfigurationError that says what is wrong."""
+    """Print the configuration; raise ConfigurationError if it is wrong."""
     require_server()
     from hsmwrap.kms.config import load_config, require_own_names  # noqa: PLC0415 (the extra may be absent)
     from hsmwrap.kms.explain import explain  # noqa: PLC0415 (the extra may be absent)

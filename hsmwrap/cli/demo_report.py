@@ -1,4 +1,4 @@
-"""What the demo says in the end: two tables and a paragraph, or one JSON document."""
+"""The demo's report: two tables and a paragraph, or one JSON document."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hsmwrap.cli.demo_runner import Row
 _WIDTH = 96
 _COMBINATION = ("wrapping key spec", "wrapping algorithm", "level")
 _EXPOSURE = """\
-Exposure says where the key material was in plaintext during its import. in_hsm: only inside the \
-HSM, which unwrapped the client's ciphertext by itself. host: also, for a moment, in the memory \
-of this process, because the key is a software key or because the token has no mechanism for the \
-whole of that unwrapping. Who cannot accept host for keys of protection level HSM demands in_hsm \
-in the configuration; such combinations are then refused before a key is generated."""
+Exposure: where the key material was in plaintext during its import. in_hsm: only inside the HSM, \
+which unwrapped the client's ciphertext itself. host: also, for a moment, in the memory of this \
+process, because the key is a software key, or because the HSM token has no mechanism for the \
+whole unwrapping. If host is not acceptable for keys of protection level HSM, require in_hsm in \
+the configuration; such combinations are then refused before a key is generated."""
 
 
 def all_ok(rows: Iterable[Row]) -> bool:
-    """Whether every row did what the compatibility table says."""
+    """Whether every row gave the result that the compatibility table says."""
     return all(row.failure is None for row in rows)
 
 
@@ -31,14 +31,14 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def announcement(capabilities: Capabilities) -> str:
-    """One line about a backend: which levels it serves, and whether it is for production."""
+    """One line about a backend: the levels it serves, and whether it is for production."""
     levels = " and ".join(sorted(capabilities.protection_levels))
     kind = "" if capabilities.production else ", not for production"
     return f"backend {capabilities.backend} for protection level {levels}{kind}"
 
 
 def progress(row: Row) -> str:
-    """One row's end of its progress line."""
+    """The end of a row's progress line."""
     by = f"by {row.client}: " if row.client else ""
     return f"{by}{row.outcome}" + (f" - FAILED: {row.failure}" if row.failure else "")
 

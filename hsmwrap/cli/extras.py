@@ -1,4 +1,4 @@
-"""What the extras bring: a subcommand that needs one says which is missing."""
+"""Checks that an optional dependency (extra) is installed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _SERVER = ("sqlalchemy", "alembic", "pydantic_settings", "werkzeug", "gunicorn")
 
 
 def require_server() -> None:
-    """Make sure that the extra ``server`` is installed.
+    """Check that the extra ``server`` is installed.
 
     Raises:
-        ConfigurationError: It is not; the text says how to install it.
+        ConfigurationError: It is not installed; the text says how to install it.
     """
     missing = [name for name in _SERVER if find_spec(name) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""``hsmwrap serve``: the reference KMS behind Alibaba's API (extra ``server``)."""
+"""``hsmwrap serve``: serve the reference KMS with Alibaba's API (extra ``server``)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "serve",
         help="serve the reference KMS over HTTP",
-        description="Serve the reference KMS. Prints 'ready http://HOST:PORT' once it listens; "
-        "ends on SIGTERM when the running calls are done, on SIGINT at once.",
+        description="Serve the reference KMS. Prints 'ready http://HOST:PORT' when it listens. "
+        "SIGTERM ends it after the running calls, SIGINT at once.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="the TOML configuration")
     parser.add_argument("--port", type=int, metavar="N", help="instead of the file's; 0: any free")
@@ -27,7 +27,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until a signal ends it.
+    """Serve until a signal.
 
     Raises:
         ConfigurationError: The configuration cannot be used, or the extra is not installed.
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _application(config: Path | None) -> Any:
-    # Imported in the worker: prometheus_client looks at the environment when it is imported.
+    # Imported in the worker: prometheus_client reads the environment at import.
     from hsmwrap.http.app import from_config  # noqa: PLC0415
 
     return from_config(config)

@@ -1,4 +1,4 @@
-"""Output for people and for machines: aligned plain text, and JSON."""
+"""Output as aligned plain text and as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def render(
     Args:
         headings: One for each column.
         rows: Cells as text, as many as there are headings.
-        right: Headings of the columns that are aligned right.
+        right: Headings of the right-aligned columns.
     """
     lines = [tuple(headings), *(tuple(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -27,7 +27,7 @@ def render(
 
 
 def to_json(document: Any) -> str:
-    """Serialise for machines: two spaces of indent, keys in the order that they were made."""
+    """Serialise as JSON: indented by two spaces, keys in insertion order."""
     return json.dumps(document, indent=2, ensure_ascii=False)
 
 

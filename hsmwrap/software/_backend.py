@@ -1,4 +1,4 @@
-"""The software backend: everything sealed under the keyring, nothing resident."""
+"""The software backend: all keys are blobs sealed under the keyring; nothing is resident."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ _MASTER_KEY = "master key"
 class SoftwareBackend(Backend):
     """RSA, AES and SM4 by pyca/cryptography, SM2 by libcrypto; custody is always sealed blobs.
 
-    Keys, material and plaintext are in variables of what is called from here, so every public call
-    is :func:`~hsmwrap.errors.strip_tracebacks`.
+    Keys, material and plaintext are in local variables of the called functions, so every public
+    call is :func:`~hsmwrap.errors.strip_tracebacks`.
     """
 
     contract_version: ClassVar[int] = 1
 
     @strip_tracebacks
     def __init__(self, settings: SoftwareSettings | None = None) -> None:
-        """Open the backend; the SM2 engine proves itself and the keyring is read.
+        """Open the backend: test the SM2 engine and read the keyring.
 
         Raises:
             ConfigurationError: The keyring file or the SM2 engine cannot be used.
-            SelfTestFailed: The SM2 engine computes wrongly.
+            SelfTestFailed: The SM2 engine fails its known-answer test.
         """
         self._settings = settings or SoftwareSettings()
         self._keyring = _open_keyring(self._settings.keyring_file)
@@ -89,7 +89,7 @@ class SoftwareBackend(Backend):
     def initialise_keys(
         cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
     ) -> KeySetInfo:
-        """Make the keyring file; nobody's PIN is needed."""
+        """Create the keyring file; needs no PIN."""
         return KeySetInfo(
             _keyring_file(settings).create().current, current=True, detail="master key"
         )
@@ -126,7 +126,7 @@ class SoftwareBackend(Backend):
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        # No fork under a call into libcrypto: the child would inherit its locks.
+        # No fork during a call into libcrypto: the child would inherit locked locks.
         with self._gate.enter(), LIBCRYPTO.passing():
             yield
 
@@ -142,13 +142,13 @@ class SoftwareBackend(Backend):
         spec: WrappingKeySpec,
         algorithm: WrappingAlgorithm,
         *,
-        expires_at: datetime,  # noqa: ARG002  # nothing is resident, so nothing expires here
+        expires_at: datetime,  # noqa: ARG002  # nothing is resident, so nothing expires
     ) -> WrappingKey:
-        """Make a fresh pair; the private key is a blob bound to ``algorithm``."""
+        """Generate a pair; the private key is a sealed blob, bound to ``algorithm``."""
         with self._inside():
             scheme = self._scheme(algorithm)
             if scheme.spec is not spec:
-                raise UnsupportedOperation(f"{algorithm} is no algorithm of {spec}")
+                raise UnsupportedOperation(f"{algorithm} does not go with {spec}")
             public_key, secret = scheme.generate()
             blob = self._sealer.seal(Purpose.WRAPPING_KEY, secret, NAME, spec, algorithm)
             private_key = PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, blob)
@@ -156,7 +156,7 @@ class SoftwareBackend(Backend):
 
     @strip_tracebacks
     def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:  # noqa: ARG002  # as below
-        """Do nothing: the caller has the only copy."""
+        """Do nothing: the caller has the only copy of the blob."""
         with self._inside():
             return
 
@@ -169,9 +169,9 @@ class SoftwareBackend(Backend):
         *,
         key_spec: KeySpec,
         expected_check_value: bytes | None = None,
-        object_id: bytes | None = None,  # noqa: ARG002  # no object is made that it could name
+        object_id: bytes | None = None,  # noqa: ARG002  # keys are blobs, not objects
     ) -> ImportedKey:
-        """Turn encrypted key material into a sealed key."""
+        """Decrypt key material and seal it as a key."""
         with self._inside():
             scheme = self._scheme(algorithm)
             secret = self._open_wrapping_key(private_key, scheme)
@@ -189,13 +189,13 @@ class SoftwareBackend(Backend):
 
     @strip_tracebacks
     def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
-        """Decrypt what :meth:`encrypt` made."""
+        """Decrypt a result of :meth:`encrypt`."""
         with self._inside():
             return cipher.decrypt(key.key_spec, self._open_key(key), ciphertext, additional_data)
 
     @strip_tracebacks
     def destroy_key(self, key: KeyRef) -> None:  # noqa: ARG002  # a blob is the caller's to delete
-        """Do nothing: the caller has the only copy."""
+        """Do nothing: the caller has the only copy of the blob."""
         with self._inside():
             return
 
@@ -213,7 +213,7 @@ class SoftwareBackend(Backend):
 
     @strip_tracebacks
     def reap(self, now: datetime) -> ReapReport:  # noqa: ARG002  # nothing resident can expire
-        """Report that nothing is resident."""
+        """Report nothing: no key is resident."""
         with self._inside():
             return ReapReport()
 
@@ -234,7 +234,7 @@ class SoftwareBackend(Backend):
 
     @strip_tracebacks
     def close(self) -> None:
-        """Wait for running calls, then let go of the keys. Safe to call again."""
+        """Wait for running calls, then release the keys. Safe to call again."""
         self._gate.close()
         self._keyring = _closed_keyring
         self._sealer = Sealer(_closed_keyring)
@@ -243,7 +243,7 @@ class SoftwareBackend(Backend):
         try:
             return self._schemes[algorithm]
         except KeyError:
-            raise UnsupportedOperation(f"{algorithm} is not served here") from None
+            raise UnsupportedOperation(f"this backend does not serve {algorithm}") from None
 
     def _open_wrapping_key(self, private_key: PrivateKeyRef, scheme: Scheme) -> bytes:
         context = (NAME, scheme.spec, scheme.algorithm)
@@ -251,8 +251,8 @@ class SoftwareBackend(Backend):
             return self._sealer.open(Purpose.WRAPPING_KEY, private_key.data, *context)
         except BlobRejected:
             raise InvalidImportToken(
-                "the wrapping key in the import token does not open: not for this algorithm, "
-                "or made under a master key that is not in the keyring (any more)"
+                "the wrapping key in the import token does not open: it is for another algorithm, "
+                "or its master key is not in the keyring"
             ) from None
 
     def _open_key(self, key: KeyRef) -> bytes:
@@ -262,8 +262,8 @@ class SoftwareBackend(Backend):
             return self._sealer.open(Purpose.KEY_MATERIAL, key.data, key.backend, key.key_spec)
         except BlobRejected:
             raise KeyNotFound(
-                "the key does not open: not one of this backend, damaged, or sealed under a "
-                "master key that is not in the keyring (any more)"
+                "the key does not open: it belongs to another backend, is damaged, or its master "
+                "key is not in the keyring"
             ) from None
 
 
@@ -278,17 +278,17 @@ def _keyring_file(settings: Mapping[str, Any]) -> KeyringFile:
     path = SoftwareSettings.from_mapping(settings).keyring_file
     if path is None:
         raise ConfigurationError(
-            "keyring_file: name the file; without one there is nothing to manage"
+            "keyring_file: required; the keys of an ephemeral keyring cannot be managed"
         )
     return KeyringFile(path)
 
 
 def _closed_keyring() -> Keyring:
-    raise BackendClosed("this software backend was closed: open a new one")
+    raise BackendClosed("this software backend is closed; open a new one")
 
 
 def _checked_value(key_spec: KeySpec, material: bytes, expected: bytes | None) -> bytes:
-    """The check value of material that has the right length and is the expected one."""
+    """The check value (KCV) of the material, after length and expected value were checked."""
     if len(material) != key_spec.material_length:
         raise InvalidKeyMaterial
     value = check_value(material)

@@ -1,8 +1,9 @@
 """Use of an imported key: AES-256-GCM and SM4-GCM.
 
-A message is version (1 byte) ‖ nonce (12) ‖ ciphertext ‖ tag (16). GCM's additional data is the
-caller's alone, so that any GCM reads what follows the version byte. That byte is bound by being
-the only one accepted; a later version will have to authenticate its own.
+A message is version (1 byte) ‖ nonce (12) ‖ ciphertext ‖ tag (16). The additional data is exactly
+the caller's, so any GCM implementation can read what follows the version byte. The version byte
+itself is not authenticated; only one value is accepted. A later version has to authenticate its
+own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _ALGORITHMS: Mapping[KeySpec, Callable[[bytes], BlockCipherAlgorithm]] = Mapping
 
 
 def encrypt(key_spec: KeySpec, key: bytes, plaintext: bytes, additional_data: bytes) -> bytes:
-    """Encrypt to a message, under a random nonce."""
+    """Encrypt to a message with a random nonce."""
     nonce = os.urandom(NONCE_LENGTH)
     gcm = Cipher(_ALGORITHMS[key_spec](key), GCM(nonce)).encryptor()
     gcm.authenticate_additional_data(additional_data)
@@ -37,10 +38,10 @@ def encrypt(key_spec: KeySpec, key: bytes, plaintext: bytes, additional_data: by
 
 
 def decrypt(key_spec: KeySpec, key: bytes, message: bytes, additional_data: bytes) -> bytes:
-    """Decrypt what :func:`encrypt` made.
+    """Decrypt a message of :func:`encrypt`.
 
     Raises:
-        InvalidCiphertext: Too short, of an unknown version, or not authentic; never says which.
+        InvalidCiphertext: Too short, unknown version, or not authentic; never says which.
     """
     if len(message) < _HEAD_LENGTH + TAG_LENGTH or message[:1] != _VERSION:
         raise InvalidCiphertext
@@ -56,7 +57,7 @@ def decrypt(key_spec: KeySpec, key: bytes, message: bytes, additional_data: byte
 
 @cache
 def is_usable(key_spec: KeySpec) -> bool:
-    """Whether pyca has this cipher: SM4-GCM depends on the OpenSSL that it was built with."""
+    """Whether pyca has this cipher; SM4-GCM depends on the OpenSSL that it was built with."""
     try:
         encrypt(key_spec, bytes(key_spec.material_length), b"", b"")
     except UnsupportedAlgorithm:

@@ -1,4 +1,4 @@
-"""Master keys: several by id, one of them current."""
+"""The keyring: master keys by id, one of them current."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from hsmwrap.errors import ConfigurationError, KeyNotFound, strip_tracebacks
 MASTER_KEY_LENGTH = 32
 """Length of a master key in bytes."""
 KEY_ID_LENGTH = 4
-"""Length of a key id in bytes; as text it is twice as many lowercase hexadecimal digits."""
+"""Length of a key id in bytes; as text, twice as many lowercase hexadecimal digits."""
 
 _KEY_ID = re.compile(r"[0-9a-f]{8}")
 _VERSION = 1
 
 
 class Keyring:
-    """An immutable set of master keys by id; new blobs are made under the current one.
+    """An immutable set of master keys by id; new blobs are sealed under the current one.
 
-    Keys are in slots, not in a ``__dict__``, never in a repr, and do not pickle or copy.
+    Keys are in slots, not in a ``__dict__``, and never in a repr; a keyring cannot be pickled or
+    copied.
     """
 
     __slots__ = ("_current", "_keys")
 
     @strip_tracebacks
     def __init__(self, current: str, keys: Mapping[str, bytes]) -> None:
-        """Take the current key's id and every key (32 bytes) by its id (8 hex digits).
+        """Take the current key's id, and all keys (32 bytes) by id (8 hex digits).
 
         Raises:
             ConfigurationError: An id or a length is wrong, or ``current`` is not among the keys.
         """
-        # Nothing is quoted here that is not an id: a key may stand in the wrong place.
+        # Only valid ids are quoted: a key may be in the place of an id.
         for key_id, key in keys.items():
             if not _KEY_ID.fullmatch(key_id):
                 raise ConfigurationError("keyring: an id is not 8 lowercase hex digits")
@@ -49,13 +50,13 @@ class Keyring:
 
     @classmethod
     def generate(cls) -> Self:
-        """Make a keyring of one fresh key."""
+        """Generate a keyring with one key."""
         key_id = _fresh_id(())
         return cls(key_id, {key_id: secrets.token_bytes(MASTER_KEY_LENGTH)})
 
     @property
     def current(self) -> str:
-        """The id of the key that new blobs are made under."""
+        """The id of the key that new blobs are sealed under."""
         return self._current
 
     @property
@@ -67,7 +68,7 @@ class Keyring:
         """Return a master key.
 
         Raises:
-            KeyNotFound: No key has this id (any more).
+            KeyNotFound: No key has this id.
         """
         try:
             return self._keys[key_id]
@@ -75,13 +76,13 @@ class Keyring:
             raise KeyNotFound(f"the keyring has no key {key_id!r}") from None
 
     def rotated(self) -> Self:
-        """Return a keyring with one more key, fresh and current; the others still open blobs."""
+        """Return a keyring with a new current key; the other keys still open blobs."""
         key_id = _fresh_id(self.ids)
         key = secrets.token_bytes(MASTER_KEY_LENGTH)
         return type(self)(key_id, {**self._keys, key_id: key})
 
     def retired(self, key_id: str) -> Self:
-        """Return a keyring without this key: whatever was sealed under it is lost.
+        """Return a keyring without this key; everything sealed under it is lost.
 
         Raises:
             KeyNotFound: No key has this id.
@@ -94,7 +95,7 @@ class Keyring:
         return type(self)(self._current, rest)
 
     def to_json(self) -> bytes:
-        """Serialise with the keys in plaintext: for a keyring file and nothing else."""
+        """Serialise, with the keys in plaintext; only for a keyring file."""
         keys = {key_id: base64.b64encode(key).decode() for key_id, key in self._keys.items()}
         document = {"version": _VERSION, "current": self._current, "keys": keys}
         return json.dumps(document, indent=2).encode() + b"\n"
@@ -102,27 +103,27 @@ class Keyring:
     @classmethod
     @strip_tracebacks
     def from_json(cls, raw: bytes) -> Self:
-        """Parse what :meth:`to_json` made.
+        """Parse the output of :meth:`to_json`.
 
         Raises:
-            ConfigurationError: It is no keyring of a version known here.
+            ConfigurationError: It is not a keyring, or its version is unknown.
         """
         try:
             document: Any = json.loads(raw)
             version, current, keys = (document[name] for name in ("version", "current", "keys"))
             decoded = {key_id: base64.b64decode(key, validate=True) for key_id, key in keys.items()}
         except (ValueError, KeyError, TypeError, AttributeError, binascii.Error):
-            # The parser's own error would quote the file, and stays in nothing that leaves here.
+            # The parser's error would quote the file, so it is not chained.
             raise ConfigurationError("keyring: not a keyring in JSON") from None
         if version != _VERSION or not isinstance(current, str):
-            raise ConfigurationError("keyring: its version is not known here")
+            raise ConfigurationError("keyring: unknown version")
         return cls(current, decoded)
 
     def __repr__(self) -> str:
         return f"<Keyring current={self._current} ids={','.join(self.ids)}>"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a keyring does not pickle or copy: it holds master keys")
+        raise TypeError("a keyring cannot be pickled or copied: it holds master keys")
 
 
 def _fresh_id(taken: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""The keyring in a file: owner only, replaced whole, seen by running processes at once."""
+"""The keyring file: private, replaced atomically; running processes see changes at once."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _Stamp = tuple[int, int, int, int, int]
 class KeyringFile:
     """A keyring file, version 1: ``{"version": 1, "current": id, "keys": {id: base64}}``.
 
-    The file is the truth: every read looks whether it was replaced, so rotation and retirement
-    reach running processes without a restart. A file that others may read is refused, also
+    Every read checks whether the file was replaced, so rotation and retirement reach running
+    processes without a restart. A file that others may read is refused, also
     later on. Safe from any thread and across forks.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Name the file; it is opened at the first use."""
+        """Take the path; the file is opened at the first use."""
         self._path = Path(path)
         self._cached: tuple[_Stamp, Keyring] | None = None
 
@@ -32,7 +32,7 @@ class KeyringFile:
         return f"<KeyringFile {str(self._path)!r}>"
 
     def read(self) -> Keyring:
-        """Return the keyring as the file has it now.
+        """Return the current keyring of the file.
 
         Raises:
             ConfigurationError: The file is missing, no keyring, not a regular file, accessible to
@@ -52,10 +52,10 @@ class KeyringFile:
         return keyring
 
     def create(self) -> Keyring:
-        """Make the file with one fresh key, for the owner only.
+        """Create the file with one new key, mode 600.
 
         Raises:
-            ConfigurationError: There is a file already, or the directory cannot be written.
+            ConfigurationError: The file exists, or the directory cannot be written.
         """
         with self._locked():
             if os.path.lexists(self._path):
@@ -63,7 +63,7 @@ class KeyringFile:
             return self._replace(Keyring.generate())
 
     def rotate(self) -> Keyring:
-        """Add a fresh key and make it the current one; the others still open blobs and tokens.
+        """Add a new key and make it current; the other keys still open blobs and tokens.
 
         Raises:
             ConfigurationError: As for :meth:`read`, or the directory cannot be written.
@@ -71,7 +71,7 @@ class KeyringFile:
         return self._change(Keyring.rotated)
 
     def retire(self, key_id: str) -> Keyring:
-        """Remove a key; blobs and tokens that were made under it are lost.
+        """Remove a key; blobs and tokens made under it are lost.
 
         Raises:
             KeyNotFound: No key has this id.
@@ -85,7 +85,7 @@ class KeyringFile:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the directory's lock, so that two changes cannot lose a key between them."""
+        """Hold the directory's lock, so that concurrent changes do not lose keys."""
         try:
             directory = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -99,7 +99,7 @@ class KeyringFile:
 
     def _replace(self, keyring: Keyring) -> Keyring:
         new = self._target.with_name(f".{self._target.name}.new")
-        new.unlink(missing_ok=True)  # of a change that died; ours alone under the lock
+        new.unlink(missing_ok=True)  # left by a change that crashed; the lock protects it
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with open(descriptor, "wb") as file:  # noqa: PTH123  # a descriptor has no path
@@ -115,10 +115,10 @@ class KeyringFile:
 
     @property
     def _target(self) -> Path:
-        return self._path.resolve()  # replace the file, not a symbolic link to it
+        return self._path.resolve()  # replace the file, not a symbolic link
 
     def _keep_owner(self, descriptor: int) -> None:
-        # Root may rotate the keys of a service; the service must still be able to read them.
+        # If root rotates the keys of a service, the service still has to read them.
         if os.geteuid() == 0 and self._target.exists():
             owner = self._target.stat()
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
@@ -140,7 +140,7 @@ class KeyringFile:
 
 
 def _stamp(status: os.stat_result) -> _Stamp:
-    # ctime and mode: a chmod alone must reach the check as well.
+    # ctime and mode too, so that a chmod is noticed.
     return (
         status.st_dev,
         status.st_ino,

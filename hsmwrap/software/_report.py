@@ -38,7 +38,7 @@ _HSM_LEVEL = (
 
 
 def report(settings: SoftwareSettings, schemes: Collection[Scheme]) -> Capabilities:
-    """Say what a backend of these settings and schemes can do."""
+    """The capabilities of a backend with these settings and schemes."""
     warnings = tuple(_warnings(settings, schemes))
     sealed = Custody.HSM_ENCRYPTED_DATABASE
     return Capabilities(
@@ -64,7 +64,7 @@ def _pkcs1() -> str:
 
 
 def _warnings(settings: SoftwareSettings, schemes: Collection[Scheme]) -> Iterator[str]:
-    """What makes this backend one for development."""
+    """Reasons why this backend is not for production."""
     if settings.serve_hsm_level:
         yield _HSM_LEVEL
     if settings.keyring_file is None:
@@ -75,7 +75,7 @@ def _warnings(settings: SoftwareSettings, schemes: Collection[Scheme]) -> Iterat
 
 
 def _missing(schemes: Collection[Scheme]) -> Iterator[str]:
-    """What a backend with other libraries would have."""
+    """Functions that are missing because of the installed libraries."""
     if not any(scheme.spec is WrappingKeySpec.EC_SM2 for scheme in schemes):
         yield "SM2PKE is not served: libcrypto has no SM2 here."
     for spec in KeySpec:

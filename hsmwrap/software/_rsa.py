@@ -46,28 +46,28 @@ class RsaScheme:
 
     @property
     def path(self) -> str:
-        """How it is done, for the capability report."""
+        """The implementation, for the capability report."""
         return f"pyca {self.algorithm}"
 
     def generate(self) -> tuple[bytes, bytes]:
-        """Make a key pair, see :func:`generate`."""
+        """Generate a key pair, see :func:`generate`."""
         return generate()
 
     def decrypt(
         self,
         secret: bytes,
         ciphertext: bytes,
-        material_length: int,  # noqa: ARG002  # RSA's paddings carry the length
+        material_length: int,  # noqa: ARG002  # RSA paddings carry the length
     ) -> bytes:
         """Decrypt a client's ciphertext to a message of any length, see :func:`decrypt`."""
         return decrypt(load(secret), self.algorithm, ciphertext)
 
 
 def generate() -> tuple[bytes, bytes]:
-    """Make a key pair: DER SubjectPublicKeyInfo (294 bytes), and the secret for :func:`load`.
+    """Generate a key pair: DER SubjectPublicKeyInfo (294 bytes), and the secret for :func:`load`.
 
-    The secret is p ‖ q, 128 bytes each: all that a private key needs when e is known, and a
-    quarter of PKCS#8, which matters because it travels in the import token.
+    The secret is p ‖ q, 128 bytes each: enough to rebuild the private key, as e is fixed. It has a
+    quarter of the size of PKCS#8, which matters because the import token carries it.
     """
     private_key = rsa.generate_private_key(_EXPONENT, _BITS)
     numbers = private_key.private_numbers()

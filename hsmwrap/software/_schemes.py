@@ -1,4 +1,4 @@
-"""The wrapping schemes that this host can do, one for each wrapping algorithm."""
+"""The wrapping schemes that this host supports, one for each wrapping algorithm."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Scheme(Protocol):
 
     @property
     def path(self) -> str:
-        """How it is done, for the capability report."""
+        """The implementation, for the capability report."""
 
     @property
     def production(self) -> bool:
-        """False where it is for development only."""
+        """False if it is for development only."""
 
     def generate(self) -> tuple[bytes, bytes]:
-        """Make a key pair: DER SubjectPublicKeyInfo, secret for :meth:`decrypt`."""
+        """Generate a key pair: DER SubjectPublicKeyInfo, secret for :meth:`decrypt`."""
 
     def decrypt(self, secret: bytes, ciphertext: bytes, material_length: int) -> bytes:
         """Decrypt a client's ciphertext that should hold ``material_length`` bytes.
@@ -45,11 +45,11 @@ class Scheme(Protocol):
 
 
 def open_schemes(settings: SoftwareSettings) -> Mapping[WrappingAlgorithm, Scheme]:
-    """Open the scheme of every algorithm that can be served with these settings.
+    """Open the schemes of all algorithms that these settings allow.
 
     Raises:
         ConfigurationError: The configured SM2 engine or layouts cannot be used.
-        SelfTestFailed: The SM2 engine computes wrongly.
+        SelfTestFailed: The SM2 engine fails its known-answer test.
     """
     schemes: list[Scheme] = [RsaScheme(algorithm) for algorithm in RsaScheme.ALGORITHMS]
     if engine := _open_engine(settings):
@@ -63,4 +63,4 @@ def _open_engine(settings: SoftwareSettings) -> Sm2Engine | None:
     try:
         return open_engine("libcrypto")
     except ConfigurationError:
-        return None  # built without SM2 (RHEL and its relatives): no reason to refuse RSA too
+        return None  # built without SM2 (RHEL and derivatives); RSA still works

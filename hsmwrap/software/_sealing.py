@@ -1,10 +1,10 @@
 """Sealed blobs and message authentication codes under the master keys.
 
 A blob is version (1 byte) ‖ master key id (4) ‖ nonce (12) ‖ AES-256-GCM ciphertext and tag (16).
-Each purpose has its own key, derived from the master key by HKDF-SHA-256 (RFC 5869), and the
-version, the id and the context (backend, key spec, algorithm) are additional data: a blob opens
-only as what it was sealed as. Nonces are random, so a master key is to be rotated well before
-2^32 blobs (NIST SP 800-38D, 8.3).
+Each purpose has its own key, derived from the master key by HKDF-SHA-256 (RFC 5869). Version, id
+and context (backend, key spec, algorithm) are additional data, so a blob opens only for the purpose
+and context it was sealed for. Nonces are random, so a master key has to be rotated well before 2^32
+blobs (NIST SP 800-38D, 8.3).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OVERHEAD = _HEAD.size + NONCE_LENGTH + TAG_LENGTH
 
 
 class Purpose(Enum):
-    """What a derived key is for; the value is its HKDF info label."""
+    """The purpose of a derived key; the value is its HKDF info label."""
 
     IMPORT_TOKEN = b"hsmwrap/software/1/import-token"
     WRAPPING_KEY = b"hsmwrap/software/1/wrapping-key"
@@ -39,14 +39,14 @@ class Purpose(Enum):
 
 
 class BlobRejected(Exception):
-    """A blob is damaged, was sealed as something else, or its master key was retired."""
+    """A blob is damaged, has another purpose or context, or its master key was retired."""
 
 
 class Sealer:
     """Seals, opens and authenticates under the keyring that ``keyring()`` returns each time."""
 
     def __init__(self, keyring: Callable[[], Keyring]) -> None:
-        """Take the source of the keyring; it may return another one after a rotation."""
+        """Take a function that returns the current keyring."""
         self._keyring = keyring
 
     def seal(self, purpose: Purpose, secret: bytes, *context: str) -> bytes:
@@ -58,10 +58,10 @@ class Sealer:
         return head + nonce + aead.encrypt(nonce, secret, _bind(head, context))
 
     def open(self, purpose: Purpose, blob: bytes, *context: str) -> bytes:
-        """Decrypt what :meth:`seal` made for the same purpose and context.
+        """Decrypt a blob of :meth:`seal` with the same purpose and context.
 
         Raises:
-            BlobRejected: It is not that.
+            BlobRejected: It does not open.
         """
         if len(blob) < _OVERHEAD or blob[0] != _VERSION:
             raise BlobRejected
@@ -93,7 +93,7 @@ class Sealer:
 
 
 def _derive(keyring: Keyring, key_id: str, purpose: Purpose) -> bytes:
-    # 3 µs, so derived keys are not kept.
+    # Takes 3 µs, so derived keys are not cached.
     hkdf = HKDF(algorithm=SHA256(), length=32, salt=None, info=purpose.value)
     return hkdf.derive(keyring.key(key_id))
 

@@ -1,4 +1,4 @@
-"""SM2 wrapping keys: an engine of :mod:`hsmwrap.sm2`, with secrets that can be sealed."""
+"""SM2 wrapping keys, by an engine of :mod:`hsmwrap.sm2`."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class Sm2Scheme:
 
     @property
     def path(self) -> str:
-        """How it is done, for the capability report."""
+        """The implementation, for the capability report."""
         return f"SM2 by {self._engine.name}"
 
     @property
     def production(self) -> bool:
-        """False where the engine is for development only."""
+        """False if the engine is for development only."""
         return self._engine.production
 
     def generate(self) -> tuple[bytes, bytes]:
-        """Make a key pair: DER SubjectPublicKeyInfo (91 bytes), secret for :meth:`decrypt`.
+        """Generate a key pair: DER SubjectPublicKeyInfo (91 bytes), secret for :meth:`decrypt`.
 
         The secret is the private scalar (32 bytes) ‖ the public point (65 bytes).
         """

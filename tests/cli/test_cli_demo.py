@@ -114,7 +114,7 @@ class TestHonest:
         assert out.count("AES_256 used, SM4 used") == len(ALLOWED)
         assert out.count("algorithm-of-spec") == len(REFUSED) - 1
         assert "not for production" in out
-        assert "Exposure says where" in out
+        assert "Exposure: where the key material was" in out
         assert len([line for line in err.splitlines() if "/17] " in line]) == 17
 
     def test_json_stands_alone_on_stdout_and_progress_on_stderr(self, capsys):

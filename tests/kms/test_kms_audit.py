@@ -507,7 +507,7 @@ class TestCommand:
         key_file.chmod(0o600)
         arguments = ["--file", log.path, *(["--key-file", key_file] if key else [])]
         code, out = self.run(capsys, *arguments)
-        assert (code, "6 lines, whole; whether the end was cut off" in out) == (0, True)
+        assert (code, "6 lines, complete; only --config can check" in out) == (0, True)
         rewrite(log, lambda lines: lines[1:])
         code, out = self.run(capsys, *arguments, "--json")
         found = json.loads(out)
@@ -529,7 +529,7 @@ class TestCommand:
         Client(kms)("ListKeys")
         kms.sweep()
         code, out = self.run(capsys, "--config", config)
-        assert (code, out) == (0, f"{tmp_path}/audit.log: 2 lines, whole\n")
+        assert (code, out) == (0, f"{tmp_path}/audit.log: 2 lines, complete\n")
         rewrite(kms._audit_log, lambda lines: lines[:1])
         code, out = self.run(capsys, "--config", config)
         assert code == 1
@@ -543,7 +543,7 @@ class TestCommand:
         kms.sweep()
         monkeypatch.setattr(anchors.socket, "gethostname", lambda: "another")
         code, out = self.run(capsys, "--config", config)
-        assert (code, "remembers no line of a log called 'another:" in out) == (1, True)
+        assert (code, "stores no line of a log with the id 'another:" in out) == (1, True)
         assert "set audit_log_id" in out
         code, out = self.run(capsys, "--config", config, "--json")
         assert (code, json.loads(out)["ok"], json.loads(out)["anchored"]) == (1, False, False)
