@@ -110,6 +110,7 @@ def _text(log: _Log, report: AuditReport, *, missing: bool) -> str:
         end = (
             "; cannot check that the end was not cut off: the database stores no line of a log "
             f"with the id {log.name!r}. If the host was renamed or the log moved, set "
-            "audit_log_id; if no server has used this log with this database yet, use --without-anchor"
+            "audit_log_id; if no server has used this log with this database yet, use "
+            "--without-anchor"
         )
     return "\n".join([*found, f"{log.path}: {report.lines} lines, {verdict}{end}"])
