@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from hsmwrap.backend import Backend
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.forks import ForkTurn
 from hsmwrap.keypool import KeyPool
+from hsmwrap.locks import ReadWriteLock
 from hsmwrap.observe import Operation
 
 try:
@@ -42,13 +43,8 @@ _LABELS = ("backend", "operation", "spec", "algorithm", "key_spec", "outcome")
 # Sealing takes 0.1 ms, an RSA pair 25 to 250 ms, a lost HSM seconds.
 _BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
-# prometheus_client's own locks do not survive a fork by another thread; this one does.
-_UPDATING = threading.Lock()
-os.register_at_fork(
-    before=_UPDATING.acquire,
-    after_in_parent=_UPDATING.release,
-    after_in_child=_UPDATING.release,
-)
+# A child inherits prometheus_client's own locks as they are; so no fork while one may be held.
+_UPDATING = ReadWriteLock(fork_turn=ForkTurn.METRICS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +83,7 @@ class PrometheusObserver:
         """Count one call."""
         o = operation
         labels = (o.backend, o.name, o.spec or "", o.algorithm or "", o.key_spec or "", o.outcome)
-        with _UPDATING:
+        with _UPDATING.write():
             self._instruments.operations.labels(*labels).inc()
             self._instruments.seconds.labels(o.backend, o.name).observe(o.seconds)
 
@@ -197,7 +193,7 @@ def render(*collectors: Collector) -> bytes:
     read = CollectorRegistry()
     for collector in collectors:
         read.register(collector)
-    with _UPDATING:
+    with _UPDATING.write():
         text = generate_latest(counted)
     return text + generate_latest(read)
 

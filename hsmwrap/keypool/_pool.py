@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from functools import partial
 from typing import Self
 from weakref import WeakSet
 
+from hsmwrap import forks
 from hsmwrap.backend import Backend, PrivateKeyRef, WrappingKey
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import (
@@ -27,6 +27,7 @@ from hsmwrap.errors import (
     ServiceUnavailable,
     UnsupportedOperation,
 )
+from hsmwrap.forks import ForkAware
 from hsmwrap.imports import generate_inline
 from hsmwrap.keypool._settings import Pair, PoolSettings
 from hsmwrap.keypool._stock import LONGEST_PAUSE, PairFacts, ReadyPair, Stock
@@ -38,7 +39,7 @@ an idle pool has to ask before it gives out a sealed pair."""
 _log = logging.getLogger(__name__)
 
 
-class KeyPool:
+class KeyPool(ForkAware):
     """Gives out wrapping key pairs that were made ahead; safe to share between threads.
 
     In each process, also in a forked child, its threads start with the first call or with
@@ -65,7 +66,8 @@ class KeyPool:
         self._closed = False
         self._stocks: dict[tuple[int, WrappingKeySpec, WrappingAlgorithm], Stock] = {}
         self._stopped_backends: set[int] = set()
-        self._reset()
+        self.after_fork_in_child()
+        forks.register(self)
         _POOLS.add(self)
 
     def __call__(
@@ -312,7 +314,7 @@ class KeyPool:
 
     # --- forks -------------------------------------------------------------------------------
 
-    def _reset(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Start empty, as in a forked child: a new lock, no threads, empty stocks.
 
         The keys belong to the parent: they are not discarded.
@@ -333,16 +335,10 @@ def _utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def _reset_in_child() -> None:
-    for pool in list(_POOLS):
-        pool._reset()  # noqa: SLF001  # the hook belongs to the class; it must not keep pools alive
-
-
 def _close_at_exit() -> None:
     # A daemon thread inside a PKCS#11 module would crash the process when the module is unloaded.
     for pool in list(_POOLS):
         pool.close()
 
 
-os.register_at_fork(after_in_child=_reset_in_child)
 atexit.register(_close_at_exit)

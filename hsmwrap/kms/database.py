@@ -9,14 +9,12 @@ a lock, and for a stopped process with an open transaction.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from weakref import WeakSet
 
 from alembic import command
 from alembic.config import Config
@@ -35,7 +33,9 @@ from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
+from hsmwrap import forks
 from hsmwrap.errors import ConfigurationError, ServiceUnavailable
+from hsmwrap.forks import ForkAware
 from hsmwrap.kms.errors import CommitUnknown
 from hsmwrap.kms.schema import Row
 
@@ -64,7 +64,7 @@ _MIGRATION_LOCK = 0x68736D77
 _log = logging.getLogger(__name__)
 
 
-class Database:
+class Database(ForkAware):
     """Transactions on one database. Safe to share between threads and after ``fork()``."""
 
     def __init__(self, url: str, *, pool_size: int = 16, sync: bool = True) -> None:
@@ -81,7 +81,12 @@ class Database:
         """
         self.engine = _engine(url, pool_size, sync=sync)
         self._writing = self.engine.execution_options(writing=True)
-        _DATABASES.add(self)
+        forks.register(self)
+
+    def after_fork_in_child(self) -> None:
+        """Leave the connections to the parent."""
+        _INHERITED.append(self.engine.pool)
+        self.engine.dispose(close=False)
 
     def __repr__(self) -> str:
         return f"<Database {self.engine.url!r}>"
@@ -228,16 +233,6 @@ def _unavailable(error: Exception) -> ServiceUnavailable:
     return ServiceUnavailable(f"the database is unavailable: {type(error).__name__}")
 
 
-_DATABASES: WeakSet[Database] = WeakSet()
 # A child must not close inherited connections: that would end the parent's session on the server,
 # or drop SQLite's locks. Keeping a reference prevents it.
 _INHERITED: list[Pool] = []
-
-
-def _abandon_inherited_connections() -> None:
-    for database in list(_DATABASES):
-        _INHERITED.append(database.engine.pool)
-        database.engine.dispose(close=False)
-
-
-os.register_at_fork(after_in_child=_abandon_inherited_connections)

@@ -8,16 +8,16 @@ work runs even if the others fail: an unavailable HSM must not keep material in 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from weakref import WeakSet
 
 from sqlalchemy import select
 from sqlalchemy.sql.elements import ColumnElement
 
+from hsmwrap import forks
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
+from hsmwrap.forks import ForkAware, ForkTurn
 from hsmwrap.kms.core import Core
 from hsmwrap.kms.lifecycle import KeyLifecycle
 from hsmwrap.kms.once import OnceStore
@@ -93,15 +93,17 @@ def _each(key_ids: Iterable[str], work: Callable[[str], object]) -> None:
         raise failed
 
 
-class Sweeper:
+class Sweeper(ForkAware):
     """A thread that sweeps at intervals; a child after ``fork()`` gets its own."""
+
+    fork_turn = ForkTurn.THREADS
 
     def __init__(self, sweep: Callable[[], None], seconds: float) -> None:
         """Start the thread."""
         self._sweep = sweep
         self._seconds = seconds
         self._start()
-        _SWEEPERS.add(self)
+        forks.register(self)
 
     def _start(self) -> None:
         self._stop = threading.Event()
@@ -115,7 +117,7 @@ class Sweeper:
             except Exception:  # noqa: BLE001 (the thread has to survive every failure)
                 _log.exception("sweep failed")
 
-    def restart(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Start the thread in a forked child, unless the sweeper was stopped."""
         if not self._stop.is_set():
             self._start()
@@ -124,14 +126,3 @@ class Sweeper:
         """Stop after the running sweep has finished. Safe to call again."""
         self._stop.set()
         self._thread.join()
-
-
-_SWEEPERS: WeakSet[Sweeper] = WeakSet()
-
-
-def _restart_in_child() -> None:
-    for sweeper in list(_SWEEPERS):
-        sweeper.restart()
-
-
-os.register_at_fork(after_in_child=_restart_in_child)

@@ -168,7 +168,7 @@ class Pkcs11Backend(Backend):
             number = self._keys.current(pooled)
             trusted = self._keys.trusts(number)
             template = token.wrapping.sealing_template(role, trusted=trusted)
-            with pooled.lock.aside():  # session objects both, and it takes long
+            with pooled.lock.yielded():  # session objects both, and it takes long
                 public, private = self._generate(pooled, spec, template)
             try:
                 der = _public_key_der(spec, public)

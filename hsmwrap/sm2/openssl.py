@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 from hsmwrap.errors import ConfigurationError, HsmwrapError
-from hsmwrap.forkgate import LIBCRYPTO
+from hsmwrap.locks import LIBCRYPTO
 
 # Not ctypes.util.find_library: it needs gcc or binutils, which a server does not have.
 SONAME: Final = "libcrypto.so.3"
@@ -101,7 +101,7 @@ class Scope(ExitStack):
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         super().__init__()
-        self.enter_context(LIBCRYPTO.passing())
+        self.enter_context(LIBCRYPTO.read())
         self.callback(lib.ERR_clear_error)
 
     def own(self, pointer: int, free: Callable[[int], None]) -> int:

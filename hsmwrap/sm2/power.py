@@ -11,7 +11,7 @@ import functools
 from typing import Final
 
 from hsmwrap.errors import ConfigurationError
-from hsmwrap.forkgate import LIBCRYPTO
+from hsmwrap.locks import LIBCRYPTO
 from hsmwrap.sm2 import openssl
 
 _BYTES: Final = 32
@@ -30,7 +30,7 @@ class FixedPower:
             return pow(base, self._exponent, self._modulus)
         lib, exponent, modulus = self._libcrypto
         output = ctypes.create_string_buffer(_BYTES)
-        with LIBCRYPTO.passing():
+        with LIBCRYPTO.read():
             # Not a Scope: it would take as long again as the power itself.
             work = lib.BN_CTX_new()
             try:

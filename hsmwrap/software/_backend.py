@@ -32,8 +32,8 @@ from hsmwrap.errors import (
     UnsupportedOperation,
     strip_tracebacks,
 )
-from hsmwrap.forkgate import LIBCRYPTO
 from hsmwrap.gate import Gate
+from hsmwrap.locks import LIBCRYPTO
 from hsmwrap.software import _cipher as cipher
 from hsmwrap.software._keyring import Keyring
 from hsmwrap.software._keyring_file import KeyringFile
@@ -67,7 +67,7 @@ class SoftwareBackend(Backend):
         self._keyring()
         self._sealer = Sealer(self._keyring)
         self._schemes = open_schemes(self._settings)
-        with LIBCRYPTO.passing():
+        with LIBCRYPTO.read():
             self._capabilities = report(self._settings, self._schemes.values())
         self._gate = Gate("software backend")
 
@@ -127,7 +127,7 @@ class SoftwareBackend(Backend):
     @contextmanager
     def _inside(self) -> Iterator[None]:
         # No fork during a call into libcrypto: the child would inherit locked locks.
-        with self._gate.enter(), LIBCRYPTO.passing():
+        with self._gate.enter(), LIBCRYPTO.read():
             yield
 
     @strip_tracebacks

@@ -471,17 +471,27 @@ def test_a_probe_that_tells_nothing_lets_another_one_probe():
 
 FORK_ORDER = """
 import os
-order = []
+hooks = []
 register = os.register_at_fork
-os.register_at_fork = lambda **hooks: (
-    order.append(getattr(hooks.get("before"), "__qualname__", None)), register(**hooks)
-)
+os.register_at_fork = lambda **named: (hooks.append(named), register(**named))
+import hsmwrap.FIRST
 import hsmwrap.pkcs11
-gates = [name for name in order if name in ("ForkGate._before", "ModuleHost._before_fork")]
-assert gates == ["ForkGate._before", "ModuleHost._before_fork"], gates
+import hsmwrap.sm2
+from hsmwrap.locks import LIBCRYPTO, ReadWriteLock
+from hsmwrap.pkcs11.binding.host import ModuleHost
+order = []
+before_fork = ReadWriteLock.before_fork
+ReadWriteLock.before_fork = lambda lock: (order.append(lock), before_fork(lock))
+if os.fork() == 0:
+    os._exit(0)
+os.wait()
+assert order.index(ModuleHost._hosts_lock) < order.index(LIBCRYPTO), order
+modules = [getattr(named.get("after_in_child"), "__module__", None) or "" for named in hooks]
+assert [name for name in modules if name.startswith("hsmwrap")] == ["hsmwrap.forks"], modules
 """
 
 
-def test_a_fork_holds_calls_back_at_the_module_first_and_at_libcrypto_second():
+@pytest.mark.parametrize("first", ["pkcs11", "locks"])
+def test_a_fork_holds_calls_back_at_the_module_first_and_at_libcrypto_second(first):
     """The other way round, a call inside the module waits for libcrypto, and the fork for it."""
-    subprocess.run([sys.executable, "-c", FORK_ORDER], check=True)
+    subprocess.run([sys.executable, "-c", FORK_ORDER.replace("FIRST", first)], check=True)

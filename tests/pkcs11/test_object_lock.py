@@ -1,4 +1,4 @@
-"""Who may touch token objects at the same time, on a module that mixes them up."""
+"""The lock for many that read or one that writes, and SoftHSM's token objects under it."""
 
 import threading
 import time
@@ -9,15 +9,17 @@ import pytest
 from support.pkcs11.attacker import OAEP1, SM2, issue
 
 from hsmwrap.errors import PoolTimeout
+from hsmwrap.locks import ReadWriteLock
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, ObjectLock
+from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, softhsm_object_lock
 
 SOON, LONG = 0.05, 30
 
 
 @pytest.fixture
-def lock():
-    return ObjectLock(SOON)
+def lock(monkeypatch):
+    monkeypatch.setattr("hsmwrap.pkcs11.binding.objectlock.WAIT", SOON)
+    return softhsm_object_lock()
 
 
 def elsewhere(call):
@@ -31,13 +33,13 @@ def enter(manager):
         return True
 
 
-def test_many_look_at_once(lock):
-    with lock.looking():
-        assert elsewhere(lambda: enter(lock.looking()))
+def test_many_read_at_once(lock):
+    with lock.read():
+        assert elsewhere(lambda: enter(lock.read()))
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs"), [("looking", "writing"), ("writing", "looking"), ("writing", "writing")]
+    ("mine", "theirs"), [("read", "write"), ("write", "read"), ("write", "write")]
 )
 def test_a_writer_is_alone(lock, mine, theirs):
     with getattr(lock, mine)(), pytest.raises(PoolTimeout, match="other threads are busy"):
@@ -45,23 +47,23 @@ def test_a_writer_is_alone(lock, mine, theirs):
     assert elsewhere(lambda: enter(getattr(lock, theirs)()))
 
 
-def test_a_thread_that_looks_may_write_and_looks_on(lock):
-    with lock.looking():
-        with lock.writing(), lock.writing():
+def test_a_thread_that_reads_may_write_and_reads_on(lock):
+    with lock.read():
+        with lock.write(), lock.write():
             pass
         with pytest.raises(PoolTimeout):
-            elsewhere(lambda: enter(lock.writing()))
-    assert elsewhere(lambda: enter(lock.writing()))
+            elsewhere(lambda: enter(lock.write()))
+    assert elsewhere(lambda: enter(lock.write()))
 
 
-def test_two_that_look_may_both_write():
-    """Each would wait for the other to stop looking."""
-    lock, both, order = ObjectLock(LONG), threading.Barrier(2), []
+def test_two_that_read_may_both_write():
+    """Each would wait for the other to stop reading."""
+    lock, both, order = ReadWriteLock(timeout=LONG), threading.Barrier(2), []
 
     def work(name):
-        with lock.looking():
+        with lock.read():
             both.wait()
-            with lock.writing():
+            with lock.write():
                 order.append(f"{name} in")
                 order.append(f"{name} out")
 
@@ -71,67 +73,67 @@ def test_two_that_look_may_both_write():
 
 
 def test_a_writer_that_waited_in_vain_holds_nothing(lock):
-    with lock.looking():
+    with lock.read():
         with pytest.raises(PoolTimeout):
             elsewhere(lambda: enter_both(lock))
-        assert elsewhere(lambda: enter(lock.looking()))
-    assert elsewhere(lambda: enter(lock.writing()))
+        assert elsewhere(lambda: enter(lock.read()))
+    assert elsewhere(lambda: enter(lock.write()))
 
 
 def enter_both(lock):
-    with lock.looking(), lock.writing():
+    with lock.read(), lock.write():
         raise AssertionError
 
 
-def test_whoever_steps_aside_is_in_nobodys_way(lock):
-    with lock.looking():
-        with lock.aside():
-            assert elsewhere(lambda: enter(lock.writing()))
+def test_a_yielded_read_lets_others_write(lock):
+    with lock.read():
+        with lock.yielded():
+            assert elsewhere(lambda: enter(lock.write()))
         with pytest.raises(PoolTimeout):
-            elsewhere(lambda: enter(lock.writing()))
-    with lock.aside():  # looked at nothing, and does not begin to
+            elsewhere(lambda: enter(lock.write()))
+    with lock.yielded():  # read nothing, and does not begin to
         pass
-    assert elsewhere(lambda: enter(lock.writing()))
+    assert elsewhere(lambda: enter(lock.write()))
 
 
 def test_a_writer_is_not_overtaken_by_those_who_come_later():
-    lock, order = ObjectLock(LONG), []
+    lock, order = ReadWriteLock(timeout=LONG), []
 
     def come(manager, name):
         with manager():
             order.append(name)
 
-    with ThreadPoolExecutor(2) as pool, ExitStack() as looking:
-        looking.enter_context(lock.looking())
+    with ThreadPoolExecutor(2) as pool, ExitStack() as reading:
+        reading.enter_context(lock.read())
         came = []
-        for manager, name in ((lock.writing, "writer"), (lock.looking, "later")):
+        for manager, name in ((lock.write, "writer"), (lock.read, "later")):
             came.append(pool.submit(come, manager, name))
             deadline = time.monotonic() + LONG
-            while len(lock._queue) < len(came) and not came[-1].done():
+            while lock.waiting < len(came) and not came[-1].done():
                 assert time.monotonic() < deadline
                 time.sleep(0.001)
-        looking.close()
+        reading.close()
         for each in came:
             each.result(LONG)
     assert order == ["writer", "later"]
 
 
 def test_an_error_gives_everything_back(lock):
-    for manager in (lock.looking, lock.writing):
+    for manager in (lock.read, lock.write):
         with pytest.raises(KeyError), manager():
             raise KeyError
-    assert elsewhere(lambda: enter(lock.writing()))
+    assert elsewhere(lambda: enter(lock.write()))
 
 
 def test_other_modules_need_none():
-    with NO_LOCK.writing():
-        assert elsewhere(lambda: enter(NO_LOCK.writing()))
+    with NO_LOCK.write():
+        assert elsewhere(lambda: enter(NO_LOCK.write()))
 
 
 # --- in the backend
 
 
-def test_softhsm_makes_a_token_object_while_nobody_looks(softhsm, monkeypatch):
+def test_softhsm_makes_a_token_object_while_no_thread_reads(softhsm, monkeypatch):
     seen = []
     with Pkcs11Backend.from_settings(softhsm.settings("objects")) as backend:
         backend.capabilities()
@@ -140,13 +142,13 @@ def test_softhsm_makes_a_token_object_while_nobody_looks(softhsm, monkeypatch):
         generate = Pkcs11Backend._generate
 
         def watched(*arguments):
-            seen.append((lock._writing == threading.get_ident(), set(lock._looking)))
+            seen.append((lock.writer == threading.get_ident(), set(lock.readers)))
             return generate(*arguments)
 
         monkeypatch.setattr(Pkcs11Backend, "_generate", watched)
         key = issue(backend, SM2)
-        issue(backend, OAEP1)  # a session object: others go on looking, and writing
+        issue(backend, OAEP1)  # a session object: others go on reading, and writing
         backend.discard_wrapping_key(key.private_key)
-        assert not lock._looking
-        assert lock._writing is None
+        assert not lock.readers
+        assert lock.writer is None
     assert seen == [(True, set()), (False, set())]

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
-from hsmwrap.forkgate import LIBCRYPTO as _GATE
+from hsmwrap.locks import LIBCRYPTO
 from hsmwrap.sm2 import known_answer
 
-# Python 3.12 and newer warn of what the gate is for.
+# Python 3.12 and newer warn of what the lock is for.
 pytestmark = pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 
 
@@ -54,16 +54,16 @@ def test_fork_waits_for_running_calls():
     inside, may_leave, left = threading.Event(), threading.Event(), threading.Event()
 
     def call():
-        with _GATE.passing():
+        with LIBCRYPTO.read():
             inside.set()
             may_leave.wait()
             left.set()
 
     def let_go():
-        # Without the gate the fork would be long done when this gives up waiting for it.
+        # Without the lock the fork would be long done when this gives up waiting for it.
         give_up = threading.Event()
         for _ in range(200):
-            if _GATE._forking or give_up.wait(0.01):
+            if LIBCRYPTO._closed_for_fork or give_up.wait(0.01):
                 break
         may_leave.set()
 
@@ -71,16 +71,19 @@ def test_fork_waits_for_running_calls():
     threads[0].start()
     inside.wait()
     threads[1].start()
-    assert in_child(lambda: left.is_set() and not _GATE._inside and not _GATE._forking)
+    assert in_child(
+        lambda: left.is_set() and not LIBCRYPTO.readers and not LIBCRYPTO._closed_for_fork
+    )
     for thread in threads:
         thread.join()
-    assert not _GATE._inside
-    assert not _GATE._forking
+    assert not LIBCRYPTO.readers
+    assert not LIBCRYPTO._closed_for_fork
 
 
 FORKS_INSIDE_CALLS = """
 import os, signal, threading
-from hsmwrap.forkgate import LIBCRYPTO as gate
+from hsmwrap.locks import LIBCRYPTO as gate
+if PKCS11: import hsmwrap.pkcs11
 
 def fork(*_):
     child = os.fork()
@@ -95,20 +98,20 @@ def interrupted_by_a_fork():
 
 def leave_if(is_child):
     if is_child:
-        with gate.passing():
-            os._exit(7 if len(gate._inside) == 1 and not gate._forking else 1)
+        with gate.read():
+            os._exit(7 if len(gate.readers) == 1 and not gate._closed_for_fork else 1)
 
 signal.signal(signal.SIGUSR1, fork)
-with gate.passing():
+with gate.read():
     is_child = interrupted_by_a_fork()
-    assert len(gate._inside) == (not is_child)
+    assert len(gate.readers) == (not is_child)
 leave_if(is_child)
 with gate._changed:  # where a call comes in or leaves
     is_child = interrupted_by_a_fork()
 leave_if(is_child)
 
 def fork_beside_another():
-    with gate.passing():
+    with gate.read():
         inside.wait()
         child = os.fork()
         if not child:
@@ -121,15 +124,17 @@ for thread in threads:
     thread.start()
 for thread in threads:
     thread.join()
-assert not gate._inside and not gate._forking
+assert not gate.readers and not gate._closed_for_fork
 print("done")
 """
 
 
-def test_a_fork_inside_a_call_does_not_wait_for_itself():
+@pytest.mark.parametrize("pkcs11", [False, True])
+def test_a_fork_inside_a_call_does_not_wait_for_itself(pkcs11):
     """By a signal handler, wherever it strikes; and by two threads at once."""
+    code = f"PKCS11 = {pkcs11}\n{FORKS_INSIDE_CALLS}"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS_INSIDE_CALLS],
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
         capture_output=True,
         text=True,
         timeout=60,
@@ -138,10 +143,10 @@ def test_a_fork_inside_a_call_does_not_wait_for_itself():
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
-def test_calls_pass_the_gate(libcrypto):
+def test_calls_hold_the_lock(libcrypto):
     with libcrypto._scope():
-        assert len(_GATE._inside) == 1
-    assert not _GATE._inside
+        assert len(LIBCRYPTO.readers) == 1
+    assert not LIBCRYPTO.readers
 
 
 def test_forks_under_load(libcrypto):

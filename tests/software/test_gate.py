@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from hsmwrap import gate as gate_module
+from hsmwrap import forks
 from hsmwrap.errors import BackendClosed
 from hsmwrap.gate import Gate
 
@@ -26,7 +26,7 @@ def test_an_exception_leaves_too(gate):
     assert gate.in_flight == 0
 
 
-def test_closed_gate_lets_nobody_in(gate):
+def test_closed_gate_lets_no_call_in(gate):
     assert gate.close()
     with pytest.raises(BackendClosed, match="test backend"), gate.enter():
         pytest.fail("inside a closed gate")
@@ -67,7 +67,7 @@ def test_threads_are_counted_exactly(gate):
     assert gate.in_flight == 0
 
 
-def test_child_starts_with_nobody_inside(gate, in_child):
+def test_child_starts_with_no_call_inside(gate, in_child):
     entered, leave = threading.Event(), threading.Event()
 
     def stay():
@@ -92,7 +92,7 @@ def test_child_of_a_process_that_held_the_lock(gate, in_child):
     held, let_go = threading.Event(), threading.Event()
 
     def hold():
-        with gate._changed:
+        with gate._calls._changed:
             held.set()
             let_go.wait(60)
 
@@ -134,10 +134,10 @@ def test_closed_stays_closed_in_the_child(gate, in_child):
 
 
 def test_registration_keeps_no_gate_alive():
-    before = len(gate_module._GATES)
+    before = len(forks._registered)
     Gate()
     gc.collect()
-    assert len(gate_module._GATES) <= before
+    assert len(forks._registered) <= before
 
 
 def test_repr_shows_state(gate):

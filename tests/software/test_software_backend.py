@@ -524,10 +524,10 @@ def test_backends_do_not_pickle_or_copy(backend, leak):
 
 
 def test_forks_wait_for_calls_into_libcrypto(backend, monkeypatch):
-    from hsmwrap.forkgate import LIBCRYPTO
+    from hsmwrap.locks import LIBCRYPTO
 
     seen = []
-    monkeypatch.setattr(backend._sealer, "mac", lambda data: seen.append(len(LIBCRYPTO._inside)))
+    monkeypatch.setattr(backend._sealer, "mac", lambda data: seen.append(len(LIBCRYPTO.readers)))
     backend.mac(b"data")
     assert seen == [1]
-    assert not LIBCRYPTO._inside
+    assert not LIBCRYPTO.readers

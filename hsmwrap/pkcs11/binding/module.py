@@ -9,10 +9,12 @@ library parameters in ``pReserved`` where a module (NSS) wants some.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import logging
 from typing import Any, Protocol, Self
+from weakref import WeakSet
 
 from pkcs11._pkcs11 import lib  # the class behind the pkcs11.lib() factory
 from pkcs11.exceptions import PKCS11Error, UserAlreadyLoggedIn
@@ -141,6 +143,7 @@ class Module(lib):
         self.owned = False
         self._path = path
         super().__init__(path)
+        _LOADED.add(self)
 
     def initialize(self) -> None:
         """Call ``C_Initialize`` with OS locking; in a forked child, start over.
@@ -252,6 +255,17 @@ class Module(lib):
         # Of one that somebody else initialised nobody knows whether for threads.
         self.os_locking = _OURS.get(self._path, False)
         return self._path in _OURS
+
+
+_LOADED: WeakSet[Module] = WeakSet()
+
+
+@atexit.register
+def _stay_loaded_at_exit() -> None:
+    # python-pkcs11 unloads a module when its object is deallocated. At the end of the interpreter
+    # that fails (the class is torn down before), and daemon threads may still be inside.
+    for module in list(_LOADED):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))
 
 
 def shared_function_list(path: str) -> Any:

@@ -8,7 +8,6 @@ without retrying what must not be retried.
 from __future__ import annotations
 
 import logging
-import os
 import random
 import threading
 import time
@@ -17,12 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 from pkcs11.constants import Attribute
 from pkcs11.exceptions import PKCS11Error, SessionHandleInvalid
 from pkcs11.types import Object, Session, Token
 
+from hsmwrap import forks
 from hsmwrap.ckr import CKR
 from hsmwrap.errors import (
     HsmUnavailable,
@@ -35,6 +34,7 @@ from hsmwrap.errors import (
     TokenSelectionError,
     strip_tracebacks,
 )
+from hsmwrap.forks import ForkAware
 from hsmwrap.gate import Gate
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.module import Module
@@ -107,7 +107,7 @@ class _Failure(Exception):
     logins: int = 0
 
 
-class Connection:
+class Connection(ForkAware):
     """One HSM token, shared by all threads of a backend."""
 
     def __init__(
@@ -144,7 +144,7 @@ class Connection:
         self._released = False
         self._lock = threading.Lock()
         self._host = ModuleHost.acquire(settings.module, settings.library_parameters)
-        _CONNECTIONS.add(self)
+        forks.register(self)
         if not settings.lazy:
             self._open_now()
 
@@ -339,7 +339,7 @@ class Connection:
     def _lend(pool: SessionPool, operation: Callable[[PooledSession], _T], deadline: float) -> _T:
         session = pool.acquire(deadline)
         try:
-            with session.lock.looking():
+            with session.lock.read():
                 return operation(session)
         except _CLIENT_S_FAULT:
             session.tainted = True
@@ -466,7 +466,7 @@ class Connection:
 
     def _leave_behind(self, live: _Live) -> None:
         """Forget the sessions of a life that is over; close them if they outlived it."""
-        if self._host.sessions_live_on:
+        if self._host.sessions_survived:
             live.pool.close()
             close_quietly(live.login_session)
         else:
@@ -530,7 +530,7 @@ class Connection:
         self._orphans.discard(object_id)
         return True
 
-    def reset_after_fork(self) -> None:
+    def after_fork_in_child(self) -> None:
         """Start over in a child: locks that nobody holds, no handle of the parent's."""
         self._lock = threading.Lock()
         self._breaker.reset()
@@ -564,14 +564,3 @@ def _connecting() -> Iterator[None]:
 def destroy_by_id(pooled: PooledSession, object_id: bytes) -> None:
     """Destroy every object with this CKA_ID."""
     pooled.destroy({Attribute.ID: object_id})
-
-
-_CONNECTIONS: WeakSet[Connection] = WeakSet()
-
-
-def _reset_in_child() -> None:
-    for connection in _CONNECTIONS:
-        connection.reset_after_fork()
-
-
-os.register_at_fork(after_in_child=_reset_in_child)

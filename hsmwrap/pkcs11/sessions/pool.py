@@ -50,7 +50,7 @@ class PooledSession:
     Attributes:
         session: python-pkcs11's session, opened without PIN.
         is_logged_in: Asks the module whether a login covers the session.
-        lock: Keeps those who look at token objects and those who write them apart.
+        lock: Keeps threads that read token objects and one that writes some apart.
         objects: Objects by label, bound to this session (python-pkcs11 runs an operation on the
             session that an object was found with).
         tainted: Set after any error; the session is then closed instead of pooled.
@@ -65,7 +65,7 @@ class PooledSession:
     @property
     def token_writes(self) -> AbstractContextManager[None]:
         """To be held while token objects are created or destroyed."""
-        return self.lock.writing()
+        return self.lock.write()
 
     def find(self, template: dict[Attribute, Any]) -> list[Any]:
         """All objects that match.
