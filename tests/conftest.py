@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 from support import skips
-from support.services.softhsm import make_softhsm
 
 
 def pytest_configure(config):
@@ -14,11 +13,9 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
-def softhsm(tmp_path_factory):
-    """The private token of this session; SoftHSM reads its configuration once per process."""
-    token = make_softhsm(tmp_path_factory.mktemp("softhsm"))
-    os.environ.update(token.environment)
-    return token
+def softhsm(hsmwrap_softhsm):
+    """The private token of this session, by the fixture that embedders use."""
+    return hsmwrap_softhsm
 
 
 @pytest.fixture(scope="session")
