@@ -6,9 +6,6 @@ allows is forbidden.
 
 from __future__ import annotations
 
-import os
-import stat
-import threading
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +13,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
+from hsmwrap.catalog import loggable
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.privatefile import ParsedFile, PrivateFile
 
 MAX_ID_LENGTH = 128
 """Longest id of an access key: keys remember their creator, and logs name who asked."""
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +114,7 @@ class StaticAccessKeys:
 
 
 class FileAccessKeys:
-    """Access keys in a TOML file that only its owner may read; read again when it changes.
+    """Access keys in a private TOML file; read again when it changes.
 
     ::
 
@@ -130,44 +128,22 @@ class FileAccessKeys:
         """Read the file.
 
         Raises:
-            ConfigurationError: It is not there, is open to others, or does not parse.
+            ConfigurationError: It does not parse, or is not private (:mod:`hsmwrap.privatefile`).
         """
-        self._path = path
-        self._lock = threading.Lock()
-        self._stamp: tuple[int, int, int] | None = None
-        self._keys = StaticAccessKeys(())
-        self._refresh()
+        self._parsed = ParsedFile(PrivateFile(path, "access_key_file"), _parse)
+        self._parsed.read()
 
     def lookup(self, access_key_id: str) -> AccessKey | None:
         """Return the access key of this id, or None."""
-        with self._lock:
-            self._refresh()
-            return self._keys.lookup(access_key_id)
-
-    def _refresh(self) -> None:
-        try:
-            status = self._path.stat()
-            stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
-            if stamp != self._stamp:
-                document = tomllib.loads(read_private(self._path).decode())
-                self._keys, self._stamp = StaticAccessKeys(parse_access_keys(document)), stamp
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigurationError(f"access keys: {self._path}: {type(error).__name__}") from None
+        return self._parsed.read().lookup(access_key_id)
 
 
-def read_private(path: Path) -> bytes:
-    """What is in a file that only its owner may read.
-
-    Raises:
-        ConfigurationError: It cannot be read, or is open to others.
-    """
+def _parse(text: str) -> StaticAccessKeys:
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_mode & _OTHERS:
-                raise ConfigurationError(f"{path} holds secrets: chmod 600 it")
-            return file.read()
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}") from None
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise ConfigurationError("not TOML") from None
+    return StaticAccessKeys(parse_access_keys(document))
 
 
 def parse_access_keys(document: Mapping[str, Any]) -> list[AccessKey]:
@@ -201,7 +177,8 @@ def _grant(entry: Mapping[str, Any]) -> Grant:
 def _only(entry: Mapping[str, Any], *known: str) -> None:
     unknown = sorted(set(entry) - set(known))
     if unknown:
-        raise ConfigurationError(f"access keys: {unknown[0]!r} is none of {', '.join(known)}")
+        name = loggable(unknown[0])
+        raise ConfigurationError(f"access keys: {name} is none of {', '.join(known)}")
 
 
 def _texts(values: Any) -> tuple[str, ...]:

@@ -15,13 +15,14 @@ from hsmwrap.backend import Backend
 from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.errors import ConfigurationError, ServiceUnavailable
 from hsmwrap.keypool import KeyPool, PoolSettings
-from hsmwrap.kms.access import AccessKeys, FileAccessKeys, read_private
+from hsmwrap.kms.access import AccessKeys, FileAccessKeys
 from hsmwrap.kms.audit import AuditLog
 from hsmwrap.kms.config import ServerConfig
 from hsmwrap.kms.core import by_name
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.service import Kms
 from hsmwrap.observe import Observer, observed
+from hsmwrap.privatefile import PrivateFile
 from hsmwrap.registry import open_backend
 
 _MIN_AUDIT_KEY = 32
@@ -113,11 +114,11 @@ def audit_key(path: Path | None) -> bytes | None:
     """The HMAC key in a file; None without one.
 
     Raises:
-        ConfigurationError: The file cannot be read, is open to others, or is too short.
+        ConfigurationError: The file is not private, or too short.
     """
     if path is None:
         return None
-    key = read_private(path)
+    key = PrivateFile(path, "audit_key_file").read_bytes()
     if len(key) < _MIN_AUDIT_KEY:
         raise ConfigurationError(f"{path}: an audit key has at least {_MIN_AUDIT_KEY} bytes")
     return key

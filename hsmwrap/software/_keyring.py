@@ -102,7 +102,7 @@ class Keyring:
 
     @classmethod
     @strip_tracebacks
-    def from_json(cls, raw: bytes) -> Self:
+    def from_json(cls, raw: str | bytes) -> Self:
         """Parse the output of :meth:`to_json`.
 
         Raises:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.privatefile import ParsedFile, PrivateFile
 from hsmwrap.software._keyring import Keyring
-
-_Stamp = tuple[int, int, int, int, int]
 
 
 class KeyringFile:
@@ -26,7 +24,7 @@ class KeyringFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Take the path; the file is opened at the first use."""
         self._path = Path(path)
-        self._cached: tuple[_Stamp, Keyring] | None = None
+        self._parsed = ParsedFile(PrivateFile(path, "keyring_file"), Keyring.from_json)
 
     def __repr__(self) -> str:
         return f"<KeyringFile {str(self._path)!r}>"
@@ -35,21 +33,10 @@ class KeyringFile:
         """Return the current keyring of the file.
 
         Raises:
-            ConfigurationError: The file is missing, no keyring, not a regular file, accessible to
-                group or others, or owned by someone else than this user or root.
+            ConfigurationError: The file is missing, no keyring, or not private
+                (:mod:`hsmwrap.privatefile`).
         """
-        cached = self._cached
-        try:
-            if cached and cached[0] == _stamp(os.stat(self._path)):  # noqa: PTH116  # hot path
-                return cached[1]
-            with self._path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                self._refuse_exposed(status)
-                keyring = Keyring.from_json(file.read())
-        except OSError as error:
-            raise ConfigurationError(f"keyring_file {self._path}: {error.strerror}") from None
-        self._cached = (_stamp(status), keyring)
-        return keyring
+        return self._parsed.read()
 
     def create(self) -> Keyring:
         """Create the file with one new key, mode 600.
@@ -122,29 +109,3 @@ class KeyringFile:
         if os.geteuid() == 0 and self._target.exists():
             owner = self._target.stat()
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
-
-    def _refuse_exposed(self, status: os.stat_result) -> None:
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigurationError(f"keyring_file {self._path}: not a regular file")
-        if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            mode = stat.S_IMODE(status.st_mode)
-            raise ConfigurationError(
-                f"keyring_file {self._path}: mode {mode:04o} lets others at the master keys; "
-                f"chmod 600 it, and rotate if someone may have read it"
-            )
-        if status.st_uid not in (os.geteuid(), 0):
-            raise ConfigurationError(
-                f"keyring_file {self._path}: owned by uid {status.st_uid}, "
-                f"must be owned by this user or root"
-            )
-
-
-def _stamp(status: os.stat_result) -> _Stamp:
-    # ctime and mode too, so that a chmod is noticed.
-    return (
-        status.st_dev,
-        status.st_ino,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-        status.st_mode,
-    )

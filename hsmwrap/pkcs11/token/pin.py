@@ -7,13 +7,10 @@ and never holds the PIN: neither in its text nor in the exceptions behind it.
 
 from __future__ import annotations
 
-import errno
 import hmac
 import os
 import re
 import shlex
-import stat
-import struct
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +20,7 @@ from typing import Any, NoReturn, Self
 from urllib.parse import unquote_to_bytes
 
 from hsmwrap.errors import ConfigurationError, HsmwrapError
+from hsmwrap.privatefile import PrivateFile, decode
 
 MAX_PIN_BYTES = 1024
 """Longest PIN accepted, in bytes of UTF-8; HSM tokens stop far below."""
@@ -79,17 +77,19 @@ class Pin:
 def checked_pin(text: str, where: str) -> Pin:
     """Make a PIN of ``text``, or say what is wrong with what ``where`` gave.
 
-    A control character is a second line or a stray line end, not a PIN: it is refused here, before
-    the HSM token counts it as a wrong try.
+    A control character is a second line or a stray line end, not a PIN, and a byte-order mark is
+    an editor's: they are refused here, before the HSM token counts a wrong try.
 
     Raises:
-        ConfigurationError: The PIN is empty, longer than :data:`MAX_PIN_BYTES`, or holds a
-            control character.
+        ConfigurationError: The PIN is empty, longer than :data:`MAX_PIN_BYTES`, begins with a
+            byte-order mark, or holds a control character.
     """
     if not text:
         raise ConfigurationError(f"{where}: the PIN is empty")
     if len(text.encode(errors="replace")) > MAX_PIN_BYTES:
         raise ConfigurationError(f"{where}: a PIN has at most {MAX_PIN_BYTES} bytes")
+    if text.startswith("\ufeff"):
+        raise ConfigurationError(f"{where}: the PIN begins with a byte-order mark")
     if not _PRINTED.fullmatch(text):
         raise ConfigurationError(f"{where}: the PIN holds a line end or another control character")
     return Pin(text)
@@ -111,7 +111,7 @@ class PinSource(ABC):
 
 @dataclass(frozen=True, slots=True)
 class PinFile(PinSource):
-    """A file that holds the PIN and at most one line end after it, readable by us alone.
+    """A private file that holds the PIN, and at most one line end after it.
 
     Attributes:
         path: Absolute, so that it means the same in every working directory.
@@ -125,13 +125,9 @@ class PinFile(PinSource):
             raise ConfigurationError("PIN file: takes an absolute path")
 
     def read(self) -> Pin:
-        """Read the file, after the checks on the opened descriptor."""
-        where = f"PIN file {self.path}"
-        try:
-            raw = _read_private(self.path, where)
-        except OSError as error:
-            raise ConfigurationError(f"{where}: {error.strerror}") from error
-        return _pin_from_bytes(raw, where)
+        """Read the file, which has to be private (:mod:`hsmwrap.privatefile`)."""
+        file = PrivateFile(self.path, "PIN file")
+        return _pin_of(file.read_bytes(), str(file))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +209,7 @@ class PinCommand(PinSource):
             raise ConfigurationError(f"{where}: no answer within {self.timeout:g} seconds")
         if done.returncode:
             raise ConfigurationError(f"{where}: exit status {done.returncode}")
-        return _pin_from_bytes(done.stdout, where)
+        return _pin_of(done.stdout, where)
 
     def _run(self) -> subprocess.CompletedProcess[bytes] | None:
         try:
@@ -324,78 +320,7 @@ SOURCES: Mapping[str, SourceKind] = MappingProxyType(
 """The settings that name a PIN source; the last two come from a PKCS#11 URI."""
 
 
-def _pin_from_bytes(raw: bytes, where: str) -> Pin:
-    text = _utf8(raw)
-    if text is None:
-        raise ConfigurationError(f"{where}: the PIN is not UTF-8")
+def _pin_of(content: bytes, where: str) -> Pin:
+    text = decode(content, where)
     line = text.removesuffix("\n")
     return checked_pin(line.removesuffix("\r") if line != text else text, where)
-
-
-def _utf8(raw: bytes) -> str | None:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        # It holds the bytes: must not become anybody's __context__.
-        return None
-
-
-def _read_private(path: str, where: str) -> bytes:
-    # O_NONBLOCK: a FIFO must not hang the login; it is refused below.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    try:
-        _require_private(descriptor, where)
-        # A line end, and one byte that shows that there is more.
-        return os.read(descriptor, MAX_PIN_BYTES + 3)
-    finally:
-        os.close(descriptor)
-
-
-def _require_private(descriptor: int, where: str) -> None:
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        raise ConfigurationError(f"{where}: is not a regular file")
-    if status.st_uid not in _trusted_users():
-        raise ConfigurationError(f"{where}: belongs to another user; it has to be ours or root's")
-    if _open_to_others(status.st_mode, _access_acl(descriptor)):
-        mode = stat.S_IMODE(status.st_mode)
-        raise ConfigurationError(
-            f"{where}: is open to group or others (mode {mode:04o}); chmod it to 0400"
-        )
-
-
-def _trusted_users() -> frozenset[int]:
-    return frozenset({os.geteuid(), 0})
-
-
-_ACL_HEAD = struct.Struct("<I")
-_ACL_ENTRY = struct.Struct("<HHI")
-# Tags of linux/posix_acl.h; the owner's own entry (0x01) is not anybody else's.
-_ACL_USER, _ACL_GROUP_OBJ, _ACL_GROUP, _ACL_MASK, _ACL_OTHER = 0x02, 0x04, 0x08, 0x10, 0x20
-
-
-def _access_acl(descriptor: int) -> bytes:
-    try:
-        return os.getxattr(descriptor, "system.posix_acl_access")
-    except OSError as error:
-        if error.errno in {errno.ENODATA, errno.ENOTSUP}:
-            return b""
-        raise
-
-
-def _open_to_others(mode: int, acl: bytes) -> bool:
-    """Whether anybody but the owner, root and this process's user has a permission.
-
-    With an access control list the group bits of the mode are its mask, not the group's: that is
-    how systemd lends a root-owned credential to a service's user (it reads as 0440).
-    """
-    if not acl:
-        return bool(mode & (stat.S_IRWXG | stat.S_IRWXO))
-    entries = list(_ACL_ENTRY.iter_unpack(acl[_ACL_HEAD.size :]))
-    mask = next((permissions for tag, permissions, _ in entries if tag == _ACL_MASK), 0o7)
-    return any(
-        permissions & (0o7 if tag == _ACL_OTHER else mask)
-        for tag, permissions, user in entries
-        if tag in {_ACL_GROUP_OBJ, _ACL_GROUP, _ACL_OTHER}
-        or (tag == _ACL_USER and user not in _trusted_users())
-    )

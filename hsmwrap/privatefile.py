@@ -1,0 +1,202 @@
+"""Private files: PINs, the keyring, access keys and the audit key. One reader, one policy.
+
+A private file is a regular file (symbolic links are followed: Kubernetes mounts secrets as links),
+belongs to this process's user or to root, and is closed to everyone else. Only where root owns it,
+its group may read it: Kubernetes mounts secrets as root:fsGroup 0440. An access control list may
+let this process's user read it: systemd gives a service's credential as root's, with such a list,
+and the group bits of its mode 0440 are then the list's mask. All of this is checked on the opened
+file, so that it cannot be exchanged between check and read.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import os
+import stat
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from hsmwrap.errors import ConfigurationError, strip_tracebacks
+
+MAX_BYTES = 1024 * 1024
+"""Longest private file that is read."""
+
+_T = TypeVar("_T")
+_Stamp = tuple[int, ...]
+
+_ACL_HEAD = struct.Struct("<I")
+_ACL_ENTRY = struct.Struct("<HHI")
+# Tags of linux/posix_acl.h; the owner's own entry (0x01) does not matter here.
+_ACL_USER, _ACL_GROUP_OBJ, _ACL_GROUP, _ACL_MASK, _ACL_OTHER = 0x02, 0x04, 0x08, 0x10, 0x20
+_READ, _ALL = 0o4, 0o7
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateFile:
+    """A file that holds a secret.
+
+    Attributes:
+        path: Where it is.
+        what: What errors call it (``PIN file``).
+    """
+
+    path: str | os.PathLike[str]
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.what} {os.fspath(self.path)}"
+
+    @strip_tracebacks
+    def read_bytes(self) -> bytes:
+        """Check the file and read it.
+
+        Raises:
+            ConfigurationError: It cannot be read, is open to others, belongs to another user, is
+                not a regular file, or has more than :data:`MAX_BYTES`.
+        """
+        return self._read()[0]
+
+    @strip_tracebacks
+    def read_text(self) -> str:
+        """Check the file and read it as UTF-8.
+
+        Raises:
+            ConfigurationError: As for :meth:`read_bytes` and :func:`decode`.
+        """
+        return decode(self.read_bytes(), str(self))
+
+    def _read(self) -> tuple[bytes, _Stamp]:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer; it is refused below.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            descriptor = os.open(self.path, flags)
+            try:
+                status = os.fstat(descriptor)
+                if fault := _fault(status, _access_acl(descriptor)):
+                    raise ConfigurationError(f"{self}: {fault}")
+                with open(descriptor, "rb", closefd=False) as file:
+                    content = file.read(MAX_BYTES + 1)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise ConfigurationError(f"{self}: {error.strerror}") from None
+        if len(content) > MAX_BYTES:
+            raise ConfigurationError(f"{self}: has more than {MAX_BYTES} bytes")
+        return content, _stamp(status)
+
+
+class ParsedFile(Generic[_T]):
+    """What a private text file holds, parsed again when it was replaced or changed.
+
+    Safe from any thread and across forks.
+    """
+
+    def __init__(self, file: PrivateFile, parse: Callable[[str], _T]) -> None:
+        """Take the file, which is opened at the first use, and what makes a value of its text."""
+        self._file = file
+        self._parse = parse
+        self._cached: tuple[_Stamp, _T] | None = None
+
+    @strip_tracebacks
+    def read(self) -> _T:
+        """Return what the file holds now.
+
+        Raises:
+            ConfigurationError: As for :meth:`PrivateFile.read_text`, or it does not parse.
+        """
+        cached = self._cached
+        try:
+            if cached and cached[0] == _stamp(os.stat(self._file.path)):  # noqa: PTH116 (hot path)
+                return cached[1]
+        except OSError as error:
+            raise ConfigurationError(f"{self._file}: {error.strerror}") from None
+        content, stamp = self._file._read()  # noqa: SLF001 (of this module)
+        text = decode(content, str(self._file))
+        try:
+            value = self._parse(text)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self._file}: {error}") from None
+        self._cached = stamp, value
+        return value
+
+
+@strip_tracebacks
+def decode(content: bytes, where: str) -> str:
+    """Decode UTF-8 without a byte-order mark, which editors on Windows write.
+
+    Raises:
+        ConfigurationError: It is something else; the text begins with ``where``.
+    """
+    marks = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    if content.startswith(marks):
+        raise ConfigurationError(
+            f"{where}: begins with a byte-order mark; save it as UTF-8 without one"
+        )
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{where}: is not UTF-8") from None
+
+
+def _fault(status: os.stat_result, acl: bytes) -> str | None:
+    """Say what is wrong with a file of this status and access control list, and what to do."""
+    me, owner = os.geteuid(), status.st_uid
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a regular file"
+    if owner not in {me, 0}:
+        return f"belongs to uid {owner}; it has to belong to uid {me} or to root"
+    if _is_open_to_others(status, acl):
+        mode, right = stat.S_IMODE(status.st_mode), 0o400 if owner == me else 0o440
+        return (
+            f"is open to others (mode {mode:04o}): chmod {right:04o} it, and replace what it "
+            "holds if others may have read it"
+        )
+    return None
+
+
+def _is_open_to_others(status: os.stat_result, acl: bytes) -> bool:
+    """Whether anyone has a permission but root, this process's user and a group of root's file.
+
+    With an access control list the group bits of the mode are its mask, not the group's.
+    """
+    mode = status.st_mode
+    entries = list(_ACL_ENTRY.iter_unpack(acl[_ACL_HEAD.size :])) or [
+        (_ACL_GROUP_OBJ, mode >> 3 & _ALL, 0),
+        (_ACL_OTHER, mode & _ALL, 0),
+    ]
+    mask = next((permissions for tag, permissions, _ in entries if tag == _ACL_MASK), _ALL)
+    granted = {
+        _ACL_GROUP_OBJ: mask & ~(_READ if status.st_uid == 0 else 0),
+        _ACL_GROUP: mask,
+        _ACL_USER: mask,
+        _ACL_OTHER: _ALL,
+    }
+    return any(
+        permissions & granted.get(tag, 0)
+        for tag, permissions, user in entries
+        if not (tag == _ACL_USER and user in {os.geteuid(), 0})
+    )
+
+
+def _access_acl(descriptor: int) -> bytes:
+    try:
+        return os.getxattr(descriptor, "system.posix_acl_access")
+    except OSError as error:
+        if error.errno in {errno.ENODATA, errno.ENOTSUP}:
+            return b""
+        raise
+
+
+def _stamp(status: os.stat_result) -> _Stamp:
+    # ctime and mode: a chmod alone has to reach the check as well.
+    return (
+        status.st_dev,
+        status.st_ino,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_mode,
+        status.st_size,
+    )
