@@ -1,4 +1,8 @@
-"""Testing tools for authors of backends: fault injection in front of any PKCS#11 module.
+"""For tests of backends (plug-in authors) and of what embeds hsmwrap.
 
-Start at :mod:`hsmwrap.testing.faults`. Nothing here is imported by hsmwrap itself.
+* :mod:`~hsmwrap.testing.conformance`: the kit that every backend passes.
+* :mod:`~hsmwrap.testing.faults`: a shim in front of any PKCS#11 module, which fails on command.
+* :mod:`~hsmwrap.testing.clients`: clients that encrypt key material without hsmwrap's code.
+* :mod:`~hsmwrap.testing.hostile`: ciphertexts that no honest client sends.
+* :mod:`~hsmwrap.testing.softhsm`: a private SoftHSM2 token; ``pytest_hsmwrap`` has the fixtures.
 """
