@@ -1,1 +1,1 @@
-"""What hsmwrap costs beside the raw operations that it contains; run by ``scripts/bench``."""
+"""The cost of hsmwrap compared with the raw operations it consists of; run by ``scripts/bench``."""

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import latency, machine, operations, outstanding, over_http, plot, throughput
-from benchmarks.arena import open_arenas, token_settings
 from benchmarks.hsm import RawToken
 from benchmarks.machine import Others
+from benchmarks.measured import open_measured_backends, token_settings
 from benchmarks.plan import DEFAULT, FULL, QUICK, Plan
 from benchmarks.report import Results
 from hsmwrap.errors import HsmwrapError
@@ -38,14 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(plan: Plan, parts: Sequence[str]) -> Results:
-    """Measure the parts that were asked for, on the token that the environment describes."""
+    """Measure the requested parts on the HSM token that the environment describes."""
     settings = token_settings(os.environ)
-    with open_arenas(settings) as (software, hsm):
+    with open_measured_backends(settings) as (software, hsm):
         token, others = RawToken(settings), Others()
         results = Results(plan.name, machine.describe(token.module))
         if "operations" in parts:
-            for arena in (software, hsm):
-                results.comparisons += operations.compare(arena, token, plan)
+            for measured in (software, hsm):
+                results.comparisons += operations.compare(measured, token, plan)
         if "throughput" in parts:
             for load in throughput.loads(hsm, token):
                 results.rates += throughput.measure(load, plan)
@@ -53,7 +53,7 @@ def measure(plan: Plan, parts: Sequence[str]) -> Results:
             results.latency = latency.measure(hsm, plan)
         if "http" in parts:
             results.requests += over_http.measure(settings, plan)
-        if "outstanding" in parts:  # last, as it fills the HSM token
+        if "outstanding" in parts:  # last, since it fills the HSM token
             results.costs += outstanding.sealed(hsm, token, plan)
             results.costs += outstanding.resident(hsm, token, plan)
         results.others = others.share()
@@ -63,23 +63,24 @@ def measure(plan: Plan, parts: Sequence[str]) -> Results:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
-        description="hsmwrap against the raw operations that it contains: ratios in one run, which "
-        "takes about a quarter of an hour.",
+        description="Compare hsmwrap with the raw operations it consists of, in about 15 minutes.",
     )
     parser.set_defaults(plan=DEFAULT)
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(
-        "--quick", dest="plan", action="store_const", const=QUICK, help="about a minute, and rough"
+        "--quick", dest="plan", action="store_const", const=QUICK, help="about a minute; less exact"
     )
     amount.add_argument(
         "--full",
         dest="plan",
         action="store_const",
         const=FULL,
-        help="hours: resident wrapping keys up to 100,000, a gigabyte of files where TMPDIR says",
+        help="hours: up to 100,000 resident wrapping keys, which take a gigabyte in TMPDIR",
     )
-    parser.add_argument("--part", action="append", choices=PARTS, help="one part; may be repeated")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers, for machines")
+    parser.add_argument(
+        "--part", action="append", choices=PARTS, help="measure only this part; may be repeated"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers as JSON")
     parser.add_argument("--plot", type=_plot_file, metavar="FILE.svg|.png", help="the figure")
     return parser
 

@@ -1,4 +1,4 @@
-"""A client that is fast enough not to be what is measured: pyca, and libcrypto for SM2."""
+"""A client that is too fast to affect the measurement: pyca, and libcrypto for SM2."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def encrypt(algorithm: WrappingAlgorithm, public_key: bytes, material: bytes) ->
         return engine.encrypt(public_key[-_POINT_LENGTH:], material).to_der()
     key = load_der_public_key(public_key)
     if not isinstance(key, rsa.RSAPublicKey):
-        raise TypeError("no RSA key")
+        raise TypeError("not an RSA key")
     return key.encrypt(material, PADDINGS[algorithm])

@@ -1,9 +1,8 @@
-"""Raw PKCS#11: what the backend asks of the HSM token, done with python-pkcs11 alone.
+"""Raw PKCS#11: the backend's calls of the HSM token, made with python-pkcs11 alone.
 
-``loop`` makes the same C_ calls in the same order on one session of the same kind, its templates
-prepared beforehand but for the id of a resident key; ``bare`` is the one call that an operation is
-about. Work that the host has to do (OAEP, y of the SM2 point, the import token) is in neither: it
-counts as ours.
+``loop`` makes the same C_ calls in the same order on one session of the same kind, with prepared
+templates except for the id of a resident key. ``bare`` is the main call of the operation. Work of
+the host (OAEP, y of the SM2 point, the import token) is in neither; it counts as ours.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from hsmwrap.sm2 import DEFAULT_LAYOUTS, parse
 from hsmwrap.tokens import ImportTokenClaims
 
 TOKEN_BYTES = bytes(1340)
-"""As long as what the MAC key authenticates of an import token with a sealed RSA key."""
+"""As long as the authenticated part of an import token with a sealed RSA key."""
 _SHORT_TOKEN_BYTES = bytes(135)
 """The same for an import token that only names a resident key."""
 
@@ -49,7 +48,7 @@ class Raw:
 
 
 class RawToken:
-    """The backend's module, login and keys, without the backend; it has to be open already."""
+    """The module, login and keys of the backend, which has to be open already."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         checked = Pkcs11Settings.from_mapping(settings)
@@ -70,7 +69,7 @@ class RawToken:
         return RawSession(self, PooledSession(opened, self.module.is_logged_in), self._keys)
 
     def wrapping_template(self, algorithm: WrappingAlgorithm, role: Role) -> dict[Any, Any]:
-        """What the backend would generate a private wrapping key with."""
+        """The template of the backend for generating a private wrapping key."""
         store = WrappingKeyStore(self._keys, self.prefix, self.features)
         if role is not Role.WRAPPING_DERIVE:
             return store.sealing_template(role, trusted=self.trusted)
@@ -84,7 +83,7 @@ class RawToken:
 
 
 class RawSession:
-    """One session, with the backend's keys found through it."""
+    """One session, and the backend's keys on it."""
 
     def __init__(self, token: RawToken, pooled: PooledSession, keys: KeySets) -> None:
         self._token, self._pooled, self._keys = token, pooled, keys
@@ -97,20 +96,20 @@ class RawSession:
         return self._keys.require(self._pooled, role, self._number)
 
     def authenticate(self, token: bytes = TOKEN_BYTES) -> None:
-        """What the MAC of an import token costs."""
+        """Compute the MAC of an import token."""
         self._mac.sign(token, mechanism=Mechanism.SHA256_HMAC)
 
     # --- issue -------------------------------------------------------------------------------
 
     def issue(self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm) -> Raw:
-        """C_GenerateKeyPair, and what has to be done with the pair."""
+        """C_GenerateKeyPair, and the further calls for the pair."""
         if spec is WrappingKeySpec.RSA_2048:
             return self._issue_sealed(algorithm)
         return self._issue_resident(algorithm)
 
     def _issue_sealed(self, algorithm: WrappingAlgorithm) -> Raw:
         path = rsa.path_of(algorithm, self._token.features)
-        assert path is not None  # noqa: S101  # the row is there because the backend serves it
+        assert path is not None  # noqa: S101  # the backend serves this row
         template, kek = self._token.wrapping_template(algorithm, path.role), self.key(path.role)
 
         def loop() -> None:
@@ -147,7 +146,7 @@ class RawSession:
     # --- import ------------------------------------------------------------------------------
 
     def bring_in(self, claims: ImportTokenClaims, ciphertext: bytes, material: bytes) -> Raw:
-        """From the ciphertext to a sealed key, and the one unwrapping call of it."""
+        """From the ciphertext to a sealed key; bare: only the unwrapping call."""
         role, _, data = parse_ref(claims.private_key)
         if role is Role.WRAPPING_DERIVE:
             return self._by_derivation(data, ciphertext, material)

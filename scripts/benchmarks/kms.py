@@ -1,7 +1,7 @@
 """Two reference KMS on one HSM token: in this process, and behind ``hsmwrap serve``.
 
-Each is whole: permissions, database, audit log, key-pair pool. The load generator signs its
-requests beforehand and keeps its connections open, so that it takes little of the machine.
+Each is complete: permissions, database, audit log, key-pair pool. The load generator signs its
+requests beforehand and keeps its connections open, so that it uses little processor time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.arena import KEY_SPEC, LEVEL
+from benchmarks.measured import KEY_SPEC, LEVEL
 from hsmwrap.http import canonical
 from hsmwrap.http.app import API_VERSION
 from hsmwrap.kms.access import AccessKey, Permissions, StaticAccessKeys
@@ -32,7 +32,7 @@ from hsmwrap.kms.config import ServerConfig
 from hsmwrap.kms.opening import open_kms
 
 Call = Callable[[], object]
-"""One request, ready to go."""
+"""One prepared request."""
 
 _ACCESS_KEY = AccessKey("bench", secrets.token_hex(16), Permissions.everything())
 _DEADLINE = 60
@@ -42,7 +42,7 @@ _POOL_LEVEL = re.compile(r"^hsmwrap_keypool_level\{.*\} (\S+)$", re.MULTILINE)
 
 
 class Failed(Exception):
-    """A request was not answered with 200, or what was waited for did not come."""
+    """A request was not answered with 200, or a wait timed out."""
 
 
 class KmsSide(ABC):
@@ -53,7 +53,7 @@ class KmsSide(ABC):
 
     @abstractmethod
     def prepare(self, thread: int, action: str, parameters: Mapping[str, str]) -> Call:
-        """A call by the thread of this number, with all done that a client does beforehand."""
+        """A call by the thread with this number, prepared as far as a client can."""
 
     @abstractmethod
     def call(self, action: str, parameters: Mapping[str, str]) -> dict[str, Any]:
@@ -61,24 +61,24 @@ class KmsSide(ABC):
 
     @abstractmethod
     def pool_level(self) -> float:
-        """How many wrapping key pairs are ready."""
+        """Number of wrapping key pairs that are ready."""
 
     def make_cmks(self, count: int) -> None:
-        """Create a CMK for each thread: imports into one wait for each other."""
+        """Create a CMK for each thread, since imports into one CMK wait for each other."""
         wanted = {"Origin": "EXTERNAL", "KeySpec": str(KEY_SPEC), "ProtectionLevel": str(LEVEL)}
         made = [self.call("CreateKey", wanted) for _ in range(count)]
         self.cmks = [fields["KeyMetadata"]["KeyId"] for fields in made]
 
     def wait_for_pool(self, level: int) -> None:
-        """Wait until the key-pair pool has so many pairs.
+        """Wait until the key-pair pool has ``level`` pairs.
 
         Raises:
-            Failed: It takes longer than a second a pair.
+            Failed: It takes longer than a second per pair.
         """
         end = time.monotonic() + _DEADLINE + level
         while self.pool_level() < level:
             if time.monotonic() > end:
-                raise Failed(f"the key-pair pool did not come to {level}")
+                raise Failed(f"the key-pair pool did not reach {level} pairs")
             time.sleep(_PAUSE)
 
 
@@ -98,7 +98,7 @@ class LocalKms(KmsSide):
         self._kms.close()
 
     def prepare(self, thread: int, action: str, parameters: Mapping[str, str]) -> Call:
-        """Nothing to be done beforehand, and no thread has anything of its own."""
+        """No preparation is needed, and the thread does not matter."""
         del thread
         return partial(self.call, action, parameters)
 
@@ -113,47 +113,49 @@ class LocalKms(KmsSide):
 
 
 class ServedKms(KmsSide):
-    """A KMS that ``hsmwrap serve`` serves, by one worker process."""
+    """A KMS behind ``hsmwrap serve`` with one worker process."""
 
     def __init__(self, port: int, threads: int) -> None:
         super().__init__()
         self._port = port
-        self._lines = [_Line(port) for _ in range(threads)]
+        self._connections = [_Connection(port) for _ in range(threads)]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        for line in self._lines:
-            line.close()
+        for connection in self._connections:
+            connection.close()
 
     def prepare(self, thread: int, action: str, parameters: Mapping[str, str]) -> Call:
         """Sign the request, and take the thread's own connection."""
-        return partial(self._lines[thread].ask, _signed_post(action, parameters))
+        return partial(self._connections[thread].ask, _signed_post(action, parameters))
 
     def call(self, action: str, parameters: Mapping[str, str]) -> dict[str, Any]:
         """Sign and send a request; the answer's fields."""
-        fields: dict[str, Any] = json.loads(self._lines[0].ask(_signed_post(action, parameters)))
+        fields: dict[str, Any] = json.loads(
+            self._connections[0].ask(_signed_post(action, parameters))
+        )
         return fields
 
     def pool_level(self) -> float:
         """Read /metrics."""
-        page = self._lines[0].ask(b"GET /metrics HTTP/1.1\r\nHost: bench\r\n\r\n").decode()
+        page = self._connections[0].ask(b"GET /metrics HTTP/1.1\r\nHost: bench\r\n\r\n").decode()
         return sum(map(float, _POOL_LEVEL.findall(page)))
 
 
-class _Line:
-    """A connection that stays open: one request after the other."""
+class _Connection:
+    """A persistent connection."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._socket: socket.socket | None = None
 
     def ask(self, request: bytes) -> bytes:
-        """Send a request; the body of the answer, which has to be a 200."""
+        """Send a request; returns the body of the answer, which has to have status 200."""
         try:
             head, body = self._exchange(request)
-        except ConnectionError:  # the server closes one that was idle for long
+        except ConnectionError:  # the server closes idle connections
             self.close()
             head, body = self._exchange(request)
         if not head.startswith(b"HTTP/1.1 200 "):
@@ -172,7 +174,7 @@ class _Line:
         head, _, body = self._more(b"", lambda data: b"\r\n\r\n" in data).partition(b"\r\n\r\n")
         length = _LENGTH.search(head + b"\r\n")
         if length is None:
-            raise Failed("an answer without Content-Length")
+            raise Failed("the answer has no Content-Length")
         return head, self._more(body, lambda data: len(data) >= int(length[1]))
 
     def _more(self, data: bytes, enough: Callable[[bytes], bool]) -> bytes:
@@ -190,7 +192,7 @@ def serving(directory: Path, settings: Mapping[str, Any], pool: int) -> Iterator
     """Run ``hsmwrap serve`` with one worker process; yields the port.
 
     Raises:
-        Failed: It does not come up; its log is in the message.
+        Failed: It does not start; its log is in the message.
     """
     config, log = directory / "hsmwrap.toml", directory / "log"
     config.write_text(_toml(_configuration(directory, settings, pool)), encoding="utf-8")
@@ -201,7 +203,7 @@ def serving(directory: Path, settings: Mapping[str, Any], pool: int) -> Iterator
         assert server.stdout is not None  # noqa: S101  # it is a pipe
         ready = server.stdout.readline()
         if not ready.startswith("ready http://127.0.0.1:"):
-            raise Failed(f"hsmwrap serve did not come up: {log.read_text('utf-8')}")
+            raise Failed(f"hsmwrap serve did not start: {log.read_text('utf-8')}")
         yield int(ready.rpartition(":")[2])
     finally:
         server.terminate()
@@ -212,7 +214,7 @@ def serving(directory: Path, settings: Mapping[str, Any], pool: int) -> Iterator
 
 
 def _configuration(directory: Path, settings: Mapping[str, Any], pool: int) -> dict[str, Any]:
-    """A server's configuration, with its state in ``directory``, and an access key file there."""
+    """A server's configuration with all its files in ``directory``; writes the access key file."""
     directory.mkdir(exist_ok=True)
     access_keys = directory / "access-keys.toml"
     if not access_keys.exists():
@@ -232,7 +234,7 @@ def _configuration(directory: Path, settings: Mapping[str, Any], pool: int) -> d
 
 
 def _toml(configuration: Mapping[str, Any]) -> str:
-    """The configuration as TOML: JSON's scalars are TOML's, and a dotted key is a table's."""
+    """The configuration as TOML; scalars as in JSON, nested tables as dotted keys."""
 
     def lines(prefix: str, table: Mapping[str, Any]) -> Iterator[str]:
         for name, value in table.items():
@@ -245,7 +247,7 @@ def _toml(configuration: Mapping[str, Any]) -> str:
 
 
 def _signed_post(action: str, parameters: Mapping[str, str]) -> bytes:
-    """A whole HTTP request, signed by version 1, the parameters in a form."""
+    """A complete HTTP request with the parameters in a form, signed by version 1."""
     signed = {
         **parameters,
         "Action": action,

@@ -1,4 +1,4 @@
-"""How long a caller waits for parameters: cold, and warm from the key-pair pool."""
+"""Latency of issuing parameters: cold (inline), and warm (from the key-pair pool)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.arena import Arena, new_cmk
+from benchmarks.measured import MeasuredBackend, new_cmk
 from benchmarks.plan import Plan, say
 from benchmarks.timing import Side, Timing
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
@@ -19,12 +19,12 @@ _PAUSE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Issues of RSA parameters.
+    """Times of issuing RSA parameters.
 
     Attributes:
-        cold: The pair is made inline.
-        idle: From the pool, which rests meanwhile.
-        busy: From the pool, one at a time, while a background thread makes the next pair.
+        cold: With inline key generation.
+        idle: From an idle pool.
+        busy: From the pool, one at a time, while a background thread generates the next pair.
     """
 
     cold: Timing
@@ -40,47 +40,47 @@ class Latency:
         }
 
 
-def measure(arena: Arena, plan: Plan) -> Latency:
+def measure(measured: MeasuredBackend, plan: Plan) -> Latency:
     """Measure all three."""
     say("cold issue")
-    cold, side = Timing(), arena.issue_side(*_ROW)
+    cold, side = Timing(), measured.issue_side(*_ROW)
     for _ in range(plan.cold):
         cold.add(side)
-    return Latency(cold, _idle(arena, plan), _busy(arena, plan))
+    return Latency(cold, _idle(measured, plan), _busy(measured, plan))
 
 
-def _idle(arena: Arena, plan: Plan) -> Timing:
-    """Empty a full pool, again and again; it refills only once it is empty."""
+def _idle(measured: MeasuredBackend, plan: Plan) -> Timing:
+    """Empty a full pool repeatedly; it refills only when it is empty."""
     timing = Timing()
     with KeyPool(PoolSettings(high_water=plan.burst, low_water=0, threads=2)) as pool:
-        side = _warm_side(arena, arena.service_with(pool))
+        side = _warm_side(measured, measured.service_with(pool))
         while len(timing.seconds) < plan.warm:
-            say(f"warm issue, pool at rest: {len(timing.seconds)} of {plan.warm}")
-            _wait_for(arena, pool, plan.burst)
+            say(f"warm issue, idle pool: {len(timing.seconds)} of {plan.warm}")
+            _wait_for(measured, pool, plan.burst)
             for _ in range(plan.burst - 1):
                 timing.add(side)
             side.call()
     return timing
 
 
-def _busy(arena: Arena, plan: Plan) -> Timing:
-    """Take a pair whenever there is one: the thread that makes the next one never rests."""
+def _busy(measured: MeasuredBackend, plan: Plan) -> Timing:
+    """Take each pair as soon as it is ready, so that the background thread is always busy."""
     timing = Timing()
     with KeyPool(PoolSettings(high_water=plan.burst, low_water=plan.burst - 1)) as pool:
-        side = _warm_side(arena, arena.service_with(pool))
-        say(f"warm issue, pool at work: {plan.busy}")
+        side = _warm_side(measured, measured.service_with(pool))
+        say(f"warm issue, busy pool: {plan.busy}")
         while len(timing.seconds) < plan.busy:
-            _wait_for(arena, pool, 1)
+            _wait_for(measured, pool, 1)
             timing.add(side)
     return timing
 
 
-def _warm_side(arena: Arena, service: ImportService) -> Side:
+def _warm_side(measured: MeasuredBackend, service: ImportService) -> Side:
     cmk = new_cmk()
-    return Side(lambda: service.get_parameters_for_import(cmk, *_ROW), arena.discard)
+    return Side(lambda: service.get_parameters_for_import(cmk, *_ROW), measured.discard)
 
 
-def _wait_for(arena: Arena, pool: KeyPool, level: int) -> None:
-    pool.prepare(arena.backend, [_ROW])
+def _wait_for(measured: MeasuredBackend, pool: KeyPool, level: int) -> None:
+    pool.prepare(measured.backend, [_ROW])
     while sum(facts.level for facts in pool.facts()) < level:
         time.sleep(_PAUSE)

@@ -1,4 +1,4 @@
-"""SM2 by libcrypto alone, with nothing around it: what the software backend is measured against."""
+"""Raw SM2 by libcrypto, as the reference for the software backend."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ctypes import byref, c_char_p, c_int, c_long, c_size_t, c_void_p
 
 
 class RawSm2:
-    """One key pair with its context, made once, and bare calls on it."""
+    """One key pair with its contexts, and raw calls on it."""
 
     def __init__(self) -> None:
         self._lib = lib = ctypes.CDLL("libcrypto.so.3")
@@ -32,7 +32,7 @@ class RawSm2:
         self._lib.EVP_PKEY_free(key)
 
     def decrypt(self, ciphertext: bytes) -> bytes:
-        """EVP_PKEY_decrypt of DER; the plaintext."""
+        """EVP_PKEY_decrypt of a ciphertext in DER; returns the plaintext."""
         output, length = ctypes.create_string_buffer(len(ciphertext)), c_size_t(len(ciphertext))
         size = c_size_t(len(ciphertext))
         self._require(

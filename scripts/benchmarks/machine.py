@@ -1,4 +1,4 @@
-"""Which machine, and which software: numbers without them mean nothing."""
+"""The machine and the software versions of a run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hsmwrap.pkcs11.binding.module import Module
 
 
 class Others:
-    """How much of the machine other processes take, from now on."""
+    """Measures the processor time of other processes, from its creation."""
 
     def __init__(self) -> None:
         self._wall, self._busy, self._own = self._read()
 
     def share(self) -> float:
-        """Processor time of others so far, as a fraction of all there was."""
+        """Processor time of other processes so far, as a fraction of the available time."""
         wall, busy, own = self._read()
         others = busy - self._busy - (own - self._own)
         available = (wall - self._wall) * (os.cpu_count() or 1)
@@ -38,21 +38,21 @@ class Others:
 
 
 def describe(module: Module) -> dict[str, str]:
-    """Name the machine and the versions; ``module`` is the PKCS#11 module that is measured."""
+    """Describe the machine and the versions; ``module`` is the measured PKCS#11 module."""
     return {
         "cpu": _cpu(),
         "cores": str(len(os.sched_getaffinity(0))),
         "system": _system(),
         "python": platform.python_version(),
-        "openssl": _said("openssl", "version"),
+        "openssl": _output("openssl", "version"),
         "openssl_of_pyca": pyca.openssl_version_text(),
-        "token_directory": _said("stat", "-f", "-c", "%T", os.environ["HSMWRAP_TOKEN_DIR"]),
-        "token": f"{module.manufacturer_id} {_said('softhsm2-util', '--version')}",
+        "token_directory": _output("stat", "-f", "-c", "%T", os.environ["HSMWRAP_TOKEN_DIR"]),
+        "token": f"{module.manufacturer_id} {_output('softhsm2-util', '--version')}",
         **{name: importlib.metadata.version(name) for name in ("cryptography", "python-pkcs11")},
     }
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -1,4 +1,4 @@
-"""Each operation alone: issue and import, by row of the compatibility table and backend."""
+"""Single operations: issue and import, for each backend and row of the compatibility table."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import software
-from benchmarks.arena import Arena
 from benchmarks.hsm import Raw, RawToken
+from benchmarks.measured import MeasuredBackend
 from benchmarks.plan import Plan, say
 from benchmarks.timing import Side, Timing, speed, take_turns
 from hsmwrap.backend import WrappingCapability
@@ -16,7 +16,7 @@ from hsmwrap.backend import WrappingCapability
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One operation of one row on one backend, against the same raw calls and the bare one."""
+    """One operation of one row on one backend, with the raw loop and the bare call."""
 
     backend: str
     operation: str
@@ -27,12 +27,12 @@ class Comparison:
 
     @property
     def of_loop(self) -> float:
-        """Our speed as a fraction of that of the same raw calls."""
+        """Our speed as a fraction of the raw loop's."""
         return speed(self.ours, self.loop)
 
     @property
     def of_bare(self) -> float:
-        """Our speed as a fraction of that of the bare call alone."""
+        """Our speed as a fraction of the bare call's."""
         return speed(self.ours, self.bare)
 
     def to_json(self) -> dict[str, Any]:
@@ -52,15 +52,15 @@ class Comparison:
         }
 
 
-def compare(arena: Arena, token: RawToken, plan: Plan) -> Iterator[Comparison]:
+def compare(measured: MeasuredBackend, token: RawToken, plan: Plan) -> Iterator[Comparison]:
     """Issue and import by every row of a backend."""
-    for row in arena.backend.capabilities().wrapping:
-        name = arena.backend.name
+    for row in measured.backend.capabilities().wrapping:
+        name = measured.backend.name
         say(f"{name}: issue and import by {row.algorithm}")
-        raw = _raw_issue(arena, token, row)
-        ours = arena.issue_side(row.spec, row.algorithm)
+        raw = _raw_issue(measured, token, row)
+        ours = measured.issue_side(row.spec, row.algorithm)
         yield Comparison(name, "issue", row, **_timed(ours, raw, plan))
-        ours, raw = _import_sides(arena, token, row)
+        ours, raw = _import_sides(measured, token, row)
         yield Comparison(name, "import", row, **_timed(ours, raw, plan))
 
 
@@ -69,16 +69,18 @@ def _timed(ours: Side, raw: Raw, plan: Plan) -> dict[str, Timing]:
     return take_turns(sides, plan.seconds, plan.least)
 
 
-def _raw_issue(arena: Arena, token: RawToken, row: WrappingCapability) -> Raw:
-    if arena.backend.name == "software":
+def _raw_issue(measured: MeasuredBackend, token: RawToken, row: WrappingCapability) -> Raw:
+    if measured.backend.name == "software":
         return software.issue(row.spec)
     return token.session().issue(row.spec, row.algorithm)
 
 
-def _import_sides(arena: Arena, token: RawToken, row: WrappingCapability) -> tuple[Side, Raw]:
-    issued = arena.issue(row.spec, row.algorithm)
-    if arena.backend.name == "software":
+def _import_sides(
+    measured: MeasuredBackend, token: RawToken, row: WrappingCapability
+) -> tuple[Side, Raw]:
+    issued = measured.issue(row.spec, row.algorithm)
+    if measured.backend.name == "software":
         raw = software.bring_in(row.algorithm, issued.material)
     else:
         raw = token.session().bring_in(issued.claims, issued.ciphertext, issued.material)
-    return arena.import_side(issued), raw
+    return measured.import_side(issued), raw

@@ -1,7 +1,7 @@
-"""What outstanding import tokens cost those who come after: sealed, and resident.
+"""Cost of issue and import while many import tokens are outstanding, sealed and resident.
 
-The raw loop beside each measurement tells what the machine does meanwhile; what counts is our cost
-as a multiple of it. A resident key slows the raw loop as well: SoftHSM looks at every object.
+The result is our cost as a multiple of the raw loop, which is measured at the same time. Resident
+keys slow the raw loop down too, since SoftHSM searches all objects.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.arena import Arena, cycling, new_cmk
 from benchmarks.hsm import RawSession, RawToken
+from benchmarks.measured import MeasuredBackend, cycling, new_cmk
 from benchmarks.plan import Plan, say
 from benchmarks.timing import Side, Timing, take_turns
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
@@ -28,12 +28,12 @@ _SEALED = (WrappingKeySpec.RSA_2048, WrappingAlgorithm.RSAES_OAEP_SHA_1)
 _RESIDENT = (WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE)
 _SEALED_PAIRS = 32
 _SAMPLE = 20
-"""Import tokens of the outstanding ones that key material is encrypted for."""
+"""Number of outstanding import tokens that are then used for imports."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Issue and import with so many import tokens outstanding; ``raw`` is the import's loop."""
+    """Times of issue and import with outstanding import tokens; ``raw`` is the import's loop."""
 
     custody: str
     outstanding: int
@@ -48,7 +48,7 @@ class Cost:
 
     @property
     def relative_issue(self) -> float:
-        """An issue, its key pair at hand, as a multiple of the raw loop of an import."""
+        """An issue without key generation, as a multiple of the raw loop of an import."""
         return self.issue.median / self.raw.median
 
     def to_json(self) -> dict[str, Any]:
@@ -64,12 +64,12 @@ class Cost:
         }
 
 
-def sealed(arena: Arena, token: RawToken, plan: Plan) -> Iterator[Cost]:
-    """RSA: all that is outstanding is in the clients' hands."""
-    expires_at = arena.issue(*_SEALED).claims.expires_at
+def sealed(measured: MeasuredBackend, token: RawToken, plan: Plan) -> Iterator[Cost]:
+    """RSA: outstanding tokens use no space in the HSM token."""
+    expires_at = measured.issue(*_SEALED).claims.expires_at
     say(f"{_SEALED_PAIRS} RSA pairs for the sealed tokens")
-    keys = [generate_inline(arena.backend, *_SEALED, expires_at) for _ in range(_SEALED_PAIRS)]
-    service, session = arena.service_with(cycling(keys)), token.session()
+    keys = [generate_inline(measured.backend, *_SEALED, expires_at) for _ in range(_SEALED_PAIRS)]
+    service, session = measured.service_with(cycling(keys)), token.session()
     held: list[Held] = []
     issue_one = partial(_issue, service, _SEALED, held)
 
@@ -77,13 +77,13 @@ def sealed(arena: Arena, token: RawToken, plan: Plan) -> Iterator[Cost]:
         say(f"{count} sealed tokens outstanding")
         while len(held) < count:
             issue_one()
-        yield _Scene(arena, session, held).cost("sealed", issue_one, plan)
+        yield _Calls(measured, session, held).cost("sealed", issue_one, plan)
 
 
-def resident(arena: Arena, token: RawToken, plan: Plan) -> Iterator[Cost]:
-    """SM2: each outstanding token has an object in the HSM token. Ends when the time is up."""
+def resident(measured: MeasuredBackend, token: RawToken, plan: Plan) -> Iterator[Cost]:
+    """SM2: each outstanding token has an object in the HSM token. Stops at the time limit."""
     held: list[Held] = []
-    issue_one = partial(_issue, arena.service, _RESIDENT, held)
+    issue_one = partial(_issue, measured.service, _RESIDENT, held)
     session, end = token.session(), time.monotonic() + plan.fill_seconds
 
     for count in plan.resident:
@@ -91,9 +91,9 @@ def resident(arena: Arena, token: RawToken, plan: Plan) -> Iterator[Cost]:
         while len(held) < count and time.monotonic() < end:
             issue_one()
         reached = len(held)
-        yield _Scene(arena, session, held).cost("resident", issue_one, plan)
+        yield _Calls(measured, session, held).cost("resident", issue_one, plan)
         if reached < count:
-            say(f"resident: time was up at {reached} of {count}")
+            say(f"resident: time limit at {reached} of {count}")
             return
 
 
@@ -102,19 +102,21 @@ def _issue(service: ImportService, row: Row, held: list[Held]) -> None:
     held.append((cmk, service.get_parameters_for_import(cmk, *row)))
 
 
-class _Scene:
-    """What is called while some import tokens are outstanding."""
+class _Calls:
+    """The calls that are timed while import tokens are outstanding."""
 
-    def __init__(self, arena: Arena, session: RawSession, held: Sequence[Held]) -> None:
+    def __init__(
+        self, measured: MeasuredBackend, session: RawSession, held: Sequence[Held]
+    ) -> None:
         sample = random.sample(held, min(_SAMPLE, len(held)))
-        chosen = [arena.encrypted(*each) for each in sample]
+        chosen = [measured.encrypted(*each) for each in sample]
         self.outstanding = len(held)
-        self.bring_in = _in_turn([arena.import_side(each) for each in chosen])
+        self.bring_in = _in_turn([measured.import_side(each) for each in chosen])
         raws = (session.bring_in(each.claims, each.ciphertext, each.material) for each in chosen)
         self.raw = _in_turn([raw.loop for raw in raws])
 
     def cost(self, custody: str, issue: Callable[[], Any], plan: Plan) -> Cost:
-        """Time all three, in turn."""
+        """Time all three in turn."""
         sides = {"issue": Side(issue), "import": self.bring_in, "raw": self.raw}
         timings = take_turns(sides, plan.seconds, plan.least)
         return Cost(custody, self.outstanding, *(timings[side] for side in sides))

@@ -1,4 +1,4 @@
-"""The reference KMS over HTTP against the same calls in process: rates and waiting times."""
+"""The reference KMS over HTTP, compared with the same calls in process: rates and latencies."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import clients
-from benchmarks.arena import KEY_SPEC
 from benchmarks.kms import Call, KmsSide, LocalKms, ServedKms, serving
+from benchmarks.measured import KEY_SPEC
 from benchmarks.plan import Plan, say
 from benchmarks.timing import percentile_99
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
@@ -27,12 +27,12 @@ SIDES = ("http", "in process")
 _ALGORITHM = WrappingAlgorithm.RSAES_OAEP_SHA_256
 _ISSUE = "GetParametersForImport"
 _MARGIN = 2
-"""Pairs by which the pool is larger than twice a burst, so that a burst starts no refilling."""
+"""Extra pairs of the pool beyond two bursts, so that a burst does not start a refill."""
 
 
 @dataclass(frozen=True, slots=True)
 class Burst:
-    """Some calls: seconds of each, and of all together."""
+    """Seconds of each call of a burst, and of the whole burst."""
 
     seconds: list[float]
     elapsed: float
@@ -45,7 +45,7 @@ class Burst:
 
 @dataclass(slots=True)
 class Requests:
-    """One operation from so many threads at once, burst by burst."""
+    """The bursts of one operation with one number of threads."""
 
     operation: str
     threads: int
@@ -56,12 +56,12 @@ class Requests:
         return statistics.median(each.rate for each in self.bursts[side])
 
     def p99(self, side: str) -> float:
-        """Seconds that all but one call in a hundred took at most."""
+        """The 99th percentile of the calls, in seconds."""
         return percentile_99([s for each in self.bursts[side] for s in each.seconds])
 
     @property
     def of_process(self) -> float:
-        """The rate over HTTP as a fraction of that in process: median of neighbouring bursts."""
+        """The rate over HTTP as a fraction of that in process: median over pairs of bursts."""
         http, process = (self.bursts[side] for side in SIDES)
         pairs = zip(http, process, strict=True)
         return statistics.median(one.rate / other.rate for one, other in pairs)
@@ -80,7 +80,7 @@ class Requests:
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """An operation, and for each side the parameters of each thread's calls."""
+    """An operation, and the parameters of each thread's calls on each side."""
 
     name: str
     action: str
@@ -88,7 +88,7 @@ class _Load:
     parameters: Mapping[str, Sequence[Mapping[str, str]]]
 
     def burst(self, side: str, threads: int, count: int) -> Burst:
-        """Time ``count`` calls, shared out among the threads."""
+        """Time ``count`` calls, distributed over the threads."""
         kms, parameters = self.sides[side], self.parameters[side]
         calls: list[list[Call]] = [[] for _ in range(threads)]
         for number in range(count):
@@ -109,7 +109,7 @@ def measure(settings: Mapping[str, Any], plan: Plan) -> Iterator[Requests]:
         sides: dict[str, KmsSide] = dict(zip(SIDES, (served, local), strict=True))
         for side in sides.values():
             side.make_cmks(max(plan.clients))
-        # First: what these take from the pools is made again before anything is timed.
+        # First, so that the pools are refilled before anything is timed.
         imports = {name: [_import(side, c) for c in side.cmks] for name, side in sides.items()}
         issues = {name: [_row(cmk) for cmk in side.cmks] for name, side in sides.items()}
         load = _Load("GetParametersForImport (warm)", _ISSUE, sides, issues)
@@ -119,7 +119,7 @@ def measure(settings: Mapping[str, Any], plan: Plan) -> Iterator[Requests]:
 
 
 def _rounds(load: _Load, plan: Plan, before: Callable[[], object]) -> Iterator[Requests]:
-    """Give each number of threads its turns; who is first changes with each turn."""
+    """Measure each number of threads; the side that starts changes with each turn."""
     for threads in plan.clients:
         requests = Requests(load.name, threads)
         for turn in range(plan.turns):
@@ -137,7 +137,7 @@ def _row(cmk: str) -> dict[str, str]:
 
 
 def _fill_pools(sides: Mapping[str, KmsSide], pool: int) -> None:
-    """Fill both pools to the brim: below half one fills itself up, which no burst may see."""
+    """Fill both pools completely, so that they do not refill during a burst (below half)."""
     for side in sides.values():
         for _ in range(_MARGIN + 1):
             side.call(_ISSUE, _row(side.cmks[0]))
@@ -146,7 +146,7 @@ def _fill_pools(sides: Mapping[str, KmsSide], pool: int) -> None:
 
 
 def _import(side: KmsSide, cmk: str) -> dict[str, str]:
-    """Parameters to import the same material into the same CMK as often as one likes."""
+    """Parameters to import the same material into the same CMK repeatedly."""
     issued = side.call(_ISSUE, _row(cmk))
     material = secrets.token_bytes(KEY_SPEC.material_length)
     ciphertext = clients.encrypt(_ALGORITHM, base64.b64decode(issued["PublicKey"]), material)
@@ -159,7 +159,7 @@ def _import(side: KmsSide, cmk: str) -> dict[str, str]:
 
 
 def _burst(calls: Sequence[Sequence[Call]]) -> Burst:
-    """Make the calls, each list of them in a thread of its own."""
+    """Make the calls, each list in its own thread."""
     start = threading.Barrier(len(calls))
 
     def work(mine: Sequence[Call]) -> tuple[float, list[float], float]:

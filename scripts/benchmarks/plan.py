@@ -1,4 +1,4 @@
-"""How much is measured: the default, ``--quick`` and ``--full``."""
+"""The amount of measuring: the default, ``--quick`` and ``--full``."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ class Plan:
     """Amounts.
 
     Attributes:
-        name: How the plan is asked for.
-        seconds: For one comparison of single calls, with ``least`` calls of each side in any case.
-        least: As above.
+        name: Name of the plan.
+        seconds: Seconds for one comparison of single calls.
+        least: Minimum number of calls of each side in a comparison.
         threads: Numbers of threads.
         turns: Slices of each side at each number of threads.
-        slice: Seconds of a slice; ``issue_slice`` where RSA pairs are made.
-        issue_slice: As above.
-        cold: Issues with the key pair made inline.
-        warm: Issues from a pool at rest, ``burst`` of them from one filling.
-        burst: As above.
-        busy: Issues from a pool at work.
-        requests: Calls of each side in a burst, over HTTP and in process, ``turns`` bursts of it.
-        clients: Numbers of threads that call at once.
+        slice: Seconds of a slice.
+        issue_slice: Seconds of a slice that generates RSA pairs.
+        cold: Issues with inline key generation.
+        warm: Issues from an idle pool.
+        burst: Issues from one filling of the idle pool.
+        busy: Issues from a busy pool.
+        requests: Calls in a burst, over HTTP and in process; there are ``turns`` bursts.
+        clients: Numbers of concurrent clients.
         sealed: Numbers of outstanding sealed tokens.
         resident: Numbers of outstanding resident wrapping keys.
-        fill_seconds: The longest that all resident wrapping keys may take to make.
+        fill_seconds: Time limit for making all resident wrapping keys.
     """
 
     name: str
@@ -107,5 +107,5 @@ FULL = Plan(
 
 
 def say(line: str) -> None:
-    """Tell whoever waits."""
+    """Print progress on stderr."""
     print(f"bench: {time.monotonic() - _STARTED:5.0f} s  {line}", file=sys.stderr, flush=True)

@@ -67,21 +67,21 @@ def _comparisons(backend: str, comparisons: Sequence[Comparison], axes: Axes) ->
     axes.set_title(f"{backend}: our speed / that of the same raw calls")
     names = [f"{each.operation}\n{_SHORT[each.row.algorithm]}" for each in comparisons]
     limit = targets.LEAST_IMPORT
-    what = f"asked of imports into an HSM token: {limit}"
+    what = f"target for imports into an HSM token: {limit}"
     _bars(axes, names, [each.of_loop for each in comparisons], limit, what)
 
 
 def _latency(latency: Latency, axes: Axes) -> None:
     axes.set_title("Parameters for RSA_2048: milliseconds")
     axes.set_yscale("log")
-    timings = {"inline": latency.cold, "pool at rest": latency.idle, "pool at work": latency.busy}
+    timings = {"inline": latency.cold, "idle pool": latency.idle, "busy pool": latency.busy}
     values = {
         f"{name}\n{what}": value * 1e3
         for name, timing in timings.items()
         for what, value in (("p50", timing.median), ("p99", timing.p99))
     }
     limit = latency.cold.median * targets.MOST_WARM * 1e3
-    what = f"asked of p99 from the pool: {limit:.2f} ms"
+    what = f"target for p99 from the pool: {limit:.2f} ms"
     _bars(axes, list(values), list(values.values()), limit, what)
 
 

@@ -1,4 +1,4 @@
-"""The results of a run: for people, and for machines."""
+"""The results of a run as text and as JSON."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from benchmarks.timing import Timing
 from hsmwrap.cli.tables import render
 
 _NOTES = """\
-loop: the same C_ calls (pyca, libcrypto calls) in the same order, by themselves, on one session.
-bare: the one call that it is about: C_GenerateKeyPair, C_UnwrapKey, C_Decrypt, C_DeriveKey.
-of loop, of bare: our speed as a fraction of theirs; the luck in the search for RSA primes is
-taken out. All sides took turns in one run."""
+loop: the same C_ calls (pyca, libcrypto calls) in the same order, without hsmwrap, on one session.
+bare: only the main call: C_GenerateKeyPair, C_UnwrapKey, C_Decrypt, C_DeriveKey.
+of loop, of bare: our speed as a fraction of theirs; the random part of the search for RSA primes
+is evened out. All sides took turns in one run."""
 
 _HTTP_NOTE = """\
-hsmwrap serve with one worker process over HTTP, and the same calls in the process that measures;
-calls per second, and p99 in milliseconds. RSA_2048, RSAES_OAEP_SHA_256, pairs from the pool."""
+hsmwrap serve with one worker process over HTTP, and the same calls in the measuring process; calls
+per second, and p99 in milliseconds. RSA_2048, RSAES_OAEP_SHA_256, pairs from the pool."""
 
 _QUIET = 0.05
-"""The most that other processes may take of a machine that is said to do nothing else."""
+"""Limit of the processor time of other processes, as a fraction."""
 
 
 @dataclass(slots=True)
 class Results:
-    """What a run found; parts that were not asked for are empty.
+    """The results of a run; parts that were not requested are empty.
 
-    ``others`` is the fraction of the machine that other processes took meanwhile.
+    ``others`` is the processor time of other processes during the run, as a fraction.
     """
 
     plan: str
@@ -49,7 +49,7 @@ class Results:
 
     @property
     def disturbed(self) -> bool:
-        """Whether other processes took so much that nothing can be said."""
+        """Whether other processes used too much processor time to judge the targets."""
         return self.others > _QUIET
 
     def targets(self) -> list[Target]:
@@ -84,8 +84,8 @@ class Results:
         yield "\n".join(f"{name + ':':16} {value}" for name, value in self.machine.items())
         if self.disturbed:
             yield (
-                f"DISTURBED: other processes took {self.others:.0%} of the machine meanwhile. "
-                "Nothing is judged; run it again on a machine that does nothing else."
+                f"DISTURBED: other processes used {self.others:.0%} of the processor time. "
+                "The targets are not judged; run it again on an idle machine."
             )
         if self.comparisons:
             yield f"Single calls, in milliseconds (median, p99)\n\n{_comparisons(self.comparisons)}"
@@ -151,9 +151,9 @@ def _latency(latency: Latency) -> str:
     rows = [
         (name, _ms(timing), _ms99(timing), str(len(timing.seconds)))
         for name, timing in (
-            ("cold: the pair is made inline", latency.cold),
-            ("warm: from a pool at rest", latency.idle),
-            ("warm: from a pool at work", latency.busy),
+            ("cold: inline key generation", latency.cold),
+            ("warm: from an idle pool", latency.idle),
+            ("warm: from a busy pool", latency.busy),
         )
     ]
     return render(("issue", *numbers), rows, right=numbers)
@@ -201,8 +201,8 @@ def _targets(judged: Iterable[Target], *, judge: bool) -> str:
             each.name,
             f"{each.value:.3f}",
             f"{'>=' if each.at_least else '<='} {each.limit:.2f}",
-            each.beside,
+            each.remark,
         )
         for each in judged
     ]
-    return render(("", "target", "value", "asked for", "beside"), rows, right=("value",))
+    return render(("", "target", "value", "limit", "remark"), rows, right=("value",))

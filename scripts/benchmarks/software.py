@@ -1,4 +1,4 @@
-"""Raw pyca and libcrypto: what the software backend asks of them, with nothing around it."""
+"""Raw pyca and libcrypto: the software backend's calls of them, without the backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SM2_SECRET_LENGTH = 97
 
 
 def issue(spec: WrappingKeySpec) -> Raw:
-    """Key generation; in the loop also what has to be done with the pair."""
+    """Key generation; the loop also has the further calls for the pair."""
     bare = _generate_rsa if spec is WrappingKeySpec.RSA_2048 else RawSm2().generate
     secret = _RSA_SECRET_LENGTH if spec is WrappingKeySpec.RSA_2048 else _SM2_SECRET_LENGTH
 
@@ -45,9 +45,9 @@ def _generate_rsa() -> rsa.RSAPrivateKey:
 
 
 def bring_in(algorithm: WrappingAlgorithm, material: bytes) -> Raw:
-    """Decryption by a key that is loaded; in the loop it is unsealed and, if RSA, loaded first.
+    """Decryption by a loaded key; the loop first unseals the key and, for RSA, loads it.
 
-    Loading an SM2 key and checking the pair, as the backend does each time, counts as ours.
+    The backend loads and checks an SM2 key each time; that counts as ours.
     """
     if algorithm is WrappingAlgorithm.SM2PKE:
         return _sm2(material)

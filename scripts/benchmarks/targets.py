@@ -1,4 +1,4 @@
-"""The targets, and whether this run met them."""
+"""The performance targets, and whether a run met them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Target:
 
     Attributes:
         name: What is measured.
-        value: What was measured: a ratio.
-        limit: What is asked for.
-        at_least: Whether the limit is the least; else it is the most.
-        beside: What to know when reading it.
+        value: The measured ratio.
+        limit: The limit.
+        at_least: True for a lower limit, False for an upper one.
+        remark: A note for the reader.
     """
 
     name: str
     value: float
     limit: float
     at_least: bool
-    beside: str = ""
+    remark: str = ""
 
     @property
     def met(self) -> bool:
@@ -43,20 +43,20 @@ class Target:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def to_json(self, *, judge: bool) -> dict[str, Any]:
-        """All of it; ``met`` is None where nothing is to be judged."""
+        """All fields; ``met`` is None if the targets are not judged."""
         return {**asdict(self), "met": self.met if judge else None}
 
 
 def of_imports(comparisons: Sequence[Comparison]) -> Iterator[Target]:
-    """Imports on the HSM token against the raw loop that they contain."""
+    """Imports on the HSM token, compared with the raw loop."""
     for each in comparisons:
         if (each.backend, each.operation) == ("pkcs11", "import"):
             name = f"import {each.row.algorithm} / raw loop"
-            yield Target(name, each.of_loop, LEAST_IMPORT, at_least=True, beside=each.row.path)
+            yield Target(name, each.of_loop, LEAST_IMPORT, at_least=True, remark=each.row.path)
 
 
 def of_rates(rates: Sequence[Rates]) -> Iterator[Target]:
-    """Sustained issue on all cores, and two threads against one."""
+    """Sustained issue on all cores, and two threads compared with one."""
     cores = len(os.sched_getaffinity(0))
     for each in rates:
         if each.searches and each.threads == cores:
@@ -67,20 +67,20 @@ def of_rates(rates: Sequence[Rates]) -> Iterator[Target]:
         one, two = by_load.get((load, 1)), by_load.get((load, 2))
         if one and two:
             value, raw = two.against(one, "ours"), two.against(one, "bare")
-            name, beside = f"{load}, 2 threads / 1", f"the bare call: {raw:.2f}"
-            yield Target(name, value, LEAST_SCALING, at_least=True, beside=beside)
+            name, remark = f"{load}, 2 threads / 1", f"the bare call: {raw:.2f}"
+            yield Target(name, value, LEAST_SCALING, at_least=True, remark=remark)
 
 
 def of_latency(latency: Latency) -> Iterator[Target]:
-    """Warm issue against inline key generation."""
-    for pool, warm in (("at rest", latency.idle), ("at work", latency.busy)):
+    """Warm issue, compared with inline key generation."""
+    for pool, warm in (("idle", latency.idle), ("busy", latency.busy)):
         value = warm.p99 / latency.cold.median
         name = f"warm issue p99 / inline median, pool {pool}"
-        yield Target(name, value, MOST_WARM, at_least=False, beside=f"{len(warm.seconds)} calls")
+        yield Target(name, value, MOST_WARM, at_least=False, remark=f"{len(warm.seconds)} calls")
 
 
 def of_costs(costs: Sequence[Cost]) -> Iterator[Target]:
-    """Sealed cost from the fewest outstanding tokens to the most."""
+    """Growth of the sealed cost with the number of outstanding tokens."""
     sealed = [each for each in costs if each.custody == "sealed"]
     if len(sealed) > 1:
         span = f"sealed, {sealed[0].outstanding} to {sealed[-1].outstanding} outstanding"

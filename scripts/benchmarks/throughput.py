@@ -1,7 +1,7 @@
-"""Many threads on the same cores: our calls per second against the raw ones, slice by slice.
+"""Throughput with many threads: our calls per second and the raw ones, in alternating slices.
 
-The rate of RSA key generation is counted in processor seconds of searching for primes, a second:
-that is what the cores yield. Keys a second are that, times luck.
+The rate of RSA key generation is measured as processor seconds of prime search per second, because
+the number of keys per second also depends on chance.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.arena import MOST_THREADS, Arena
 from benchmarks.hsm import Raw, RawToken
+from benchmarks.measured import MOST_THREADS, MeasuredBackend
 from benchmarks.plan import Plan, say
 from benchmarks.timing import SEARCHED, Side
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
@@ -28,9 +28,9 @@ _ROWS = (
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One operation; each side has a call for each thread, the raw ones on its own session.
+    """One operation; each side has a call for each thread, and raw calls their own session.
 
-    ``clear`` takes away what our side left, after each of its slices.
+    ``clear`` removes what a slice left behind.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """What one side did for a moment."""
+    """The result of one slice: calls, and seconds of prime search, per second."""
 
     calls: float
     searching: float
@@ -61,17 +61,17 @@ class Rates:
         return statistics.median(self._counted(side))
 
     def of(self, raw: str) -> float:
-        """Our rate as a fraction of a raw one: median of neighbouring slices."""
+        """Our rate as a fraction of a raw one: median over pairs of slices."""
         pairs = zip(self._counted("ours"), self._counted(raw), strict=True)
         return statistics.median(ours / other for ours, other in pairs)
 
     def against(self, fewer: Rates, side: str) -> float:
-        """The rate as a multiple of that of fewer threads: median of neighbouring slices."""
+        """The rate as a multiple of that with fewer threads: median over pairs of slices."""
         pairs = zip(self._counted(side), fewer._counted(side), strict=True)
         return statistics.median(many / few for many, few in pairs)
 
     def calls(self, side: str) -> float:
-        """Calls per second, lucky or not."""
+        """Calls per second, without correction for chance."""
         return statistics.fmean(each.calls for each in self.slices[side])
 
     def _counted(self, side: str) -> list[float]:
@@ -92,24 +92,24 @@ class Rates:
         }
 
 
-def loads(arena: Arena, token: RawToken) -> Iterator[Load]:
+def loads(measured: MeasuredBackend, token: RawToken) -> Iterator[Load]:
     """Issue and import, by C_UnwrapKey, by C_DeriveKey, and by C_GenerateKeyPair of both kinds."""
     sessions = [token.session() for _ in range(MOST_THREADS)]
-    served = {row.algorithm for row in arena.backend.capabilities().wrapping}
+    served = {row.algorithm for row in measured.backend.capabilities().wrapping}
     for spec, algorithm in (row for row in _ROWS if row[1] in served):
-        issued = arena.issue(spec, algorithm)
+        issued = measured.issue(spec, algorithm)
         arguments = issued.claims, issued.ciphertext, issued.material
         raws = [session.bring_in(*arguments) for session in sessions]
-        sides = _sides(arena.import_side(issued).call, raws)
+        sides = _sides(measured.import_side(issued).call, raws)
         yield Load(f"import {algorithm}", sides, searches=False, clear=_nothing)
         raws = [session.issue(spec, algorithm) for session in sessions]
-        sides = _sides(arena.issue_side(spec, algorithm).call, raws)
+        sides = _sides(measured.issue_side(spec, algorithm).call, raws)
         searches = spec is WrappingKeySpec.RSA_2048
-        yield Load(f"issue {spec}", sides, searches, clear=arena.reap_all)
+        yield Load(f"issue {spec}", sides, searches, clear=measured.reap_all)
 
 
 def _nothing() -> None:
-    """Imports of sealed keys leave nothing behind, and the token of the first issue stays."""
+    """Imports of sealed keys leave nothing behind."""
 
 
 def _sides(ours: Callable[[], Any], raws: Sequence[Raw]) -> dict[str, list[Side]]:
@@ -121,7 +121,7 @@ def _sides(ours: Callable[[], Any], raws: Sequence[Raw]) -> dict[str, list[Side]
 
 
 def measure(load: Load, plan: Plan) -> list[Rates]:
-    """Give each number of threads and each side its slices, in turn."""
+    """Measure the slices of each number of threads and each side, in turn."""
     rates = [Rates(load.name, threads, load.searches) for threads in plan.threads]
     seconds = plan.issue_slice if load.searches else plan.slice
     for turn in range(plan.turns):
@@ -135,7 +135,7 @@ def measure(load: Load, plan: Plan) -> list[Rates]:
 
 
 def run(sides: Sequence[Side], seconds: float) -> Slice:
-    """Call each side in a thread of its own, for so long; what they leave is cleaned up after."""
+    """Call each side in its own thread for ``seconds``, then clean up."""
     workers = [_Worker(side, seconds) for side in sides]
     start = threading.Barrier(len(workers))
     threads = [threading.Thread(target=each.work, args=(start,)) for each in workers]

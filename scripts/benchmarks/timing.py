@@ -1,8 +1,8 @@
-"""Timing by turns: the sides of a comparison alternate, so that drift hits all of them alike.
+"""Timing in turns: the sides of a comparison alternate, so that drift affects all of them equally.
 
-Making an RSA key pair is a search: how long it takes is luck, and the luck of a hundred searches
-still varies by several percent. So the time inside the search is told apart (:func:`search`), and
-two sides are compared as if they had been equally lucky.
+Generating an RSA key pair searches for primes, which takes a random time; even the mean of a
+hundred searches varies by several percent. So the search time is measured separately
+(:func:`search`), and two sides are compared with the same mean search time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class _Searched(threading.local):
-    """Seconds that the present thread spent in searches: by the clock, and of processor time."""
+    """Seconds that this thread spent in searches: wall time and processor time."""
 
     wall = 0.0
     cpu = 0.0
@@ -45,12 +45,12 @@ def search(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _nothing(_result: Any) -> None:
-    """Most calls leave nothing behind."""
+    """Clean up nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One side of a comparison; ``clean`` takes away what a call left, off the clock."""
+    """One side of a comparison; ``clean`` cleans up after a call and is not timed."""
 
     call: Callable[[], Any]
     clean: Callable[[Any], None] = _nothing
@@ -58,7 +58,7 @@ class Side:
 
 @dataclass(slots=True)
 class Timing:
-    """What the calls of one side took, in seconds; ``searched`` is the part that was luck."""
+    """Seconds of the calls of one side; ``searched`` is the part spent in prime search."""
 
     seconds: list[float] = field(default_factory=list)
     searched: list[float] = field(default_factory=list)
@@ -73,16 +73,16 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Half of the calls took no longer."""
+        """The median."""
         return statistics.median(self.seconds)
 
     @property
     def p99(self) -> float:
-        """All but one call in a hundred took no longer; of fewer calls, the slowest."""
+        """The 99th percentile; the maximum of fewer than 100 calls."""
         return percentile_99(self.seconds)
 
     def to_json(self) -> dict[str, float | int]:
-        """Median and p99 in milliseconds, and how many calls they are from."""
+        """Median and p99 in milliseconds, and the number of calls."""
         return {
             "median_ms": self.median * 1e3,
             "p99_ms": self.p99 * 1e3,
@@ -91,7 +91,7 @@ class Timing:
 
 
 def take_turns(sides: Mapping[str, Side], seconds: float, least: int) -> dict[str, Timing]:
-    """Call the sides in turn, for about ``seconds`` in all and at least ``least`` times each."""
+    """Call the sides in turn, for about ``seconds`` in total, each at least ``least`` times."""
     names = list(sides)
     for side in sides.values():
         side.clean(side.call())
@@ -106,22 +106,17 @@ def take_turns(sides: Mapping[str, Side], seconds: float, least: int) -> dict[st
 
 
 def speed(ours: Timing, raw: Timing) -> float:
-    """Our speed as a fraction of the raw one, had both been equally lucky."""
-    luck = statistics.fmean([*ours.searched, *raw.searched])
-    return _median_with(luck, raw) / _median_with(luck, ours)
+    """Our speed as a fraction of the raw one, with the same mean search time for both."""
+    search_time = statistics.fmean([*ours.searched, *raw.searched])
+    return _median_with(search_time, raw) / _median_with(search_time, ours)
 
 
-def _median_with(luck: float, timing: Timing) -> float:
+def _median_with(search_time: float, timing: Timing) -> float:
     pairs = zip(timing.seconds, timing.searched, strict=True)
-    return luck + statistics.median(total - searched for total, searched in pairs)
+    return search_time + statistics.median(total - searched for total, searched in pairs)
 
 
 def percentile_99(values: Sequence[float]) -> float:
-    """What all but one in a hundred do not exceed; of fewer values, the highest."""
+    """The 99th percentile; the maximum of fewer than 100 values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lowest, median and highest."""
-    return min(values), statistics.median(values), max(values)

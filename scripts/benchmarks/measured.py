@@ -1,4 +1,4 @@
-"""A backend with an import service over it, and the operations that are measured."""
+"""The measured backend: a backend, an import service over it, and the measured operations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Issued:
     ciphertext: bytes
 
 
-class Arena:
+class MeasuredBackend:
     """One backend, serving CMKs of protection level HSM."""
 
     def __init__(self, backend: Backend) -> None:
@@ -61,12 +61,12 @@ class Arena:
         return ImportService({LEVEL: self.backend}, Deployment(), key_source=source)
 
     def issue_side(self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm) -> Side:
-        """GetParametersForImport, the key pair made inline."""
+        """GetParametersForImport, with inline key generation."""
         call = partial(self.service.get_parameters_for_import, new_cmk(), spec, algorithm)
         return Side(call, self.discard)
 
     def import_side(self, issued: Issued) -> Side:
-        """ImportKeyMaterial, again and again with one import token."""
+        """ImportKeyMaterial, always with the same import token."""
         token, ciphertext = issued.parameters.import_token, issued.ciphertext
         return Side(partial(self.service.import_key_material, issued.cmk, ciphertext, token))
 
@@ -83,42 +83,42 @@ class Arena:
         return Issued(cmk, parameters, self.claims(parameters), material, ciphertext)
 
     def claims(self, parameters: ImportParameters) -> ImportTokenClaims:
-        """What the import token says."""
+        """The claims of the import token."""
         return tokens.decode(parameters.import_token, self.backend.verify_mac)
 
     def discard(self, parameters: ImportParameters) -> None:
-        """Take a resident wrapping key away."""
+        """Remove a resident wrapping key."""
         self.backend.discard_wrapping_key(self.claims(parameters).private_key)
 
     def reap_all(self) -> None:
-        """Take all resident wrapping keys away, as if they had expired."""
+        """Remove all resident wrapping keys, as if they had expired."""
         self.backend.reap(datetime.now(UTC) + 2 * TOKEN_LIFETIME)
 
 
 def cycling(keys: Iterable[WrappingKey]) -> KeySource:
-    """A key source that hands out a few pairs again and again.
+    """A key source that reuses a few pairs.
 
-    Making 100,000 RSA pairs takes hours. The import tokens over these few are as distinct as any:
-    token id, CMK and MAC.
+    Generating 100,000 RSA pairs takes hours. The import tokens over these few are still distinct:
+    token id, CMK and MAC differ.
     """
     following = itertools.cycle(keys)
     return lambda *_args, **_kwargs: next(following)
 
 
 def new_cmk() -> Cmk:
-    """Some CMK."""
+    """A CMK with a random id."""
     return Cmk(f"bench-{secrets.token_hex(8)}", KEY_SPEC, LEVEL)
 
 
 def token_settings(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Settings for the HSM token that softhsm/init-token describes; its keys are made if need be.
+    """Settings for the HSM token of softhsm/init-token; makes a key set if there is none.
 
     Raises:
-        ConfigurationError: None is described.
+        ConfigurationError: The environment describes no token.
     """
     names = ("HSMWRAP_PKCS11_MODULE", "HSMWRAP_TOKEN_LABEL", "HSMWRAP_PIN_FILE")
     if missing := [name for name in names if not environment.get(name)]:
-        raise ConfigurationError(f"no token: {', '.join(missing)} not set; run scripts/bench")
+        raise ConfigurationError(f"no HSM token: {', '.join(missing)} not set; run scripts/bench")
     module, label, pin_file = (environment[name] for name in names)
     settings = {"module": module, "token_label": label, "pin_file": pin_file}
     if not Pkcs11Backend.list_keys(settings):
@@ -128,15 +128,20 @@ def token_settings(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 @contextmanager
-def open_arenas(settings: Mapping[str, Any]) -> Iterator[tuple[Arena, Arena]]:
-    """Open both backends, software first; searches for RSA primes are told apart from here on."""
+def open_measured_backends(
+    settings: Mapping[str, Any],
+) -> Iterator[tuple[MeasuredBackend, MeasuredBackend]]:
+    """Open both backends, software first; from now on prime searches are timed separately."""
     with ExitStack() as stack:
-        _tell_searches_apart(stack.enter_context)
+        _time_searches(stack.enter_context)
         software = registry.open_backend("software", {"serve_hsm_level": True})
         hsm = registry.open_backend("pkcs11", settings)
-        yield Arena(stack.enter_context(software)), Arena(stack.enter_context(hsm))
+        yield (
+            MeasuredBackend(stack.enter_context(software)),
+            MeasuredBackend(stack.enter_context(hsm)),
+        )
 
 
-def _tell_searches_apart(enter: Callable[[Any], Any]) -> None:
+def _time_searches(enter: Callable[[Any], Any]) -> None:
     for module, name in ((pkcs11_rsa, "generate"), (pyca_rsa, "generate_private_key")):
         enter(mock.patch.object(module, name, search(getattr(module, name))))
