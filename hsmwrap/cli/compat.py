@@ -94,12 +94,13 @@ def _section(deployment: Deployment) -> str:
     table = tables.render(
         ("wrapping key spec", "wrapping algorithm", "level", "verdict", "rule", "reason"),
         [
-            (*combination, _word(verdict), verdict.rule or "-", verdict.reason or "-")
+            (
+                *combination,
+                "allowed" if verdict.allowed else "refused",
+                verdict.rule or "-",
+                verdict.reason or "-",
+            )
             for _, combination, verdict in _rows(deployment)
         ],
     )
     return f"{kind}, {hsm}\n\n{table}"
-
-
-def _word(verdict: Verdict) -> str:
-    return "allowed" if verdict.allowed else "refused"

@@ -72,10 +72,6 @@ def _element(name: str, value: Any) -> Iterator[str]:
         for child, content in value.items():
             yield from _element(child, content)
     else:
-        yield _text(value)
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        yield escape(_NOT_XML.sub("\ufffd", text), {"\r": "&#13;"})
     yield f"</{name}>"
-
-
-def _text(value: Any) -> str:
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    return escape(_NOT_XML.sub("\ufffd", text), {"\r": "&#13;"})

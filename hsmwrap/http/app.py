@@ -121,11 +121,16 @@ class App:
     def _respond(self, request: Request, exchange: _Exchange) -> Response:
         try:
             page = self._pages.get(exchange.path)
-            return self._page(request, page, exchange) if page else self._call(request, exchange)
+            if page is None:
+                return self._call(request, exchange)
+            _require_method(request, "GET", "HEAD")
+            return page(exchange.request_id)
         except HsmwrapError as error:
             return _failed(error, exchange)
         except Exception as error:  # noqa: BLE001 (any other failure is InternalFailure to the client)
-            return _failed(_internal(error), exchange)
+            unexpected = HsmwrapError("unexpected exception")
+            unexpected.__cause__ = error
+            return _failed(unexpected, exchange)
 
     # --- the API
 
@@ -158,8 +163,7 @@ class App:
     ) -> None:
         """Refuse an authentic request that is not served; audit it, since the KMS never sees it."""
         try:
-            _require_signed(claim)
-            _require_common(message)
+            _require_common(claim, message)
         except HsmwrapError as error:
             self._kms.record_refusal(
                 exchange.action, caller.access_key_id, exchange.request_id, error.code
@@ -177,12 +181,6 @@ class App:
             raise
 
     # --- the monitoring pages
-
-    def _page(
-        self, request: Request, page: Callable[[str], Response], exchange: _Exchange
-    ) -> Response:
-        _require_method(request, "GET", "HEAD")
-        return page(exchange.request_id)
 
     def _healthz(self, _request_id: str) -> Response:
         return answer.page({"Status": "alive"}, 200)
@@ -270,16 +268,13 @@ def _read_claim(message: RpcMessage, exchange: _Exchange) -> Claim:
     return claim
 
 
-def _require_signed(claim: Claim) -> None:
+def _require_common(claim: Claim, message: RpcMessage) -> None:
     if not claim.action:
         raise MissingParameter("Action")
     if not claim.version:
         raise MissingParameter("Version")
     if claim.version != API_VERSION:
         raise InvalidParameter("Version", f"only {API_VERSION} is served")
-
-
-def _require_common(message: RpcMessage) -> None:
     if message.parameters.get("Format", "json").lower() not in _FORMATS:
         raise InvalidParameter("Format", "has to be JSON or XML")
 
@@ -290,9 +285,3 @@ def _failed(error: HsmwrapError, exchange: _Exchange) -> Response:
     more = {"detail": str(error)} | (logs.describe(error) if broken else {})
     exchange.log(logging.ERROR if broken else logging.INFO, error.code, error.http_status, **more)
     return answer.failure(error, exchange.request_id, exchange.host, exchange.format_)
-
-
-def _internal(error: Exception) -> HsmwrapError:
-    wrapped = HsmwrapError("unexpected exception")
-    wrapped.__cause__ = error
-    return wrapped

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -87,7 +88,9 @@ class KeyLifecycle:
         Raises:
             StateModifiedFailed: It has no material, or is scheduled for deletion.
         """
-        return self._change("EnableKey", key_id, _enable)
+        with self._changing("EnableKey", key_id) as key:
+            key.state = KeyState.ENABLED
+        return key
 
     def disable_key(self, key_id: str) -> Key:
         """Disable the key.
@@ -95,7 +98,9 @@ class KeyLifecycle:
         Raises:
             StateModifiedFailed: It has no material, or is scheduled for deletion.
         """
-        return self._change("DisableKey", key_id, _disable)
+        with self._changing("DisableKey", key_id) as key:
+            key.state = KeyState.DISABLED
+        return key
 
     def schedule_key_deletion(self, key_id: str, pending_window_in_days: int) -> Key:
         """Schedule the permanent deletion of the key.
@@ -104,11 +109,9 @@ class KeyLifecycle:
             StateModifiedFailed: It is scheduled already.
         """
         deletion_at = self._core.clock() + timedelta(days=pending_window_in_days)
-
-        def schedule(key: Key) -> None:
+        with self._changing("ScheduleKeyDeletion", key_id) as key:
             key.state, key.deletion_at = KeyState.PENDING_DELETION, deletion_at
-
-        return self._change("ScheduleKeyDeletion", key_id, schedule)
+        return key
 
     def cancel_key_deletion(self, key_id: str) -> Key:
         """Cancel the deletion: the key is Enabled if it has material, PendingImport if not.
@@ -116,7 +119,10 @@ class KeyLifecycle:
         Raises:
             StateModifiedFailed: It is not scheduled for deletion.
         """
-        return self._change("CancelKeyDeletion", key_id, _cancel_deletion)
+        with self._changing("CancelKeyDeletion", key_id) as key:
+            key.state = KeyState.PENDING_IMPORT if key.reference is None else KeyState.ENABLED
+            key.deletion_at = None
+        return key
 
     def delete_due(self, key_id: str, now: datetime) -> bool:
         """Delete the key if its deletion date has passed; False if not, or if it does not exist."""
@@ -128,11 +134,12 @@ class KeyLifecycle:
             transaction.delete(key)
         return True
 
-    def _change(self, operation: str, key_id: str, change: Callable[[Key], None]) -> Key:
+    @contextmanager
+    def _changing(self, operation: str, key_id: str) -> Iterator[Key]:
+        """The locked row of a key whose state allows the operation; committed at the end."""
         with self._core.locked(key_id, self._core.clock()) as (_, key):
             require(operation, key.state)
-            change(key)
-        return key
+            yield key
 
     def _require_served(self, key_spec: KeySpec, level: ProtectionLevel) -> None:
         # This row of the table is allowed everywhere, so only the protection level can be refused.
@@ -167,16 +174,3 @@ class KeyLifecycle:
             self._add(key, imported.key)
         core.step("row committed")
         return key
-
-
-def _enable(key: Key) -> None:
-    key.state = KeyState.ENABLED
-
-
-def _disable(key: Key) -> None:
-    key.state = KeyState.DISABLED
-
-
-def _cancel_deletion(key: Key) -> None:
-    key.deletion_at = None
-    key.state = KeyState.PENDING_IMPORT if key.reference is None else KeyState.ENABLED

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import datetime
 
 from sqlalchemy import select
@@ -40,8 +40,8 @@ class Sweep:
         """Process what is due at ``now``; failures are logged and retried by the next sweep."""
         backends = {id(backend): backend for backend in self._core.backends.values()}.values()
         work: tuple[Callable[[], object], ...] = (
-            lambda: self._expire_material(now),
-            lambda: self._delete_keys(now),
+            lambda: self._each(Key.material_expires_at <= now, self._core.expire, now),
+            lambda: self._each(Key.deletion_at <= now, self._delete, now),
             lambda: self._core.objects.destroy_due(now),
             lambda: self._once.purge(now),
             *(lambda backend=backend: backend.reap(now) for backend in backends),
@@ -51,46 +51,36 @@ class Sweep:
             try:
                 part()
             except HsmwrapError as error:
-                _log.warning(
-                    "a part of the sweep failed", extra={"code": error.code, "why": str(error)}
-                )
+                facts = {"code": error.code, "why": str(error)}
+                _log.warning("a part of the sweep failed", extra=facts)
             except Exception:  # noqa: BLE001 (the other parts run all the same)
                 _log.exception("a part of the sweep failed")
-
-    def _expire_material(self, now: datetime) -> None:
-        keys = self._keys(Key.material_expires_at <= now)
-        _each(keys, lambda key_id: self._core.expire(key_id, now))
-
-    def _delete_keys(self, now: datetime) -> None:
-        _each(self._keys(Key.deletion_at <= now), lambda key_id: self._delete(key_id, now))
 
     def _delete(self, key_id: str, now: datetime) -> None:
         if self._lifecycle.delete_due(key_id, now):
             self._core.audit("DeleteKey", key_id)
 
-    def _keys(self, due: ColumnElement[bool]) -> Iterable[str]:
+    def _each(
+        self, due: ColumnElement[bool], work: Callable[[str, datetime], object], now: datetime
+    ) -> None:
+        """Do the work for each due key; raises the last failure after all keys were tried.
+
+        Stops at once if the database is unavailable, since the other keys would fail too.
+        """
         with self._core.database.read() as transaction:
-            return transaction.scalars(select(Key.key_id).where(due)).all()
-
-
-def _each(key_ids: Iterable[str], work: Callable[[str], object]) -> None:
-    """Do the work for each key; raises the last failure after all keys were tried.
-
-    Stops at once if the database is unavailable, since the other keys would fail too.
-    """
-    failed: Exception | None = None
-    for key_id in key_ids:
-        try:
-            work(key_id)
-        except ServiceUnavailable:
-            raise
-        except Exception as error:  # noqa: BLE001 (raised below)
-            _log.error(
-                "due work on a key failed", extra={"key_id": key_id, "error": type(error).__name__}
-            )
-            failed = error
-    if failed is not None:
-        raise failed
+            key_ids = transaction.scalars(select(Key.key_id).where(due)).all()
+        failed: Exception | None = None
+        for key_id in key_ids:
+            try:
+                work(key_id, now)
+            except ServiceUnavailable:
+                raise
+            except Exception as error:  # noqa: BLE001 (raised below)
+                facts = {"key_id": key_id, "error": type(error).__name__}
+                _log.error("due work on a key failed", extra=facts)
+                failed = error
+        if failed is not None:
+            raise failed
 
 
 class Sweeper(ForkAware):

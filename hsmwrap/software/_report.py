@@ -40,27 +40,19 @@ _HSM_LEVEL = (
 def report(settings: SoftwareSettings, schemes: Collection[Scheme]) -> Capabilities:
     """The capabilities of a backend with these settings and schemes."""
     warnings = tuple(_warnings(settings, schemes))
+    levels = ProtectionLevel if settings.serve_hsm_level else (ProtectionLevel.SOFTWARE,)
+    pkcs1 = _IMPLICIT if rsa.rejects_implicitly() else _EXPLICIT
     sealed = Custody.HSM_ENCRYPTED_DATABASE
     return Capabilities(
         backend=NAME,
-        protection_levels=_levels(settings),
+        protection_levels=frozenset(levels),
         wrapping=tuple(
             WrappingCapability(s.spec, s.algorithm, Exposure.HOST, sealed, s.path) for s in schemes
         ),
         keys=tuple(KeyCapability(spec, cipher.is_usable(spec), sealed) for spec in KeySpec),
         production=not warnings,
-        notes=(*warnings, _HOST, _pkcs1(), *_missing(schemes)),
+        notes=(*warnings, _HOST, _PKCS1 + pkcs1, *_missing(schemes)),
     )
-
-
-def _levels(settings: SoftwareSettings) -> frozenset[ProtectionLevel]:
-    if settings.serve_hsm_level:
-        return frozenset(ProtectionLevel)
-    return frozenset({ProtectionLevel.SOFTWARE})
-
-
-def _pkcs1() -> str:
-    return _PKCS1 + (_IMPLICIT if rsa.rejects_implicitly() else _EXPLICIT)
 
 
 def _warnings(settings: SoftwareSettings, schemes: Collection[Scheme]) -> Iterator[str]:
