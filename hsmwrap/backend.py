@@ -23,8 +23,8 @@ Rules that every implementation keeps, and that the conformance kit tests
 * What the capabilities do not list is refused by ``UnsupportedOperation``: a pair of wrapping key
   spec and algorithm, a key spec, the use of a key.
 * A private key's reference is bound to the algorithm that it was issued for.
-* Nothing is left in the HSM but what a reference names, session objects included; whoever keeps
-  objects (HSM_INTERNAL) gives the kit a ``count_objects`` that counts both kinds.
+* Nothing is left in the HSM but what a reference names, session objects included; a backend that
+  keeps objects (HSM_INTERNAL) gives the kit a ``count_objects`` that counts both kinds.
 * Import tokens and key references hold in every process on the same keys, and after a restart.
 * No secret in a repr, a log record or an exception.
 """
@@ -205,7 +205,7 @@ class KeyRef:
         """Parse what :meth:`to_bytes` made.
 
         Raises:
-            KeyNotFound: The bytes are no key reference of a known version.
+            KeyNotFound: The bytes are not a key reference of a known version.
         """
         try:
             version, spec, custody, length = _REF_HEAD.unpack_from(raw)
@@ -455,7 +455,7 @@ class Backend(ABC):
         """Encrypt under an imported key: version ‖ nonce (12) ‖ ciphertext ‖ tag (16), by GCM.
 
         No nonce may come twice under one key, in whatever thread, process, forked child, machine
-        or instance after a restart: one repetition gives GCM's authentication key away. Twelve
+        or instance after a restart: one repetition reveals GCM's authentication key. Twelve
         random bytes do (for up to 2^32 messages per key, NIST SP 800-38D, 8.3); a counter does
         only if the HSM keeps it.
 
@@ -495,7 +495,7 @@ class Backend(ABC):
 
     @abstractmethod
     def reap(self, now: datetime) -> ReapReport:
-        """Destroy resident wrapping keys that expired before ``now``, whoever made them."""
+        """Destroy resident wrapping keys that expired before ``now``, of all processes."""
 
     @abstractmethod
     def health(self) -> Health:

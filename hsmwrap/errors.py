@@ -206,7 +206,7 @@ class PoolTimeout(ServiceUnavailable):
 
 
 class HsmUnavailable(ServiceUnavailable):
-    """The HSM is away (removed, rebooting, unreachable); calls fail fast until it is back."""
+    """The HSM is unavailable (removed, rebooting, unreachable); calls fail until it is back."""
 
 
 class HsmResourceExhausted(ServiceUnavailable):

@@ -163,7 +163,7 @@ class KeySource(Protocol):
         algorithm: WrappingAlgorithm,
         expires_at: datetime,
     ) -> WrappingKey:
-        """Return a pair that nobody else was or will be given."""
+        """Return a pair that no other caller gets."""
 
 
 def generate_inline(
@@ -254,7 +254,7 @@ class ImportService:
             for level, backend in backends.items()
         }
         for level, backend in self._backends.items():
-            # One that is away for now is asked again by every call that needs to know.
+            # An unavailable backend is asked again by each call that needs the answer.
             with suppress(ServiceUnavailable):
                 _require_level(backend, level)
         self._deployment = deployment
@@ -287,7 +287,7 @@ class ImportService:
             CombinationRefused: The compatibility table, the configuration (refused algorithms,
                 required exposure) or the backend's capabilities refuse the combination. Nothing
                 was generated.
-            ServiceUnavailable: The backend is away for now.
+            ServiceUnavailable: The backend is unavailable.
             HsmError: The backend made another pair than it was asked for, or one that fits no
                 import token.
             ConfigurationError: The clock or the lifetime of tokens makes no time of expiry.
@@ -327,7 +327,7 @@ class ImportService:
             CombinationRefused: The token's algorithm is not allowed or not served here any more, or
                 not with the required exposure.
             InvalidKeyMaterial: The ciphertext did not become the key; never says why.
-            ServiceUnavailable: The backend is away for now.
+            ServiceUnavailable: The backend is unavailable.
             HsmError: The backend made another key than its capabilities promise; it is destroyed.
         """
         _require_external(cmk)
@@ -337,7 +337,7 @@ class ImportService:
         self._require_allowed(cmk, claims.spec, claims.algorithm)
         promised = self._require_capability(backend, cmk, claims.spec, claims.algorithm)
         with _SingleUse(self._used_tokens, claims, self._require_unexpired):
-            # Again: what came in between may have waited for an HSM that was away.
+            # Again: the calls in between may have waited for an unavailable HSM.
             self._require_unexpired(claims)
             imported = backend.unwrap_material(
                 claims.private_key,
@@ -526,7 +526,7 @@ def _require_as_promised(backend: Backend, imported: ImportedKey, promised: _Pro
 
 
 def _discard(backend: Backend, key: WrappingKey) -> None:
-    """Destroy a key that nobody will get; where that fails, it is reaped when it expires."""
+    """Destroy a key that is not returned; if that fails, it is reaped when it expires."""
     try:
         backend.discard_wrapping_key(key.private_key)
     except HsmwrapError as error:

@@ -1,7 +1,7 @@
 """Prometheus metrics of backends and key-pair pools (extra ``metrics``).
 
 Counted as it happens: operations by outcome and their latency, by a :class:`PrometheusObserver`
-given to :func:`hsmwrap.observe.observed`. Read when somebody scrapes: what backends say of their
+given to :func:`hsmwrap.observe.observed`. Read at each scrape: what backends say of their
 health and pools of their stocks, by a :class:`FactsCollector`.
 
 One process: everything is in one registry. Several, under ``PROMETHEUS_MULTIPROC_DIR`` (set
@@ -115,14 +115,14 @@ _POOL_COUNTERS: Mapping[str, str] = MappingProxyType(
         "hits": "Calls that were given a ready pair.",
         "misses": "Calls for which no pair was ready.",
         "generated": "Pairs made ahead.",
-        "discarded": "Pairs that nobody was given.",
+        "discarded": "Pairs that were never used.",
         "errors": "Calls of the backend that failed in the background.",
     }
 )
 
 
 class FactsCollector(Collector):
-    """Reads the health of backends and the stocks of pools when somebody scrapes."""
+    """Reads the health of backends and the stocks of pools at each scrape."""
 
     def __init__(self, backends: Iterable[Backend], pools: Iterable[KeyPool] = ()) -> None:
         """Take what to read; a backend that is given twice is read once.

@@ -1,6 +1,6 @@
 """Trace hooks: what a backend was asked, how it ended and how long it took.
 
-``observed(backend, observer)`` is the same backend with somebody watching. An observer is any
+``observed(backend, observer)`` is the same backend with each call observed. An observer is any
 callable that takes an :class:`Operation`: a metrics exporter
 (:class:`hsmwrap.metrics.PrometheusObserver`), a tracer's span, a line in a log. It is told no
 secret and changes nothing: what it raises is logged once and otherwise ignored.

@@ -47,7 +47,7 @@ def load(name: str) -> type[Backend]:
 
     Raises:
         BackendLoadError: No plug-in or several have this name, its import fails, or what it
-            names is no complete :class:`Backend` of this contract version. The text names it.
+            names is not a complete :class:`Backend` of this contract version. The text names it.
     """
     entry = _only(name)
     return _accept(entry, _import(entry))

@@ -92,8 +92,8 @@ def encode(claims: ImportTokenClaims, mac: Callable[[bytes], Mac]) -> bytes:
     """Serialise and authenticate ``claims``; ``mac`` is the backend's.
 
     Raises:
-        InvalidParameter: The CMK id has more than 255 bytes, or is no text that UTF-8 can carry.
-        ConfigurationError: The expiry is no aware time in whole seconds, 1970 or later.
+        InvalidParameter: The CMK id has more than 255 bytes, or cannot be encoded as UTF-8.
+        ConfigurationError: The expiry is not an aware time in whole seconds, 1970 or later.
         HsmError: Anything else does not fit: what the backend made is wrong or too large.
     """
     body = _encode_body(claims)
@@ -172,7 +172,7 @@ def _require_exact(claims: ImportTokenClaims) -> None:
 
 
 def _seconds(expires_at: datetime) -> int:
-    # Less would be cut off without a word; and before 1970 there is no field for it.
+    # Fractions of a second would be lost, and times before 1970 cannot be encoded.
     if expires_at.tzinfo is None or expires_at.microsecond or expires_at < _EPOCH:
         raise ConfigurationError(
             "an import token expires at an aware time in whole seconds, 1970 or later: "

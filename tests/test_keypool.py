@@ -168,7 +168,7 @@ def test_resident_pairs_outlive_the_key_set(backend, filled):
 
 
 def test_sealed_pairs_are_kept_while_the_backend_cannot_say_its_key_set(sealed, filled):
-    sealed.mac_fails = HsmUnavailable("away")
+    sealed.mac_fails = HsmUnavailable("unavailable")
     filled.time.move(SECOND)
     assert filled.take(sealed).public_key == b"public 4"
     assert (filled.fact().level, filled.fact().discarded) == (4, 0)
@@ -177,7 +177,7 @@ def test_sealed_pairs_are_kept_while_the_backend_cannot_say_its_key_set(sealed, 
 
 
 def test_a_backend_that_cannot_say_its_key_set_makes_no_pairs_ahead(pool, sealed):
-    sealed.mac_fails = HsmUnavailable("away")
+    sealed.mac_fails = HsmUnavailable("unavailable")
     pool.prepare(sealed, [OAEP])
     pool.work()
     assert (pool.fact().level, pool.fact().errors) == (0, 1)
@@ -278,7 +278,7 @@ def test_a_thread_sleeps_until_the_next_pair_ages(filled):
 
 def test_errors_back_off_exponentially_up_to_a_cap(pool, backend):
     pool.prepare(backend, [OAEP])
-    backend.fail = HsmUnavailable("away")
+    backend.fail = HsmUnavailable("unavailable")
     for pause in (1, 2, 4, 8, 8):
         assert pool.work() == 1
         pool.time.move((pause - 0.5) * SECOND)
@@ -287,7 +287,7 @@ def test_errors_back_off_exponentially_up_to_a_cap(pool, backend):
     assert pool.fact().errors == 5
     backend.fail = None
     assert pool.work() == 4
-    backend.fail = HsmUnavailable("away again")
+    backend.fail = HsmUnavailable("unavailable again")
     for _ in range(4):
         pool.take(backend)
     pool.work()
@@ -297,7 +297,7 @@ def test_errors_back_off_exponentially_up_to_a_cap(pool, backend):
 
 def test_a_thread_sleeps_until_the_backoff_is_over(pool, backend):
     pool.prepare(backend, [OAEP])
-    backend.fail = HsmUnavailable("away")
+    backend.fail = HsmUnavailable("unavailable")
     pool.work()
     stock = next(iter(pool._stocks.values()))
     assert stock.pause(pool.time.now, pool.time.tick) == 1
@@ -312,7 +312,7 @@ def test_a_weekend_of_errors_does_not_overflow(pool, backend):
 
 def test_a_caller_who_succeeds_ends_the_backoff(pool, backend):
     pool.prepare(backend, [OAEP])
-    backend.fail = HsmUnavailable("away")
+    backend.fail = HsmUnavailable("unavailable")
     pool.work()
     backend.fail = None
     assert pool.work() == 0
@@ -376,14 +376,14 @@ def test_a_caller_gets_the_error_of_its_own_call(pool, backend):
 
 def test_while_the_hsm_is_away_no_pair_is_wasted(filled, backend):
     backend.ready = False
-    backend.fail = HsmUnavailable("away")
+    backend.fail = HsmUnavailable("unavailable")
     with pytest.raises(HsmUnavailable):
         filled.take(backend)
     assert filled.fact().level == 4
 
 
 def test_a_discard_that_fails_for_now_is_tried_again(filled, backend):
-    backend.fail = HsmUnavailable("away")
+    backend.fail = HsmUnavailable("unavailable")
     filled.time.move(HOUR)
     assert filled.work() == 1
     backend.fail = None
@@ -440,7 +440,7 @@ def test_close_without_the_hsm_tries_once_and_says_what_is_left(filled, backend,
 
 
 def test_closing_again_when_the_hsm_is_back_discards_the_rest(filled, backend):
-    backend.fail = HsmUnavailable("away")
+    backend.fail = HsmUnavailable("unavailable")
     filled.close()
     backend.fail = None
     filled.close()

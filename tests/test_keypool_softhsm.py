@@ -36,7 +36,7 @@ def settings(softhsm):
 @pytest.fixture
 def backend(settings):
     with registry.open_backend("pkcs11", settings) as backend:
-        backend.capabilities()  # the probe's objects have come and gone before anybody counts
+        backend.capabilities()  # the probe's objects have come and gone before anything is counted
         yield backend
         backend.reap(_now() + 10 * DAY)
 
@@ -187,7 +187,7 @@ def test_two_processes_never_give_the_same_pair(settings, backend, pool, count_o
         two.stdin.close()
         assert (one.wait(60), two.wait(60)) == (0, 0)
     pool.close()
-    assert backend.reap(_now()).examined == 30  # what was given out; nobody left a pooled pair
+    assert backend.reap(_now()).examined == 30  # what was given out; no process left a pooled pair
 
 
 def test_close_after_the_backend_leaves_the_pairs_to_the_reaper(settings, count_objects, caplog):

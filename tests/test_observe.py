@@ -124,7 +124,7 @@ def test_operations_are_counted_by_outcome():
     fake = FakeBackend()
     watched = observed(fake, metrics.PrometheusObserver(counted))
     watched.generate_wrapping_key(*OAEP, expires_at=None)
-    fake.fail = HsmUnavailable("away")
+    fake.fail = HsmUnavailable("unavailable")
     with pytest.raises(HsmUnavailable):
         watched.generate_wrapping_key(*OAEP, expires_at=None)
     labels = {

@@ -95,7 +95,7 @@ class AuditReport:
 
     @property
     def ok(self) -> bool:
-        """Whether there are no problems."""
+        """True without problems."""
         return not self.problems
 
 

@@ -89,7 +89,7 @@ class ServerConfig(BaseSettings):
         audit_key_file: File with the HMAC key of the audit log's chain, mode 600; None: SHA-256.
         audit_sync: True waits for the disk with each line.
         sweep_interval: Pause between sweeps; 0 switches the sweeper off.
-        startup_wait: How long to wait at start for an HSM or a database that is away; 0: not.
+        startup_wait: How long to wait at start for an unavailable HSM or database; 0: not at all.
         key_pool: Wrapping key pairs of each kind that are made ahead; 0: none.
         limits: How much is taken from a client at once.
     """

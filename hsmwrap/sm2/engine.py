@@ -70,7 +70,8 @@ class Sm2Engine(ABC):
         """Decrypt with the scalar (32 bytes big-endian) whose uncompressed point is ``public``.
 
         Raises:
-            InvalidKeyMaterial: The pair is no pair, or C3 does not confirm the plaintext.
+            InvalidKeyMaterial: The keys do not belong together, or C3 does not confirm the
+                plaintext.
         """
 
     def self_test(self) -> None:
@@ -101,7 +102,7 @@ class Sm2Engine(ABC):
 
 
 def open_engine(name: str) -> Sm2Engine:
-    """Open the engine of this name and run its self test. There is no fallback.
+    """Open the engine of this name and run its self test. It never falls back to another.
 
     Raises:
         ConfigurationError: No such engine, or what it needs is not installed.

@@ -7,7 +7,7 @@ cannot be told from the first and is read only where the configuration says so.
 With the length m of the key material known, the length tells them apart: 97+m, 96+m, or DER. DER
 with INTEGERs of lx and ly content bytes has 42+m+lx+ly bytes (one more once the content passes 127
 bytes), for m = 16 or 32 as well as 96+m where lx+ly is 54 and 97+m where it is 55. An honest C1
-comes that short with a chance of about 2^-70, but whoever sends it may choose a short x. Then:
+comes that short with a chance of about 2^-70, but a sender may choose a short x. Then:
 
 * 97+m bytes: C1C3C2 starts with 04 and DER with 30, so at most one of them fits;
 * 96+m bytes: the 64 bytes that C1C3C2_BARE takes for its point are two DER headers, 54 bytes of

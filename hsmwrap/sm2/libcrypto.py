@@ -104,7 +104,7 @@ class LibcryptoEngine(Sm2Engine):
         return scope.own(context, self._lib.EVP_PKEY_CTX_free)
 
     def _import_key(self, scope: Scope, public: bytes, private: bytes | None = None) -> c_void_p:
-        """Make an EVP_PKEY of raw bytes. ValueError: ``public`` is no point of the curve."""
+        """Make an EVP_PKEY of raw bytes. ValueError: ``public`` is not a point of the curve."""
         decode_point(public)
         fields = [(b"group", _UTF8_STRING, _ALGORITHM), (b"pub", _OCTET_STRING, public)]
         if private is not None:

@@ -1,4 +1,4 @@
-"""Powers modulo a number of 256 bits: by libcrypto, or by Python where there is no libcrypto.
+"""Powers modulo a number of 256 bits: by libcrypto, or by Python without libcrypto.
 
 libcrypto takes a quarter of the time (field note 61) and lets other threads run meanwhile. Neither
 is constant time.

@@ -33,7 +33,7 @@ class KeyringFile:
         """Return the current keyring of the file.
 
         Raises:
-            ConfigurationError: The file is missing, no keyring, or not private
+            ConfigurationError: The file is missing, not a keyring, or not private
                 (:mod:`hsmwrap.privatefile`).
         """
         return self._parsed.read()

@@ -87,7 +87,7 @@ class Sealer:
         try:
             expected = _tag(self._keyring(), mac.key_set, data)
         except KeyNotFound:
-            raise InvalidMac(f"there is no master key {mac.key_set!r}") from None
+            raise InvalidMac(f"unknown master key {mac.key_set!r}") from None
         if not hmac.compare_digest(expected, mac.tag):
             raise InvalidMac("the MAC is not right for these data")
 

@@ -22,7 +22,7 @@ RULE_ONCE = 1
 RULE_EVERY = 2
 RULE_COUNT_MAX = (1 << 29) - 1
 CHANCE_ALWAYS = 1 << 16
-DEVICE_AWAY = 1
+DEVICE_ABSENT = 1
 DEVICE_STICKY = 2
 DEVICE_REMOVAL = 4
 
@@ -97,12 +97,12 @@ def open_shared(path: Path) -> Control:
     """Map a control file; what is written to the answer is seen by every process at once.
 
     Raises:
-        ValueError: The file is no control file of this version.
+        ValueError: The file is not a control file of this version.
     """
     with path.open("r+b") as file:
         if os.fstat(file.fileno()).st_size != ctypes.sizeof(Control):
-            raise ValueError(f"{path} is no control file of version {VERSION}")
+            raise ValueError(f"{path} is not a control file of version {VERSION}")
         control = Control.from_buffer(mmap.mmap(file.fileno(), 0))
     if (control.magic, control.version, control.size) != (MAGIC, VERSION, ctypes.sizeof(Control)):
-        raise ValueError(f"{path} is no control file of version {VERSION}")
+        raise ValueError(f"{path} is not a control file of version {VERSION}")
     return control

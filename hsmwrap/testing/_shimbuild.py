@@ -29,7 +29,7 @@ def build(output_dir: str | Path) -> Path:
         Path of the library, for the ``library`` argument of :class:`FaultShim`.
 
     Raises:
-        ShimBuildError: There is no gcc, or it failed.
+        ShimBuildError: gcc is missing or failed.
     """
     output = Path(output_dir).resolve() / LIBRARY_NAME
     sources = sorted(SOURCES.glob("*.[ch]"))

@@ -38,7 +38,7 @@ class ClientFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Somebody who encrypts key material for import; ``require`` raises if it is not installed."""
+    """A client that encrypts key material for import; ``require`` raises if it is not installed."""
 
     name: str
     encrypt: Encryptor

@@ -231,11 +231,11 @@ class FaultControl:
         """
         count = self._control.device // _control.DEVICE_REMOVAL + 1
         sticky_bit = _control.DEVICE_STICKY if sticky else 0
-        self._control.device = count * _control.DEVICE_REMOVAL | sticky_bit | _control.DEVICE_AWAY
+        self._control.device = count * _control.DEVICE_REMOVAL | sticky_bit | _control.DEVICE_ABSENT
 
     def restore_device(self) -> None:
         """Put the HSM back."""
-        self._control.device &= ~_control.DEVICE_AWAY
+        self._control.device &= ~_control.DEVICE_ABSENT
 
     def counters(self) -> Counters:
         """Read all counters. Each is exact; all together are a snapshot only of a quiet module.
@@ -265,7 +265,7 @@ class FaultControl:
         try:
             function: FunctionControl = self._control.function[FUNCTIONS.index(name)]
         except ValueError:
-            raise ValueError(f"{name!r} is no function of PKCS#11 v2.40") from None
+            raise ValueError(f"{name!r} is not a function of PKCS#11 v2.40") from None
         return function
 
 
@@ -307,7 +307,7 @@ class FaultShim(FaultControl):
 
 def _code(code: int) -> int:
     if not CKR.OK < code < 1 << 32:
-        raise ValueError(f"{code!r} is no return code of a failure")
+        raise ValueError(f"{code!r} is not a return code of a failure")
     return int(code)
 
 

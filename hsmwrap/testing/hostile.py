@@ -1,7 +1,7 @@
 """Ciphertexts that no honest client sends: each has to be refused, or to be read like the rest.
 
-For authors of backends, and used by the conformance kit. Nothing here is a secret of anybody's:
-whoever has the public key can make all of it.
+For authors of backends, and used by the conformance kit. It needs no secret: the public key is
+enough to make all of it.
 """
 
 from __future__ import annotations

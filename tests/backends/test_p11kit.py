@@ -1,4 +1,4 @@
-"""SoftHSM behind p11-kit's server: a poorer token (p11-kit 0.24 has few mechanisms), far away."""
+"""SoftHSM behind p11-kit's server: few mechanisms (p11-kit 0.24), in another process."""
 
 import pytest
 from support.backends.kept_open import KeptOpen
@@ -10,7 +10,7 @@ from hsmwrap.backend import Custody, Exposure
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    token = make_softhsm(tmp_path_factory.mktemp("far"), label="far-away")
+    token = make_softhsm(tmp_path_factory.mktemp("remote"), label="remote")
     with p11kit_server(token, tmp_path_factory.mktemp("p11kit")) as running:
         yield running
 

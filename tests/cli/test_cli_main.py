@@ -32,7 +32,7 @@ def test_wrong_usage_is_exit_code_2(argv, capsys):
     [
         (ConfigurationError("a setting is wrong"), 2),
         (BackendLoadError("a plug-in is wrong"), 2),
-        (HsmUnavailable("the HSM is away"), 1),
+        (HsmUnavailable("the HSM is unavailable"), 1),
     ],
 )
 def test_an_error_is_one_line_on_stderr(error, status, monkeypatch, capsys):

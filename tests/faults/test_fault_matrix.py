@@ -45,7 +45,7 @@ def start(directory, share):
     command = [sys.executable, "-m", WORKER, directory / "shim", json.dumps(settings)]
     command += [token.environment["HSMWRAP_SO_PIN_FILE"], str(share), str(SHARES), *OPERATIONS]
     environment = os.environ | token.environment
-    # Into files: a pipe that nobody reads yet would hold the worker up.
+    # Into files: a pipe that is not read yet would block the worker.
     with (directory / "out").open("w") as out, (directory / "err").open("w") as err:
         return subprocess.Popen(command, stdout=out, stderr=err, env=environment)
 

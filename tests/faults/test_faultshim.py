@@ -783,7 +783,7 @@ def test_no_module_behind(tmp_path, library):
     (tmp_path / "faultshim.so.conf").write_text("libc.so.6\n")
     assert "is not two lines" in _refusal(tmp_path)
     (tmp_path / "faultshim.so.conf").write_text(f"libc.so.6\n{tmp_path / 'faultshim.control'}\n")
-    assert "is no PKCS#11 module" in _refusal(tmp_path)
+    assert "is not a PKCS#11 module" in _refusal(tmp_path)
 
 
 def test_smoke_under_sanitizers(home, tmp_path):

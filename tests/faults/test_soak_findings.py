@@ -67,7 +67,7 @@ def test_no_second_try_while_the_first_ones_leftovers_may_be_there(connection, m
 
 
 def test_a_call_that_never_began_leaves_nothing_to_clear_up(connection):
-    """Each call that failed fast while the HSM was away was remembered for the reaper."""
+    """Each call that failed fast while the HSM was unavailable was remembered for the reaper."""
     connection._breaker.failed(connection._breaker.check(), "DEVICE_ERROR")
     leaves = Leftover(OBJECT_ID)
     with pytest.raises(HsmUnavailable):

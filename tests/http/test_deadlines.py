@@ -57,7 +57,7 @@ def connect(fake):
 
 def read_all(connection: socket.socket) -> bytes:
     answer = b""
-    # Whoever sends on after the server's end is reset, after all that the server said.
+    # A client that sends after the server's end is reset, after all that the server sent.
     with suppress(ConnectionResetError):
         while received := connection.recv(65536):
             answer += received
@@ -103,7 +103,7 @@ def test_dripping_requests_end(fake, connect, first):
 
 
 def test_a_body_that_nobody_waits_for(fake, connect):
-    """It is answered before its body is here; that is no second answer."""
+    """It is answered before its body is here; a second answer would be wrong."""
     raw = post(b"", "Content-Length: 100").replace(b"/ ", b"/none ", 1)
     assert parse(read_all(connect(kept(raw))))[0] == 404
 

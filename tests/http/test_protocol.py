@@ -66,7 +66,7 @@ def test_success_in_xml(bench, spelling):
         NoPermission("no"),
         RejectedDisabled("no"),
         errors.KeyNotFound("gone"),
-        errors.HsmUnavailable("away"),
+        errors.HsmUnavailable("unavailable"),
         errors.HsmError("CKR_GENERAL_ERROR"),
     ],
     ids=lambda error: error.code,
@@ -188,7 +188,7 @@ def test_authentic_requests_that_are_not_served_are_audited(bench, own):
     assert len(bench.kms.refusals) == 2 * PER_MINUTE
 
 
-# --- refused signatures, which whoever knows an access key's id can make
+# --- refused signatures, which anyone who knows an access key's id can cause
 
 
 def forged(bench, access_key_id="testid"):
@@ -337,7 +337,7 @@ def test_errors_of_ours_are_logged_with_their_text(bench, caplog, error):
 
 
 def test_a_backend_that_is_away_is_no_error_of_ours(bench, caplog):
-    bench.kms.answer = errors.HsmUnavailable("the HSM is away")
+    bench.kms.answer = errors.HsmUnavailable("the HSM is unavailable")
     with caplog.at_level(logging.DEBUG):
         assert bench.get(v1_query()).status_code == 503
     assert [r.levelname for r in caplog.records if r.name.startswith("hsmwrap")] == ["INFO"]

@@ -44,7 +44,7 @@ class Api:
     def refused(self, action, /, **parameters) -> tuple[str, int]:
         with pytest.raises(SdkError) as raised:
             self.call(action, **parameters)
-        # Each error's RequestId is in the audit log, whoever refused it; none that anyone can make.
+        # The RequestId of each error is in the audit log, except errors that any client can cause.
         audited = raised.value.request_id in self.server.audit_file.read_text()
         assert audited == (raised.value.code not in ANYBODYS)
         return raised.value.code, raised.value.status
@@ -230,7 +230,7 @@ def test_nonce_that_repeats(api):
 @pytest.mark.parametrize(
     ("error", "wanted"),
     [
-        (HsmUnavailable("the HSM is away"), ("ServiceUnavailableTemporary", 503)),
+        (HsmUnavailable("the HSM is unavailable"), ("ServiceUnavailableTemporary", 503)),
         (HsmError("CKR_GENERAL_ERROR"), ("InternalFailure", 500)),
         (ZeroDivisionError(), ("InternalFailure", 500)),
     ],

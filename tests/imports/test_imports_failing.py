@@ -57,7 +57,7 @@ def test_one_of_many_at_once_gets_the_token(any_desk):
 
 def test_two_claims_at_once_do_not_both_succeed():
     class Slow(bytes):
-        """Looked up so slowly that everybody else looks meanwhile."""
+        """A lookup so slow that all other threads look up meanwhile."""
 
         def __hash__(self):
             time.sleep(0.001)
@@ -72,7 +72,7 @@ def test_two_claims_at_once_do_not_both_succeed():
 def test_whatever_made_it_fail_gives_the_token_back(spied):
     service = spied.service(used_tokens=MemoryUsedTokens(spied.clock))
     parameters = spied.issue(OAEP1, service=service)
-    for failure in (HsmUnavailable("away"), KeyboardInterrupt()):
+    for failure in (HsmUnavailable("unavailable"), KeyboardInterrupt()):
         spied.backend.failing["unwrap"] = failure
         with pytest.raises(type(failure)):
             spied.bring_in(parameters, b"", service=service)
@@ -275,7 +275,7 @@ def test_material_that_passed_the_host_against_the_promise_is_no_key(spied):
 def test_a_key_that_cannot_be_destroyed_is_refused_all_the_same(spied, caplog):
     parameters = spied.issue(OAEP1)
     spied.backend.key_differs = {"backend": "another"}
-    spied.backend.failing["destroy"] = HsmUnavailable("away")
+    spied.backend.failing["destroy"] = HsmUnavailable("unavailable")
     with pytest.raises(HsmError, match="its capabilities promise"):
         spied.bring_in(parameters, b"")
     assert [r.getMessage() for r in caplog.records] == [

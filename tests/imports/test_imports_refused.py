@@ -159,7 +159,7 @@ def test_a_backend_that_may_not_serve_a_level_is_refused_for_it(backends):
 
 def test_a_service_starts_while_its_hsm_is_away_and_asks_later():
     backend = SpyBackend(levels=[SOFTWARE])
-    backend.failing["capabilities"] = HsmUnavailable("away")
+    backend.failing["capabilities"] = HsmUnavailable("unavailable")
     service = ImportService({HSM: backend}, Deployment())
     cmk = Cmk("k", AES, HSM)
     with pytest.raises(HsmUnavailable):

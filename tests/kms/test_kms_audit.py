@@ -27,7 +27,7 @@ NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 def entry(number):
-    return AuditEntry(f"r{number}", "someone", "Encrypt", "k", "ok")
+    return AuditEntry(f"r{number}", "caller", "Encrypt", "k", "ok")
 
 
 @pytest.fixture(params=[None, KEY], ids=["sha256", "hmac"])
@@ -64,7 +64,7 @@ def test_whole_log(log, key):
         "sequence": 1,
         "time": "2030-01-01T00:00:00.000+00:00",
         "request_id": "r0",
-        "access_key_id": "someone",
+        "access_key_id": "caller",
         "action": "Encrypt",
         "key_id": "k",
         "outcome": "ok",
@@ -276,9 +276,9 @@ def test_each_operation_leaves_a_line_without_secrets(open_kms, clock, tmp_path)
         key_id, AES_MATERIAL, parameters, KeyMaterialExpireUnix=clock.unix(days=1)
     )
     blob = client.usable(key_id)
-    nobody = Client(kms, Caller("nobody", Permissions()))
+    unprivileged = Client(kms, Caller("unprivileged", Permissions()))
     for call in (
-        lambda: nobody.state(key_id),
+        lambda: unprivileged.state(key_id),
         lambda: client("Nothing"),
         lambda: client("DescribeKey", Colour="red"),
         lambda: client.state("unknown"),
@@ -297,7 +297,7 @@ def test_each_operation_leaves_a_line_without_secrets(open_kms, clock, tmp_path)
         ("admin", "ImportKeyMaterial", key_id, "ok"),
         ("admin", "Encrypt", key_id, "ok"),
         ("admin", "Decrypt", key_id, "ok"),
-        ("nobody", "DescribeKey", key_id, "Forbidden.NoPermission"),
+        ("unprivileged", "DescribeKey", key_id, "Forbidden.NoPermission"),
         ("admin", "Nothing", None, "InvalidAction.NotFound"),
         ("admin", "DescribeKey", None, "InvalidParameter"),
         ("admin", "DescribeKey", "unknown", "Forbidden.KeyNotFound"),

@@ -158,12 +158,12 @@ def given_up(open_kms, clock):
     """Another process takes what is being imported for dead, and sweeps ``times`` times."""
     other = Client(open_kms())
 
-    def give_up(times=1, *, away=False):
+    def give_up(times=1, *, unavailable=False):
         for _ in range(times):
             clock.advance(seconds=LEASE.total_seconds())
-            other.kms._backends["HSM"].away = away
+            other.kms._backends["HSM"].unavailable = unavailable
             other.kms.sweep()
-        other.kms._backends["HSM"].away = False
+        other.kms._backends["HSM"].unavailable = False
         other.kms.sweep()
 
     return give_up
@@ -182,9 +182,9 @@ def test_object_made_after_it_was_given_up_is_destroyed(stop, given_up, objects,
     assert (objects(), scheduled(stop.kms)) == (0, 0)
 
 
-@pytest.mark.parametrize("away", [False, True])
+@pytest.mark.parametrize("unavailable", [False, True])
 def test_object_made_after_it_was_given_up_by_a_process_that_is_then_killed(
-    stop, given_up, objects, monkeypatch, away
+    stop, given_up, objects, monkeypatch, unavailable
 ):
     class Killed(BaseException):
         pass
@@ -193,7 +193,7 @@ def test_object_made_after_it_was_given_up_by_a_process_that_is_then_killed(
         raise Killed
 
     def given_up_then_killed():
-        given_up(away=away)
+        given_up(unavailable=unavailable)
         stop.at("material imported", die)
 
     key_id = stop.create()
@@ -214,7 +214,7 @@ def test_object_scheduled_again_during_a_sweep_stays_scheduled(stop, open_kms, o
 
     def fail_meanwhile():
         backend._file(pending.data).touch()
-        backend.away = True
+        backend.unavailable = True
         importing._destroy_pending(pending, LeaseLost())
 
     stop.at("object destroyed", fail_meanwhile)
@@ -261,17 +261,22 @@ def fail_after_unwrapping(stop, other, key_id, given_up):
         other("ScheduleKeyDeletion", KeyId=key_id, PendingWindowInDays="7")
 
     def lose_the_database():
-        raise ServiceUnavailable("the database is away")
+        raise ServiceUnavailable("the database is unavailable")
 
     return {
         "Rejected.StateModifiedFailed": schedule_deletion,
         "InvalidKeyMaterial": lambda: other.import_material(key_id, OTHER_MATERIAL),
         "lease lost": given_up,
-        "database away": lose_the_database,
+        "no database": lose_the_database,
     }
 
 
-FAILURES = ["Rejected.StateModifiedFailed", "InvalidKeyMaterial", "lease lost", "database away"]
+FAILURES = [
+    "Rejected.StateModifiedFailed",
+    "InvalidKeyMaterial",
+    "lease lost",
+    "database unavailable",
+]
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -307,10 +312,10 @@ def test_token_that_cannot_be_given_back_hides_no_failure(single_use, monkeypatc
     parameters = single_use.parameters(key_id)
 
     def lose_the_database():
-        def away(*_):
-            raise ServiceUnavailable("the database is away")
+        def unavailable(*_):
+            raise ServiceUnavailable("the database is unavailable")
 
-        monkeypatch.setattr(UsedImportTokens, "release", away)
+        monkeypatch.setattr(UsedImportTokens, "release", unavailable)
         raise ZeroDivisionError
 
     single_use.at("material imported", lose_the_database)
@@ -346,7 +351,7 @@ def test_object_whose_destruction_started_is_not_put_into_a_row(stop, open_kms, 
 
     def others_begin_to_give_it_up():
         clock.advance(seconds=LEASE.total_seconds())
-        other.kms._backends["HSM"].away = True
+        other.kms._backends["HSM"].unavailable = True
         other.kms.sweep()
         assert (objects(), scheduled(other.kms)) == (1, 1)
 
@@ -428,13 +433,13 @@ def test_failed_import_is_cleaned_up_when_the_hsm_is_back(stop, objects, clock):
     key_id = stop.create()
 
     def lose_everything():
-        backend.away = True
-        raise ServiceUnavailable("the database is away")
+        backend.unavailable = True
+        raise ServiceUnavailable("the database is unavailable")
 
     stop.at("material imported", lose_everything)
     with pytest.raises(ServiceUnavailable):
         stop.import_material(key_id)
     assert objects() == 1
-    backend.away = False
+    backend.unavailable = False
     stop.kms.sweep()
     assert (objects(), scheduled(stop.kms), stop.state(key_id)) == (0, 0, "PendingImport")

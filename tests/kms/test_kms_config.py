@@ -311,7 +311,7 @@ def test_kms_refuses_two_backends_of_one_name(open_backend, sqlite_url, tmp_path
         backend.close()
 
 
-class Away:
+class Unavailable:
     """Stands before a function that fails some times before it works."""
 
     def __init__(self, monkeypatch, owner, name, error, times):
@@ -335,25 +335,25 @@ class Away:
 @pytest.mark.parametrize("part", [(Database, "migrate"), (opening, "open_backend")])
 def test_start_waits_for_what_is_unavailable(real, monkeypatch, part, caplog):
     monkeypatch.setenv("HSMWRAP_SERVER_SWEEP_INTERVAL", "PT0S")
-    away = Away(monkeypatch, *part, HsmUnavailable("away"), times=6)
+    unavailable = Unavailable(monkeypatch, *part, HsmUnavailable("unavailable"), times=6)
     with open_kms(load_config(real)) as kms:
         assert kms.health().ready
-    assert away.pauses == [0.25, 0.5, 1, 2, 4, 4]
+    assert unavailable.pauses == [0.25, 0.5, 1, 2, 4, 4]
     assert "cannot start yet" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("wait", "error", "waited"),
     [
-        ("PT30S", HsmUnavailable("away"), (26, 30)),
-        ("PT0S", HsmUnavailable("away"), (0, 0)),
+        ("PT30S", HsmUnavailable("unavailable"), (26, 30)),
+        ("PT0S", HsmUnavailable("unavailable"), (0, 0)),
         ("PT30S", BackendClosed("closed"), (0, 0)),
         ("PT30S", ConfigurationError("wrong"), (0, 0)),
     ],
 )
 def test_start_does_not_wait_for_ever(real, monkeypatch, wait, error, waited):
     monkeypatch.setenv("HSMWRAP_SERVER_STARTUP_WAIT", wait)
-    away = Away(monkeypatch, Database, "migrate", error, times=1000)
+    unavailable = Unavailable(monkeypatch, Database, "migrate", error, times=1000)
     closed = []
     close = SoftwareBackend.close
     monkeypatch.setattr(
@@ -361,5 +361,5 @@ def test_start_does_not_wait_for_ever(real, monkeypatch, wait, error, waited):
     )
     with pytest.raises(type(error)):
         open_kms(load_config(real))
-    assert waited[0] <= sum(away.pauses) <= waited[1]
+    assert waited[0] <= sum(unavailable.pauses) <= waited[1]
     assert closed == [1]

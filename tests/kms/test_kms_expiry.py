@@ -68,11 +68,11 @@ def test_gone_across_a_restart(client, clock, expiring, objects, open_kms):
 def test_gone_from_the_row_while_the_hsm_is_unavailable(client, clock, expiring, objects):
     backend = client.kms._backends["HSM"]
     clock.advance(hours=1)
-    backend.away = True
+    backend.unavailable = True
     client.kms.sweep()
     assert row(client.kms, expiring)[:2] == ("PendingImport", None)
     assert objects() == 1
-    backend.away = False
+    backend.unavailable = False
     client.kms.sweep()
     assert objects() == 0
 
@@ -152,7 +152,7 @@ def test_broken_audit_log_keeps_no_material(client, clock, objects, tmp_path, ca
         client.import_material(key_id, KeyMaterialExpireUnix=clock.unix(hours=1))
     scheduled = client.create()
     client("ScheduleKeyDeletion", KeyId=scheduled, PendingWindowInDays="7")
-    (tmp_path / "audit.log").rename(tmp_path / "away.log")
+    (tmp_path / "audit.log").rename(tmp_path / "moved.log")
     (tmp_path / "audit.log").mkdir()
     clock.advance(days=7)
     client.kms.sweep()
@@ -220,10 +220,10 @@ def test_request_is_done_though_its_object_cannot_be_destroyed(client, objects, 
     key_id = client.create()
     client.import_material(key_id)
 
-    def away(*_arguments):
-        raise ServiceUnavailable("the database is away")
+    def unavailable(*_arguments):
+        raise ServiceUnavailable("the database is unavailable")
 
-    monkeypatch.setattr(Objects, "_start", away)
+    monkeypatch.setattr(Objects, "_start", unavailable)
     client.import_material(key_id)
     client("DeleteKeyMaterial", KeyId=key_id)
     monkeypatch.undo()

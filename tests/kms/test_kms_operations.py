@@ -166,8 +166,8 @@ def test_ciphertext_of_another_key(client):
     blob = CiphertextBlob.from_bytes(base64.b64decode(client.usable(first)))
     moved = base64.b64encode(CiphertextBlob(second, blob.ciphertext).to_bytes()).decode()
     refused("InvalidParameter", client, "Decrypt", CiphertextBlob=moved)
-    nobody = base64.b64encode(CiphertextBlob(str(uuid.uuid4()), b"x").to_bytes()).decode()
-    refused("Forbidden.KeyNotFound", client, "Decrypt", CiphertextBlob=nobody, status=404)
+    unknown = base64.b64encode(CiphertextBlob(str(uuid.uuid4()), b"x").to_bytes()).decode()
+    refused("Forbidden.KeyNotFound", client, "Decrypt", CiphertextBlob=unknown, status=404)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ secret = "s3cret-value"
 allow = [{ actions = ["Encrypt"], keys = ["8a*"] }, { actions = ["ListKeys"] }]
 
 [[access_key]]
-id = "nobody"
+id = "unprivileged"
 secret = "other"
 """
 
@@ -138,7 +138,7 @@ def test_access_key_file(access_file):
         Permissions((Grant(("Encrypt",), ("8a*",)), Grant(("ListKeys",), ("*",)))),
     )
     assert "s3cret" not in repr(backup) + repr(keys) + repr(backup.caller())
-    assert keys.lookup("nobody").permissions == Permissions()
+    assert keys.lookup("unprivileged").permissions == Permissions()
     assert keys.lookup("missing") is None
 
 

@@ -413,7 +413,7 @@ def test_no_key_of_the_backend_derives_another(scene, attacker, mechanism, param
 
 
 def test_a_point_off_the_curve_is_refused(scene, attacker):
-    """Biehl, Meyer, Müller 2000: such points give the private key away, piece by piece."""
+    """Biehl, Meyer, Müller 2000: such points reveal the private key, piece by piece."""
     private = scene.wrapping_key(SM2)
     for point in (b"\x04" + bytes(63) + b"\x01", b"\x04" + secrets.token_bytes(64), b"\x00"):
         with attacker.refused(ck.GeneralError):

@@ -336,7 +336,7 @@ class Broken:
 
 
 class Gone(Broken):
-    """An object that somebody destroyed after it was found."""
+    """An object that was destroyed after it was found."""
 
     handle = 4712
 

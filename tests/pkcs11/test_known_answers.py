@@ -144,7 +144,7 @@ def small_c1():
 
 
 def encrypted_under_c1(private, x, y):
-    """The ciphertext that somebody who knows the private key makes for any C1."""
+    """The ciphertext for any C1, made with the private key."""
     x2 = sm2.derive_x(private, Sm2Ciphertext(x, y, bytes(32), b"-").c1)
     y2 = recover_y(int.from_bytes(x2)).to_bytes(32)
     mask = sm2_kdf(x2, y2, AES.material_length)

@@ -184,11 +184,11 @@ class TestCallback:
         assert "PIN callback" in refusal(PinCallback(lambda: answer))
 
     def test_our_own_errors_pass(self):
-        def away():
-            raise HsmUnavailable("the vault is away")
+        def unavailable():
+            raise HsmUnavailable("the vault is unavailable")
 
         with pytest.raises(HsmUnavailable):
-            PinCallback(away).read()
+            PinCallback(unavailable).read()
 
     def test_its_arguments_are_not_shown(self):
         assert SECRET not in repr(PinCallback(partial(str, SECRET)))

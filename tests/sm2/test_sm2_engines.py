@@ -118,7 +118,7 @@ NO_PAIRS = {
 @pytest.mark.parametrize(("private", "public"), NO_PAIRS.values(), ids=NO_PAIRS.keys())
 def test_no_key_pair(engine, private, public):
     refused(engine, known_answer.CIPHERTEXT, private, public)
-    with suppress(ValueError):  # some of these are no points to encrypt to
+    with suppress(ValueError):  # not all of these are points to encrypt to
         refused(engine, engine.encrypt(public, MATERIAL), private, public)
 
 

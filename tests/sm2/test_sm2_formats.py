@@ -251,7 +251,7 @@ def test_bare_that_starts_like_der(reference, length):
 
 
 def test_bytes_with_two_readings_are_refused(reference, monkeypatch):
-    """Nobody can make such bytes on the real curve, so the curve check is taken away."""
+    """Such bytes cannot be found on the real curve, so the curve check is disabled."""
     data = short_der(reference, 54, 32).to_der()
     monkeypatch.setattr(formats, "is_on_curve", lambda x, y: True)
     for layout in (Layout.DER, Layout.C1C3C2_BARE):

@@ -6,8 +6,8 @@ everything in the HSM token. What has to hold:
 
 * no wrong answer; a valid call ends well, or in an error that says 'try later' or names a CKR;
 * what was acknowledged is there at the end and is the right key;
-* at rest there are no session objects, no more sessions than the pools', and exactly the token
-  objects that were acknowledged; after closing, nothing;
+* at rest the HSM token has no session objects, no more sessions than the pools', and exactly the
+  token objects that were acknowledged; after closing, nothing;
 * no thread stops for long; after the last fault the speed is what it was before the first;
 * the module is never misused (a session in two threads, C_Finalize under a call).
 

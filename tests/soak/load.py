@@ -46,7 +46,7 @@ class WrongAnswer(Exception):
 
 
 class NothingToDo(Exception):
-    """There is no import token or no key to work with at the moment."""
+    """No import token or no key is available at the moment."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from hsmwrap.software._sealing import Purpose, Sealer
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 AES, SM4 = KeySpec
 PKCS1, OAEP1, OAEP256, SM2PKE = WrappingAlgorithm
-PLAINTEXT = b"a plaintext that nobody should see"
+PLAINTEXT = b"a plaintext that must stay secret"
 
 
 class Case:
@@ -84,7 +84,7 @@ def changed(data, at=-1):
 
 
 def _failing_inside(case, monkeypatch, *, owner, part, call):
-    """A fault where nobody expects one: no error of ours, and with everything at hand."""
+    """An unexpected fault: not one of our errors, and all secrets are in its frames."""
 
     def fail(*arguments):
         case.secrets |= {f"argument {n}": a for n, a in enumerate(arguments) if type(a) is bytes}

@@ -203,7 +203,7 @@ class ConformanceFixtures:
 
     @pytest.fixture
     def counted(self, backend: Backend, count_objects: CountObjects | None) -> CountObjects:
-        """Counts the objects in the HSM; whoever keeps objects has to say how."""
+        """Counts the objects in the HSM; needed from backends that keep objects."""
         if count_objects is None:
             report = backend.capabilities()
             custodies = {w.custody for w in report.wrapping} | {k.custody for k in report.keys}

@@ -106,7 +106,7 @@ class ImportConformance(ConformanceFixtures):
     ) -> None:
         """With nothing to compare the material with: the padding, or C3, has to tell.
 
-        PKCS#1 v1.5 has no integrity, so there a wrong ciphertext may become a key (of nobody's).
+        PKCS#1 v1.5 has no integrity, so there a wrong ciphertext may become a random key.
         """
         good = conversation.encrypt(secrets.token_bytes(key_spec.material_length))
         bad = [*_damaged(good, step=37), *_forged(conversation, key_spec)]

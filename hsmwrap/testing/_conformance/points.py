@@ -1,6 +1,6 @@
 """Arithmetic of y² = x³ - 3x + b modulo SM2's prime for any b: the formulas do not contain it.
 
-Textbook affine formulas in variable time, for numbers that are no secrets. They are what the
+Textbook affine formulas in variable time, for public numbers. They are what the
 attacks with points of other curves live on (Biehl, Meyer, Müller, CRYPTO 2000).
 """
 

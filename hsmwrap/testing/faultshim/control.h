@@ -2,7 +2,7 @@
  *
  * One mapping, shared by every process that loads the shim and by the Python side, which makes
  * the file (hsmwrap/testing/_control.py mirrors this layout). Each field is one atomic word with
- * one kind of writer, so nobody ever takes a lock across processes. Raise CONTROL_VERSION with
+ * one kind of writer, so no lock is ever taken across processes. Raise CONTROL_VERSION with
  * each change.
  */
 #ifndef HSMWRAP_CONTROL_H
@@ -35,8 +35,8 @@ enum rule_mode { RULE_OFF, RULE_ONCE, RULE_EVERY };
 #define CHANCE_AFTER(chance) (((chance) >> 31) & 1)
 #define CHANCE_CODES(chance) ((chance) >> 32)
 
-/* device: number of removals << 2 | sticky << 1 | away */
-#define DEVICE_AWAY(device) ((device) & 1)
+/* device: number of removals << 2 | sticky << 1 | absent */
+#define DEVICE_ABSENT(device) ((device) & 1)
 #define DEVICE_STICKY(device) (((device) >> 1) & 1)
 #define DEVICE_REMOVALS(device) ((device) >> 2)
 

@@ -188,20 +188,20 @@ static CK_RV call_slot_without_token(enum function_id id, const word a[])
 
 static CK_RV call_device(enum function_id id, const word a[], uint64_t device)
 {
-    bool away = DEVICE_AWAY(device);
-    if (atomic_load(&process.initialized) && (away || atomic_load(&process.stale))) {
+    bool absent = DEVICE_ABSENT(device);
+    if (atomic_load(&process.initialized) && (absent || atomic_load(&process.stale))) {
         if (description[id].kind == SESSION)
             return CKR_DEVICE_REMOVED;
         if (description[id].kind == TOKEN)
-            return away ? CKR_TOKEN_NOT_PRESENT : CKR_DEVICE_REMOVED;
-        if (description[id].kind == SLOT && away)
+            return absent ? CKR_TOKEN_NOT_PRESENT : CKR_DEVICE_REMOVED;
+        if (description[id].kind == SLOT && absent)
             return call_slot_without_token(id, a);
     }
     CK_RV rv = call_real(id, a);
     if (rv == CKR_OK)
         record_success(id, a);
     else if (id == FN_C_Initialize && rv == CKR_CRYPTOKI_ALREADY_INITIALIZED)
-        atomic_store(&process.initialized, true); /* by someone who did not come this way */
+        atomic_store(&process.initialized, true); /* by a call that did not go through the shim */
     return rv;
 }
 
@@ -376,11 +376,11 @@ static bool open_control(const char *path)
         mapped = mmap(NULL, sizeof *control, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     close(fd);
     if (mapped == MAP_FAILED)
-        return complain(path, "is no control file of this version");
+        return complain(path, "is not a control file of this version");
     control = mapped;
     if (control->magic != CONTROL_MAGIC || control->version != CONTROL_VERSION
         || control->size != sizeof *control)
-        return complain(path, "is no control file of this version");
+        return complain(path, "is not a control file of this version");
     return true;
 }
 
@@ -395,7 +395,7 @@ static bool open_real(const char *module)
         return complain(module, dlerror());
     get.symbol = dlsym(library, "C_GetFunctionList");
     if (!get.symbol || get.call(&real) != CKR_OK || !real)
-        return complain(module, "is no PKCS#11 module");
+        return complain(module, "is not a PKCS#11 module");
     return true;
 }
 

@@ -1,7 +1,7 @@
 """An honest plug-in over the software backend, for mutants to spoil one thing of.
 
 Its "HSM" is a directory with one file for each object, so that every instance and every process
-on the same directory has the same objects, and anybody can count them.
+on the same directory has the same objects, and every process can count them.
 """
 
 import os

@@ -32,7 +32,7 @@ from hsmwrap.testing.faults import CKR, FaultShim
 
 AES = KeySpec.ALIYUN_AES_256
 # Where the call may have worked and only its answer was lost. Not C_OpenSession: a session whose
-# handle nobody has can only go with the module.
+# handle that is lost can only go with the module.
 CREATORS = {"C_GenerateKeyPair", "C_UnwrapKey", "C_CreateObject", "C_DeriveKey"}
 NOT_OURS = {"C_GetFunctionList", "C_GetInfo"}
 NEVER = {"function": "C_SeedRandom", "code": CKR.DEVICE_ERROR}

@@ -100,7 +100,7 @@ static int run(struct control *control)
         pthread_create(&thread[i], NULL, work, NULL);
     for (int i = 0; i < 100; i++) {
         if (i % 5 == 0)
-            atomic_fetch_add(&control->device, 5); /* one more removal, away */
+            atomic_fetch_add(&control->device, 5); /* one more removal, absent */
         held &= child_is_answered();
         if (i % 5 == 0)
             atomic_fetch_sub(&control->device, 1);

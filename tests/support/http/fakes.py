@@ -42,7 +42,7 @@ class MemoryNonces:
 @dataclass
 class FakeHealth:
     ready: bool = True
-    parts: dict[str, str] = field(default_factory=lambda: {"database": "secret-host is away"})
+    parts: dict[str, str] = field(default_factory=lambda: {"database": "secret-host: unavailable"})
 
 
 class FakeKms:

@@ -42,7 +42,7 @@ class FileObjectsBackend(Backend):
         )
         self._directory = Path(directory)
         self._directory.mkdir(exist_ok=True)
-        self.away = False
+        self.unavailable = False
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -113,8 +113,8 @@ class FileObjectsBackend(Backend):
         return KeyRef(key.backend, key.key_spec, Custody.HSM_ENCRYPTED_DATABASE, blob)
 
     def _answer(self):
-        if self.away:
-            raise HsmUnavailable("away")
+        if self.unavailable:
+            raise HsmUnavailable("unavailable")
 
 
 class Clock:

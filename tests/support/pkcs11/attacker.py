@@ -1,4 +1,4 @@
-"""Whoever has the user PIN, and what there is to be had: sealed blobs, ciphertexts, objects.
+"""An attacker with the user PIN, and what they can reach: sealed blobs, ciphertexts, objects.
 
 An attack is a function that returns the secret or raises what the HSM token answers. Each runs
 against what the backend made, and against a naive key, where it has to succeed: otherwise the
@@ -80,7 +80,7 @@ def _named(attributes):
 
 
 def readable(object_class, key_type, **uses):
-    """The template of somebody who wants to read the key."""
+    """The template of an attacker who wants to read the key."""
     return {
         Attribute.CLASS: object_class,
         Attribute.KEY_TYPE: key_type,
@@ -93,7 +93,7 @@ def readable(object_class, key_type, **uses):
 
 
 class _Mapper(HsmAttributeMapper):
-    """Takes labels that are no text as well."""
+    """Also accepts labels that are not text."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ class Attacker:
         return force(self.session.create_object(template)), value
 
     def naive_key(self, **attributes):
-        """What somebody would generate who knows no attack."""
+        """A key as generated without an attack in mind."""
         every = MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT
         every |= MechanismFlag.WRAP | MechanismFlag.UNWRAP | MechanismFlag.DERIVE
         return force(

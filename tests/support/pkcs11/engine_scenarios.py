@@ -86,7 +86,7 @@ def bring_in(backend, reference, algorithm, ciphertext, object_id=None):
 
 
 def one_outage_many_threads(shim, settings):
-    """Each thread doubled the backoff: half a second away, thirty seconds out of service."""
+    """Each thread doubled the backoff: half a second unavailable, thirty seconds out of service."""
     settings |= {"initial_backoff": 1.0, "max_backoff": 600.0, "sessions": 12}
     with Pkcs11Backend.from_settings(settings) as backend:
         backend.mac(b"data")
@@ -120,7 +120,7 @@ def closed_while_away(shim, settings):
 
 
 def odd_answer_to_open_session(shim, settings):
-    """The HSM was never found to be away: an internal error for each call, until a restart."""
+    """The HSM never counted as unavailable: an internal error for each call, until a restart."""
     with Pkcs11Backend.from_settings(settings) as backend:
         backend.mac(b"data")
         shim.fail("C_SignInit", CKR.SESSION_HANDLE_INVALID)
@@ -151,7 +151,7 @@ def no_module_to_log_in_again(shim, settings):
 
 
 def initialised_by_somebody_else(shim, settings):
-    """Nobody may finalise it then, so a restart has to close the sessions that it leaves."""
+    """It must not be finalised then, so a restart has to close the sessions that it leaves."""
     functions = shared_function_list(str(shim.path))
     assert functions.c_initialize(ctypes.byref(_InitializeArgs(flags=2))) == 0
     with Pkcs11Backend.from_settings(settings) as backend:
@@ -260,7 +260,7 @@ def a_key_whose_destruction_collides(shim, settings):
         shim.fail("C_DestroyObject", CKR.DEVICE_MEMORY, always=True)
         assert isinstance(outcome(backend.destroy_key, second.key), HsmwrapError)
         shim.clear()
-        backend.reap(datetime.now(UTC))  # what was to be destroyed is, by whoever comes next
+        backend.reap(datetime.now(UTC))  # destroys what remained to be destroyed
         assert shim.counters().token_objects_delta == before
 
 

@@ -83,7 +83,7 @@ def failed_making_untrusted(shim, settings, _so_pin_file):
 
 
 def failed_cleaning_up(shim, settings, _so_pin_file):
-    """What a failed rotation left, and could not take away, is in nobody's way."""
+    """Objects that a failed rotation left and could not remove do no harm."""
     Pkcs11Backend.initialise_keys(settings)
     shim.fail("C_GenerateKey", CKR.DEVICE_MEMORY, nth=4)
     shim.fail("C_DestroyObject", CKR.GENERAL_ERROR, always=True)

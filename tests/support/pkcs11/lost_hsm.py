@@ -1,4 +1,4 @@
-"""Scenarios of an HSM that goes away, and of a module that cannot lock.
+"""Scenarios of an HSM that becomes unavailable, and of a module that cannot lock.
 
 Usage: python -m support.pkcs11.lost_hsm SCENARIO SHIM_DIRECTORY SETTINGS
 """
@@ -59,7 +59,7 @@ def lazy_start(shim, settings):
     shim.remove_device()
     with contextlib.suppress(TokenSelectionError):
         Pkcs11Backend.from_settings(settings)
-        raise AssertionError("started without an HSM, and nobody asked for that")
+        raise AssertionError("started without an HSM, which was not configured")
     backend = Pkcs11Backend.from_settings(settings | {"lazy": True})
     assert not backend.health().ready
     assert unavailable(backend)
@@ -69,7 +69,7 @@ def lazy_start(shim, settings):
 
 
 def logged_out(shim, settings):
-    """Somebody logs the application out: private objects are not refused then, but not found."""
+    """Another program logs the application out: private objects are then not found, not refused."""
     backend = Pkcs11Backend.from_settings(settings)
     capabilities = backend.capabilities()
     mac = backend.mac(b"data")

@@ -11,7 +11,7 @@ from hsmwrap.pkcs11.binding.host import ModuleHost
 
 LABEL = "NSS Certificate DB"
 NO_NSS = "capability: NSS softokn is not installed"
-_PIN = "a throw-away PIN"
+_PIN = "a temporary PIN"
 _PLACES = ("lib/*/libsoftokn3.so", "lib/*/nss/libsoftokn3.so", "lib64/libsoftokn3.so")
 
 
@@ -48,7 +48,7 @@ def find_module():
 
 
 def make_nss(directory: Path) -> Nss:
-    """A fresh token in ``directory``; skips where there is no NSS."""
+    """A fresh token in ``directory``; skips without NSS."""
     module = find_module()
     if module is None:
         pytest.skip(NO_NSS)

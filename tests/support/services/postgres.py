@@ -1,7 +1,7 @@
 """A private PostgreSQL cluster of the distribution's package, in a temporary directory.
 
-It listens on a Unix socket in that directory alone, so it needs no port and nobody else reaches
-it. PostgreSQL refuses to run as root: then it runs as ``postgres``, or ``nobody``.
+It listens on a Unix socket in that directory alone, so it needs no port and cannot be reached
+from outside. PostgreSQL refuses to run as root: then it runs as ``postgres``, or ``nobody``.
 """
 
 from __future__ import annotations

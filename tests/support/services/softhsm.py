@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def make_softhsm(directory: Path, label="hsmwrap-tests") -> SoftHsm:
-    """A fresh token in ``directory``; skips where there is no SoftHSM2."""
+    """A fresh token in ``directory``; skips without SoftHSM2."""
     try:
         return SoftHsm.make(directory, label)
     except SoftHsmNotInstalledError:
