@@ -16,7 +16,7 @@ class ReadWriteLock(ForkAware):
     """Many threads that read, or one that writes; first come, first served.
 
     Both may be nested. A thread that reads may write for a while, and may yield its read while it
-    makes a long call that needs no lock: whoever waits to write goes first then.
+    makes a long call that needs no lock: a waiting writer goes first then.
 
     In a forked child the lock is free. What the forking thread held, it does not hold there, and
     releasing it does nothing. With a ``fork_turn`` before ``STATE`` a fork waits until no thread

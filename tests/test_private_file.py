@@ -180,12 +180,12 @@ class TestAccessControlList:
             assert "mode 0440" in refusal(read, path)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can change the owner of files")
 def test_a_real_file_of_another_user(make):
     assert "belongs to uid 1001" in refusal(read, make(uid=OTHER_USER))
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can change the owner of files")
 def test_a_kubernetes_secret(make, tmp_path):
     path = make(mode=0o440, uid=0)
     os.chown(path, 0, 2000)

@@ -52,7 +52,7 @@ class SoftHsmError(Exception):
 
 
 class SoftHsmNotInstalledError(SoftHsmError):
-    """There is no SoftHSM2 on this machine."""
+    """SoftHSM2 is not installed on this machine."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class SoftHsm:
             label: Label of the token, at most 32 bytes.
 
         Raises:
-            SoftHsmNotInstalledError: There is no SoftHSM2 on this machine.
+            SoftHsmNotInstalledError: SoftHSM2 is not installed on this machine.
             SoftHsmError: The token could not be made.
         """
         environment = _environment(directory, label)
