@@ -67,7 +67,7 @@ def filled(pool, backend):
         ({"threads": 0}, "threads"),
         ({"max_age": timedelta(0)}, "max_age"),
         ({"token_lifetime": timedelta(0)}, "token_lifetime"),
-        ({"initial_backoff": 0}, "initial_backoff is positive"),
+        ({"initial_backoff": 0}, "initial_backoff: takes a number of seconds, more than 0"),
         ({"initial_backoff": 2, "max_backoff": 1}, "initial_backoff is at most"),
     ],
 )

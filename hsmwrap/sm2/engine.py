@@ -18,12 +18,13 @@ from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidKeyMaterial,
 from hsmwrap.sm2 import known_answer
 from hsmwrap.sm2.formats import Sm2Ciphertext
 
-_ENGINES: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
+ENGINES: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
         "libcrypto": ("hsmwrap.sm2.libcrypto", "LibcryptoEngine"),
         "gmssl": ("hsmwrap.sm2.gmssl_engine", "GmsslEngine"),
     }
 )
+"""Engines by name: module and class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +109,10 @@ def open_engine(name: str) -> Sm2Engine:
         ConfigurationError: No such engine, or what it needs is not installed.
         SelfTestFailed: It does not compute SM2.
     """
-    if name not in _ENGINES:
-        raise ConfigurationError(f"unknown SM2 engine {name!r}; there are {', '.join(_ENGINES)}")
+    if name not in ENGINES:
+        raise ConfigurationError(f"unknown SM2 engine {name!r}; there are {', '.join(ENGINES)}")
     # Imported here, so that nothing of an engine is loaded that was not asked for.
-    module, attribute = _ENGINES[name]
+    module, attribute = ENGINES[name]
     engine = cast("Sm2Engine", getattr(importlib.import_module(module), attribute)())
     engine.self_test()
     return engine

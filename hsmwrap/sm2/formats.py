@@ -29,6 +29,7 @@ from types import MappingProxyType
 from typing import Final
 
 from hsmwrap.errors import ConfigurationError, InvalidKeyMaterial
+from hsmwrap.settings import Kind, typed
 from hsmwrap.sm2.curve import FIELD_BYTES, POINT_BYTES, is_on_curve
 
 _HASH_BYTES: Final = 32
@@ -109,6 +110,16 @@ def check_layouts(layouts: Iterable[str]) -> frozenset[Layout]:
             "C1C3C2 and C1C2C3 have the same length and cannot be told apart; configure one of them"
         )
     return chosen
+
+
+def _read_layouts(value: object) -> tuple[Layout, ...]:
+    names = [typed(name, str) for name in typed(value, list, tuple)]
+    check_layouts(names)
+    return tuple(dict.fromkeys(map(Layout, names)))
+
+
+LAYOUTS = Kind(f"a list of {', '.join(Layout)}", _read_layouts)
+"""What the setting ``sm2_layouts`` takes."""
 
 
 def parse(

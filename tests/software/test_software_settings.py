@@ -45,7 +45,7 @@ def test_unknown_settings_are_named_beside_the_known_ones():
     ],
 )
 def test_wrong_kinds_are_refused(name, value):
-    with pytest.raises(ConfigurationError, match=f"{name} has to be"):
+    with pytest.raises(ConfigurationError, match=f"{name}: takes"):
         SoftwareSettings.from_mapping({name: value})
 
 

@@ -21,6 +21,7 @@ from urllib.parse import unquote_to_bytes
 
 from hsmwrap.errors import ConfigurationError, HsmwrapError
 from hsmwrap.privatefile import PrivateFile, decode
+from hsmwrap.settings import Kind, typed
 
 MAX_PIN_BYTES = 1024
 """Longest PIN accepted, in bytes of UTF-8; HSM tokens stop far below."""
@@ -274,18 +275,12 @@ def from_settings(settings: Mapping[str, Any]) -> PinSource:
         raise ConfigurationError(f"give exactly one of {', '.join(SOURCES)}; found {found}")
     name = given[0]
     kind, value = SOURCES[name], settings[name]
-    if not kind.fits(value):
-        raise ConfigurationError(f"{name}: takes {kind.takes}, not {type(value).__name__}")
-    return kind.make(value)
-
-
-@dataclass(frozen=True, slots=True)
-class SourceKind:
-    """What a setting that names a PIN source takes (in words), and the source that it makes."""
-
-    takes: str
-    fits: Callable[[object], bool]
-    make: Callable[[Any], PinSource]
+    try:
+        source: PinSource = kind.read(value)
+    except ValueError:
+        text = f"{name}: takes {kind.takes}, not {type(value).__name__}"
+        raise ConfigurationError(text) from None
+    return source
 
 
 def _command(command: str | Sequence[str]) -> PinCommand:
@@ -299,22 +294,29 @@ def _command(command: str | Sequence[str]) -> PinCommand:
         raise ConfigurationError(f"PIN command: {error}") from None
 
 
-def _is(*types: type) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, types)
+def _source(takes: str, make: Callable[[Any], PinSource], *types: type) -> Kind:
+    def read(value: Any) -> PinSource:
+        return value if isinstance(value, PinSource) else make(typed(value, *types))
+
+    return Kind(takes, read)
 
 
-def _file(path: str | os.PathLike[str]) -> PinFile:
-    return PinFile(os.fspath(path))
+def _callback(function: Any) -> PinCallback:
+    if not callable(function):
+        raise ValueError  # noqa: TRY004 (a kind's way to refuse)
+    return PinCallback(function)
 
 
-SOURCES: Mapping[str, SourceKind] = MappingProxyType(
+SOURCES: Mapping[str, Kind] = MappingProxyType(
     {
-        "pin_file": SourceKind("an absolute path", _is(str, os.PathLike), _file),
-        "pin_env": SourceKind("the name of an environment variable", _is(str), PinEnvironment),
-        "pin_command": SourceKind("a command, as a list or text", _is(str, list, tuple), _command),
-        "pin_callback": SourceKind("a callable", callable, PinCallback),
-        "pin-source": SourceKind("text", _is(str), from_pin_source),
-        "pin-value": SourceKind("a Pin", _is(Pin), PinLiteral),
+        "pin_file": _source(
+            "an absolute path", lambda path: PinFile(os.fspath(path)), str, os.PathLike
+        ),
+        "pin_env": _source("the name of an environment variable", PinEnvironment, str),
+        "pin_command": _source("a command, as a list or text", _command, str, list, tuple),
+        "pin_callback": _source("a callable", _callback, object),
+        "pin-source": _source("text", from_pin_source, str),
+        "pin-value": _source("a Pin", PinLiteral, Pin),
     }
 )
 """The settings that name a PIN source; the last two come from a PKCS#11 URI."""
