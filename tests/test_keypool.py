@@ -44,7 +44,7 @@ def backend():
 def pool():
     manual = ManualPool(SMALL)
     yield manual
-    pool_module._POOLS.discard(manual)  # some close in vain, and would again at exit
+    pool_module._POOLS.discard(manual)  # closing fails in some tests, and would fail again at exit
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def sealed(backend):
 
 
 def test_sealed_pairs_of_an_old_key_set_are_not_handed_out(sealed, filled):
-    """The old set may be retired by now: their import tokens would be refused."""
+    """The old set may already be retired: their import tokens would be refused."""
     sealed.key_set = "2"
     filled.time.move(SECOND)
     assert filled.take(sealed).public_key == b"public 4"  # made inline, under the new set

@@ -111,7 +111,7 @@ def test_a_pooled_pair_imports_like_any_other(pool, backend, pair):
 
 
 def test_no_pair_of_a_retired_key_set_is_handed_out(softhsm, monkeypatch):
-    """The process had the set cached; its import tokens would be dead on arrival."""
+    """The process had cached the set; its import tokens would be invalid from the start."""
     monkeypatch.setattr(pool_module, "KEY_SET_LIFETIME", 0.0)
     settings = softhsm.settings(f"keypool-{secrets.token_hex(4)}")
     prefix = settings["key_prefix"]

@@ -1,4 +1,4 @@
-"""Trace hooks and metrics: everything is told, nothing is changed, nothing secret leaks."""
+"""Trace hooks and metrics: all calls are observed and unchanged, and no secret leaks."""
 
 import os
 import secrets

@@ -1,4 +1,4 @@
-"""What ``import hsmwrap`` gives, and what it does not load."""
+"""The names that ``import hsmwrap`` gives, and the libraries that it does not load."""
 
 import subprocess
 import sys

@@ -75,7 +75,7 @@ def refused(token, check=verify_mac):
 
 
 def forged(body):
-    """A token of any body under the right key: what a newer or broken hsmwrap could issue."""
+    """An authentic token with any body, as a newer or broken hsmwrap could issue."""
     tag = mac(b"hsmwrap import token\x01" + body).tag
     return b"\x01\x017" + body + tag
 

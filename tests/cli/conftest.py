@@ -7,7 +7,7 @@ from hsmwrap.cli import main
 
 @pytest.fixture
 def run_json(capsys):
-    """Run a subcommand with --json; its exit code, and the document that is alone on stdout."""
+    """Run a subcommand with --json; returns its exit code and the JSON document of stdout."""
 
     def run(*argv):
         status = main([*argv, "--json"])

@@ -159,7 +159,7 @@ class TestHonest:
 
 
 class StoresSm4(SoftwareBackend):
-    """Says that it cannot use SM4 keys, and keeps to it."""
+    """Its capabilities call SM4 keys unusable, and it refuses to use them."""
 
     def capabilities(self):
         aes, sm4 = super().capabilities().keys
@@ -173,7 +173,7 @@ class StoresSm4(SoftwareBackend):
 
 
 class ImportsAnotherKey(SoftwareBackend):
-    """Takes the client's ciphertext and keeps a key of its own."""
+    """Accepts the client's ciphertext but keeps another key."""
 
     def unwrap_material(self, private_key, algorithm, encrypted_material, *, key_spec, **options):
         spec = WrappingKeySpec.RSA_2048
@@ -220,7 +220,7 @@ class UsesSm4AgainstItsWord(StoresSm4):
 
 
 class DisownsAes(SoftwareBackend):
-    """Its AES-256 keys cannot be used, as its capabilities say: no usable CMK comes of that."""
+    """Its AES-256 keys cannot be used, as its capabilities say, so its CMKs are unusable."""
 
     def capabilities(self):
         keys = tuple(
@@ -342,7 +342,7 @@ def test_a_refusal_after_a_key_was_generated_fails(demo, monkeypatch, capsys):
 
 
 class FakeToken(SoftwareBackend):
-    """Stands for the PKCS#11 backend where no token is needed to make the point."""
+    """Replaces the PKCS#11 backend in tests that need no HSM token."""
 
     initialised: ClassVar = None
 

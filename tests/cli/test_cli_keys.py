@@ -51,7 +51,7 @@ def test_the_life_of_key_sets_in_an_hsm_token(softhsm):
 
 
 def test_the_help_says_when_a_key_set_may_be_retired(capsys):
-    """Token lifetime, the pool's max_age, and the time that processes keep the current set for."""
+    """Token lifetime, the pool's max_age, and the time that processes cache the current set."""
     wait = TOKEN_LIFETIME + PoolSettings().max_age + timedelta(seconds=CURRENT_SET_LIFETIME)
     assert wait == timedelta(hours=25, minutes=1)
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Clients that stall: none keeps a thread from the others for longer than its deadline."""
+"""Stalled clients: none holds a thread for longer than its deadline."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_stalled_requests_end(fake, connect, first):
 
 @pytest.mark.parametrize("first", STALLS.values(), ids=STALLS)
 def test_dripping_requests_end(fake, connect, first):
-    """A byte now and then buys no time."""
+    """A byte now and then does not extend the deadline."""
     connection = connect(first)
     if first.startswith(kept(HEALTHZ)):
         read_page(connection)
@@ -103,7 +103,7 @@ def test_dripping_requests_end(fake, connect, first):
 
 
 def test_a_body_that_nobody_waits_for(fake, connect):
-    """It is answered before its body is here; a second answer would be wrong."""
+    """It is answered before its body has arrived; a second answer would be wrong."""
     raw = post(b"", "Content-Length: 100").replace(b"/ ", b"/none ", 1)
     assert parse(read_all(connect(kept(raw))))[0] == 404
 
@@ -122,7 +122,7 @@ def test_idle_connections_hold_no_thread(fake, connect):
 
 
 def test_answers_have_a_deadline():
-    """Python's sendall ends when the socket's timeout is over, however little a client takes."""
+    """Python's sendall ends at the socket's timeout, even if the client reads slowly."""
     server, client = socket.socketpair()
     seen = []
 

@@ -1,4 +1,4 @@
-"""Under gunicorn, over raw sockets: what never reaches the application, and how it ends."""
+"""Under gunicorn, over raw sockets: requests that never reach the application, and shutdown."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_long_request_lines(fake):
 
 
 def test_long_request_lines_under_gunicorns_own_command(tmp_path):
-    """As the application's documentation has it, with limits of its own."""
+    """As in the application's documentation, with other limits."""
     settings = tmp_path / "gunicorn.conf.py"
     settings.write_text(
         "from hsmwrap.http.server import _announce as post_worker_init\n"
@@ -175,7 +175,7 @@ def test_an_application_that_does_not_load_is_never_ready(tmp_path):
 
 
 def test_metrics_of_all_workers(tmp_path):
-    """Even of those that are gone: their successors answer here."""
+    """Also of workers that have ended: their successors answer here."""
     pytest.importorskip("prometheus_client")
     with running([*FAKE, "2", str(tmp_path)], tmp_path / "log") as process:
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""Whatever bytes come, the answer is one of the API's, and none is a 500."""
+"""For any bytes, the answer is one of the API's answers, and never a 500."""
 
 from __future__ import annotations
 

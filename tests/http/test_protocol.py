@@ -395,7 +395,7 @@ def test_configure_once(monkeypatch):
 
 @pytest.mark.parametrize(("path", "status"), [("/healthz", "alive"), ("/readyz", "ready")])
 def test_pages_that_are_well_leave_no_line(bench, caplog, path, status):
-    """Probes come every second; and what has no line has no RequestId."""
+    """Monitoring polls every second; and an answer without a log line has no RequestId."""
     with caplog.at_level(logging.DEBUG):
         response = bench.get(path=path)
     assert (response.status_code, response.get_json()) == (200, {"Status": status})

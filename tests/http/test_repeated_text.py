@@ -1,4 +1,4 @@
-"""What a client sends is repeated, in the answer and in the log, only if it may be a name."""
+"""Text of a client appears in the answer and in the log only if it looks like a name."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def running(request, tmp_path_factory):
         yield server
 
 
-# Each way of encrypting by each SDK as it comes; each way of sending by one way of encrypting.
+# Each way of encrypting with each SDK's defaults; each way of sending with one of them.
 LIVES = [(sdk, way) for sdk in DEFAULT_SDKS for way in WAYS] + [
     (sdk, "OAEP256-pyca") for sdk in SDKS if sdk not in DEFAULT_SDKS
 ]

@@ -200,11 +200,11 @@ def test_unknown_access_key(api):
 
 
 def test_wrong_secret(api):
-    """The older SDK compares strings to sign, and where they are the same it blames the secret."""
+    """The older SDK compares the strings to sign; if they are equal it reports a wrong secret."""
     api.credentials = Credentials(api.credentials.endpoint, "testid", "wrong")
     blamed = "SignatureDoesNotMatch" if isinstance(api.sdk, NewSdk) else "InvalidAccessKeySecret"
     assert api.refused("ListKeys") == (blamed, 400)
-    # Not where that would mean to repeat a plaintext.
+    # Not if that would repeat a plaintext.
     assert api.refused("Encrypt", KeyId="k", **ENCRYPT) == ("SignatureDoesNotMatch", 400)
 
 

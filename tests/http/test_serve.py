@@ -1,4 +1,4 @@
-"""``hsmwrap serve``: the real thing, with two worker processes, used by unmodified SDKs."""
+"""``hsmwrap serve`` with two worker processes, used by unmodified SDKs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def served(config):
 
 @pytest.mark.parametrize("sdk", DEFAULT_SDKS)
 def test_import_through_two_workers(served, sdk):
-    """Parameters that one process issues are honoured by the other: each is asked in turn."""
+    """Parameters issued by one process are accepted by the other."""
     to = Credentials(f"127.0.0.1:{served.port}")
 
     def call(action, **parameters):

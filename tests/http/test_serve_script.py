@@ -24,8 +24,8 @@ ROWS = [
 
 @pytest.fixture
 def serve(softhsm, tmp_path):
-    """Runs the script with what a newcomer's shell has: nothing of ours."""
-    del softhsm  # skips where there is none
+    """Runs the script in a shell without any variable of hsmwrap."""
+    del softhsm  # skips without SoftHSM2
     ours = ("HSMWRAP_", "SOFTHSM2_", "PROMETHEUS_", "COV_")
     inherited = {n: v for n, v in os.environ.items() if not n.startswith(ours)}
     (tmp_path / "tmp").mkdir()

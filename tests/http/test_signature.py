@@ -214,7 +214,7 @@ def test_acs3_changed_body(bench):
 
 
 def test_acs3_signed_digest_of_another_body(bench):
-    """The header is signed, and says what the body is not."""
+    """The header is signed, but does not match the body."""
     lie = acs3_headers(body=b"KeyId=k-1", x_acs_content_sha256="0" * 64)
     assert code(bench.post(data=b"KeyId=k-1", headers=lie)) == "SignatureDoesNotMatch"
 

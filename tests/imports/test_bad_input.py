@@ -57,7 +57,7 @@ _RETIRED = {"software": _retired_keyring, "pkcs11": _retired_key_set}
 
 
 def outcome(attempt):
-    """What a caller gets to see; of a ciphertext that failed, every word that there is."""
+    """The error as the caller sees it; for a failed ciphertext, its complete text."""
     try:
         attempt()
     except HsmwrapError as error:

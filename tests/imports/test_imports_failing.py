@@ -148,7 +148,7 @@ def test_claims_do_not_slow_down_with_the_number_of_marks():
 
 
 def test_a_token_that_expires_while_the_hsm_is_awaited_is_not_used(spied):
-    """The claim of single use as well: whatever takes its time before the unwrap."""
+    """Also during the claim of single use, which may take time before the unwrap."""
 
     class Waiting(MemoryUsedTokens):
         def claim(self, token_id, expires_at):
@@ -222,7 +222,7 @@ def test_keys_of_a_key_source_are_discarded_as_well(spied):
     assert spied.backend.calls[-1] == "discard"
 
 
-# --- backends that answer otherwise than they were asked ----------------------------------------
+# --- backends that return something else than requested ------------------------------------------
 
 
 @pytest.mark.parametrize(

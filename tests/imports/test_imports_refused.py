@@ -1,4 +1,4 @@
-"""What is refused before anything is generated or unwrapped, and tokens of others."""
+"""Refusals before anything is generated or unwrapped, and foreign tokens."""
 
 import itertools
 from contextlib import nullcontext

@@ -24,7 +24,7 @@ def _found(secrets, text):
 
 @pytest.fixture
 def conversation(desk, caplog):
-    """What was said in a good and a few bad imports, and the secrets that were in it."""
+    """The output of a good import and some bad ones, and their secrets."""
     caplog.set_level(logging.DEBUG)
     cmk = desk.cmk()
     parameters = desk.issue(OAEP1, cmk)

@@ -30,7 +30,7 @@ def clock():
 
 @pytest.fixture
 def open_backend(tmp_path, keyring_file):
-    """Opens a backend of either custody on the same keys, as another process would."""
+    """Opens a backend of either custody on the same keys, like another process."""
 
     def opened(custody="HsmInternal"):
         if custody == "HsmInternal":
@@ -49,7 +49,7 @@ def custody(request):
 
 @pytest.fixture
 def open_kms(database_url, open_backend, tmp_path, clock):
-    """Opens a KMS on the test's database; several of them are as several processes."""
+    """Opens a KMS on the test's database; several of them act like several processes."""
     opened = []
 
     def opens(custody="HsmInternal", **more):

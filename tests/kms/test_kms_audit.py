@@ -1,4 +1,4 @@
-"""The audit log: one chained line per operation, and what verify finds."""
+"""The audit log: one chained line per operation, and the problems that verify finds."""
 
 import fcntl
 import json
@@ -256,7 +256,7 @@ def test_appending_is_one_at_a_time(tmp_path, monkeypatch):
         time.sleep(0.001)
         return line(*arguments)
 
-    # Others get their chance between reading the last line and writing the next.
+    # Other processes may run between reading the last line and writing the next.
     monkeypatch.setattr(audit, "_line", slow)
     path = tmp_path / "shared.log"
     threads = [threading.Thread(target=_append, args=(path, f"t{i}")) for i in range(3)]
@@ -327,7 +327,7 @@ def test_unforeseen_failure_is_audited_and_passed_on(client, tmp_path):
 
 @pytest.fixture
 def broken_log(tmp_path):
-    """Call it to make the KMS's audit log unwritable."""
+    """A function that makes the KMS's audit log unwritable."""
 
     def break_it():
         (tmp_path / "audit.log").unlink(missing_ok=True)
@@ -361,7 +361,7 @@ def test_health_says_that_the_audit_log_is_broken(client, broken_log):
 
 
 class TestAnchors:
-    """The database remembers the last line, and goes on to a later one only from that line."""
+    """The database stores the last line, and moves to a later one only if that line exists."""
 
     @pytest.fixture
     def database(self, database_url):
@@ -421,7 +421,7 @@ class TestAnchors:
         parse = audit._parse
         monkeypatch.setattr(audit, "_parse", lambda line: read.append(line) or parse(line))
         anchors.remember(database, log)
-        # The head, and the line that was remembered.
+        # The head, and the stored line.
         assert [parse(line)[0].sequence for line in read] == [9, 6]
 
     def test_anchor_of_an_older_release_is_looked_for_from_the_beginning(self, database, log):
@@ -434,7 +434,7 @@ class TestAnchors:
 
     @pytest.fixture
     def overtaken(self, database, log):
-        """Remember while another process is about to commit; it does ``first`` before."""
+        """Move the anchor while another process is about to commit; it calls ``first`` before."""
 
         def run(first):
             thread = ThreadPoolExecutor(1)

@@ -1,4 +1,4 @@
-"""Imports, deletions and uses of one key at the same time: one after the other, whole or not."""
+"""Concurrent imports, deletions and uses of one key are atomic and take effect in turn."""
 
 import threading
 from datetime import UTC, datetime
@@ -50,7 +50,7 @@ def scheduled(kms):
 
 
 class Stop(Client):
-    """A client whose KMS runs a call of the test's between two steps of an import."""
+    """A client whose KMS runs a call of the test between two steps of an import."""
 
     when = None
 
@@ -97,7 +97,7 @@ def test_first_imports_of_different_material(open_kms, objects):
             partial(clients[0].import_material, key_id, AES_MATERIAL, parameters),
             partial(clients[1].import_material, key_id, OTHER_MATERIAL, parameters),
         )
-        # Not both: the second that commits finds the first's check value.
+        # Not both: the second commit finds the check value of the first.
         assert sorted(codes) == ["InvalidKeyMaterial", "ok"]
         clients[0].usable(key_id)
     assert (objects(), scheduled(clients[0].kms)) == (3, 0)
@@ -155,7 +155,7 @@ def test_import_that_outlives_its_lease_fails(stop, open_kms, objects, clock):
 
 @pytest.fixture
 def given_up(open_kms, clock):
-    """Another process takes what is being imported for dead, and sweeps ``times`` times."""
+    """Another process treats the running import as dead, and sweeps ``times`` times."""
     other = Client(open_kms())
 
     def give_up(times=1, *, unavailable=False):

@@ -312,7 +312,7 @@ def test_kms_refuses_two_backends_of_one_name(open_backend, sqlite_url, tmp_path
 
 
 class Unavailable:
-    """Stands before a function that fails some times before it works."""
+    """Makes a function fail a number of times before it works."""
 
     def __init__(self, monkeypatch, owner, name, error, times):
         self.calls, self.pauses = 0, []

@@ -1,4 +1,4 @@
-"""kill -9 at each step of everything that makes or destroys objects: whole or not at all."""
+"""kill -9 at each step of the operations that make or destroy objects: each is atomic."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ SCENARIOS = {
 
 
 def prepare(client, scenario):
-    """Put the key into the state before; the key's id and the crasher's request."""
+    """Bring the key into the state before; returns its id and the crasher's request."""
     key_id = client.create()
     request = import_request(client.parameters(key_id), AES_MATERIAL)
     if scenario not in ("first import", "own material"):
@@ -84,7 +84,7 @@ def check_outcome(client, scenario, key_id, happened):
         assert client.state(key_id) == ("Enabled" if enabled else "PendingImport")
         if enabled:
             client.usable(key_id)
-        # What crashed can be done again at once, not only after the lease.
+        # A crashed operation can be repeated at once, not only after the lease.
         client.import_material(key_id)
         client.usable(key_id)
 
@@ -110,7 +110,7 @@ def test_killed_at(open_kms, clock, objects, crash, case):
     client.kms.sweep()
     _, with_material, _ = keys_and_destructions(client.kms)
     assert objects() == with_material
-    # What the dead process may have gone on to make is destroyed once more.
+    # Objects that the dead process may have made later are destroyed once more.
     clock.advance(seconds=LEASE.total_seconds())
     client.kms.sweep()
     _, with_material, destructions = keys_and_destructions(client.kms)

@@ -1,4 +1,4 @@
-"""The database: migrations, transactions, what is (not) in it, and its absence."""
+"""The database: migration, transactions, contents, and outages."""
 
 import base64
 import json

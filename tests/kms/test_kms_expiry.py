@@ -1,4 +1,4 @@
-"""Material goes on time, keys are deleted on time: at use, by the sweeper, and across restarts."""
+"""Material and keys are deleted on time: at use, by the sweeper, and across restarts."""
 
 import json
 from contextlib import nullcontext
@@ -92,7 +92,7 @@ def test_object_of_a_backend_that_is_gone_keeps_no_other(client, clock, expiring
 
 @pytest.fixture
 def expired(tmp_path):
-    """Who took material out of which keys, by the audit log."""
+    """The callers that deleted material, and the keys, from the audit log."""
 
     def read():
         lines = map(json.loads, (tmp_path / "audit.log").read_text().splitlines())
@@ -117,7 +117,7 @@ TOUCHES = {
 def test_request_that_touches_expired_material_takes_it_out(
     client, expiring, objects, expired, action
 ):
-    """For good, also where it is then refused; and the audit log says that it went."""
+    """Also if the operation is then refused; and the audit log has the expiry."""
     needed = {
         "Encrypt": {"Plaintext": "aGVsbG8="},
         "GetParametersForImport": {
@@ -184,7 +184,7 @@ def test_sweep_goes_on_whatever_fails(client, expiring, objects, monkeypatch, ca
 
 @pytest.fixture
 def backlog(client, clock, open_backend):
-    """Another's object that is due, and the backend's record of what is destroyed."""
+    """A due object of another backend, and the list of objects that are destroyed."""
     foreign = KeyRef("software", KeySpec.ALIYUN_SM4, Custody.HSM_INTERNAL, bytes(16))
     with client.kms._database.write() as transaction:
         schedule_destruction(transaction, foreign, clock())
@@ -272,7 +272,7 @@ def test_key_is_deleted_on_its_date(client, clock, objects):
     client.kms.sweep()
     assert (client.state(key_id), objects()) == ("PendingDeletion", 1)
     clock.advance(seconds=1)
-    # Gone at once, swept or not.
+    # Deleted at once, with or without a sweep.
     for action in ("DescribeKey", "CancelKeyDeletion", "DeleteKeyMaterial"):
         with pytest.raises(KeyNotFound):
             client(action, KeyId=key_id)

@@ -1,4 +1,4 @@
-"""The operations: fields, parameters, errors, and what becomes of the backend's objects."""
+"""The operations: fields, parameters, errors, and the objects in the backend."""
 
 import base64
 import json

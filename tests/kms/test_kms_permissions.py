@@ -44,7 +44,7 @@ def requests(key_id, blob):
 
 
 def answers(kms, who, key_id, blob):
-    """Each action → whether it was allowed (whatever became of it then)."""
+    """Each action → whether it was allowed (it may still fail later)."""
     client, allowed = Client(kms, who), {}
     for action, parameters in requests(key_id, blob):
         try:

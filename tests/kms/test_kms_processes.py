@@ -1,4 +1,4 @@
-"""Several KMS on one database and one set of keys, as several processes are; and real forks."""
+"""Several KMS on one database and one set of keys, like several processes; and real forks."""
 
 import multiprocessing
 import threading
@@ -40,7 +40,7 @@ def test_nonces_hold_across(open_kms, clock):
     assert not other.use("a", "n", soon)
     assert other.use("b", "n", soon)
     assert other.use("a", "n2", soon)
-    # The parts do not run into each other.
+    # The boundary between the parts matters.
     assert one.use("ab", "c", soon)
     assert one.use("a", "bc", soon)
 
@@ -78,7 +78,7 @@ def test_single_use_holds_across(open_kms):
     one, other = Client(open_kms(single_use=True)), Client(open_kms(single_use=True))
     key_id = one.create()
     parameters = one.parameters(key_id)
-    # A failed import gives the token back.
+    # A failed import releases the token.
     with pytest.raises(InvalidKeyMaterial):
         one.import_material(key_id, b"short", parameters)
     other.import_material(key_id, AES_MATERIAL, parameters)
@@ -128,7 +128,7 @@ def test_children_after_fork_use_what_they_inherit(open_kms):
         for _ in range(4)
     ]
     with warnings.catch_warnings():
-        # From Python 3.12 on forking beside threads warns; it is what is tested here.
+        # Python 3.12 and newer warn of a fork in a process with threads; that is tested here.
         warnings.simplefilter("ignore", DeprecationWarning)
         for child in children:
             child.start()

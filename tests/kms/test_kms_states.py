@@ -29,7 +29,7 @@ CODES = {
     "RX": "Rejected.PendingDeletion",
     "RI": "Rejected.PendingImport",
 }
-# The state afterwards, where it is another one; from the prose of the API's pages.
+# The state afterwards, if it changes; from the text of the API's pages.
 AFTERWARDS = {
     ("ImportKeyMaterial", "PendingImport"): "Enabled",
     ("DeleteKeyMaterial", "Enabled"): "PendingImport",

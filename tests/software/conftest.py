@@ -19,12 +19,12 @@ EXPIRES = datetime(2100, 1, 1, tzinfo=UTC)
 
 @pytest.fixture
 def in_child():
-    """Run a function in a forked child and return its result, or raise what it raised."""
+    """Run a function in a forked child; return its result or raise its exception."""
 
     def run(function):
         reading, writing = os.pipe()
         with warnings.catch_warnings():
-            # Python 3.12 warns of fork beside threads; that is what is tested.
+            # Python 3.12 warns of a fork in a process with threads; that is tested here.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if not child:

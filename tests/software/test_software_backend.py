@@ -400,7 +400,7 @@ def test_close_lets_go_of_the_keys(backend):
 
 def test_health_beside_close_says_closed(backend, monkeypatch):
     class ClosesNow:
-        """Closed between the two looks that health() takes."""
+        """Closed between the two checks that health() makes."""
 
         in_flight = 0
 

@@ -1,4 +1,4 @@
-"""What an exception of the software backend keeps: no key, no material, no plaintext."""
+"""Exceptions of the software backend keep no key, no material and no plaintext."""
 
 import base64
 import json
@@ -270,7 +270,7 @@ def test_no_engine_leaves_a_secret(engine):
 
 
 def test_the_walker_finds_what_is_there():
-    """A walker that finds nothing anywhere would pass every test above."""
+    """A search that finds nothing anywhere would pass every test above."""
     secret = os.urandom(32)
     namespace = {"__name__": "elsewhere"}
     source = """

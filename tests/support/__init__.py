@@ -1,4 +1,4 @@
-"""What the tests share, and the programs that they run in processes of their own.
+"""Helpers that the tests share, and programs that they run in other processes.
 
 services   tokens and a database, each private to a run: SoftHSM2, NSS, p11-kit, PostgreSQL
 backends   backends that are honest, spy or break one promise

@@ -53,7 +53,7 @@ SHA1, SHA256 = hashes.SHA1(), hashes.SHA256()
 
 @dataclass(frozen=True)
 class Scene:
-    """The desk under test, and how to get at others."""
+    """The desk under test, and access to others."""
 
     desk: Desk
     desk_of: Callable[[str], Desk]
@@ -330,7 +330,7 @@ def _(scene):
 
 
 def _on_re_import(desk, algorithm, change):
-    """Where the check value of the material before tells what PKCS#1 v1.5 cannot."""
+    """Where the check value of the first material shows what PKCS#1 v1.5 cannot."""
     cmk = desk.cmk()
     parameters, ciphertext = good(desk, algorithm, cmk)
     first = desk.bring_in(parameters, ciphertext, cmk).imported
@@ -432,7 +432,7 @@ def _(scene):
 
 
 def changed_rsa(ciphertext, public_key, _cmk):
-    """Changed bits, and numbers that no honest ciphertext is."""
+    """Changed bits, and numbers that honest clients never send."""
     modulus = load_der_public_key(public_key).public_numbers().n
     numbers = [0, 1, modulus - 1, modulus, modulus + 1, 2**2048 - 1]
     return [flip(ciphertext, bit) for bit in range(0, 2048, 211)] + [

@@ -1,4 +1,4 @@
-"""Finds secrets in whatever an exception keeps alive: its texts, other errors, frames' variables.
+"""Finds secrets in everything an exception keeps alive: texts, other errors, variables of frames.
 
 Frames of the tests themselves are left out: who tests with a secret has it.
 """
@@ -52,7 +52,7 @@ def _kept(error):
     for each in _chain(error):
         name = type(each).__name__
         yield f"{name}", [str(each), repr(each), each.args, vars(each)]
-        # Attributes in C, of decoding and parsing errors: what they choked on.
+        # C attributes of decoding and parsing errors: the input that they failed on.
         for attribute in ("object", "doc", "obj", "filename"):
             yield f"{name}.{attribute}", getattr(each, attribute, None)
     for frame in frames_of(error):
@@ -76,7 +76,7 @@ def _holds(value, secret, depth=6):
 
 
 def _parts(value):
-    """What is in a value, and what a report of variables would print of it."""
+    """The contents of a value, and what a report of variables would print of it."""
     with suppress(Exception):  # of an object that is only half made
         yield repr(value)
     if isinstance(value, Mapping):

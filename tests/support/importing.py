@@ -1,4 +1,4 @@
-"""The import service over real backends, with a clock to turn and an independent client."""
+"""The import service over real backends, with a settable clock and an independent client."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -36,7 +36,7 @@ def flip(data, bit):
 
 
 class Clock:
-    """Stands still until it is turned."""
+    """Stands still until it is set."""
 
     def __init__(self):
         self.now = datetime(2026, 1, 1, 12, tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""A KMS that remembers what it was asked, and what else the application needs around it."""
+"""A KMS that records its calls, and the other parts that the application needs."""
 
 from __future__ import annotations
 

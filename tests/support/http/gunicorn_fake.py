@@ -1,4 +1,4 @@
-"""Serves a KMS that is none, under gunicorn.
+"""Serves a fake KMS under gunicorn.
 
 Usage: python -m support.http.gunicorn_fake WORKERS DIRECTORY [SECONDS]
 

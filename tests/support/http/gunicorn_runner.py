@@ -1,4 +1,4 @@
-"""A server in a process of its own, as an operator runs it."""
+"""A server in its own process, as an operator runs it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Process:
         self.popen.send_signal(signal.SIGTERM)
 
     def stop(self) -> int:
-        """End it; the exit code. What it printed after its first line has to be nothing."""
+        """Stop it; returns the exit code. It must print nothing after its first line."""
         self.terminate()
         try:
             rest, _ = self.popen.communicate(timeout=DEADLINE)

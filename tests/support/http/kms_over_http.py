@@ -29,7 +29,7 @@ ACCESS_KEYS = (
 
 
 class ShiftedClock:
-    """The real time, for the SDKs stamp their requests with it, and a shift that tests set."""
+    """The real time, which the SDKs put into their requests, plus a shift that tests set."""
 
     def __init__(self) -> None:
         self.shift = timedelta(0)
@@ -53,7 +53,7 @@ class QuietHandler(WSGIRequestHandler):
 
 @dataclass
 class RunningKms:
-    """A KMS that serves.
+    """A running server.
 
     Attributes:
         kms_clock: Says whether tokens are expired and material is due.

@@ -1,4 +1,4 @@
-"""How the SDKs' documentation encrypts key material, by libraries that are not ours."""
+"""Encryption of key material as in the SDKs' documentation, with independent libraries."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def gmssl_sm2_with_04(public_key: bytes, material: bytes) -> bytes:
 
 
 def openssl_sm2(public_key: bytes, material: bytes) -> bytes:
-    """DER, as GM/T 0009 has it."""
+    """DER, as in GM/T 0009."""
     if shutil.which("openssl") is None:
         pytest.skip("needs the openssl command")
     command = ["openssl", "pkeyutl", "-encrypt", "-pubin", "-keyform", "DER", "-inkey"]

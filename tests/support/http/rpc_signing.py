@@ -67,7 +67,7 @@ def sm3(data: bytes) -> bytes:
 
 
 def hmac_by(digest, block: int, key: bytes, data: bytes) -> bytes:
-    """RFC 2104, in so many words."""
+    """HMAC as written in RFC 2104."""
     key = (digest(key) if len(key) > block else key).ljust(block, b"\0")
     inner = digest(bytes(b ^ 0x36 for b in key) + data)
     return digest(bytes(b ^ 0x5C for b in key) + inner)

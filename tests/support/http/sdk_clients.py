@@ -1,4 +1,4 @@
-"""The public SDKs behind one small door: an action and its parameters, in the API's spelling.
+"""The public SDKs behind one interface: an action and its parameters, in the API's spelling.
 
 Nothing of the SDKs is changed. What a caller of the SDK would write is written here, once.
 """
@@ -65,7 +65,7 @@ class NewSdk:
 
 
 class OldSdk:
-    """aliyun-python-sdk-kms, still what most code in the field imports."""
+    """aliyun-python-sdk-kms, which most existing code imports."""
 
     def __init__(self, method: str, *, in_body: bool = False) -> None:
         self._method = method

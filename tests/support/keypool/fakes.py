@@ -1,4 +1,4 @@
-"""A backend that counts what it is asked, a pool without threads, and a fork that answers."""
+"""A backend that counts its calls, a pool without threads, and a forked child with a result."""
 
 import itertools
 import os
@@ -32,7 +32,7 @@ SM2 = (WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE)
 
 
 class FakeBackend(Backend):
-    """Numbers its pairs; ``fail`` raises next, ``permits`` holds generation back."""
+    """Numbers its pairs; ``fail`` is raised by the next call, ``permits`` limits generation."""
 
     contract_version = 1
 
@@ -122,7 +122,7 @@ class FakeBackend(Backend):
 
 
 class ManualClock:
-    """Wall clock and timer that stand still until they are moved."""
+    """A wall clock and a timer that stand still until they are set."""
 
     def __init__(self):
         self.now = NOW
@@ -134,7 +134,7 @@ class ManualClock:
 
 
 class ManualPool(KeyPool):
-    """A pool whose background work is done when the test says so."""
+    """A pool whose background work runs only when the test calls :meth:`work`."""
 
     def __init__(self, settings=None):
         self.time = ManualClock()
@@ -144,7 +144,7 @@ class ManualPool(KeyPool):
         """No threads."""
 
     def work(self):
-        """Do everything that is due now; returns how much there was."""
+        """Run all jobs that are due now; returns their number."""
         done = 0
         while (job := self._pick(self.time.now, self.time.tick)) is not None:
             job()
@@ -159,7 +159,7 @@ class ManualPool(KeyPool):
 
 
 def wait_for(pool, condition):
-    """Wait until a pool's numbers are so; it announces each change."""
+    """Wait until a pool's numbers satisfy a condition."""
     with pool._changed:
         assert pool._changed.wait_for(lambda: condition(pool), 60), pool
 
@@ -170,7 +170,7 @@ class Child:
     def __init__(self, function):
         self._reading, writing = os.pipe()
         with warnings.catch_warnings():
-            # Python 3.12 warns of fork beside threads; that is what is tested.
+            # Python 3.12 warns of a fork in a process with threads; that is tested here.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._pid = os.fork()
         if not self._pid:
@@ -221,7 +221,7 @@ EVERY_CALL = {
     "reap": lambda b: b.reap(NOW),
     "close": lambda b: b.close(),
 }
-"""Each call of the contract that is observed, with arguments that name themselves."""
+"""Each observed call of the contract, with arguments that equal their names."""
 
 _PRIVATE = PrivateKeyRef(Custody.HSM_INTERNAL, b"secret private")
 _KEY = KeyRef("fake", KeySpec.ALIYUN_AES_256, Custody.HSM_INTERNAL, b"secret key")

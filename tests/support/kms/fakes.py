@@ -1,4 +1,4 @@
-"""A backend whose keys are objects (files), a clock that is set, and clients of the KMS."""
+"""A backend whose keys are objects (files), a settable clock, and clients of the KMS."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class FileObjectsBackend(Backend):
 
 
 class Clock:
-    """A clock that stands until it is set."""
+    """A clock that stands still until it is set."""
 
     def __init__(self):
         self.now = datetime(2030, 1, 1, tzinfo=UTC)
@@ -167,7 +167,7 @@ class Client:
         return self("DescribeKey", KeyId=key_id)["KeyMetadata"]["KeyState"]
 
     def usable(self, key_id):
-        """Encrypt and decrypt; the blob."""
+        """Encrypt and decrypt; returns the blob."""
         blob = self("Encrypt", KeyId=key_id, Plaintext="aGVsbG8=")["CiphertextBlob"]
         assert self("Decrypt", CiphertextBlob=blob)["Plaintext"] == "aGVsbG8="
         return blob
@@ -196,7 +196,7 @@ def run_elsewhere(arguments):
 
 
 def build_kms(url, backend, audit_file, clock=None, **more):
-    """A KMS with one backend for all levels that it serves; its schema is made."""
+    """A KMS with one backend for all levels that it serves, with a migrated database."""
     database = Database(url, sync=False)
     database.migrate()
     clock = clock or (lambda: datetime.now(UTC))
