@@ -1,6 +1,6 @@
 """Independent clients for the demo, the tests and plug-in authors.
 
-They know hsmwrap by its documents only, and share no code with it.
+They follow the documents and share no code with hsmwrap.
 
 Key material is encrypted by the openssl command, and by gmssl for SM2's raw form; messages are
 encrypted and decrypted by pyca/cryptography from the known key.
@@ -33,7 +33,7 @@ Encryptor = Callable[[WrappingAlgorithm, bytes, bytes], bytes]
 
 
 class ClientFailed(Exception):
-    """An independent client could not do its part, or disagrees with the backend."""
+    """An independent client failed, or its result differs from the backend's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ _SM2_POINT_LENGTH = 64
 def openssl_encrypt(algorithm: WrappingAlgorithm, public_key: bytes, material: bytes) -> bytes:
     """Encrypt by ``openssl pkeyutl``: RSA, or SM2 in DER form (GM/T 0009).
 
-    The material goes through a pipe: it is on no command line and in no file.
+    The material goes through a pipe, not through the command line or a file.
 
     Raises:
         ClientFailed: openssl refused the public key or failed.
@@ -92,7 +92,7 @@ def openssl_encrypt(algorithm: WrappingAlgorithm, public_key: bytes, material: b
 
 
 def pyca_encrypt(algorithm: WrappingAlgorithm, public_key: bytes, material: bytes) -> bytes:
-    """Encrypt by pyca/cryptography: RSA only, but in this process, and empty material as well.
+    """Encrypt by pyca/cryptography, in this process: RSA only; the material may be empty.
 
     Raises:
         ClientFailed: pyca has no such algorithm, or refused the public key.
@@ -114,12 +114,12 @@ def gmssl_encrypt(algorithm: WrappingAlgorithm, public_key: bytes, material: byt
     Raises:
         ClientFailed: gmssl gave no ciphertext.
     """
-    from gmssl.sm2 import CryptSM2  # noqa: PLC0415 (optional: the demo needs it, the package not)
+    from gmssl.sm2 import CryptSM2  # noqa: PLC0415 (optional: only the demo needs it)
 
     if algorithm is not WrappingAlgorithm.SM2PKE:
         raise ClientFailed(f"gmssl has no {algorithm}")
     client = CryptSM2(private_key="", public_key="", mode=1)
-    # Past the constructor, whose lstrip("04") corrupts 1 in 8 public keys.
+    # Not through the constructor, whose lstrip("04") corrupts 1 in 8 public keys.
     client.public_key = public_key[-_SM2_POINT_LENGTH:].hex()
     ciphertext = client.encrypt(material)
     if ciphertext is None:
@@ -145,7 +145,7 @@ def decrypt_message(spec: KeySpec, key: bytes, message: bytes, additional_data: 
     nonce, body, tag = message[1:][:NONCE_LENGTH], message[1:-TAG_LENGTH], message[-TAG_LENGTH:]
     body = body[NONCE_LENGTH:]
     if message[:1] != bytes([MESSAGE_VERSION]):
-        raise ClientFailed("the message is not of the documented version")
+        raise ClientFailed("the message does not have the documented version")
     decryptor = Cipher(_cipher(spec, key), modes.GCM(nonce, tag)).decryptor()
     decryptor.authenticate_additional_data(additional_data)
     try:

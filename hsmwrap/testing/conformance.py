@@ -26,7 +26,7 @@ custody is HSM_INTERNAL: without it the tests that look for leaks fail.
 
 Tests of what the backend's capability report does not promise are skipped, and say so: the reason
 of every skip starts with ``capability:``. Clients are the openssl command and pyca/cryptography;
-:mod:`hsmwrap.testing.hostile` makes what no honest client sends.
+:mod:`hsmwrap.testing.hostile` makes the forged ciphertexts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import pytest
 
 from hsmwrap.testing._conformance.base import PAIRS, Conversation, UsableKey
 from hsmwrap.testing._conformance.imports import ImportConformance
-from hsmwrap.testing._conformance.life import LifeConformance
+from hsmwrap.testing._conformance.lifecycle import LifecycleConformance
 from hsmwrap.testing._conformance.tokens import ImportTokenConformance
 from hsmwrap.testing._conformance.use import UseConformance
 from hsmwrap.testing._conformance.wrapping import WrappingKeyConformance
@@ -49,6 +49,6 @@ class BackendConformance(
     ImportConformance,
     UseConformance,
     ImportTokenConformance,
-    LifeConformance,
+    LifecycleConformance,
 ):
     """Subclass it and override the fixture ``backend``."""

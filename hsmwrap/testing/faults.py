@@ -1,4 +1,4 @@
-"""Fault injection for PKCS#11: a shim that sits in front of any module and does as it is told.
+"""Fault injection for PKCS#11: a shim in front of any module, which fails on command.
 
 For authors of backends, on the HSM or the software token of their choice (needs gcc)::
 
@@ -12,8 +12,8 @@ For authors of backends, on the HSM or the software token of their choice (needs
     assert not shim.counters().violations
 
 Everything can be changed while the module runs, by any thread, and from other processes through
-:class:`FaultControl`; one process at a time should give the orders. The shim follows its host's
-forks. It is loaded for good: unloading it does nothing.
+:class:`FaultControl`; only one process at a time should change it. The shim works in forked
+children of its host. It stays loaded: dlclose does not unload it.
 
 ``python -m hsmwrap.testing.faults build DIRECTORY`` builds it and prints the library's path.
 """
@@ -48,7 +48,7 @@ _CONTROL_NAME = "faultshim.control"
 
 @dataclass(frozen=True, slots=True)
 class Violations:
-    """Misuse of the module by its host. False when there was none.
+    """Misuse of the module by its host. False if there was none.
 
     Attributes:
         session_conflicts: Calls with a session that was inside another call (PKCS#11 leaves
@@ -69,14 +69,14 @@ class Violations:
 class Counters:
     """What happened since the control file was made, in all processes together.
 
-    A call that failed by injection *after* it was performed counts as what it did: the session
-    is open, the object is there.
+    A call with a fault *after* it was performed counts by its effect: the session is open, the
+    object exists.
 
     Attributes:
         calls: Calls per function, those that got a fault included.
-        injected: Faults given per function (latency and the removed device are none).
-        open_sessions: Sessions open now in the processes that live.
-        session_objects: Session objects that exist now in the processes that live.
+        injected: Faults injected per function, without latency and a removed device.
+        open_sessions: Sessions open now in running processes.
+        session_objects: Session objects that exist now in running processes.
         session_high_water: The most sessions that one process had open at once.
         concurrent_high_water: The most calls that one process had inside the module at once.
         token_objects_created: Token objects made (a key pair is two).
@@ -115,19 +115,19 @@ class Counters:
 
 
 class FaultControl:
-    """The controls of a shim that is set up in ``directory``, by whichever process.
+    """The controls of a shim that this or another process has set up in ``directory``.
 
-    Functions go by their PKCS#11 names (``"C_UnwrapKey"``), codes are :class:`CKR` members or
-    any other number up to 32 bits. A function has at most one rule (:meth:`fail`), one chance
-    (:meth:`random`) and one latency; setting it again replaces it. The rule goes first.
+    Functions have their PKCS#11 names (``"C_UnwrapKey"``); codes are :class:`CKR` members or any
+    other number up to 32 bits. A function has at most one rule (:meth:`fail`), one chance
+    (:meth:`random`) and one latency; setting it again replaces it. The rule is applied first.
     """
 
     def __init__(self, directory: str | Path) -> None:
         """Attach to the shim.
 
         Raises:
-            FileNotFoundError: There is none.
-            ValueError: It is of another version of hsmwrap.
+            FileNotFoundError: There is no shim in the directory.
+            ValueError: Its control file is of another version of hsmwrap.
         """
         self._directory = Path(directory).resolve()
         self._control = _control.open_shared(self._directory / _CONTROL_NAME)
@@ -219,7 +219,7 @@ class FaultControl:
         return tuple(name for name, rule in rules if rule & 3 == _control.RULE_ONCE)
 
     def remove_device(self, *, sticky: bool = False) -> None:
-        """Pull the HSM out: sessions, session objects and the login of every process are gone.
+        """Remove the HSM: every process loses its sessions, session objects and login.
 
         Until :meth:`restore_device`, calls with a session answer DEVICE_REMOVED, those with a
         slot TOKEN_NOT_PRESENT, and no slot lists a token; C_Initialize, C_Finalize and C_GetInfo
@@ -234,11 +234,11 @@ class FaultControl:
         self._control.device = count * _control.DEVICE_REMOVAL | sticky_bit | _control.DEVICE_ABSENT
 
     def restore_device(self) -> None:
-        """Put the HSM back."""
+        """Restore the removed HSM."""
         self._control.device &= ~_control.DEVICE_ABSENT
 
     def counters(self) -> Counters:
-        """Read all counters. Each is exact; all together are a snapshot only of a quiet module.
+        """Read all counters. Each is exact; together they are a snapshot only if no call runs.
 
         Raises:
             RuntimeError: More than 128 processes used the shim at once.
@@ -270,7 +270,7 @@ class FaultControl:
 
 
 class FaultShim(FaultControl):
-    """A shim of one's own in front of one module, and its controls."""
+    """A new shim in front of one module, and its controls."""
 
     def __init__(
         self,

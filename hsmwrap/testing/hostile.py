@@ -1,7 +1,7 @@
-"""Ciphertexts that no honest client sends: each has to be refused, or to be read like the rest.
+"""Forged ciphertexts, which a backend has to refuse, and all layouts that it has to read.
 
-For authors of backends, and used by the conformance kit. It needs no secret: the public key is
-enough to make all of it.
+For authors of backends; the conformance kit uses it. Everything here is made from the public key
+alone, as an attacker can.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HASHES = {
 }
 
 Ciphertexts = Iterator[tuple[str, bytes]]
-"""What is wrong with each (or how it is written), and the ciphertext."""
+"""What is wrong with each one (or its layout), and the ciphertext."""
 
 
 def oaep_forgeries(
@@ -34,9 +34,9 @@ def oaep_forgeries(
 ) -> Ciphertexts:
     """RSA ciphertexts of material of the right length, each with one thing wrong about OAEP.
 
-    A backend that decrypts them to that material left out a check (RFC 8017, 7.1.2).
+    A backend that accepts one of them omits a check (RFC 8017, 7.1.2).
     """
-    # No byte of it is 00 or 01, the two that OAEP's padding is made of.
+    # Without the bytes 00 and 01, of which OAEP's padding consists.
     material = bytes(2 + byte % 254 for byte in secrets.token_bytes(material_length))
     key = load_der_public_key(public_key)
     if not isinstance(key, RSAPublicKey):
@@ -59,7 +59,7 @@ def oaep_forgeries(
 
 
 def sm2_layouts(public_key: bytes, material: bytes) -> Ciphertexts:
-    """Honest SM2 ciphertexts of ``material`` (it may be empty), in the layouts to be read."""
+    """Valid SM2 ciphertexts of ``material`` (it may be empty), in every layout to be read."""
     x2y2: tuple[int, int] | None = None
     while x2y2 is None:
         k = 1 + secrets.randbelow(N - 1)
@@ -101,9 +101,9 @@ def sm2_forgeries(public_key: bytes, material_length: int) -> Ciphertexts:
 def small_order_forgeries(material_length: int) -> Ciphertexts:
     """C1 of small order on another curve, with C2 and C3 for each point that [d]C1 may be.
 
-    A backend that takes C1 as it comes decrypts one of them, and thereby tells d modulo the order.
-    They work for any public key. One key in six is told from none of them (6 divides d): try
-    several.
+    A backend that does not check C1 decrypts one of them, and so reveals d modulo the order. They
+    work for any public key, but if 6 divides d (one key in six) none of them decrypts: try several
+    keys.
     """
     material = secrets.token_bytes(material_length)
     for order, point in small_order_points().items():

@@ -21,13 +21,13 @@ OPERATIONS = (
 SHARES = 2
 STARTING = {"open_again", "keys_init", "keys_rotate", "keys_retire"}
 ERRORS = {row.error.__name__ for row in RECOVERY.values()}
-# An empty HSM list at start-up is a wrong setting; there is nothing yet to come back.
+# An empty list of HSMs at start-up is a wrong setting, not an outage to recover from.
 ERRORS_AT_START = ERRORS | {"TokenSelectionError"}
 
 
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory):
-    """All cases by operation: from two processes, each with a token and a share of its own."""
+    """All cases by operation, from two processes, each with its own token and share of them."""
     directories = [tmp_path_factory.mktemp("share") for _ in range(SHARES)]
     started = [start(directory, share) for share, directory in enumerate(directories)]
     cases = {operation: [] for operation in (*OPERATIONS, "close")}

@@ -1,4 +1,4 @@
-"""The fault shim in front of SoftHSM2: it does as it is told, and it counts right."""
+"""The fault shim in front of SoftHSM2: it injects the faults that are set, and counts right."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_no_compiler_names_the_command(tmp_path, monkeypatch, capsys):
     assert "apt-get install --yes gcc libc6-dev" in capsys.readouterr().err
 
 
-def test_broken_compiler_is_told(tmp_path, monkeypatch):
+def test_a_broken_compiler_is_reported(tmp_path, monkeypatch):
     fake = tmp_path / "gcc"
     fake.write_text("#!/bin/sh\necho no stdio.h >&2; exit 1\n")
     fake.chmod(0o755)
@@ -486,7 +486,7 @@ def test_sticky_removal_lasts_until_initialized_again(home):
 
 @pytest.mark.parametrize("sticky", [False, True])
 @fresh_process
-def test_removal_is_suffered_even_when_over_before_the_next_call(home, sticky):
+def test_a_removal_takes_effect_even_when_over_before_the_next_call(home, sticky):
     shim = FaultControl(home)
     client, _, session = ready(shim.path)
     shim.remove_device(sticky=sticky)
@@ -527,7 +527,7 @@ def test_removal_waits_for_the_running_call(home):
 
 
 @fresh_process
-def test_removal_under_load_crashes_nobody(home):
+def test_removal_under_load_crashes_no_thread(home):
     shim = FaultControl(home)
     client, slot, _ = ready(shim.path)
     over = threading.Event()

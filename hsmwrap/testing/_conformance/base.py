@@ -1,4 +1,4 @@
-"""What every part of the kit stands on: fixtures, a client, and what a caller sees of a call."""
+"""What every part of the kit uses: fixtures, a client, and what a caller sees of a call."""
 
 # A test kit: asserts do it.
 # ruff: noqa: S101
@@ -42,12 +42,12 @@ DONE: Outcome = ("no error",)
 
 
 def seen(error: HsmwrapError) -> Outcome:
-    """What a caller sees of an error: type, text, attributes, notes, and what it came from.
+    """What a caller sees of an error: type, text, attributes, notes, cause and context.
 
-    A context that ``raise … from None`` hides is in no log, so it does not count.
+    A context hidden by ``raise … from None`` does not count: no log shows it.
     """
-    shown = None if error.__suppress_context__ else error.__context__
-    return type(error), error.args, str(error), repr(vars(error)), error.__cause__, shown
+    context = None if error.__suppress_context__ else error.__context__
+    return type(error), error.args, str(error), repr(vars(error)), error.__cause__, context
 
 
 def outcome(call: Callable[[], object]) -> Outcome:
@@ -60,7 +60,7 @@ def outcome(call: Callable[[], object]) -> Outcome:
 
 
 REFUSED = seen(InvalidKeyMaterial())
-"""The one answer to a client's ciphertext that does not become the key."""
+"""The outcome of every import of a ciphertext that does not become the key."""
 
 
 def flip(data: bytes, bit: int) -> bytes:
@@ -85,25 +85,25 @@ class Conversation:
 
     @property
     def capability(self) -> WrappingCapability:
-        """What the backend says of this pair."""
+        """What the backend reports for this pair."""
         found = self.backend.capabilities().wrapping_for(self.key.spec, self.key.algorithm)
         assert found is not None
         return found
 
     def encrypt(self, material: bytes) -> bytes:
-        """The client's part."""
+        """Encrypt key material as the client, with the openssl command."""
         return openssl_encrypt(self.key.algorithm, self.key.public_key, material)
 
-    def encrypt_here(self, material: bytes) -> bytes:
-        """The client's part, without a process for it where pyca can."""
+    def encrypt_in_process(self, material: bytes) -> bytes:
+        """The same, but by pyca in this process where pyca has the algorithm."""
         if self.key.spec is WrappingKeySpec.RSA_2048:
             return pyca_encrypt(self.key.algorithm, self.key.public_key, material)
         return self.encrypt(material)
 
-    def bring_in(
+    def import_material(
         self, ciphertext: bytes, key_spec: KeySpec, expected: bytes | None = None
     ) -> ImportedKey:
-        """The backend's part."""
+        """Have the backend import it."""
         imported = self.backend.unwrap_material(
             self.key.private_key,
             self.key.algorithm,
@@ -117,20 +117,24 @@ class Conversation:
     def attempt(
         self, ciphertext: bytes, key_spec: KeySpec, expected: bytes | None = None
     ) -> Outcome:
-        """What the client sees of the backend's part; a key that came of it is destroyed."""
+        """The outcome of an import, as a client sees it; an imported key is destroyed."""
         return outcome(
-            lambda: self.backend.destroy_key(self.bring_in(ciphertext, key_spec, expected).key)
+            lambda: self.backend.destroy_key(
+                self.import_material(ciphertext, key_spec, expected).key
+            )
         )
 
     def clean_up(self) -> None:
-        """Leave nothing in the HSM: searches in it take longer with every object."""
+        """Remove all keys from the HSM: each object makes its searches slower."""
         with suppress(HsmwrapError):
             self.backend.discard_wrapping_key(self.key.private_key)
             for imported in self.imported:
                 self.backend.destroy_key(imported.key)
 
 
-def converse(backend: Backend, spec: WrappingKeySpec, algorithm: WrappingAlgorithm) -> Conversation:
+def new_conversation(
+    backend: Backend, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
+) -> Conversation:
     """A conversation under a fresh wrapping key; skips if the backend does not serve the pair."""
     if backend.capabilities().wrapping_for(spec, algorithm) is None:
         pytest.skip(f"capability: does not serve {algorithm}")
@@ -139,26 +143,26 @@ def converse(backend: Backend, spec: WrappingKeySpec, algorithm: WrappingAlgorit
     )
 
 
-def converse_anyhow(backend: Backend) -> Conversation:
+def any_conversation(backend: Backend) -> Conversation:
     """A conversation under the pair that the backend lists last."""
     last = backend.capabilities().wrapping[-1]
-    return converse(backend, last.spec, last.algorithm)
+    return new_conversation(backend, last.spec, last.algorithm)
 
 
 def import_one(backend: Backend, key_spec: KeySpec) -> UsableKey:
     """Import fresh material."""
-    conversation = converse_anyhow(backend)
+    conversation = any_conversation(backend)
     material = secrets.token_bytes(key_spec.material_length)
-    return conversation.bring_in(conversation.encrypt(material), key_spec), material
+    return conversation.import_material(conversation.encrypt(material), key_spec), material
 
 
-def a_key_spec(backend: Backend) -> KeySpec:
+def any_key_spec(backend: Backend) -> KeySpec:
     """Any key spec that the backend imports."""
     return backend.capabilities().keys[0].key_spec
 
 
 def in_child(call: Callable[[], Any]) -> Callable[[], Any]:
-    """Begin ``call`` in a forked child; the function returned waits for what it returned."""
+    """Start ``call`` in a forked child; the returned function waits for its result."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_report, args=(call, theirs))
@@ -179,7 +183,7 @@ def _report(call: Callable[[], Any], to: Connection) -> None:
 
 
 class ConformanceFixtures:
-    """The fixtures that a plug-in author overrides, and those that tests ask for."""
+    """The fixtures that a plug-in author overrides, and those that the tests use."""
 
     @pytest.fixture
     def backend(self) -> Backend:
@@ -193,7 +197,7 @@ class ConformanceFixtures:
 
     @pytest.fixture
     def reopen(self) -> Reopen | None:
-        """Opens the backend once more, on the same keys; None where that cannot be done."""
+        """Opens the backend a second time, on the same keys; None where that is impossible."""
         return None
 
     @pytest.fixture
@@ -230,7 +234,7 @@ class ConformanceFixtures:
     @pytest.fixture
     def conversation(self, backend: Backend, pair: Pair) -> Iterator[Conversation]:
         """One conversation for each pair that the backend serves."""
-        conversation = converse(backend, *pair)
+        conversation = new_conversation(backend, *pair)
         yield conversation
         conversation.clean_up()
 
@@ -248,7 +252,7 @@ class ConformanceFixtures:
         capability = backend.capabilities().key_for(key_spec)
         if capability is None or not capability.usable:
             pytest.skip(f"capability: keeps {key_spec} keys but cannot use them")
-        conversation = converse_anyhow(backend)
+        conversation = any_conversation(backend)
         material = secrets.token_bytes(key_spec.material_length)
-        yield conversation.bring_in(conversation.encrypt(material), key_spec), material
+        yield conversation.import_material(conversation.encrypt(material), key_spec), material
         conversation.clean_up()

@@ -1,4 +1,4 @@
-"""Imports: exactly the right material becomes a key, and all the rest is one answer."""
+"""Imports: the right material becomes a key; everything else gives one and the same error."""
 
 # A test kit: asserts do it.
 # ruff: noqa: S101
@@ -22,11 +22,11 @@ from hsmwrap.testing._conformance.base import (
     Conversation,
     CountObjects,
     Outcome,
-    a_key_spec,
-    converse,
-    converse_anyhow,
+    any_conversation,
+    any_key_spec,
     flip,
     import_one,
+    new_conversation,
 )
 from hsmwrap.testing._conformance.leaks import leaks
 from hsmwrap.testing.hostile import (
@@ -38,17 +38,17 @@ from hsmwrap.testing.hostile import (
 
 WRONG_LENGTHS = (0, 1, 8, 15, 16, 17, 20, 24, 25, 30, 31, 32, 33, 40, 48, 64, 100)
 NO_MATERIAL_S = b"\x01" + bytes(16)
-"""A check value that no material has, so that implicit rejection cannot pass for a key."""
+"""A check value that no material has: random bytes from implicit rejection never match it."""
 SM2 = (WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE)
 SMALL_ORDER_KEYS = 3
 
 
 class ImportConformance(ConformanceFixtures):
-    """From a client's ciphertext to a key, or to one error."""
+    """A client's ciphertext becomes a key, or one error."""
 
     def test_material_becomes_a_key(self, conversation: Conversation, key_spec: KeySpec) -> None:
         material = secrets.token_bytes(key_spec.material_length)
-        imported = conversation.bring_in(conversation.encrypt(material), key_spec)
+        imported = conversation.import_material(conversation.encrypt(material), key_spec)
         capability = conversation.backend.capabilities().key_for(key_spec)
         assert capability is not None
         assert imported.exposure is conversation.capability.exposure
@@ -74,15 +74,19 @@ class ImportConformance(ConformanceFixtures):
         self, conversation: Conversation, key_spec: KeySpec
     ) -> None:
         material = secrets.token_bytes(key_spec.material_length)
-        first = conversation.bring_in(conversation.encrypt(material), key_spec)
-        second = conversation.bring_in(conversation.encrypt(material), key_spec, first.check_value)
+        first = conversation.import_material(conversation.encrypt(material), key_spec)
+        second = conversation.import_material(
+            conversation.encrypt(material), key_spec, first.check_value
+        )
         assert first.check_value == second.check_value
 
     def test_other_material_is_refused_on_re_import(
         self, conversation: Conversation, key_spec: KeySpec
     ) -> None:
         length = key_spec.material_length
-        first = conversation.bring_in(conversation.encrypt(secrets.token_bytes(length)), key_spec)
+        first = conversation.import_material(
+            conversation.encrypt(secrets.token_bytes(length)), key_spec
+        )
         other = conversation.encrypt(secrets.token_bytes(length))
         assert conversation.attempt(other, key_spec, first.check_value) == REFUSED
 
@@ -104,9 +108,9 @@ class ImportConformance(ConformanceFixtures):
     def test_no_bad_ciphertext_becomes_a_key_at_first(
         self, conversation: Conversation, key_spec: KeySpec
     ) -> None:
-        """With nothing to compare the material with: the padding, or C3, has to tell.
+        """Without a check value from an earlier import, the padding or C3 has to show the error.
 
-        PKCS#1 v1.5 has no integrity, so there a wrong ciphertext may become a random key.
+        PKCS#1 v1.5 has no integrity: there a wrong ciphertext may become a random key.
         """
         good = conversation.encrypt(secrets.token_bytes(key_spec.material_length))
         bad = [*_damaged(good, step=37), *_forged(conversation, key_spec)]
@@ -116,21 +120,23 @@ class ImportConformance(ConformanceFixtures):
         assert set(outcomes.values()) <= allowed, _others(outcomes, allowed)
 
     def test_every_sm2_layout_is_read(self, backend: Backend, key_spec: KeySpec) -> None:
-        conversation = converse(backend, *SM2)
+        conversation = new_conversation(backend, *SM2)
         material = secrets.token_bytes(key_spec.material_length)
-        expected = conversation.bring_in(conversation.encrypt(material), key_spec).check_value
+        expected = conversation.import_material(
+            conversation.encrypt(material), key_spec
+        ).check_value
         for layout, ciphertext in sm2_layouts(conversation.key.public_key, material):
             assert conversation.attempt(ciphertext, key_spec, expected) == DONE, layout
 
     def test_points_of_other_curves_are_refused(self, backend: Backend, key_spec: KeySpec) -> None:
         for _ in range(SMALL_ORDER_KEYS):
-            conversation = converse(backend, *SM2)
+            conversation = new_conversation(backend, *SM2)
             for what, ciphertext in small_order_forgeries(key_spec.material_length):
                 assert conversation.attempt(ciphertext, key_spec) == REFUSED, what
 
     def test_a_wrapping_key_serves_its_own_algorithm_only(self, conversation: Conversation) -> None:
         key, backend = conversation.key, conversation.backend
-        key_spec = a_key_spec(backend)
+        key_spec = any_key_spec(backend)
         for other in backend.capabilities().wrapping:
             if other.algorithm is key.algorithm:
                 continue
@@ -143,7 +149,7 @@ class ImportConformance(ConformanceFixtures):
                     key.private_key, other.algorithm, ciphertext, key_spec=key_spec
                 )
 
-    # --- what is left behind -----------------------------------------------------------------
+    # --- no object is left over --------------------------------------------------------------
 
     def test_failed_imports_leave_no_object(
         self, conversation: Conversation, key_spec: KeySpec, counted: CountObjects
@@ -154,7 +160,7 @@ class ImportConformance(ConformanceFixtures):
         bad = [ciphertext for _, ciphertext in _damaged(good, step=37)]
         for ciphertext in (*bad, wrong, good):
             with pytest.raises(InvalidKeyMaterial):
-                conversation.bring_in(ciphertext, key_spec, NO_MATERIAL_S)
+                conversation.import_material(ciphertext, key_spec, NO_MATERIAL_S)
         assert counted() == before
 
     def test_an_import_leaves_its_key_and_nothing_else(
@@ -162,7 +168,7 @@ class ImportConformance(ConformanceFixtures):
     ) -> None:
         before = counted()
         ciphertext = conversation.encrypt(secrets.token_bytes(key_spec.material_length))
-        imported = [conversation.bring_in(ciphertext, key_spec) for _ in range(2)]
+        imported = [conversation.import_material(ciphertext, key_spec) for _ in range(2)]
         kept = [i for i in imported if i.key.custody is Custody.HSM_INTERNAL]
         assert counted() == before + len(kept)
         for each in imported:
@@ -172,7 +178,7 @@ class ImportConformance(ConformanceFixtures):
     def test_a_key_under_its_chosen_object_id_goes_when_destroyed(
         self, backend: Backend, counted: CountObjects
     ) -> None:
-        conversation, key_spec = converse_anyhow(backend), a_key_spec(backend)
+        conversation, key_spec = any_conversation(backend), any_key_spec(backend)
         before, object_id = counted(), secrets.token_bytes(16)
         imported = backend.unwrap_material(
             conversation.key.private_key,
@@ -191,10 +197,10 @@ class ImportConformance(ConformanceFixtures):
 def _of_length(conversation: Conversation, length: int) -> Iterator[bytes]:
     material = secrets.token_bytes(length)
     if conversation.key.spec is WrappingKeySpec.EC_SM2 and not material:
-        # openssl encrypts no empty message; an attacker does.
+        # openssl refuses an empty message, but an attacker can encrypt one.
         yield from (c for _, c in sm2_layouts(conversation.key.public_key, material))
     else:
-        yield conversation.encrypt_here(material)
+        yield conversation.encrypt_in_process(material)
 
 
 def _damaged(good: bytes, *, step: int) -> Iterator[tuple[str, bytes]]:

@@ -1,4 +1,4 @@
-"""Whether a secret can be read out of bytes or text, however it is spelled."""
+"""Whether bytes or text contain a secret, in any common encoding."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hsmwrap.sm2.curve import FIELD_BYTES, N
 from hsmwrap.testing._conformance.points import G, multiples_of, multiply
 
 _PIECE = 8
-# Base64 maps three bytes to four characters: nine bytes show whole wherever they stand.
+# Base64 encodes three bytes at a time: of three successive pieces of nine bytes one is aligned.
 _BASE64_PIECE = 9
 _PRIME_BYTES = 128
 _NOT_BASE64 = re.compile(rb"-----[^-]*-----|[^0-9A-Za-z+/=_-]")
 
 
 def leaks(secret: bytes, seen: bytes) -> bool:
-    """Whether eight bytes of ``secret`` stand in ``seen``: raw, hex, base64, repr or numbers."""
+    """Whether ``seen`` contains eight bytes of ``secret``: raw, hex, base64, repr or numbers."""
     return any(piece in seen for piece in _spellings(secret))
 
 
@@ -50,7 +50,7 @@ def _windows(data: bytes, length: int) -> Iterator[bytes]:
 
 
 def _readings(data: bytes) -> Iterable[bytes]:
-    """The data as it is, and what it says in hex and in base64 (PEM) if it is that."""
+    """The data as it is, and decoded if it is hex or base64 (PEM)."""
     yield data
     with suppress(ValueError):
         yield bytes.fromhex(data.decode("ascii"))

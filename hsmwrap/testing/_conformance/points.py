@@ -1,7 +1,7 @@
 """Arithmetic of y² = x³ - 3x + b modulo SM2's prime for any b: the formulas do not contain it.
 
-Textbook affine formulas in variable time, for public numbers. They are what the
-attacks with points of other curves live on (Biehl, Meyer, Müller, CRYPTO 2000).
+Textbook affine formulas in variable time, for public numbers. The attacks with points of other
+curves are possible because b is not in them (Biehl, Meyer, Müller, CRYPTO 2000).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def small_order_points() -> dict[str, tuple[int, int]]:
     """Points of order 2 and 3 on curves that differ from SM2's in b.
 
     (x, 0) is its own negative. A point has order 3 where its x is a root of the third division
-    polynomial 3x⁴ + 6ax² + 12bx - a², which says what b is.
+    polynomial 3x⁴ + 6ax² + 12bx - a², which determines b.
     """
     return {"order 2": (2, 0), "order 3": _order_three()}
 

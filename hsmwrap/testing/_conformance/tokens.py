@@ -1,4 +1,4 @@
-"""Import tokens: MACs that hold, references that fit, and a second instance that honours both."""
+"""Import tokens: MACs, references that fit, and a second instance that accepts both."""
 
 # A test kit: asserts do it.
 # ruff: noqa: S101
@@ -20,8 +20,8 @@ from hsmwrap.testing._conformance.base import (
     ConformanceFixtures,
     Conversation,
     UsableKey,
-    a_key_spec,
-    converse_anyhow,
+    any_conversation,
+    any_key_spec,
     flip,
     tomorrow,
 )
@@ -31,7 +31,7 @@ TAG_LENGTH = 32
 
 
 class ImportTokenConformance(ConformanceFixtures):
-    """Whatever import tokens need of a backend."""
+    """What import tokens need from a backend."""
 
     def test_a_mac_has_the_contract_s_form(self, backend: Backend) -> None:
         mac = backend.mac(b"data")
@@ -60,7 +60,7 @@ class ImportTokenConformance(ConformanceFixtures):
         assert not _holds(backend, b"data", Mac(key_set, bytes(32)))
 
     def test_a_token_for_the_longest_cmk_id_fits(self, conversation: Conversation) -> None:
-        backend, key_spec = conversation.backend, a_key_spec(conversation.backend)
+        backend, key_spec = conversation.backend, any_key_spec(conversation.backend)
         ciphertext = conversation.encrypt(secrets.token_bytes(key_spec.material_length))
         token = _token(conversation, cmk_id="k" * tokens.MAX_CMK_ID_LENGTH)
         assert _import_by_token(backend, token, ciphertext, key_spec)
@@ -68,17 +68,17 @@ class ImportTokenConformance(ConformanceFixtures):
     def test_a_damaged_wrapping_key_reference_is_no_import_token(
         self, conversation: Conversation
     ) -> None:
-        key, key_spec = conversation.key, a_key_spec(conversation.backend)
+        key, key_spec = conversation.key, any_key_spec(conversation.backend)
         ciphertext = conversation.encrypt(secrets.token_bytes(key_spec.material_length))
         for data in _damaged(key.private_key.data):
             damaged = replace(key, private_key=replace(key.private_key, data=data))
             with pytest.raises(InvalidImportToken):
-                Conversation(conversation.backend, damaged).bring_in(ciphertext, key_spec)
+                Conversation(conversation.backend, damaged).import_material(ciphertext, key_spec)
 
     def test_another_instance_honours_import_tokens(
         self, conversation: Conversation, another: Backend
     ) -> None:
-        key_spec = a_key_spec(another)
+        key_spec = any_key_spec(another)
         ciphertext = conversation.encrypt(secrets.token_bytes(key_spec.material_length))
         token = _token(conversation, cmk_id="key-1")
         first = _import_by_token(conversation.backend, token, ciphertext, key_spec)
@@ -93,13 +93,13 @@ class ImportTokenConformance(ConformanceFixtures):
     def test_a_resident_wrapping_key_is_discarded_for_all(
         self, backend: Backend, another: Backend
     ) -> None:
-        conversation, key_spec = converse_anyhow(backend), a_key_spec(backend)
+        conversation, key_spec = any_conversation(backend), any_key_spec(backend)
         ciphertext = conversation.encrypt(secrets.token_bytes(key_spec.material_length))
-        conversation.bring_in(ciphertext, key_spec)
+        conversation.import_material(ciphertext, key_spec)
         another.discard_wrapping_key(conversation.key.private_key)
         if conversation.capability.custody == "HsmInternal":
             with pytest.raises(InvalidImportToken):
-                conversation.bring_in(ciphertext, key_spec)
+                conversation.import_material(ciphertext, key_spec)
 
 
 def _holds(backend: Backend, data: bytes, mac: Mac) -> bool:
@@ -128,7 +128,7 @@ def _token(conversation: Conversation, cmk_id: str) -> bytes:
 
 
 def _import_by_token(backend: Backend, token: bytes, ciphertext: bytes, key_spec: KeySpec) -> bytes:
-    """The check value of what comes of it."""
+    """The check value of the imported key."""
     claims = tokens.decode(token, backend.verify_mac)
     imported = backend.unwrap_material(
         claims.private_key, claims.algorithm, ciphertext, key_spec=key_spec

@@ -1,4 +1,4 @@
-"""Use of imported keys: GCM as documented, under a nonce that never comes back."""
+"""Use of imported keys: GCM as documented, and no nonce is used twice."""
 
 # A test kit: asserts do it.
 # ruff: noqa: S101

@@ -1,4 +1,4 @@
-"""The report, and wrapping keys: what is listed is served, and nothing else is."""
+"""Capabilities and wrapping keys: the backend serves what it lists, and nothing else."""
 
 # A test kit: asserts do it.
 # ruff: noqa: S101
@@ -21,9 +21,9 @@ from hsmwrap.testing._conformance.base import (
     ConformanceFixtures,
     Conversation,
     CountObjects,
-    a_key_spec,
-    converse,
-    converse_anyhow,
+    any_conversation,
+    any_key_spec,
+    new_conversation,
     tomorrow,
 )
 from hsmwrap.testing._conformance.leaks import private_key_in
@@ -34,7 +34,7 @@ NAME_LENGTH = 32
 
 
 class WrappingKeyConformance(ConformanceFixtures):
-    """What it says of itself, and what it does when asked for wrapping keys."""
+    """The capability report, and wrapping keys."""
 
     def test_contract_version(self, backend: Backend) -> None:
         assert type(backend).contract_version == CONTRACT_VERSION
@@ -78,7 +78,10 @@ class WrappingKeyConformance(ConformanceFixtures):
 
     def test_no_two_wrapping_keys_are_the_same(self, conversation: Conversation) -> None:
         key = conversation.key
-        keys = [key, *(converse(conversation.backend, key.spec, key.algorithm).key for _ in "1234")]
+        keys = [
+            key,
+            *(new_conversation(conversation.backend, key.spec, key.algorithm).key for _ in "1234"),
+        ]
         assert len({key.public_key for key in keys}) == len(keys)
         assert len({key.private_key.data for key in keys}) == len(keys)
 
@@ -91,10 +94,10 @@ class WrappingKeyConformance(ConformanceFixtures):
 
     def test_a_key_spec_that_is_not_listed_is_refused(self, backend: Backend) -> None:
         for key_spec in set(KeySpec) - {k.key_spec for k in backend.capabilities().keys}:
-            conversation = converse_anyhow(backend)
+            conversation = any_conversation(backend)
             ciphertext = conversation.encrypt(secrets.token_bytes(key_spec.material_length))
             with pytest.raises(UnsupportedOperation):
-                conversation.bring_in(ciphertext, key_spec)
+                conversation.import_material(ciphertext, key_spec)
 
     def test_discarding_a_wrapping_key_twice_does_nothing_more(
         self, conversation: Conversation
@@ -105,18 +108,18 @@ class WrappingKeyConformance(ConformanceFixtures):
     def test_a_discarded_resident_wrapping_key_is_gone(self, conversation: Conversation) -> None:
         if conversation.capability.custody is not Custody.HSM_INTERNAL:
             return
-        key_spec = a_key_spec(conversation.backend)
+        key_spec = any_key_spec(conversation.backend)
         ciphertext = conversation.encrypt(secrets.token_bytes(key_spec.material_length))
         conversation.backend.discard_wrapping_key(conversation.key.private_key)
         with pytest.raises(InvalidImportToken):
-            conversation.bring_in(ciphertext, key_spec)
+            conversation.import_material(ciphertext, key_spec)
 
     def test_a_wrapping_key_is_where_its_custody_says(
         self, conversation: Conversation, counted: CountObjects
     ) -> None:
         before = counted()
         key = conversation.key
-        again = converse(conversation.backend, key.spec, key.algorithm)
+        again = new_conversation(conversation.backend, key.spec, key.algorithm)
         resident = key.private_key.custody is Custody.HSM_INTERNAL
         assert (counted() > before) is resident
         conversation.backend.discard_wrapping_key(again.key.private_key)

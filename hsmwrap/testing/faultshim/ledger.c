@@ -37,7 +37,7 @@ static void add(struct table *table, CK_ULONG handle, CK_ULONG owner)
         table->capacity = table->capacity ? 2 * table->capacity : 64;
         table->rows = realloc(table->rows, table->capacity * sizeof *table->rows);
         if (!table->rows)
-            abort(); /* a ledger with gaps would accuse the innocent */
+            abort(); /* an incomplete ledger would report violations that did not happen */
     }
     table->rows[table->count++] = (struct row){handle, owner, 0};
 }

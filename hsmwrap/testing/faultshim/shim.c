@@ -1,6 +1,6 @@
-/* A PKCS#11 module in front of a PKCS#11 module: passes every call on, unless told otherwise.
+/* A PKCS#11 module in front of another one: forwards every call, or injects a fault.
  *
- * Beside this library lies LIBRARY.conf with two lines, the real module and the control file.
+ * In the directory of this library is LIBRARY.conf with two lines, the real module and the control file.
  * Only C_GetFunctionList is exported; what it hands out is one static table.
  */
 #define _GNU_SOURCE
@@ -48,7 +48,7 @@ static struct {
     atomic_uint inside, finalizing;
     atomic_bool initialized;
     atomic_bool stale;          /* a sticky removal happened since C_Initialize */
-    uint64_t removals;          /* as far as this process has suffered them; under the lock */
+    uint64_t removals;          /* that this process has handled; under the lock */
 } process = {.lock = PTHREAD_RWLOCK_INITIALIZER};
 
 static const struct ck_function_list shim_list;
@@ -78,7 +78,7 @@ static CK_RV call_real(enum function_id id, const word a[])
     }
 }
 
-/* --- keeping the books --------------------------------------------------------------------- */
+/* --- recording --------------------------------------------------------------------------- */
 
 static bool is_token_object(const struct maker *maker, const word a[])
 {
@@ -141,8 +141,8 @@ static void record_success(enum function_id id, const word a[])
 
 /* --- the device and its removal ------------------------------------------------------------ */
 
-/* What a removal does to this process: its sessions, their objects and its login are gone. */
-static void suffer_removal(void)
+/* Applies a removal to this process: closes its sessions, and so ends objects and login. */
+static void handle_removal(void)
 {
     CK_ULONG slot;
     pthread_rwlock_wrlock(&process.lock);
@@ -159,7 +159,7 @@ static void suffer_removal(void)
     pthread_rwlock_unlock(&process.lock);
 }
 
-/* Takes the read lock once this process has suffered every removal; returns the device word. */
+/* Takes the read lock once this process has handled every removal; returns the device word. */
 static uint64_t lock_device(void)
 {
     for (;;) {
@@ -168,7 +168,7 @@ static uint64_t lock_device(void)
         if (DEVICE_REMOVALS(device) == process.removals)
             return device;
         pthread_rwlock_unlock(&process.lock);
-        suffer_removal();
+        handle_removal();
     }
 }
 
@@ -254,7 +254,7 @@ static void wait_microseconds(uint64_t latency)
         ;
 }
 
-/* Performs the call and loses the answer: the caller never learns a handle. */
+/* Performs the call but discards its handles, as if the answer was lost. */
 static void perform_unanswered(enum function_id id, const word a[])
 {
     CK_ULONG *handles[MAKERS + 1], before[MAKERS + 1];

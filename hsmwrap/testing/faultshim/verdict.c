@@ -1,6 +1,6 @@
 #include "verdict.h"
 
-/* A rule and the count it starts from are two words: read until both belong together. */
+/* A rule and its start count are two words: read until both belong together. */
 static uint64_t read_rule(struct function_control *function, uint64_t *start)
 {
     for (;;) {
@@ -34,7 +34,7 @@ static uint64_t splitmix64(uint64_t seed, uint64_t step)
     return z ^ (z >> 31);
 }
 
-/* A pure function of seed, function and call number, whatever the threads do. */
+/* A pure function of seed, function and call number, so independent of thread scheduling. */
 static struct verdict by_chance(struct function_control *function, enum function_id id, uint64_t call)
 {
     uint64_t chance = atomic_load(&function->chance);
@@ -52,7 +52,7 @@ struct verdict verdict_of(struct control *control, enum function_id id, uint64_t
 {
     struct function_control *function = &control->function[id];
     uint64_t start, rule = read_rule(function, &start);
-    /* A call counted before the rule was made and judged after is not the rule's business. */
+    /* A call counted before the rule was made and judged after is not affected by it. */
     struct verdict verdict = call > start && rule_fires(function, rule, call - start)
         ? (struct verdict){RULE_CODE(rule), RULE_AFTER(rule)}
         : by_chance(function, id, call);

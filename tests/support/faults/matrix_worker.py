@@ -3,10 +3,10 @@
 Usage: python -m support.faults.matrix_worker
            SHIM_DIRECTORY SETTINGS_JSON SO_PIN_FILE SHARE SHARES OPERATION...
 
-Prints one JSON object a line: every SHARES-th case, from number SHARE on. In a process of its own,
-because the shim and a backend that loads SoftHSM directly would share one SoftHSM.
+Prints one JSON object a line: every SHARES-th case, from number SHARE on. It is a process of its
+own because the shim and a backend that loads SoftHSM directly would share one SoftHSM.
 
-Of an operation that calls a function many times, different codes hit different calls.
+If an operation calls a function many times, different codes are injected at different calls.
 """
 
 import itertools
@@ -31,8 +31,8 @@ from hsmwrap.sm2 import decode_spki, open_engine
 from hsmwrap.testing.faults import CKR, FaultShim
 
 AES = KeySpec.ALIYUN_AES_256
-# Where the call may have worked and only its answer was lost. Not C_OpenSession: a session whose
-# handle that is lost can only go with the module.
+# Functions that may make an object although they answer an error. Not C_OpenSession: a session
+# whose handle is lost can only be closed together with the module.
 CREATORS = {"C_GenerateKeyPair", "C_UnwrapKey", "C_CreateObject", "C_DeriveKey"}
 NOT_OURS = {"C_GetFunctionList", "C_GetInfo"}
 NEVER = {"function": "C_SeedRandom", "code": CKR.DEVICE_ERROR}
@@ -57,8 +57,8 @@ class Prepared:
     message: bytes = b""
 
 
-class Stage:
-    """A backend behind the shim, with keys to work on."""
+class FaultedBackend:
+    """A backend behind the shim, with keys for the operations."""
 
     def __init__(self, shim, settings, so_pin_file):
         self.shim = shim
@@ -352,14 +352,14 @@ def main():
     directory, settings, so_pin_file = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
     share, shares, operations = int(sys.argv[4]), int(sys.argv[5]), sys.argv[6:]
     shim = FaultShim(settings["module"], directory)
-    stage = Stage(shim, settings | {"module": str(shim.path)}, so_pin_file)
+    faulted = FaultedBackend(shim, settings | {"module": str(shim.path)}, so_pin_file)
     for operation in operations:
-        cases = rules(operation, stage.calls_of(operation))
+        cases = rules(operation, faulted.calls_of(operation))
         for code, rule in itertools.islice(cases, share, None, shares):
             case = {"operation": operation, **rule, "code": code}
-            case |= stage.case(operation, rule)
+            case |= faulted.case(operation, rule)
             print(json.dumps(case), flush=True)
-    stage.backend.close()
+    faulted.backend.close()
     print(json.dumps({"operation": "close", "held": shim.counters().held}), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""A server's life: threads, forks, expiry, the end; and nothing secret in what it says."""
+"""Threads, forks, expiry and closing; and no secret in logs, reprs and errors."""
 
 # A test kit: asserts do it.
 # ruff: noqa: S101
@@ -21,26 +21,26 @@ from hsmwrap.testing._conformance.base import (
     ConformanceFixtures,
     Conversation,
     CountObjects,
-    a_key_spec,
-    converse,
-    converse_anyhow,
+    any_conversation,
+    any_key_spec,
     flip,
     import_one,
     in_child,
+    new_conversation,
     tomorrow,
 )
 from hsmwrap.testing._conformance.leaks import leaks
 
 
-class LifeConformance(ConformanceFixtures):
-    """What a KMS that runs for months needs."""
+class LifecycleConformance(ConformanceFixtures):
+    """What a KMS needs from a backend that is open for months."""
 
     def test_threads_do_not_mix_up_their_keys(
         self, conversation: Conversation, key_spec: KeySpec
     ) -> None:
         def one(material: bytes) -> bytes:
-            ciphertext = conversation.encrypt_here(material)
-            return conversation.bring_in(ciphertext, key_spec).check_value
+            ciphertext = conversation.encrypt_in_process(material)
+            return conversation.import_material(ciphertext, key_spec).check_value
 
         materials = [secrets.token_bytes(key_spec.material_length) for _ in range(12)]
         expected = [one(material) for material in materials]
@@ -53,8 +53,10 @@ class LifeConformance(ConformanceFixtures):
         imported, material = import_one(backend, key_spec)
 
         def again() -> bytes:
-            conversation = converse_anyhow(backend)
-            return conversation.bring_in(conversation.encrypt(material), key_spec).check_value
+            conversation = any_conversation(backend)
+            return conversation.import_material(
+                conversation.encrypt(material), key_spec
+            ).check_value
 
         childs = in_child(again)
         assert again() == imported.check_value
@@ -63,9 +65,9 @@ class LifeConformance(ConformanceFixtures):
 
     def test_reaping_spares_what_has_not_expired(self, conversation: Conversation) -> None:
         conversation.backend.reap(datetime.now(UTC))
-        key_spec = a_key_spec(conversation.backend)
+        key_spec = any_key_spec(conversation.backend)
         material = secrets.token_bytes(key_spec.material_length)
-        conversation.bring_in(conversation.encrypt(material), key_spec)
+        conversation.import_material(conversation.encrypt(material), key_spec)
 
     def test_reaping_removes_expired_resident_keys(
         self, conversation: Conversation, counted: CountObjects
@@ -73,7 +75,7 @@ class LifeConformance(ConformanceFixtures):
         conversation.backend.reap(datetime.now(UTC) + timedelta(hours=48))
         before = counted()
         key = conversation.key
-        converse(conversation.backend, key.spec, key.algorithm)
+        new_conversation(conversation.backend, key.spec, key.algorithm)
         conversation.backend.reap(datetime.now(UTC) + timedelta(hours=48))
         assert counted() == before
 
@@ -84,25 +86,25 @@ class LifeConformance(ConformanceFixtures):
         capfd: pytest.CaptureFixture[str],
     ) -> None:
         caplog.set_level(logging.DEBUG)
-        rehearsal = _Rehearsal(conversation)
-        said = [*rehearsal.play(), *capfd.readouterr()]
+        calls = _LoggedCalls(conversation)
+        said = [*calls.run(), *capfd.readouterr()]
         said += [record.getMessage() + repr(vars(record)) for record in caplog.records]
         # Text in the repr of text has its backslashes doubled.
         readings = [text.encode() for said_once in said for text in _unescaped(said_once)]
-        for what, secret in rehearsal.secrets.items():
+        for what, secret in calls.secrets.items():
             assert not any(leaks(secret, reading) for reading in readings), what
 
     def test_everything_is_closed_after_close(self, backend: Backend) -> None:
-        key_spec = a_key_spec(backend)
+        key_spec = any_key_spec(backend)
         imported, _ = import_one(backend, key_spec)
-        key = converse_anyhow(backend).key
+        key = any_conversation(backend).key
         mac = backend.mac(b"data")
         backend.close()
         backend.close()
         calls: list[Callable[[], object]] = [
             backend.capabilities,
             lambda: backend.generate_wrapping_key(key.spec, key.algorithm, expires_at=tomorrow()),
-            lambda: Conversation(backend, key).bring_in(bytes(256), key_spec),
+            lambda: Conversation(backend, key).import_material(bytes(256), key_spec),
             lambda: backend.encrypt(imported.key, b""),
             lambda: backend.decrypt(imported.key, bytes(40)),
             lambda: backend.destroy_key(imported.key),
@@ -116,7 +118,7 @@ class LifeConformance(ConformanceFixtures):
         assert not backend.health().ready
 
     def test_discarding_is_closed_after_close(self, backend: Backend) -> None:
-        key = converse_anyhow(backend).key
+        key = any_conversation(backend).key
         backend.close()
         with pytest.raises(BackendClosed):
             backend.discard_wrapping_key(key.private_key)
@@ -126,12 +128,12 @@ def _unescaped(text: str) -> tuple[str, str]:
     return text, text.replace(r"\\", "\\")
 
 
-class _Rehearsal:
-    """Imports that succeed and fail, and uses of the key; gathers what could be printed of them."""
+class _LoggedCalls:
+    """Imports that succeed and fail, and uses of the key, with all that could be printed."""
 
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
-        self._key_spec = a_key_spec(conversation.backend)
+        self._key_spec = any_key_spec(conversation.backend)
         length = self._key_spec.material_length
         self.secrets = {
             "the material": secrets.token_bytes(length),
@@ -140,17 +142,17 @@ class _Rehearsal:
             "the message": secrets.token_bytes(40),
         }
 
-    def play(self) -> Iterator[str]:
-        """The reprs and errors, one after the other."""
+    def run(self) -> Iterator[str]:
+        """Yield the reprs and errors."""
         conversation, backend = self._conversation, self._conversation.backend
         material, other, longer, message = self.secrets.values()
-        imported = conversation.bring_in(conversation.encrypt(material), self._key_spec)
+        imported = conversation.import_material(conversation.encrypt(material), self._key_spec)
         yield repr((imported, imported.key, conversation.key, conversation.key.private_key))
         yield repr((backend, str(backend), backend.capabilities(), backend.health()))
         for bad, expected in ((other, imported.check_value), (longer, None)):
             ciphertext = conversation.encrypt(bad)
             yield from _errors(
-                lambda c=ciphertext, e=expected: conversation.bring_in(c, self._key_spec, e)  # type: ignore[misc]
+                lambda c=ciphertext, e=expected: conversation.import_material(c, self._key_spec, e)  # type: ignore[misc]
             )
         with suppress(HsmwrapError):  # a key that is kept but not used
             sealed = backend.encrypt(imported.key, message)
@@ -161,7 +163,7 @@ class _Rehearsal:
 
 
 def _errors(call: Callable[[], object]) -> Iterator[str]:
-    """All that an error says, and those that it came from, hidden or not."""
+    """All texts of an error and of its causes and contexts, hidden or not."""
     error: BaseException | None = None
     try:
         call()
