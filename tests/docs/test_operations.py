@@ -38,22 +38,26 @@ def agrees(written, printed):
     return bool(printed) and fnmatchcase(printed[0], pattern) and agrees(written[1:], printed[1:])
 
 
+EACH = 'for each in "$@"; do bash "$each" >"$each.out" 2>"$each.err" || exit; done'
+
+
 def test_console_blocks_do_what_they_say(softhsm, tmp_path):
     """One after the other, in one directory, on a token of their own."""
-    script = tmp_path / "command"
-    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": scripts, "HSMWRAP_TOKEN_DIR": str(tmp_path / "token")}
     written = [each for block in BLOCK.findall(text_of(OPERATIONS)) for each in commands(block)]
     assert written
-    for command, output in written:
+    scripts = [tmp_path / f"command-{number}" for number in range(len(written))]
+    for script, (command, _) in zip(scripts, written, strict=True):
         script.write_text(command)
-        done = subprocess.run(
-            [ROOT / "softhsm" / "init-token", "bash", script],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{command}{done.stderr}"
-        printed = [line.rstrip() for line in done.stdout.splitlines()]
-        assert agrees(output, printed), f"{command}{done.stdout}"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "HSMWRAP_TOKEN_DIR": str(tmp_path / "token")}
+    run = [ROOT / "softhsm" / "init-token", "bash", "-c", EACH, "each", *scripts]
+    status = subprocess.run(run, cwd=tmp_path, env=environment, check=False).returncode
+    errors = [error.read_text() for error in sorted(tmp_path.glob("command-*.err"))]
+    assert status == 0, errors
+    for script, (command, output) in zip(scripts, written, strict=True):
+        printed = script.with_name(f"{script.name}.out").read_text()
+        lines = [line.rstrip() for line in printed.splitlines()]
+        assert agrees(output, lines), f"{command}{printed}"
 
 
 @pytest.mark.parametrize(
