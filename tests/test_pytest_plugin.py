@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,11 @@ def test_it_can_be_turned_off(run_pytest):
     assert "fixture 'hsmwrap_softhsm' not found" in done.stdout
 
 
+def test_it_is_in_the_wheel():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert "pytest_hsmwrap.py" in wheel["targets"]["wheel"]["only-include"]
+
+
 # --- without SoftHSM ------------------------------------------------------------------------------
 
 NOT_INSTALLED = "from hsmwrap.testing import softhsm\nsofthsm._MODULES = ()"
@@ -100,6 +106,7 @@ def test_without_softhsm_it_fails_where_that_is_required(run_pytest):
 WATCHED = """
 import os
 import sys
+import tomllib
 from pathlib import Path
 import pytest
 
