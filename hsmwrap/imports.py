@@ -94,6 +94,11 @@ class Cmk:
         object.__setattr__(self, "origin", Origin.parse(self.origin))
 
 
+def new_request_id() -> str:
+    """A RequestId as the API writes it: a random UUID in capitals."""
+    return str(uuid.uuid4()).upper()
+
+
 @dataclass(frozen=True, slots=True)
 class ImportParameters:
     """The answer of GetParametersForImport.
@@ -117,7 +122,7 @@ class ImportParameters:
     def to_api(self, request_id: str | None = None) -> dict[str, str]:
         """The API's five fields: base64 for bytes, ``YYYY-MM-DDThh:mm:ssZ`` for the time."""
         return {
-            "RequestId": request_id or str(uuid.uuid4()),
+            "RequestId": request_id or new_request_id(),
             "KeyId": self.key_id,
             "ImportToken": base64.b64encode(self.import_token).decode("ascii"),
             "PublicKey": base64.b64encode(self.public_key).decode("ascii"),

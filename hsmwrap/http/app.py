@@ -21,7 +21,6 @@ import atexit
 import logging
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -39,6 +38,7 @@ from hsmwrap.http.message import RpcMessage, read_message
 from hsmwrap.http.ports import AccessKeys, Caller, KmsPort, NonceStore
 from hsmwrap.http.refusals import RefusalAudit
 from hsmwrap.http.signature import Claim, read_claim
+from hsmwrap.imports import new_request_id
 from hsmwrap.kms.access import MAX_ID_LENGTH
 from hsmwrap.kms.errors import InvalidAction
 
@@ -63,7 +63,7 @@ class _Exchange:
 
     host: str
     path: str
-    request_id: str = field(default_factory=lambda: str(uuid.uuid4()).upper())
+    request_id: str = field(default_factory=new_request_id)
     started: float = field(default_factory=time.perf_counter)
     format_: str = "JSON"
     action: str = ""
@@ -189,7 +189,7 @@ class App:
         health = self._kms.health()
         if health.ready:
             return answer.page({"Status": "ready"}, 200)
-        _log.warning("not ready", extra={"request_id": request_id, "parts": dict(health.parts)})
+        _log.warning("not ready", extra={"request_id": request_id, "parts": dict(health.facts)})
         return answer.page({"Status": "not ready", "RequestId": request_id}, 503)
 
     def _metrics(self, _request_id: str) -> Response:

@@ -6,19 +6,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Protocol
 
+from hsmwrap.backend import Health
 from hsmwrap.kms.access import AccessKeys, Caller
-
-
-class Health(Protocol):
-    """Whether calls can succeed now."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether backends and database can serve."""
-
-    @property
-    def parts(self) -> Mapping[str, str]:
-        """The state part by part, for the operator's log."""
 
 
 class KmsPort(Protocol):
@@ -37,7 +26,7 @@ class KmsPort(Protocol):
         """
 
     def health(self) -> Health:
-        """Report the state without waiting for a lost HSM."""
+        """Report the state without waiting for a lost HSM; the log gets ``facts``."""
 
 
 class NonceStore(Protocol):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import uuid
 from typing import Any
 
 from gunicorn.http import errors as parsing
@@ -33,6 +32,7 @@ from hsmwrap.http.errors import (
     RequestLineTooLong,
     RequestTimeout,
 )
+from hsmwrap.imports import new_request_id
 
 MAX_REQUEST_LINE = 128 * 1024
 """Limit of a request line in bytes. SDKs send all parameters in the query: a plaintext of 6 KiB may
@@ -85,7 +85,7 @@ class KmsWorker(ThreadWorker):
     ) -> None:
         """Answer and log a malformed request, or a failure while answering."""
         error = _translate(exc)
-        request_id = str(uuid.uuid4()).upper()
+        request_id = new_request_id()
         level = logging.ERROR if type(error) is HsmwrapError else logging.INFO
         facts = {"request_id": request_id, "code": error.code, "http_status": error.http_status}
         _log.log(level, "request", extra={**facts, **logs.describe(exc)})

@@ -19,7 +19,7 @@ from hsmwrap.kms.errors import (
     UnsupportedAlias,
 )
 from hsmwrap.kms.opening import open_kms
-from hsmwrap.kms.service import Kms, KmsHealth
+from hsmwrap.kms.service import Kms
 
 __all__ = [
     "AccessKey",
@@ -29,7 +29,6 @@ __all__ = [
     "Grant",
     "InvalidAction",
     "Kms",
-    "KmsHealth",
     "NoPermission",
     "Permissions",
     "RejectedDisabled",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
-from hsmwrap.backend import Backend, Exposure
+from hsmwrap.backend import Backend, Exposure, Health
 from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 from hsmwrap.imports import TOKEN_LIFETIME, ImportService, generate_inline
@@ -31,14 +31,6 @@ SYSTEM = "system"
 """The access key id of the KMS itself in the audit log."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class KmsHealth:
-    """Whether the KMS can serve, and the state of each part (``database``, ``backend HSM`` …)."""
-
-    ready: bool
-    parts: Mapping[str, str]
 
 
 @dataclass(slots=True)
@@ -181,13 +173,17 @@ class Kms:
         """Process due work: expired material, key deletions, orphaned objects, old nonces."""
         self._sweep(now or self._clock())
 
-    def health(self) -> KmsHealth:
-        """Report the state without waiting for a lost HSM."""
-        parts, ready = {}, True
+    def health(self) -> Health:
+        """Report the state without waiting for a lost HSM.
+
+        ``facts`` has the state of each part (``database``, ``audit log``, ``backend HSM`` …).
+        """
+        parts, failed = {}, []
         for level, backend in self._backends.items():
             health = backend.health()
             parts[f"backend {level}"] = health.detail
-            ready = ready and health.ready
+            if not health.ready:
+                failed.append(f"backend {level}")
         for part, check in (
             ("database", self._database.ping),
             ("audit log", self._audit_log.check),
@@ -196,8 +192,10 @@ class Kms:
                 check()
                 parts[part] = "ready"
             except (ServiceUnavailable, AuditFailed) as error:
-                parts[part], ready = str(error), False
-        return KmsHealth(ready, parts)
+                parts[part] = str(error)
+                failed.append(part)
+        detail = f"not ready: {', '.join(failed)}" if failed else "ready"
+        return Health(not failed, detail, parts)
 
     def watched(self) -> tuple[tuple[Backend, ...], tuple[KeyPool, ...]]:
         """Backends and key-pair pools, for metrics."""

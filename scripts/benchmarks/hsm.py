@@ -79,7 +79,7 @@ class RawToken:
 
     def token_writes(self) -> Any:
         """The lock that SoftHSM needs around the creation of token objects."""
-        return self._host.object_lock().writing()
+        return self._host.object_lock().write()
 
 
 class RawSession:

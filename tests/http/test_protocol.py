@@ -404,7 +404,7 @@ def test_pages_that_are_well_leave_no_line(bench, caplog, path, status):
 
 
 def test_pages_that_are_refused_are_in_the_log(bench, caplog):
-    bench.kms.state.ready = False
+    bench.kms.ready = False
     with caplog.at_level(logging.INFO):
         answers = [bench.get(path="/readyz"), bench.client.post("/healthz")]
     assert [response.status_code for response in answers] == [503, 405]
@@ -414,14 +414,14 @@ def test_pages_that_are_refused_are_in_the_log(bench, caplog):
 
 
 def test_healthz(bench):
-    bench.kms.state.ready = False
+    bench.kms.ready = False
     response = bench.get(path="/healthz")
     assert (response.status_code, response.get_json()["Status"]) == (200, "alive")
 
 
 def test_readyz(bench):
     assert bench.get(path="/readyz").status_code == 200
-    bench.kms.state.ready = False
+    bench.kms.ready = False
     response = bench.get(path="/readyz")
     assert (response.status_code, response.get_json()["Status"]) == (503, "not ready")
     assert "secret-host" not in response.text

@@ -93,7 +93,7 @@ def test_the_api_s_five_fields(any_desk):
     assert base64.b64decode(answer["ImportToken"], validate=True) == parameters.import_token
     assert base64.b64decode(answer["PublicKey"], validate=True) == parameters.public_key
     assert answer["TokenExpireTime"] == "2026-01-02T12:00:00Z"
-    assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", answer["RequestId"])
+    assert re.fullmatch(r"[0-9A-F]{8}(-[0-9A-F]{4}){3}-[0-9A-F]{12}", answer["RequestId"])
     assert parameters.to_api()["RequestId"] != answer["RequestId"]
     assert parameters.to_api("request-7")["RequestId"] == "request-7"
 

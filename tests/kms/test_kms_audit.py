@@ -353,11 +353,11 @@ def test_nothing_is_done_without_an_audit_log(client, broken_log):
 
 
 def test_health_says_that_the_audit_log_is_broken(client, broken_log):
-    assert client.kms.health().parts["audit log"] == "ready"
+    assert client.kms.health().facts["audit log"] == "ready"
     broken_log()
     health = client.kms.health()
     assert not health.ready
-    assert "audit.log" in health.parts["audit log"]
+    assert "audit.log" in health.facts["audit log"]
 
 
 class TestAnchors:

@@ -247,7 +247,7 @@ def test_health_without_a_database(open_kms, tmp_path, monkeypatch):
     health = kms.health()
     monkeypatch.undo()
     assert not health.ready
-    assert health.parts["database"].startswith("the database is unavailable")
+    assert health.facts["database"].startswith("the database is unavailable")
 
 
 def test_no_plaintext_in_the_database(open_kms, custody):

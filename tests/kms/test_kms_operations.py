@@ -392,7 +392,7 @@ def test_health_and_close(open_kms):
     kms = open_kms()
     health = kms.health()
     assert health.ready
-    assert health.parts == {
+    assert health.facts == {
         "backend SOFTWARE": "ready",
         "backend HSM": "ready",
         "database": "ready",

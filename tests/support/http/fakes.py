@@ -8,6 +8,7 @@ from typing import Any
 
 from werkzeug.test import Client, TestResponse
 
+from hsmwrap.backend import Health
 from hsmwrap.http.app import create_app
 from hsmwrap.kms.access import AccessKey, Permissions, StaticAccessKeys
 
@@ -39,18 +40,12 @@ class MemoryNonces:
         return True
 
 
-@dataclass
-class FakeHealth:
-    ready: bool = True
-    parts: dict[str, str] = field(default_factory=lambda: {"database": "secret-host: unavailable"})
-
-
 class FakeKms:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, str], str, str]] = []
         self.refusals: list[tuple[str, str, str, str]] = []
         self.answer: Any = {"KeyId": "k-1"}
-        self.state = FakeHealth()
+        self.ready = True
 
     def execute(self, action, parameters, caller, request_id):
         self.calls.append((action, dict(parameters), caller.access_key_id, request_id))
@@ -62,7 +57,7 @@ class FakeKms:
         self.refusals.append((action, access_key_id, request_id, code))
 
     def health(self):
-        return self.state
+        return Health(self.ready, "state", {"database": "secret-host: unavailable"})
 
 
 @dataclass
