@@ -5,10 +5,10 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from pkcs11.mechanisms import Mechanism
 
@@ -17,7 +17,6 @@ from hsmwrap.backend import (
     Backend,
     Capabilities,
     Custody,
-    Exposure,
     Health,
     ImportedKey,
     KeyRef,
@@ -29,18 +28,20 @@ from hsmwrap.backend import (
 )
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import (
+    HsmResourceExhausted,
+    HsmwrapError,
     InvalidCiphertext,
     InvalidKeyMaterial,
     InvalidMac,
     UnsupportedOperation,
 )
-from hsmwrap.pkcs11.binding.client_errors import blame
+from hsmwrap.pkcs11.binding.client_errors import map_client_errors
 from hsmwrap.pkcs11.binding.gcm import AesGcm
 from hsmwrap.pkcs11.binding.profiles import profile
 from hsmwrap.pkcs11.keysets import admin
 from hsmwrap.pkcs11.keysets.keys import KeySets, Role, is_trusted
-from hsmwrap.pkcs11.sessions.connection import Connection, Leftover, destroy_by_id
-from hsmwrap.pkcs11.sessions.pool import PooledSession
+from hsmwrap.pkcs11.sessions.connection import Connection
+from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.pin import PinFile
 from hsmwrap.pkcs11.wrapping import reaper, report, rsa, sm2
@@ -51,11 +52,17 @@ from hsmwrap.pkcs11.wrapping.custody import (
     parse_ref,
     require_bound,
 )
-from hsmwrap.pkcs11.wrapping.material import MaterialStore, Unwrap, create_from, parse_key_ref
+from hsmwrap.pkcs11.wrapping.material import (
+    HostMaterial,
+    MaterialSource,
+    MaterialStore,
+    parse_key_ref,
+)
 from hsmwrap.pkcs11.wrapping.probe import OwnKeys, TokenFeatures, probe
 from hsmwrap.sm2 import parse
 
 _MESSAGE_HEAD = 1 + contract.NONCE_LENGTH
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +101,7 @@ class Pkcs11Backend(Backend):
             vendor=self._vendor,
         )
         self._probed: _Token | None = None
-        self._connection = Connection(settings, self._make_room, self._keys.forget)
+        self._connection = Connection(settings)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -151,18 +158,16 @@ class Pkcs11Backend(Backend):
         capability = token.capabilities.wrapping_for(spec, algorithm)
         if capability is None:
             raise UnsupportedOperation(f"the HSM token does not serve {algorithm} with {spec}")
-        role = self._role(algorithm, token.features)
-        make = self._seal_pair if _is_sealed(capability) else self._keep_pair
-        public_key, private_key = make(token, spec, algorithm, role, expires_at)
+        path = rsa.path_of(algorithm, token.features)
+        role = path.role if path else Role.WRAPPING_DERIVE
+        if capability.custody is Custody.HSM_ENCRYPTED_DATABASE:
+            public_key, private_key = self._seal_pair(token, spec, role)
+        else:
+            public_key, private_key = self._keep_pair(token, spec, algorithm, role, expires_at)
         return WrappingKey(spec, algorithm, public_key, bind(private_key, algorithm))
 
     def _seal_pair(
-        self,
-        token: _Token,
-        spec: WrappingKeySpec,
-        _algorithm: WrappingAlgorithm,
-        role: Role,
-        _expires_at: datetime,
+        self, token: _Token, spec: WrappingKeySpec, role: Role
     ) -> tuple[bytes, PrivateKeyRef]:
         def operation(pooled: PooledSession) -> tuple[bytes, PrivateKeyRef]:
             number = self._keys.current(pooled)
@@ -177,7 +182,7 @@ class Pkcs11Backend(Backend):
                 private.destroy()
                 public.destroy()
 
-        return self._connection.run(operation, retry=False)
+        return self._run(operation, retry=False)
 
     def _keep_pair(
         self,
@@ -187,23 +192,22 @@ class Pkcs11Backend(Backend):
         role: Role,
         expires_at: datetime,
     ) -> tuple[bytes, PrivateKeyRef]:
-        leaves = Leftover(new_object_id())
+        pending = PendingObject(new_object_id())
 
         def operation(pooled: PooledSession) -> bytes:
             trusted = self._keys.trusts(self._keys.current(pooled))
             template = token.wrapping.resident_template(
-                role, algorithm, leaves.object_id, expires_at, trusted=trusted
+                role, algorithm, pending.object_id, expires_at, trusted=trusted
             )
-            leaves.possible = True
-            with pooled.token_writes:
+            with pooled.creating(pending):
                 public, _private = self._generate(pooled, spec, template)
             try:
                 return _public_key_der(spec, public)
             finally:
                 public.destroy()
 
-        der = self._connection.run(operation, retry=False, leaves=leaves)
-        return der, token.wrapping.resident(role, leaves.object_id)
+        der = self._run(operation, retry=False, pending=pending)
+        return der, token.wrapping.resident(role, pending.object_id)
 
     def _generate(
         self, pooled: PooledSession, spec: WrappingKeySpec, template: dict[Any, Any]
@@ -212,15 +216,11 @@ class Pkcs11Backend(Backend):
             return rsa.generate(pooled.session, template)
         return sm2.generate(pooled.session, template, self._vendor)
 
-    def _role(self, algorithm: WrappingAlgorithm, features: TokenFeatures) -> Role:
-        path = rsa.path_of(algorithm, features)
-        return path.role if path else Role.WRAPPING_DERIVE
-
     def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:
         """Destroy a resident wrapping key; nothing to do for a sealed one."""
         self._connection.require_open()
         if private_key.custody is Custody.HSM_INTERNAL:
-            self._destroy(parse_ref(private_key)[2])
+            self._connection.destroy(parse_ref(private_key)[2])
 
     # --- import ------------------------------------------------------------------------------
 
@@ -237,35 +237,28 @@ class Pkcs11Backend(Backend):
         """Unwrap inside the HSM token where it can, else through the host."""
         token = self._token()
         require_bound(private_key, algorithm)
-        leaves = Leftover(object_id or new_object_id())
-
+        pending = PendingObject(object_id or new_object_id())
         wrapped = _Wrapped(algorithm, encrypted_material, key_spec)
 
         def operation(pooled: PooledSession) -> ImportedKey:
             with token.wrapping.fetched(pooled, private_key) as (role, private):
-                unwrap, exposure = self._unwrapper(pooled, token.features, role, private, wrapped)
+                source = self._source(token.features, role, private, wrapped)
                 key, check = token.material.make(
-                    pooled, unwrap, key_spec, expected_check_value, leaves
+                    pooled, source, key_spec, expected_check_value, pending
                 )
-            return ImportedKey(key, check, exposure)
+            return ImportedKey(key, check, source.exposure)
 
-        return self._connection.run(operation, leaves=leaves)
+        return self._run(operation, pending=pending)
 
-    def _unwrapper(
-        self,
-        pooled: PooledSession,
-        features: TokenFeatures,
-        role: Role,
-        private: Any,
-        wrapped: _Wrapped,
-    ) -> tuple[Unwrap, Exposure]:
+    def _source(
+        self, features: TokenFeatures, role: Role, private: Any, wrapped: _Wrapped
+    ) -> MaterialSource:
         if role is Role.WRAPPING_UNWRAP:
-            unwrap = partial(rsa.unwrap, private, wrapped.algorithm, wrapped.ciphertext)
-            return unwrap, Exposure.IN_HSM
+            return rsa.WrappedMaterial(private, wrapped.algorithm, wrapped.ciphertext)
         material = self._decrypted(features, role, private, wrapped)
         if len(material) != wrapped.key_spec.material_length:
             raise InvalidKeyMaterial
-        return create_from(pooled.session, material), Exposure.HOST
+        return HostMaterial(material)
 
     def _decrypted(
         self, features: TokenFeatures, role: Role, private: Any, wrapped: _Wrapped
@@ -297,7 +290,7 @@ class Pkcs11Backend(Backend):
         nonce, sealed = ciphertext[1:_MESSAGE_HEAD], ciphertext[_MESSAGE_HEAD:]
 
         def operation(gcm: AesGcm, obj: Any) -> bytes:
-            with blame(obj, error=InvalidCiphertext):
+            with map_client_errors(obj, error=InvalidCiphertext):
                 return gcm.decrypt(obj, nonce, sealed, additional_data)
 
         return self._use(key, operation)
@@ -314,18 +307,13 @@ class Pkcs11Backend(Backend):
             with token.material.opened(pooled, key) as obj:
                 return operation(token.gcm, obj)
 
-        return self._connection.run(in_session)
+        return self._run(in_session)
 
     def destroy_key(self, key: KeyRef) -> None:
         """Destroy an imported key's object; nothing to do for a sealed blob."""
         self._connection.require_open()
         if key.custody is Custody.HSM_INTERNAL:
-            self._destroy(parse_key_ref(key)[1])
-
-    def _destroy(self, object_id: bytes) -> None:
-        # What cannot be destroyed now is, as soon as it can: nobody else may know of it.
-        leaves = Leftover(object_id, possible=True)
-        self._connection.run(lambda pooled: destroy_by_id(pooled, object_id), leaves=leaves)
+            self._connection.destroy(parse_key_ref(key)[1])
 
     # --- import tokens -----------------------------------------------------------------------
 
@@ -337,7 +325,7 @@ class Pkcs11Backend(Backend):
             key = self._keys.require(pooled, Role.MAC, number)
             return Mac(str(number), _tag(key, data))
 
-        return self._connection.run(operation)
+        return self._run(operation)
 
     def verify_mac(self, data: bytes, mac: Mac) -> None:
         """Compute the tag again, inside the HSM token, and compare."""
@@ -351,18 +339,30 @@ class Pkcs11Backend(Backend):
             if not hmac.compare_digest(_tag(key, data), mac.tag):
                 raise InvalidMac("the MAC is not right for these data")
 
-        self._connection.run(operation)
+        self._run(operation)
 
     # --- upkeep ------------------------------------------------------------------------------
 
     def reap(self, now: datetime) -> ReapReport:
         """Destroy expired resident wrapping keys of all processes, and our own leftovers."""
-        self._connection.destroy_orphans()
+        self._connection.destroy_pending()
         prefix = self._settings.key_prefix
         return self._connection.run(lambda pooled: reaper.reap(pooled, prefix, now))
 
-    def _make_room(self, pooled: PooledSession) -> None:
-        reaper.reap(pooled, self._settings.key_prefix, datetime.now(UTC))
+    def _run(
+        self,
+        operation: Callable[[PooledSession], _T],
+        *,
+        retry: bool = True,
+        pending: PendingObject | None = None,
+    ) -> _T:
+        """As :meth:`Connection.run`; an HSM without memory gets rid of expired wrapping keys."""
+        try:
+            return self._connection.run(operation, retry=retry, pending=pending)
+        except HsmResourceExhausted:
+            with suppress(HsmwrapError):
+                self.reap(datetime.now(UTC))
+            raise
 
     def health(self) -> Health:
         """State of the connection; never waits for the HSM."""
@@ -376,9 +376,9 @@ class Pkcs11Backend(Backend):
 
     def _token(self) -> _Token:
         self._connection.require_open()
-        # Two threads may both probe; both find the same.
+        # Two threads may probe at the same time; both find the same.
         if self._probed is None:
-            self._probed = self._connection.run(self._probe, retry=False)
+            self._probed = self._run(self._probe, retry=False)
         return self._probed
 
     def _probe(self, pooled: PooledSession) -> _Token:
@@ -417,10 +417,6 @@ def _key_set_number(mac: Mac) -> int:
 
 def _tag(key: Any, data: bytes) -> bytes:
     return bytes(key.sign(data, mechanism=Mechanism.SHA256_HMAC))
-
-
-def _is_sealed(capability: contract.WrappingCapability) -> bool:
-    return capability.custody is Custody.HSM_ENCRYPTED_DATABASE
 
 
 def _public_key_der(spec: WrappingKeySpec, public: Any) -> bytes:

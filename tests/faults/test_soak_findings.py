@@ -7,10 +7,11 @@ from pkcs11.exceptions import HostMemory, SessionCount, SessionHandleInvalid
 
 from hsmwrap.errors import HsmUnavailable
 from hsmwrap.pkcs11.binding.objectlock import NO_LOCK
-from hsmwrap.pkcs11.sessions import connection as connection_module
+from hsmwrap.pkcs11.sessions import connecting
 from hsmwrap.pkcs11.sessions import pool as pool_module
-from hsmwrap.pkcs11.sessions.connection import Connection, Leftover
+from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.sessions.pool import SessionPool
+from hsmwrap.pkcs11.sessions.session import HandleEpoch, PendingObject, PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 
 OBJECT_ID = b"an object's id.."
@@ -23,17 +24,17 @@ def connection(softhsm):
     opened.close()
 
 
-def orphans(connection):
-    return connection.health()[2]["orphans"]
+def pending_objects(connection):
+    return connection.health()[2]["pending_objects"]
 
 
-def fails_once(leaves):
+def fails_once(pending):
     faults = [SessionHandleInvalid]
 
-    def operation(_pooled):
-        leaves.possible = True
-        if faults:
-            raise faults.pop()
+    def operation(pooled):
+        with pooled.creating(pending):
+            if faults:
+                raise faults.pop()
         return "made"
 
     return operation
@@ -43,10 +44,10 @@ def test_a_reaper_at_work_does_not_see_what_a_second_try_may_make(connection, mo
     """It destroyed by its id what the second try had made: an import that was acknowledged."""
     seen = []
     monkeypatch.setattr(
-        connection_module, "destroy_by_id", lambda *_: seen.append(orphans(connection))
+        PooledSession, "destroy", lambda *_: seen.append(pending_objects(connection))
     )
-    leaves = Leftover(OBJECT_ID)
-    assert connection.run(fails_once(leaves), leaves=leaves) == "made"
+    pending = PendingObject(OBJECT_ID)
+    assert connection.run(fails_once(pending), pending=pending) == "made"
     assert seen == [0]
 
 
@@ -57,42 +58,42 @@ def test_no_second_try_while_the_first_ones_leftovers_may_be_there(connection, m
         raise HostMemory
 
     with monkeypatch.context() as patch:
-        patch.setattr(connection_module, "destroy_by_id", fails)
-        leaves = Leftover(OBJECT_ID)
+        patch.setattr(PooledSession, "destroy", fails)
+        pending = PendingObject(OBJECT_ID)
         with pytest.raises(HsmUnavailable):
-            connection.run(fails_once(leaves), leaves=leaves)
-    assert orphans(connection) == 1
-    connection.destroy_orphans()
-    assert orphans(connection) == 0
+            connection.run(fails_once(pending), pending=pending)
+    assert pending_objects(connection) == 1
+    connection.destroy_pending()
+    assert pending_objects(connection) == 0
 
 
 def test_a_call_that_never_began_leaves_nothing_to_clear_up(connection):
     """Each call that failed fast while the HSM was unavailable was remembered for the reaper."""
     connection._breaker.failed(connection._breaker.check(), "DEVICE_ERROR")
-    leaves = Leftover(OBJECT_ID)
+    pending = PendingObject(OBJECT_ID)
     with pytest.raises(HsmUnavailable):
-        connection.run(fails_once(leaves), leaves=leaves)
-    assert orphans(connection) == 0
+        connection.run(fails_once(pending), pending=pending)
+    assert pending_objects(connection) == 0
 
 
 def test_a_login_that_fails_leaves_no_session(connection, monkeypatch):
     """The session that was opened for it was forgotten."""
     opened, closed = [], []
-    real_open = connection_module.open_worker_session
+    real_open = connecting.open_worker_session
     monkeypatch.setattr(
-        connection_module,
+        connecting,
         "open_worker_session",
         lambda *given: opened.append(real_open(*given)) or opened[-1],
     )
-    monkeypatch.setattr(connection_module, "close_quietly", closed.append)
+    monkeypatch.setattr(connecting, "close_quietly", closed.append)
 
     def no_login(*_):
         raise HostMemory
 
-    monkeypatch.setattr(connection._login, "log_in", no_login)
-    module, token = connection._host._module, connection._live.token
+    monkeypatch.setattr(connection._connector.login, "log_in", no_login)
+    module, token = connection._host._module, connection._connector.connected.token
     with pytest.raises(HostMemory):
-        connection._open_logged_in(module, token)
+        connection._connector._open_logged_in(module, token)
     assert closed == opened != []
     opened[0].close()
 
@@ -117,7 +118,7 @@ def pool_of(*sessions):
             raise session
         return session
 
-    return SessionPool(open_session, lambda _: True, NO_LOCK, 2)
+    return SessionPool(open_session, lambda _: True, NO_LOCK, HandleEpoch(), 2)
 
 
 def borrow(pool):

@@ -22,9 +22,10 @@ from hsmwrap.errors import (
     TokenSelectionError,
 )
 from hsmwrap.pkcs11.binding.objectlock import NO_LOCK
-from hsmwrap.pkcs11.sessions.breaker import Breaker
+from hsmwrap.pkcs11.sessions._breaker import Breaker
 from hsmwrap.pkcs11.sessions.connection import Connection
-from hsmwrap.pkcs11.sessions.pool import PooledSession, PoolState, SessionPool, Ticket
+from hsmwrap.pkcs11.sessions.pool import PoolState, SessionPool, Ticket
+from hsmwrap.pkcs11.sessions.session import HandleEpoch, PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 
 FORK = multiprocessing.get_context("fork")
@@ -166,7 +167,7 @@ def test_a_place_in_the_queue_is_left_when_a_signal_interrupts_the_wait(connect)
 
 
 def test_what_was_given_to_one_who_leaves_goes_to_the_next():
-    pool = SessionPool(lambda: "opened", lambda _: True, NO_LOCK, 1)
+    pool = SessionPool(lambda: "opened", lambda _: True, NO_LOCK, HandleEpoch(), 1)
     given = pool.acquire(time.monotonic() + DEADLINE)
     ticket = Ticket()
     pool._state.queue.append(ticket)
@@ -420,7 +421,7 @@ def play(softhsm, tmp_path, scenario):
     subprocess.run(command, check=True, timeout=DEADLINE)
 
 
-def test_breaker_backs_off_and_probes_once():
+def test_breaker_backs_off_and_lets_one_trial_call_pass():
     now = [0.0]
     breaker = Breaker(1.0, 4.0, clock=lambda: now[0])
     held = breaker.check()
@@ -450,7 +451,7 @@ def test_one_outage_counts_once_however_many_calls_it_ends():
         breaker.failed(each, "DEVICE_REMOVED")
     assert breaker.wait == 1.0
     now[0] = 1.0
-    probe = breaker.check()
+    trial = breaker.check()
     for each in held:  # late ones: neither another outage, nor the end of this one
         breaker.failed(each, "DEVICE_REMOVED")
         breaker.succeeded(each)
@@ -458,15 +459,15 @@ def test_one_outage_counts_once_however_many_calls_it_ends():
     assert breaker.state == "half-open"
     with pytest.raises(HsmUnavailable):
         breaker.check()
-    breaker.succeeded(probe)
+    breaker.succeeded(trial)
     assert breaker.state == "closed"
 
 
-def test_a_probe_that_tells_nothing_lets_another_one_probe():
+def test_a_trial_call_that_tells_nothing_lets_another_one_pass():
     breaker = Breaker(0.0, 0.0)
     breaker.failed(breaker.check(), "x")
     breaker.undecided(breaker.check())
-    assert breaker.check().probe
+    assert breaker.check().trial
 
 
 FORK_ORDER = """

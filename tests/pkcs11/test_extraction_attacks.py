@@ -27,7 +27,7 @@ from support.pkcs11.attacker import (
     readable,
 )
 
-from hsmwrap.pkcs11.keysets.keys import OPENS, Role
+from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
 from hsmwrap.pkcs11.wrapping import material as material_module
 from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, intermediate
 
@@ -98,7 +98,7 @@ def test_a_blob_under_a_naive_key_unwraps_into_a_readable_object(attacker):
 
 @pytest.mark.parametrize("role", SEALED_ROLES)
 def test_a_blob_does_not_unwrap_into_a_readable_object(sealed, attacker, role):
-    asked = OPENS[role]
+    asked = UNWRAPPED[role]
     wanted = readable(asked[Attribute.CLASS], asked[Attribute.KEY_TYPE])
     for template in (wanted, asked | wanted):
         with attacker.refused(ck.TemplateInconsistent):
@@ -108,7 +108,7 @@ def test_a_blob_does_not_unwrap_into_a_readable_object(sealed, attacker, role):
 @pytest.mark.parametrize("role", SEALED_ROLES)
 def test_a_blob_unwraps_with_no_attribute_changed_or_left_out(sealed, attacker, role):
     """Sensitive, extractable, copyable, modifiable, private, and each use; one at a time."""
-    kek, blob, asked = sealed.kek(role), sealed.blob(role), OPENS[role]
+    kek, blob, asked = sealed.kek(role), sealed.blob(role), UNWRAPPED[role]
     attacker.unwrap(kek, blob, asked).destroy()
     keeps = {Attribute.CLASS, Attribute.KEY_TYPE, Attribute.TOKEN}
     for name in asked.keys() - keeps:
@@ -124,7 +124,7 @@ def test_a_blob_unwraps_with_no_attribute_changed_or_left_out(sealed, attacker, 
 
 @pytest.mark.parametrize("role", SEALED_ROLES)
 def test_a_blob_does_not_unwrap_as_another_kind_of_key(sealed, attacker, role):
-    kek, blob, asked = sealed.kek(role), sealed.blob(role), OPENS[role]
+    kek, blob, asked = sealed.kek(role), sealed.blob(role), UNWRAPPED[role]
     kinds = [(SECRET, kind) for kind in (KeyType.AES, KeyType.DES3, KeyType.GENERIC_SECRET)]
     kinds += [(PRIVATE, KeyType.RSA), (PRIVATE, KeyType.EC)]
     kinds.remove((asked[Attribute.CLASS], asked[Attribute.KEY_TYPE]))
@@ -138,15 +138,15 @@ def test_a_blob_does_not_unwrap_as_another_kind_of_key(sealed, attacker, role):
 def test_an_unsealed_wrapping_key_cannot_be_stored(sealed, attacker, role):
     """Or it would outlive the retirement of the key set."""
     with attacker.refused(ck.TemplateInconsistent):
-        stored = OPENS[role] | {Attribute.TOKEN: True}
+        stored = UNWRAPPED[role] | {Attribute.TOKEN: True}
         attacker.unwrap(sealed.kek(role), sealed.blob(role), stored)
 
 
 @pytest.mark.parametrize("role", SEALED_ROLES)
 def test_no_other_role_opens_a_blob(sealed, attacker, role):
-    for other in OPENS.keys() - {role}:
+    for other in UNWRAPPED.keys() - {role}:
         with attacker.refused(ck.GeneralError):
-            attacker.unwrap(sealed.kek(other), sealed.blob(role), OPENS[other])
+            attacker.unwrap(sealed.kek(other), sealed.blob(role), UNWRAPPED[other])
 
 
 # --- decrypting a sealed blob ---------------------------------------------------------------------

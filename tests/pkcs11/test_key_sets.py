@@ -23,7 +23,9 @@ from hsmwrap.pkcs11.binding.profiles import vendor_key_type
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
 from hsmwrap.pkcs11.keysets import admin, keys
 from hsmwrap.pkcs11.keysets.keys import KeySets, Role
-from hsmwrap.pkcs11.sessions.connection import RESTART_PAUSES, Connection
+from hsmwrap.pkcs11.sessions.connecting import PAUSES
+from hsmwrap.pkcs11.sessions.connection import Connection
+from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.wrapping import rsa, sm2
 from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, parse_ref
@@ -126,7 +128,7 @@ def test_an_unfinished_trusted_set_takes_nothing_from_an_untrusted_one(softhsm, 
 # --- two at once
 
 
-def test_a_key_that_somebody_else_makes_meanwhile_ends_the_rotation(
+def test_a_key_that_another_process_makes_meanwhile_ends_the_rotation(
     softhsm, attacker, prefix, monkeypatch
 ):
     settings = softhsm.settings(prefix, trusted=False)
@@ -219,7 +221,7 @@ def test_a_session_that_knows_the_mac_key_alone_goes_on_after_a_retirement(softh
     with Pkcs11Backend.from_settings(settings) as backend:
         backend.capabilities()
         assert backend.mac(b"data").key_set == "1"
-        for session in backend._connection._live.pool._state.idle:
+        for session in backend._connection._connector.connected.pool._state.idle:
             del session.objects[f"{prefix}:{Role.WRAPPING_UNWRAP}:1"]
         softhsm.run_keys("rotate", prefix)
         softhsm.run_keys("retire", prefix, "1")
@@ -270,7 +272,7 @@ def test_the_officer_s_login_stops_before_it_locks_the_token(softhsm, tmp_path):
     assert init(right, "--force-login").returncode == 0
 
 
-@pytest.mark.parametrize("hidden", [len(RESTART_PAUSES), len(RESTART_PAUSES) + 1])
+@pytest.mark.parametrize("hidden", [len(PAUSES), len(PAUSES) + 1])
 def test_the_officer_looks_again_for_a_token_that_a_login_hides(softhsm, monkeypatch, hidden):
     """SoftHSM writes the token's file at each login; others then see none (field note 35)."""
     settings = Pkcs11Settings.from_mapping(softhsm.bare_settings())
@@ -284,7 +286,7 @@ def test_the_officer_looks_again_for_a_token_that_a_login_hides(softhsm, monkeyp
     monkeypatch.setattr(admin, "find_token", look)
     host = ModuleHost.acquire(settings.module)
     try:
-        if hidden == len(RESTART_PAUSES):
+        if hidden == len(PAUSES):
             admin._await_token(host, settings)
         else:
             with pytest.raises(TokenSelectionError):
@@ -379,9 +381,13 @@ class Stubborn(Broken):
 
 
 def test_what_only_seemed_to_be_gone_is_destroyed():
-    assert KeySets("p").destroy(Session(Stubborn(1)), 1) == len(Role) * 2 - 1
+    assert KeySets("p").destroy(pooled(Stubborn(1)), 1) == len(Role)
     with pytest.raises(ObjectHandleInvalid):
-        KeySets("p").destroy(Session(Stubborn(2)), 1)
+        KeySets("p").destroy(pooled(Stubborn(2)), 1)
+
+
+def pooled(*objects):
+    return PooledSession(Session(*objects), lambda _session: True)
 
 
 def test_a_foreign_key_of_a_vendor_s_type_stops_nothing():

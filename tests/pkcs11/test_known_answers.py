@@ -31,7 +31,7 @@ from hsmwrap.pkcs11.binding.templates import (
     secret_key,
     stored,
 )
-from hsmwrap.pkcs11.keysets.keys import OPENS, Role
+from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
 from hsmwrap.pkcs11.wrapping import rsa, sm2
 from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, new_object_id
 from hsmwrap.sm2 import (
@@ -66,7 +66,7 @@ def backend(softhsm):
 @pytest.fixture
 def session(backend):
     """A session; its objects go with it."""
-    pool = backend._connection._live.pool
+    pool = backend._connection._connector.connected.pool
     pooled = pool.acquire(time.monotonic() + 10)
     yield pooled.session
     pooled.tainted = True
@@ -83,14 +83,14 @@ def sm2_template(template):
 @pytest.fixture
 def private(session):
     """The standard's private key as a session object."""
-    return session.create_object(sm2_template(OPENS[Role.WRAPPING_DERIVE]))
+    return session.create_object(sm2_template(UNWRAPPED[Role.WRAPPING_DERIVE]))
 
 
 @pytest.fixture
 def resident(session):
     """The standard's private key as a resident wrapping key, and the reference to it."""
     object_id = new_object_id()
-    template = stored(OPENS[Role.WRAPPING_DERIVE], object_id, "known:wrapping:4102444800")
+    template = stored(UNWRAPPED[Role.WRAPPING_DERIVE], object_id, "known:wrapping:4102444800")
     key = session.create_object(sm2_template(template))
     yield WrappingKeyStore.resident(Role.WRAPPING_DERIVE, object_id)
     key.destroy()
@@ -217,7 +217,7 @@ def rsa_vectors(session, algorithm):
 
 def unwrapped(key, algorithm, ciphertext):
     """C_UnwrapKey into a key that the test may read."""
-    secret = rsa.unwrap(key, algorithm, ciphertext, READABLE)
+    secret = rsa.WrappedMaterial(key, algorithm, ciphertext).make_object(None, READABLE)
     try:
         return bytes(secret[Attribute.VALUE])
     finally:

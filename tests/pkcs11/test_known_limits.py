@@ -37,7 +37,7 @@ from hsmwrap import oaep, tokens
 from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.catalog import Origin, ProtectionLevel, WrappingKeySpec
 from hsmwrap.imports import Cmk, ImportService
-from hsmwrap.pkcs11.keysets.keys import OPENS, Role
+from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
 from hsmwrap.pkcs11.wrapping import material as material_module
 from hsmwrap.pkcs11.wrapping.custody import intermediate
 from hsmwrap.pkcs11.wrapping.sm2 import derive_x
@@ -109,7 +109,7 @@ def test_known_limit_sealed_blobs_open_until_their_key_set_is_retired(scenes, at
         (Role.WRAPPING_UNWRAP, expired.private_key.data[4:]),
         (Role.MATERIAL_AES, deleted.data[3:]),
     ):
-        attacker.unwrap(attacker.ours(LABEL=f"{prefix}:{role}:1"), blob, OPENS[role])
+        attacker.unwrap(attacker.ours(LABEL=f"{prefix}:{role}:1"), blob, UNWRAPPED[role])
 
 
 def test_known_limit_the_pin_uses_imported_keys(scenes, attacker):

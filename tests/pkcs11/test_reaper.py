@@ -22,7 +22,7 @@ from support.services.softhsm import ROOT
 
 from hsmwrap import registry
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.pkcs11.sessions.pool import PooledSession
+from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.pkcs11.wrapping.reaper import GRACE, expiry, label, reap
 
 SM2 = WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE

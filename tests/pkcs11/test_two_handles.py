@@ -13,7 +13,7 @@ from support.pkcs11.attacker import AES, OAEP1, SM2, bring, issue
 
 from hsmwrap.errors import KeyNotFound
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.pkcs11.sessions.pool import PooledSession
+from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.pkcs11.wrapping import reaper
 
 LATER = datetime.now(UTC) + timedelta(days=9)
@@ -50,7 +50,7 @@ def test_a_key_with_two_handles_is_made_used_and_destroyed(backend, attacker, al
     backend.destroy_key(key)
     backend.discard_wrapping_key(wrapping.private_key)
     assert len(attacker.objects()) == before
-    assert backend.health().facts["orphans"] == 0
+    assert backend.health().facts["pending_objects"] == 0
     assert backend.health().facts["recoveries"] == {}
 
 

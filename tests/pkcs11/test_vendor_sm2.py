@@ -15,7 +15,7 @@ from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
 from hsmwrap.pkcs11.binding.profiles import PROFILES, CiphertextForm, vendor_key_type
 from hsmwrap.pkcs11.binding.templates import USES
-from hsmwrap.pkcs11.keysets.keys import OPENS, KeySets, Role, opens
+from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, KeySets, Role, unwrapped_template
 from hsmwrap.pkcs11.wrapping import probe, sm2
 from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, new_object_id
 from hsmwrap.sm2 import decode_spki, open_engine
@@ -116,16 +116,16 @@ def test_a_key_set_made_without_the_profile_opens_no_vendor_key(vendor):
 
 
 def test_a_vendor_without_decryption_derives_with_keys_of_its_type():
-    template = opens(Role.WRAPPING_DERIVE, PROFILES["luna"])
+    template = unwrapped_template(Role.WRAPPING_DERIVE, PROFILES["luna"])
     assert template[Attribute.KEY_TYPE] == PROFILES["luna"].key_type
     assert (template[Attribute.DERIVE], template[Attribute.DECRYPT]) == (True, False)
 
 
 def test_the_profile_changes_sm2_keys_only(vendor):
-    changed = {role for role in OPENS if opens(role, vendor) != OPENS[role]}
+    changed = {role for role in UNWRAPPED if unwrapped_template(role, vendor) != UNWRAPPED[role]}
     assert changed == {Role.WRAPPING_DERIVE}
-    assert all(opens(role) == OPENS[role] for role in OPENS)
-    assert OPENS[Role.WRAPPING_DERIVE][Attribute.KEY_TYPE] is KeyType.EC
+    assert all(unwrapped_template(role) == UNWRAPPED[role] for role in UNWRAPPED)
+    assert UNWRAPPED[Role.WRAPPING_DERIVE][Attribute.KEY_TYPE] is KeyType.EC
 
 
 def test_a_vendor_s_symmetric_key_in_the_partition_stops_nothing(token_and_store):
@@ -140,19 +140,19 @@ def test_a_vendor_s_symmetric_key_in_the_partition_stops_nothing(token_and_store
 def test_the_probe_tries_the_vendor_s_own_mechanisms(vendor):
     token, store = with_keys(vendor, vendor)
     own = next(found.key for found in store.keys._search(token) if found.role is DERIVE)
-    prober = probe._Prober(token, frozenset(), vendor)
-    assert prober._sm2()
-    assert prober._wrap_sm2(own)
+    trials = probe._Probe(token, frozenset(), vendor)
+    assert trials._sm2()
+    assert trials._wrap_sm2(own)
 
 
 def test_the_probe_finds_out_that_the_vendor_takes_another_form(vendor):
     token, _store = with_keys(vendor, vendor)
     form = CiphertextForm.DER if vendor.form is not CiphertextForm.DER else CiphertextForm.C1C3C2
-    assert not probe._Prober(token, frozenset(), dataclasses.replace(vendor, form=form))._sm2()
+    assert not probe._Probe(token, frozenset(), dataclasses.replace(vendor, form=form))._sm2()
 
 
 def test_the_probe_finds_out_that_a_key_set_was_made_without_the_profile(vendor):
     token, store = with_keys(vendor, None)
     own = next(found.key for found in store.keys._search(token) if found.role is DERIVE)
-    prober = probe._Prober(token, frozenset(), vendor)
-    assert not prober._works(lambda: prober._wrap_sm2(own))
+    trials = probe._Probe(token, frozenset(), vendor)
+    assert not trials._works(lambda: trials._wrap_sm2(own))

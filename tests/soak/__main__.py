@@ -19,7 +19,7 @@ from pkcs11.exceptions import PKCS11Error
 import soak
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.sessions.connection import Connection
-from hsmwrap.pkcs11.sessions.pool import PooledSession
+from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.testing.faults import FaultShim
 from soak.faults import FaultSchedule

@@ -211,9 +211,9 @@ class Soak:
                 issued for issued in target.issued if issued.parameters.expires_at >= now
             ]
             target.backend.reap(now + GRACE)
-            orphans = target.backend.health().facts.get("orphans", 0)
-            if orphans:
-                wrong.append(f"{target.backend.name}: {orphans} orphans are left after reaping")
+            pending = target.backend.health().facts.get("pending_objects", 0)
+            if pending:
+                wrong.append(f"{target.backend.name}: {pending} pending objects after reaping")
         return wrong
 
     def try_keys(self, failures: list[str]) -> int:

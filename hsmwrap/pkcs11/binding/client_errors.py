@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pkcs11.constants import Attribute
@@ -13,7 +13,7 @@ from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
 
 
-class blame:  # noqa: N801  # read as a statement: with blame(key)
+class map_client_errors:  # noqa: N801  # read as a statement: with map_client_errors(key)
     """Turn what the HSM token says of the client's input into one error that says nothing.
 
     Tokens have many words for a bad ciphertext (SoftHSM: GENERAL_ERROR for bad padding, field
@@ -35,16 +35,33 @@ class blame:  # noqa: N801  # read as a statement: with blame(key)
 
     def __enter__(self) -> None:
         for key in self._used:
-            _certain(partial(getattr, key, "key_type"))
+            with attribute_reads():
+                _ = key.key_type
 
     def __exit__(self, _type: object, fault: BaseException | None, _traceback: object) -> None:
         if isinstance(fault, PKCS11Error) and recovery_of(fault) is None:
             raise self._error from None
 
 
+@contextmanager
+def attribute_reads() -> Iterator[None]:
+    """Take FUNCTION_FAILED for the connection's, where python-pkcs11 reads attributes.
+
+    Every return code becomes that one there (field note 33).
+
+    Raises:
+        SessionHandleInvalid: It is the connection.
+    """
+    try:
+        yield
+    except FunctionFailed:
+        raise SessionHandleInvalid from None
+
+
 def read(key: Any, attribute: Attribute) -> Any:
     """An attribute of an object that must have it."""
-    return _certain(lambda: key[attribute])
+    with attribute_reads():
+        return key[attribute]
 
 
 def read_if_known(key: Any, attribute: Attribute) -> Any:
@@ -64,11 +81,3 @@ def read_if_known(key: Any, attribute: Attribute) -> Any:
                 raise
         read(key, Attribute.CLASS)
     return None
-
-
-def _certain(get: Callable[[], Any]) -> Any:
-    # Where python-pkcs11 reads an attribute, every code becomes FUNCTION_FAILED (field note 33).
-    try:
-        return get()
-    except FunctionFailed:
-        raise SessionHandleInvalid from None

@@ -29,8 +29,9 @@ from hsmwrap.pkcs11.binding.profiles import profile
 from hsmwrap.pkcs11.binding.returncodes import code_name, recovery_of, typed_error
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
 from hsmwrap.pkcs11.keysets.keys import HIGHEST_NUMBER, KeySet, KeySets, Role
-from hsmwrap.pkcs11.sessions.connection import RESTART_PAUSES, Connection, sleep_about
-from hsmwrap.pkcs11.sessions.pool import PooledSession, close_quietly
+from hsmwrap.pkcs11.sessions.connecting import PAUSES, sleep_with_jitter
+from hsmwrap.pkcs11.sessions.connection import Connection
+from hsmwrap.pkcs11.sessions.session import PooledSession, close_quietly
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.pin import PinSource
 from hsmwrap.pkcs11.token.selection import find_token
@@ -80,13 +81,13 @@ class _Survey:
 def _survey(settings: Pkcs11Settings) -> _Survey:
     keys = _key_sets(settings)
 
-    def look(pooled: PooledSession) -> _Survey:
+    def survey(pooled: PooledSession) -> _Survey:
         found = _Survey(tuple(keys.list(pooled.session)), keys.numbers(pooled.session))
         pooled.require_login()  # without one, the private keys are not seen
         return found
 
     with _connected(settings) as connection:
-        return connection.run(look)
+        return connection.run(survey)
 
 
 def initialise(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo:
@@ -160,13 +161,7 @@ def retire(settings: Pkcs11Settings, key_set: str) -> None:
         raise ConfigurationError(f"key set {key_set} is current; rotate first")
     keys = _key_sets(settings)
     with _connected(settings) as connection:
-        connection.run(lambda pooled: _destroy(pooled, keys, int(key_set)))
-
-
-def _destroy(pooled: PooledSession, keys: KeySets, number: int, made_by: str | None = None) -> None:
-    with pooled.token_writes:
-        keys.destroy(pooled.session, number, made_by)
-    pooled.require_login()  # without one, what is left is not seen, or counts as gone
+        connection.run(lambda pooled: keys.destroy(pooled, int(key_set)))
 
 
 # --- making ------------------------------------------------------------------------------------
@@ -225,17 +220,17 @@ def _require_complete(
     if not connection.run(lambda pooled: keys.is_complete(pooled.session, number, roles)):
         raise ConfigurationError(
             f"key set {number} would not have exactly one key of each kind with the attributes "
-            "that it was made with, so nothing of it is kept; if somebody else makes a key set at "
-            "this moment, run the command again once they have finished"
+            "that it was made with, so nothing of it is kept; if another command is making a key "
+            "set, run this one again when it has finished"
         )
 
 
 def _clean_up(settings: Pkcs11Settings, keys: KeySets, number: int, made_by: str) -> None:
     try:
         with _connected(settings) as connection:
-            connection.run(lambda pooled: _destroy(pooled, keys, number, made_by))
+            connection.run(lambda pooled: keys.destroy(pooled, number, made_by))
     except HsmwrapError as error:
-        # The caller gets the error that came first. What is left is listed as not finished.
+        # The caller gets the first error. What is left is listed as not finished.
         what = {"key_set": number, "error": type(error).__name__}
         _log.warning("keys of an unfinished key set are left", extra=what)
 
@@ -258,7 +253,7 @@ def _connected(settings: Pkcs11Settings) -> Iterator[Connection]:
 
 @contextmanager
 def _officer_session(settings: Pkcs11Settings, so_pin: PinSource) -> Iterator[Session]:
-    """A security officer's session; nobody else may be logged in in this process."""
+    """A security officer's session; no user may be logged in in this process."""
     host = ModuleHost.acquire(settings.module, settings.library_parameters)
     try:
         _await_token(host, settings)
@@ -279,12 +274,12 @@ def _officer_session(settings: Pkcs11Settings, so_pin: PinSource) -> Iterator[Se
 
 
 def _await_token(host: ModuleHost, settings: Pkcs11Settings) -> None:
-    """Look more than once, as a connection does: another process's login hides the token briefly.
+    """Try more than once, as a connection does: another process's login hides the token briefly.
 
     Raises:
         TokenSelectionError: Not exactly one HSM token matches.
     """
-    for pause in (*RESTART_PAUSES, None):
+    for pause in (*PAUSES, None):
         try:
             with host.inside(settings.session_wait) as (module, _generation):
                 find_token(module, settings.selector)
@@ -292,7 +287,7 @@ def _await_token(host: ModuleHost, settings: Pkcs11Settings) -> None:
         except TokenSelectionError:
             if pause is None:
                 raise
-            sleep_about(pause)
+            sleep_with_jitter(pause)
         host.restart(host.generation, settings.session_wait)
 
 

@@ -2,14 +2,14 @@
 
 A *key set* has a number; the highest is current, older ones keep opening what they sealed until
 they are retired. Each key does one job. A key-encryption key wraps and unwraps, nothing else, and
-carries CKA_UNWRAP_TEMPLATE: whoever has the PIN can unwrap a blob only into the very kind of
+carries CKA_UNWRAP_TEMPLATE: the holder of the PIN can unwrap a blob only into the very kind of
 object that this backend would make, sensitive, not extractable, and of no other use. Where the
 security officer helps, it is CKA_TRUSTED too, and what it is to wrap is marked
 CKA_WRAP_WITH_TRUSTED, so that no other key can wrap it (field note 20).
 
-Keys are found by their label, and whoever has the PIN can give any key that label. So a key counts
-only if it has the attributes of one that was made here; and beside a trusted key-encryption key
-those that are not trusted do not count, neither in its own set nor as a newer set.
+Keys are found by their label, and the holder of the PIN can give any key that label. So a key is
+accepted only if it has the attributes of one that was generated here; and beside a trusted
+key-encryption key none is that is not trusted, neither in its own set nor as a newer set.
 
 The MAC key is made last and destroyed last: a set without one is unfinished, or is being retired,
 and nothing is sealed with it.
@@ -20,7 +20,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -29,18 +28,13 @@ from types import MappingProxyType
 from typing import Any
 
 from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
-from pkcs11.exceptions import (
-    FunctionFailed,
-    KeyHandleInvalid,
-    PKCS11Error,
-    SessionHandleInvalid,
-)
+from pkcs11.exceptions import KeyHandleInvalid, PKCS11Error
 from pkcs11.mechanisms import KeyType
 from pkcs11.types import Session
 
 from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError
-from hsmwrap.pkcs11.binding.client_errors import read_if_known
+from hsmwrap.pkcs11.binding.client_errors import attribute_reads, read_if_known
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
@@ -52,7 +46,7 @@ from hsmwrap.pkcs11.binding.templates import (
     without,
 )
 from hsmwrap.pkcs11.keysets import hardening
-from hsmwrap.pkcs11.sessions.pool import GONE, PooledSession
+from hsmwrap.pkcs11.sessions.session import HANDLE_INVALID, PooledSession, find_objects
 
 CURRENT_SET_LIFETIME = 60.0
 """Seconds until a process looks again whether another one rotated the keys."""
@@ -75,7 +69,7 @@ class Role(StrEnum):
     """Wraps imported SM4 keys that the token only keeps (as generic secrets)."""
 
 
-OPENS: Mapping[Role, Template] = MappingProxyType(
+UNWRAPPED: Mapping[Role, Template] = MappingProxyType(
     {
         Role.WRAPPING_UNWRAP: private_key(KeyType.RSA, Attribute.UNWRAP),
         Role.WRAPPING_DECRYPT: private_key(KeyType.RSA, Attribute.DECRYPT),
@@ -84,13 +78,13 @@ OPENS: Mapping[Role, Template] = MappingProxyType(
         Role.MATERIAL_SM4: secret_key(KeyType.GENERIC_SECRET),
     }
 )
-"""What a blob of each key-encryption key becomes, and the only thing that it can become."""
+"""What each key-encryption key unwraps a blob into, and the only thing that it can."""
 
 
-def opens(role: Role, vendor: VendorSm2 | None = None) -> Template:
+def unwrapped_template(role: Role, vendor: VendorSm2 | None = None) -> Template:
     """The same, where a vendor's SM2 keys are of a type of their own or decrypt by themselves."""
     if role is not Role.WRAPPING_DERIVE or vendor is None:
-        return OPENS[role]
+        return UNWRAPPED[role]
     use = Attribute.DERIVE if vendor.decrypt is None else Attribute.DECRYPT
     return private_key(vendor.key_type or KeyType.EC, use)
 
@@ -98,21 +92,18 @@ def opens(role: Role, vendor: VendorSm2 | None = None) -> Template:
 _MATERIAL_ROLES = frozenset({Role.MATERIAL_AES, Role.MATERIAL_SM4})
 
 
-SEARCHES = 10
-"""How often a search begins anew because an object vanished in the middle of it."""
-
 HIGHEST_NUMBER = 0xFFFF
 """References to sealed keys have two bytes for the number of the key set."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """A key in the HSM token with a label of ours; ``made_here`` if its attributes are, too."""
+class _FoundKey:
+    """A key with a label of ours; ``generated_here`` if it has the attributes of ours as well."""
 
     role: Role
     number: int
     trusted: bool
-    made_here: bool
+    generated_here: bool
     key: Any
 
 
@@ -155,18 +146,17 @@ class KeySets:
         self._prefix = prefix
         self._must_be_trusted = must_be_trusted
         self._vendor = vendor
-        self._current: tuple[int, float] | None = None
+        self._current: tuple[int, float, int] | None = None
         self._trusted: frozenset[int] = frozenset()
         self._trusted_sets: frozenset[int] = frozenset()
-        self._epoch = 0
 
     def label(self, role: Role, number: int) -> str:
         """CKA_LABEL of one key."""
         return f"{self._prefix}:{role}:{number}"
 
-    def opens(self, role: Role) -> Template:
-        """What a blob of this key-encryption key becomes."""
-        return opens(role, self._vendor)
+    def unwrapped_template(self, role: Role) -> Template:
+        """What this key-encryption key unwraps a blob into."""
+        return unwrapped_template(role, self._vendor)
 
     def current(self, pooled: PooledSession) -> int:
         """Number of the current key set.
@@ -174,29 +164,26 @@ class KeySets:
         Raises:
             ConfigurationError: There is none, or the trusted ones that were there are gone.
         """
-        known = self._current
-        if known is not None and time.monotonic() < known[1] and self._is_there(pooled, known[0]):
-            return known[0]
-        number = next((each.number for each in self.list(pooled.session) if each.current), None)
-        if number is None:
+        number, until, epoch = self._current or (0, 0.0, -1)
+        if (
+            time.monotonic() < until
+            and epoch == pooled.epoch.number
+            # Costs a search in a session's first use: one that replaces a session that failed looks
+            # whether the set was retired meanwhile.
+            and self.find(pooled, Role.MAC, number) is not None
+        ):
+            return number
+        epoch = pooled.epoch.number
+        current = next((each.number for each in self.list(pooled.session) if each.current), None)
+        if current is None:
             pooled.require_login()
             kind = "trusted " if self._must_be_trusted else ""
             lost = "lost its trusted" if self._trusted_sets else f"has no {kind}".rstrip()
             raise ConfigurationError(
                 f"the HSM token {lost} keys labelled {self._prefix}:…; run `hsmwrap keys init`"
             )
-        self._current = (number, time.monotonic() + CURRENT_SET_LIFETIME)
-        return number
-
-    def _is_there(self, pooled: PooledSession, number: int) -> bool:
-        # Costs a search in a session's first use: one that replaces a session that failed looks
-        # whether the set was retired meanwhile.
-        return self.find(pooled, Role.MAC, number) is not None
-
-    def forget(self) -> None:
-        """Look again for everything: a key that was known turned out to be gone."""
-        self._current = None
-        self._epoch += 1
+        self._current = (current, time.monotonic() + CURRENT_SET_LIFETIME, epoch)
+        return current
 
     def trusts(self, number: int) -> bool:
         """Whether this set's key-encryption keys were seen to be CKA_TRUSTED."""
@@ -204,12 +191,15 @@ class KeySets:
 
     def find(self, pooled: PooledSession, role: Role, number: int) -> Any:
         """The key object of this session, or None when there is no such key (any more)."""
-        label, epoch = self.label(role, number), self._epoch
+        label, epoch = self.label(role, number), pooled.epoch.number
         known = pooled.objects.get(label)
         if known is not None and known[0] == epoch:
             return known[1]
-        present = pooled.certain(lambda: list(self._search(pooled.session, label)))
-        found = [each for each in present if self._counts(each)]
+        present = list(self._search(pooled.session, label))
+        if not present:
+            pooled.require_login()
+            present = list(self._search(pooled.session, label))  # the login may have come between
+        found = [each for each in present if self._is_accepted(each)]
         if len(found) != 1:
             return None
         pooled.objects[label] = epoch, found[0].key
@@ -225,7 +215,7 @@ class KeySets:
         key = self.find(pooled, role, number)
         if key is not None:
             return key
-        self.forget()
+        pooled.epoch.end()
         if self.current(pooled) != number:
             raise KeyHandleInvalid
         raise ConfigurationError(
@@ -235,10 +225,10 @@ class KeySets:
 
     def list(self, session: Session) -> list[KeySet]:
         """All key sets, oldest first; one without a MAC key is unfinished and never current."""
-        found = [each for each in self._search(session) if each.made_here]
+        found = [each for each in self._search(session) if each.generated_here]
         self._trusted |= {each.number for each in found if each.trusted}
         roles: dict[int, set[Role]] = {}
-        for each in filter(self._counts, found):
+        for each in filter(self._is_accepted, found):
             roles.setdefault(each.number, set()).add(each.role)
         finished = {number for number in roles if Role.MAC in roles[number]}
         self._trusted_sets |= finished & self._trusted
@@ -255,32 +245,32 @@ class KeySets:
         ]
 
     def numbers(self, session: Session) -> frozenset[int]:
-        """Numbers that any label of ours has, of finished sets or not, whoever made the key."""
+        """Numbers in any label of ours: of finished and unfinished sets, and of foreign keys."""
         return frozenset(each.number for each in self._search(session))
 
     def is_complete(self, session: Session, number: int, roles: frozenset[Role]) -> bool:
         """Whether the set has exactly one key for each of these roles, and no other key."""
         found = [each for each in self._search(session) if each.number == number]
-        self._trusted |= {each.number for each in found if each.trusted and each.made_here}
+        self._trusted |= {each.number for each in found if each.trusted and each.generated_here}
         return Counter(each.role for each in found) == Counter(roles) and all(
-            self._counts(each) for each in found
+            self._is_accepted(each) for each in found
         )
 
-    def _search(self, session: Session, label: str | None = None) -> Iterator[_Found]:
+    def _search(self, session: Session, label: str | None = None) -> Iterator[_FoundKey]:
         """Keys with a label of ours, or this one, that may do what :meth:`create` allows."""
         wanted: list[Template] = [{Attribute.WRAP: True}, {Attribute.SIGN: True}]
         if label is not None:
             wanted = [{Attribute.LABEL: label}]
         stored: Template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.TOKEN: True}
         seen: set[int | None] = set()
-        for key in chain.from_iterable(_objects(session, stored | each) for each in wanted):
-            attributes = _read(key, Attribute.LABEL, Attribute.TRUSTED, *_TELLTALE)
+        for key in chain.from_iterable(find_objects(session, stored | each) for each in wanted):
+            attributes = _read(key, Attribute.LABEL, Attribute.TRUSTED, *_IDENTIFYING)
             named = self._parse(attributes.get(Attribute.LABEL, ""))
             if named is None or key.handle in seen:
                 continue
             seen.add(key.handle)
             trusted = bool(attributes.get(Attribute.TRUSTED, False))
-            yield _Found(*named, trusted, _made_here(named[0], attributes), key)
+            yield _FoundKey(*named, trusted, _generated_here(named[0], attributes), key)
 
     def _parse(self, label: str) -> tuple[Role, int] | None:
         try:
@@ -291,10 +281,10 @@ class KeySets:
         canonical = label == self.label(*named) and 0 < named[1] <= HIGHEST_NUMBER
         return named if canonical else None
 
-    def _counts(self, found: _Found) -> bool:
+    def _is_accepted(self, found: _FoundKey) -> bool:
         """A set with one trusted key-encryption key has no others."""
         trust = found.role is Role.MAC or found.trusted or found.number not in self._trusted
-        return found.made_here and trust
+        return found.generated_here and trust
 
     def create(
         self, session: Session, role: Role, number: int, made_by: str, *, trusted: bool
@@ -302,7 +292,7 @@ class KeySets:
         """Create one key, as hardened as the HSM token can.
 
         A trusted key-encryption key needs the security officer's session. ``made_by`` is a fresh
-        word that :meth:`destroy` finds the keys again by, and nobody else's.
+        word that :meth:`destroy` finds these keys again by, and no others.
         """
         create = partial(self._create, session, role, number, made_by, trusted=trusted)
         try:
@@ -326,7 +316,9 @@ class KeySets:
         if role is Role.MAC:
             template, capabilities, key_type = _MAC_KEY, MechanismFlag.SIGN, KeyType.GENERIC_SECRET
         else:
-            template = _key_encryption_key(role, self.opens(role), trusted=trusted, refused=refused)
+            template = _key_encryption_key(
+                role, self.unwrapped_template(role), trusted=trusted, refused=refused
+            )
             capabilities, key_type = MechanismFlag.WRAP | MechanismFlag.UNWRAP, KeyType.AES
         session.generate_key(
             key_type,
@@ -342,27 +334,24 @@ class KeySets:
         """CKA_ID; never used twice: NSS replaces a key by another of its id (field note 46)."""
         return f"{self.label(role, number)}:{made_by}".encode()
 
-    def destroy(self, session: Session, number: int, made_by: str | None = None) -> int:
+    def destroy(self, pooled: PooledSession, number: int, made_by: str | None = None) -> int:
         """Destroy what there is of a key set, or only what one :meth:`create` made of it.
 
         Returns:
             The number of keys destroyed. After an error some may be left; another call goes on.
+
+        Raises:
+            UserNotLoggedIn: Without a login, what is left would not be seen.
         """
-        destroyed = 0
         # What is being retired stays listed to the end; what was never finished must not look so.
         mac_key_first = made_by is not None
+        destroyed = 0
         for role in sorted(Role, key=lambda role: role is Role.MAC, reverse=mac_key_first):
             wanted: Template = {Attribute.LABEL: self.label(role, number), Attribute.TOKEN: True}
             if made_by is not None:
                 wanted[Attribute.ID] = self._id(role, number, made_by)
-            for key in _objects(session, wanted):
-                with suppress(*GONE):  # somebody else may destroy the same set
-                    key.destroy()
-                    destroyed += 1
-            for key in _objects(session, wanted):  # but what is found again was not gone
-                key.destroy()
-                destroyed += 1
-        self.forget()
+            destroyed += pooled.destroy(wanted)
+        pooled.epoch.end()
         return destroyed
 
 
@@ -395,7 +384,7 @@ def _key_encryption_key(
     return template
 
 
-_TELLTALE = (
+_IDENTIFYING = (
     Attribute.CLASS,
     Attribute.KEY_TYPE,
     Attribute.SENSITIVE,
@@ -406,8 +395,8 @@ _TELLTALE = (
 )
 
 
-def _made_here(role: Role, attributes: Mapping[Attribute, Any]) -> bool:
-    """Whether nobody can know this key's value, and it has its own uses and no other.
+def _generated_here(role: Role, attributes: Mapping[Attribute, Any]) -> bool:
+    """Whether this key's value never left the HSM token, and it has its own uses and no other.
 
     What an HSM token does not tell is taken for granted. CKA_LOCAL would say the same as the two
     histories, but NSS always says false (field note 47).
@@ -417,7 +406,7 @@ def _made_here(role: Role, attributes: Mapping[Attribute, Any]) -> bool:
     else:
         made = secret_key(KeyType.AES, Attribute.WRAP, Attribute.UNWRAP)
     made |= {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: True}
-    return all(attributes.get(each, made[each]) == made[each] for each in _TELLTALE)
+    return all(attributes.get(each, made[each]) == made[each] for each in _IDENTIFYING)
 
 
 def is_trusted(key: Any) -> bool:
@@ -425,25 +414,11 @@ def is_trusted(key: Any) -> bool:
     return bool(read_if_known(key, Attribute.TRUSTED))
 
 
-def _objects(session: Session, template: Template) -> list[Any]:
-    """All objects that match.
-
-    python-pkcs11 reads attributes of what it finds, and fails if somebody destroys that first,
-    be it another backend's key in the same partition: then the search begins anew.
-    """
-    for _ in range(SEARCHES - 1):
-        with suppress(*GONE):
-            return list(session.get_objects(template))
-    return list(session.get_objects(template))
-
-
 def _read(key: Any, *attributes: Attribute) -> Mapping[Attribute, Any]:
     """Those of these attributes that the HSM token tells; none if the object is gone."""
     try:
-        found: Mapping[Attribute, Any] = key.get_attributes(attributes)
-    except GONE:
+        with attribute_reads():
+            found: Mapping[Attribute, Any] = key.get_attributes(attributes)
+    except HANDLE_INVALID:
         return {}
-    except FunctionFailed:
-        # That is what python-pkcs11 makes of every return code here, a lost session's too.
-        raise SessionHandleInvalid from None
     return found

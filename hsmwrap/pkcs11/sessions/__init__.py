@@ -1,5 +1,6 @@
 """Sessions on one HSM token, and recovery by return code.
 
-``pool`` lends sessions; ``connection`` runs an operation in one and mends what can be mended;
-``breaker`` fails fast while the HSM is unreachable; ``reconnector`` finds it again without traffic.
+``connection`` runs an operation in a session, a second time where that is safe; ``connecting``
+finds the HSM token and logs in; ``pool`` lends sessions (``session``); ``recovery`` makes one
+attempt and mends what failed; ``pending`` destroys what failed operations left.
 """

@@ -11,110 +11,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
-from pkcs11.constants import Attribute
-from pkcs11.exceptions import (
-    KeyHandleInvalid,
-    ObjectHandleInvalid,
-    PKCS11Error,
-    SessionClosed,
-    SessionCount,
-    SessionHandleInvalid,
-    UserNotLoggedIn,
-)
-from pkcs11.types import Session, Token
+from pkcs11.exceptions import SessionCount
+from pkcs11.types import Session
 
 from hsmwrap.errors import HsmResourceExhausted, PoolTimeout
-from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, ObjectLock
+from hsmwrap.pkcs11.binding.objectlock import ObjectLock
+from hsmwrap.pkcs11.sessions.session import HandleEpoch, PooledSession, close_quietly
 
 CAP_LIFETIME = 2.0
 """Seconds until the HSM, which had no more sessions, is asked again whether it has."""
 
-GONE = (KeyHandleInvalid, ObjectHandleInvalid)
-"""What a module answers to the handle of an object that is not there any more."""
-
-_T = TypeVar("_T")
-
 
 class StalePool(Exception):
-    """The pool was closed while somebody waited: its generation is over, take the next one's."""
-
-
-@dataclass(slots=True)
-class PooledSession:
-    """A worker session with what was found through it.
-
-    Attributes:
-        session: python-pkcs11's session, opened without PIN.
-        is_logged_in: Asks the module whether a login covers the session.
-        lock: Keeps threads that read token objects and one that writes some apart.
-        objects: Objects by label, bound to this session (python-pkcs11 runs an operation on the
-            session that an object was found with).
-        tainted: Set after any error; the session is then closed instead of pooled.
-    """
-
-    session: Session
-    is_logged_in: Callable[[Session], bool]
-    lock: ObjectLock = NO_LOCK
-    objects: dict[str, Any] = field(default_factory=dict)
-    tainted: bool = False
-
-    @property
-    def token_writes(self) -> AbstractContextManager[None]:
-        """To be held while token objects are created or destroyed."""
-        return self.lock.write()
-
-    def find(self, template: dict[Attribute, Any]) -> list[Any]:
-        """All objects that match.
-
-        Raises:
-            UserNotLoggedIn: Nothing matches, and without a login nothing could.
-            PKCS11Error: The search failed.
-        """
-        return self.certain(lambda: list(self.session.get_objects(template)))
-
-    def destroy(self, template: dict[Attribute, Any]) -> None:
-        """Destroy all token objects that match; those that vanish meanwhile are as good.
-
-        Raises:
-            UserNotLoggedIn: Nothing matches, and without a login nothing could.
-            PKCS11Error: The search failed, or one could not be destroyed.
-        """
-        vanished = False
-        found = self.find(template)
-        with self.token_writes:
-            for each in found:
-                try:
-                    each.destroy()
-                except GONE:
-                    vanished = True
-            if vanished:
-                for each in self.find(template):  # but what is found again was not gone
-                    each.destroy()
-
-    def certain(self, search: Callable[[], list[_T]]) -> list[_T]:
-        """What ``search`` finds; nothing only if it finds nothing in a session with a login.
-
-        Raises:
-            UserNotLoggedIn: It finds nothing, and without a login nothing could be found.
-        """
-        found = search()
-        if not found:
-            self.require_login()
-            found = search()  # somebody may have logged in again between the two
-        return found
-
-    def require_login(self) -> None:
-        """Tell nothing found from nothing seen.
-
-        Raises:
-            UserNotLoggedIn: Without a login, no private object can be found.
-        """
-        if not self.is_logged_in(self.session):
-            raise UserNotLoggedIn
+    """The pool was closed while this thread waited: take that of the next generation."""
 
 
 class Ticket:
@@ -129,7 +39,7 @@ class Ticket:
 
 
 class PoolState:
-    """The arithmetic of the pool: idle sessions, how many exist, who waits in which order.
+    """The arithmetic of the pool: idle sessions, how many exist, which calls wait in which order.
 
     What is given is an idle session, or room to open one (None).
     """
@@ -160,7 +70,7 @@ class PoolState:
         return None
 
     def serve(self) -> None:
-        """Call those whose turn it is.
+        """Serve the calls whose turn it is.
 
         First come, first served: a busy thread that gives its session back and asks again must
         not overtake one that waits.
@@ -186,7 +96,7 @@ class PoolState:
             self.cap = self.total
 
     def restore_cap(self) -> None:
-        """Let there be as many sessions as were asked for again."""
+        """Allow as many sessions again as were asked for."""
         self.cap = self.size
         self.serve()
 
@@ -210,12 +120,14 @@ class SessionPool:
         open_session: Callable[[], Session],
         is_logged_in: Callable[[Session], bool],
         lock: ObjectLock,
+        epoch: HandleEpoch,
         size: int,
     ) -> None:
         """Take what makes a :class:`PooledSession`, and the most sessions there may be."""
         self._open = open_session
         self._is_logged_in = is_logged_in
         self._object_lock = lock
+        self._epoch = epoch
         self._state = PoolState(size)
         self._cap_ends = 0.0
         self._unclosed: list[Session] = []
@@ -238,7 +150,7 @@ class SessionPool:
         }
 
     def acquire(self, deadline: float) -> PooledSession:
-        """Return a session that nobody else has, by ``deadline`` (``time.monotonic()``).
+        """Return a session for this thread alone, by ``deadline`` (``time.monotonic()``).
 
         Raises:
             PoolTimeout: None became free in time.
@@ -251,7 +163,9 @@ class SessionPool:
             if pooled is not None:
                 return pooled
             try:
-                return PooledSession(self._open(), self._is_logged_in, self._object_lock)
+                return PooledSession(
+                    self._open(), self._is_logged_in, self._object_lock, self._epoch
+                )
             except SessionCount:
                 self._failed_to_open(lower_cap=True)
                 if not self._state.total:
@@ -277,7 +191,7 @@ class SessionPool:
     def abandon(self) -> None:
         """Forget all sessions without closing them: the module that knew them was restarted.
 
-        Their handles may be other sessions' by now. Nobody may hold one (the module is only
+        Their handles may be other sessions' by now. None may be on loan (the module is only
         restarted when no call is in flight).
         """
         self._stop()
@@ -298,7 +212,7 @@ class SessionPool:
             self._state.queue.append(ticket)
         try:
             called = ticket.called.wait(max(0.0, deadline - time.monotonic()))
-        except BaseException:  # a signal handler's, which would leave a place that nobody takes
+        except BaseException:  # a signal handler's: the place must not be served any more
             self._leave(ticket)
             raise
         if not called:
@@ -308,7 +222,7 @@ class SessionPool:
         return ticket.session
 
     def _leave(self, ticket: Ticket) -> None:
-        """Leave the queue, or give what was given to somebody who is not there any more."""
+        """Leave the queue, or give back what was given meanwhile."""
         with self._lock:
             if ticket.stale:
                 return
@@ -348,19 +262,3 @@ class SessionPool:
                 unclosed, self._unclosed = self._unclosed, []
             for session in unclosed:
                 self._discard(session)
-
-
-def open_worker_session(token: Token, attribute_mapper: Any) -> Session:
-    """Open a read-write session without PIN: the login of another session covers it."""
-    return token.open(rw=True, attribute_mapper=attribute_mapper)
-
-
-def close_quietly(session: Session) -> bool:
-    """Close a session whose HSM may be gone; False if the session may still be there."""
-    try:
-        session.close()
-    except (SessionHandleInvalid, SessionClosed):
-        return True
-    except PKCS11Error:
-        return False
-    return True

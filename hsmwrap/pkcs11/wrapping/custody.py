@@ -23,7 +23,7 @@ from pkcs11.mechanisms import KeyType
 from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken
-from hsmwrap.pkcs11.binding.client_errors import blame
+from hsmwrap.pkcs11.binding.client_errors import map_client_errors
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
     NestedTemplate,
@@ -33,12 +33,12 @@ from hsmwrap.pkcs11.binding.templates import (
     stored,
 )
 from hsmwrap.pkcs11.keysets.keys import KeySets, Role
-from hsmwrap.pkcs11.sessions.pool import GONE, PooledSession
+from hsmwrap.pkcs11.sessions.session import HANDLE_INVALID, PooledSession
 from hsmwrap.pkcs11.wrapping import reaper
 from hsmwrap.pkcs11.wrapping.probe import MECHANISMS, TokenFeatures
 
 OBJECT_ID_LENGTH = 16
-_GONE = (*GONE, WrappingKeyHandleInvalid)
+_KEK_HANDLE_INVALID = (*HANDLE_INVALID, WrappingKeyHandleInvalid)
 _VERSION = 1
 _HEAD = struct.Struct(">BBH")
 
@@ -100,7 +100,7 @@ class WrappingKeyStore:
 
     def sealing_template(self, role: Role, *, trusted: bool) -> Template:
         """Template to generate a private key with that will be sealed: extractable, no use."""
-        becomes = self.keys.opens(role)
+        becomes = self.keys.unwrapped_template(role)
         idle = {k: (False if v is True and k in _ACTIVE else v) for k, v in becomes.items()}
         template = {**idle, Attribute.EXTRACTABLE: True, **_guard(trusted=trusted)}
         return self.features.fit(template)
@@ -118,7 +118,9 @@ class WrappingKeyStore:
         becomes = self.features.fit(intermediate(trusted=trusted))
         pins = _pinned(algorithm, becomes) if role is Role.WRAPPING_UNWRAP else {}
         label = reaper.label(self.prefix, expires_at)
-        return stored(self.features.fit({**self.keys.opens(role), **pins}), object_id, label)
+        return stored(
+            self.features.fit({**self.keys.unwrapped_template(role), **pins}), object_id, label
+        )
 
     def seal(self, pooled: PooledSession, role: Role, private: Any, number: int) -> PrivateKeyRef:
         """Wrap a freshly generated private key under the key set ``number``.
@@ -131,8 +133,8 @@ class WrappingKeyStore:
         """
         try:
             return self._seal(pooled, role, private, number)
-        except _GONE:
-            self.keys.forget()
+        except _KEK_HANDLE_INVALID:
+            pooled.epoch.end()
             return self._seal(pooled, role, private, self.keys.current(pooled))
 
     def _seal(self, pooled: PooledSession, role: Role, private: Any, number: int) -> PrivateKeyRef:
@@ -162,8 +164,8 @@ class WrappingKeyStore:
         kek = self.keys.find(pooled, role, number)
         if kek is None:
             raise InvalidImportToken("the key set that sealed this import token was retired")
-        template = for_unwrap(self.features.fit(self.keys.opens(role)))
-        with blame(kek, error=InvalidImportToken):
+        template = for_unwrap(self.features.fit(self.keys.unwrapped_template(role)))
+        with map_client_errors(kek, error=InvalidImportToken):
             private = kek.unwrap_key(key_data=data, mechanism=AES_KEY_WRAP, **template)
         try:
             yield role, private

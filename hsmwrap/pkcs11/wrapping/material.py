@@ -11,24 +11,23 @@ unwrapped into the final object; the session object is destroyed.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import Mechanism
 from pkcs11.types import Session
 
 from hsmwrap import checkvalue
-from hsmwrap.backend import Custody, KeyRef
+from hsmwrap.backend import Custody, Exposure, KeyRef
 from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial, KeyNotFound
-from hsmwrap.pkcs11.binding.client_errors import blame
+from hsmwrap.pkcs11.binding.client_errors import map_client_errors
 from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, Template, for_unwrap, stored
-from hsmwrap.pkcs11.keysets.keys import OPENS, KeySets, Role
-from hsmwrap.pkcs11.sessions.connection import Leftover
-from hsmwrap.pkcs11.sessions.pool import PooledSession
+from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, KeySets, Role
+from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
 from hsmwrap.pkcs11.wrapping.custody import OBJECT_ID_LENGTH, intermediate
 from hsmwrap.pkcs11.wrapping.probe import TokenFeatures
 
@@ -36,8 +35,35 @@ ROLE_OF = {KeySpec.ALIYUN_AES_256: Role.MATERIAL_AES, KeySpec.ALIYUN_SM4: Role.M
 _VERSION = 1
 _HEAD = struct.Struct(">BH")
 
-Unwrap = Callable[[Template], Any]
-"""Makes the material an object with the given template: C_UnwrapKey, or C_CreateObject."""
+
+class MaterialSource(Protocol):
+    """Key material, wherever it is, that becomes objects of the HSM token.
+
+    Attributes:
+        exposure: Where it is in plaintext meanwhile.
+    """
+
+    exposure: ClassVar[Exposure]
+
+    def make_object(self, session: Session, template: Template) -> Any:
+        """Make it an object with ``template``.
+
+        Raises:
+            InvalidKeyMaterial: The client's ciphertext does not become one.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class HostMaterial:
+    """Key material that the host has: C_CreateObject."""
+
+    exposure: ClassVar[Exposure] = Exposure.HOST
+
+    value: bytes = field(repr=False)
+
+    def make_object(self, session: Session, template: Template) -> Any:
+        """Make it an object with ``template``."""
+        return session.create_object({**template, Attribute.VALUE: self.value})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,36 +87,35 @@ class MaterialStore:
     def make(
         self,
         pooled: PooledSession,
-        unwrap: Unwrap,
+        source: MaterialSource,
         key_spec: KeySpec,
         expected: bytes | None,
-        leaves: Leftover,
+        pending: PendingObject,
     ) -> tuple[KeyRef, bytes]:
         """Turn material into a key; returns its reference and check value.
 
         Args:
             pooled: The session to work in.
-            unwrap: Makes the material an object; its failures are already the client's.
+            source: The material.
             key_spec: What it has to become.
             expected: On a re-import, the check value before.
-            leaves: Has the id of the token object, where custody is HSM_INTERNAL.
+            pending: Has the id of the token object, where custody is HSM_INTERNAL.
 
         Raises:
             InvalidKeyMaterial: Wrong length, or not the same material.
         """
         if not self.features.wraps_secret_keys:
-            return self._make_object(pooled, unwrap, key_spec, expected, leaves)
+            return self._make_object(pooled, source, key_spec, expected, pending)
         number = self.keys.current(pooled)
-        blob, check = self._wrap(pooled, unwrap, key_spec, number)
+        blob, check = self._wrap(pooled, source, key_spec, number)
         _require_same(expected, check)
         if self.custody is Custody.HSM_ENCRYPTED_DATABASE:
             return self._sealed_ref(key_spec, number, blob), check
         kek = self._kek(pooled, ROLE_OF[key_spec], number)
-        arguments = for_unwrap(self.features.fit(self._final(key_spec, leaves.object_id)))
-        leaves.possible = True
-        with pooled.token_writes:
+        arguments = for_unwrap(self.features.fit(self._final(key_spec, pending.object_id)))
+        with pooled.creating(pending):
             kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments)
-        return self._object_ref(key_spec, leaves.object_id), check
+        return self._object_ref(key_spec, pending.object_id), check
 
     @contextmanager
     def opened(self, pooled: PooledSession, ref: KeyRef) -> Iterator[Any]:
@@ -104,7 +129,7 @@ class MaterialStore:
             yield self._find(pooled, data)
             return
         role = ROLE_OF[ref.key_spec]
-        key = self._unseal(pooled, role, number, data, OPENS[role])
+        key = self._unseal(pooled, role, number, data, UNWRAPPED[role])
         try:
             yield key
         finally:
@@ -113,11 +138,12 @@ class MaterialStore:
     # --- with AES key wrap -------------------------------------------------------------------
 
     def _wrap(
-        self, pooled: PooledSession, unwrap: Unwrap, key_spec: KeySpec, number: int
+        self, pooled: PooledSession, source: MaterialSource, key_spec: KeySpec, number: int
     ) -> tuple[bytes, bytes]:
         """Return the wrapped material, its length checked, and its AES check value."""
         kek = self.keys.require(pooled, ROLE_OF[key_spec], number)
-        material = unwrap(self.features.fit(intermediate(trusted=self.keys.trusts(number))))
+        template = self.features.fit(intermediate(trusted=self.keys.trusts(number)))
+        material = source.make_object(pooled.session, template)
         try:
             check = _aes_check(material)
             blob = kek.wrap_key(material, mechanism=AES_KEY_WRAP)
@@ -132,7 +158,7 @@ class MaterialStore:
     ) -> Any:
         kek = self._kek(pooled, role, number)
         arguments = for_unwrap(self.features.fit(template))
-        with blame(kek, error=KeyNotFound):
+        with map_client_errors(kek, error=KeyNotFound):
             return kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments)
 
     def _kek(self, pooled: PooledSession, role: Role, number: int) -> Any:
@@ -146,25 +172,23 @@ class MaterialStore:
     def _make_object(
         self,
         pooled: PooledSession,
-        unwrap: Unwrap,
+        source: MaterialSource,
         key_spec: KeySpec,
         expected: bytes | None,
-        leaves: Leftover,
+        pending: PendingObject,
     ) -> tuple[KeyRef, bytes]:
-        final = self.features.fit(self._final(key_spec, leaves.object_id))
-        material = unwrap(
-            self.features.fit({**intermediate(trusted=False), Attribute.EXTRACTABLE: False})
-        )
+        final = self.features.fit(self._final(key_spec, pending.object_id))
+        template = {**intermediate(trusted=False), Attribute.EXTRACTABLE: False}
+        material = source.make_object(pooled.session, self.features.fit(template))
         try:
             self._check_length(material, key_spec)
             check = _aes_check(material)
         finally:
             material.destroy()
         _require_same(expected, check)
-        leaves.possible = True
-        with pooled.token_writes:
-            unwrap(final)
-        return self._object_ref(key_spec, leaves.object_id), check
+        with pooled.creating(pending):
+            source.make_object(pooled.session, final)
+        return self._object_ref(key_spec, pending.object_id), check
 
     def _check_length(self, material: Any, key_spec: KeySpec) -> None:
         # Without CKA_VALUE_LEN the material came through the host, which checked its length.
@@ -183,7 +207,7 @@ class MaterialStore:
 
     def _final(self, key_spec: KeySpec, object_id: bytes) -> Template:
         label = f"{self.prefix}:material:{key_spec}"
-        return stored(OPENS[ROLE_OF[key_spec]], object_id, label)
+        return stored(UNWRAPPED[ROLE_OF[key_spec]], object_id, label)
 
     @staticmethod
     def _find(pooled: PooledSession, object_id: bytes) -> Any:
@@ -194,11 +218,6 @@ class MaterialStore:
         if not _are_one_key(found):
             raise KeyNotFound("more than one key in the HSM token has the id of this one")
         return found[0]
-
-
-def create_from(session: Session, material: bytes) -> Unwrap:
-    """An :data:`Unwrap` for material that the host has: C_CreateObject."""
-    return lambda template: session.create_object({**template, Attribute.VALUE: material})
 
 
 def _are_one_key(found: list[Any]) -> bool:
@@ -232,7 +251,7 @@ def parse_key_ref(ref: KeyRef) -> tuple[int, bytes]:
 
 def _aes_check(key: Any, *, error: type[HsmwrapError] = InvalidKeyMaterial) -> bytes:
     # Fails for material that is no AES key: SoftHSM made an object of it all the same.
-    with blame(key, error=error):
+    with map_client_errors(key, error=error):
         value = bytes(key.encrypt(checkvalue.CHECK_BLOCK, mechanism=Mechanism.AES_ECB))
     return bytes([checkvalue.METHOD_AES_ECB]) + value
 

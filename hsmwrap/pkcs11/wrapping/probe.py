@@ -35,7 +35,7 @@ from hsmwrap.pkcs11.binding.templates import (
     without,
 )
 from hsmwrap.pkcs11.keysets import hardening
-from hsmwrap.pkcs11.keysets.keys import Role, opens
+from hsmwrap.pkcs11.keysets.keys import Role, unwrapped_template
 from hsmwrap.pkcs11.wrapping import sm2
 from hsmwrap.sm2 import decode_spki, open_engine
 from hsmwrap.sm2.curve import FIELD_BYTES, GX, GY, encode_point
@@ -124,14 +124,14 @@ def probe(
         PKCS11Error: A return code that says something about the connection, not the token.
         ConfigurationError: A vendor's SM2 cannot be tried, as there is no engine to encrypt with.
     """
-    prober = _Prober(session, hardening.missing_on(own.unwrap), vendor)
+    trials = _Probe(session, hardening.missing_on(own.unwrap), vendor)
     try:
-        return prober.run(own, gcm)
+        return trials.run(own, gcm)
     finally:
-        prober.clean_up()
+        trials.clean_up()
 
 
-class _Prober:
+class _Probe:
     def __init__(
         self, session: Session, refused: frozenset[Attribute], vendor: VendorSm2 | None
     ) -> None:
@@ -278,13 +278,16 @@ class _Prober:
         return True
 
     def _sm2_pair(self) -> tuple[Any, Any]:
-        template = {**opens(Role.WRAPPING_DERIVE, self._vendor), Attribute.EXTRACTABLE: True}
+        template = {
+            **unwrapped_template(Role.WRAPPING_DERIVE, self._vendor),
+            Attribute.EXTRACTABLE: True,
+        }
         fitting = without(template, self._refused)
         return self._keep_pair(sm2.generate(self._session, fitting, self._vendor))
 
     def _wrap_sm2(self, own: Any) -> bool:
         # By our own key: its unwrap template has to let this very kind of key through.
-        becomes = opens(Role.WRAPPING_DERIVE, self._vendor)
+        becomes = unwrapped_template(Role.WRAPPING_DERIVE, self._vendor)
         return self._wrap_and_unwrap(own, self._sm2_pair()[1], becomes)
 
     def _sm2(self) -> bool:

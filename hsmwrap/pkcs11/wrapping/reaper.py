@@ -1,8 +1,8 @@
 """The reaper: removes resident wrapping keys once their import tokens have expired.
 
 A resident wrapping key's label says when it expires, so that any process can remove it, also one
-that a dead process made. Several may do so at the same time: a key that vanishes while it is
-looked at is one that another has removed.
+that a dead process made. Several may do so at the same time: a key that vanishes meanwhile is one
+that another has removed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ from pkcs11.exceptions import FunctionFailed, PKCS11Error
 
 from hsmwrap.backend import ReapReport
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
-from hsmwrap.pkcs11.sessions.pool import GONE, PooledSession
+from hsmwrap.pkcs11.sessions.session import HANDLE_INVALID, SEARCHES, PooledSession
 
 GRACE = timedelta(minutes=15)
 """How long after its expiry a key is left alone. The clock is this machine's, the expiry was set
 by another's: one that is ahead would destroy keys whose import tokens are still good elsewhere.
 Machines that check signed requests agree to 15 minutes; a key more for that long costs nothing."""
-
-SEARCHES = 10
-"""How often a search begins anew after a key vanished in the middle of it."""
 
 _RESIDENT = {Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.TOKEN: True}
 
@@ -45,7 +42,7 @@ def expiry(prefix: str, text: str) -> datetime | None:
     try:
         return datetime.fromtimestamp(int(seconds), UTC)
     except (ValueError, OverflowError, OSError):
-        return None  # somebody else's idea of a label
+        return None  # a label that was not made here
 
 
 def reap(pooled: PooledSession, prefix: str, now: datetime) -> ReapReport:
@@ -89,8 +86,8 @@ def _search(pooled: PooledSession) -> tuple[list[Any], bool]:
     found: list[Any] = []
     try:
         found.extend(pooled.session.get_objects(_RESIDENT))
-    except GONE:
-        # python-pkcs11 reads attributes of what it has found, which one may have outlived.
+    except HANDLE_INVALID:
+        # python-pkcs11 reads attributes of what it has found, which may have vanished.
         pooled.require_login()
         return found, False
     if not found:
@@ -99,11 +96,11 @@ def _search(pooled: PooledSession) -> tuple[list[Any], bool]:
 
 
 def _described(pooled: PooledSession, prefix: str, key: Any) -> tuple[datetime | None, bytes]:
-    """When the key expires, None if it is not ours or is gone; and its id."""
+    """When the key expires, None if it is not ours or has vanished; and its id."""
     try:
         attributes = key.get_attributes([Attribute.LABEL, Attribute.ID])
-    except (*GONE, FunctionFailed):
-        # FUNCTION_FAILED is what python-pkcs11 makes of every return code here.
+    except (*HANDLE_INVALID, FunctionFailed):
+        # FUNCTION_FAILED is what python-pkcs11 makes of every return code here (field note 33).
         pooled.require_login()
         return None, b""
     expires_at = expiry(prefix, attributes.get(Attribute.LABEL, ""))
@@ -115,7 +112,7 @@ def _destroy(pooled: PooledSession, key: Any) -> bool | None:
     try:
         with pooled.token_writes:
             key.destroy()
-    except GONE:
+    except HANDLE_INVALID:
         pooled.require_login()
         return None
     except PKCS11Error as error:

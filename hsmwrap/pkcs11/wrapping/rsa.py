@@ -7,8 +7,9 @@ an unwrapped key is. PKCS#1 v1.5 is never decoded in the host: that is Bleichenb
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -20,7 +21,7 @@ from hsmwrap import oaep
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidKeyMaterial
-from hsmwrap.pkcs11.binding.client_errors import blame, read
+from hsmwrap.pkcs11.binding.client_errors import map_client_errors, read
 from hsmwrap.pkcs11.binding.templates import Template, for_unwrap
 from hsmwrap.pkcs11.keysets.keys import Role
 from hsmwrap.pkcs11.wrapping.probe import MECHANISMS, TokenFeatures
@@ -91,23 +92,31 @@ def public_key_der(public: Any) -> bytes:
     return numbers.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
-def unwrap(
-    private: Any, algorithm: WrappingAlgorithm, ciphertext: bytes, template: Template
-) -> Any:
-    """Make the material an object with ``template``, inside the token.
+@dataclass(frozen=True, slots=True)
+class WrappedMaterial:
+    """Key material that the HSM token unwraps: C_UnwrapKey."""
 
-    Raises:
-        InvalidKeyMaterial: The token refuses the ciphertext.
-    """
-    _require_length(ciphertext)
-    mechanism, parameter = MECHANISMS[algorithm]
-    with blame(private):
-        return private.unwrap_key(
-            key_data=ciphertext,
-            mechanism=mechanism,
-            mechanism_param=parameter,
-            **for_unwrap(template),
-        )
+    exposure: ClassVar[Exposure] = Exposure.IN_HSM
+
+    private: Any
+    algorithm: WrappingAlgorithm
+    ciphertext: bytes
+
+    def make_object(self, _session: Session, template: Template) -> Any:
+        """Make it an object with ``template``, in the session of the private key.
+
+        Raises:
+            InvalidKeyMaterial: The token refuses the ciphertext.
+        """
+        _require_length(self.ciphertext)
+        mechanism, parameter = MECHANISMS[self.algorithm]
+        with map_client_errors(self.private):
+            return self.private.unwrap_key(
+                key_data=self.ciphertext,
+                mechanism=mechanism,
+                mechanism_param=parameter,
+                **for_unwrap(template),
+            )
 
 
 def decrypt(
@@ -121,11 +130,11 @@ def decrypt(
     _require_length(ciphertext)
     if native:
         mechanism, parameter = MECHANISMS[algorithm]
-        with blame(private):
+        with map_client_errors(private):
             return bytes(
                 private.decrypt(ciphertext, mechanism=mechanism, mechanism_param=parameter)
             )
-    with blame(private):
+    with map_client_errors(private):
         encoded = private.decrypt(ciphertext, mechanism=Mechanism.RSA_X_509)
     return oaep.decode(bytes(encoded).rjust(MODULUS_BYTES, b"\0"), _OAEP_HASH[algorithm])
 

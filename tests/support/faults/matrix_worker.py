@@ -100,7 +100,7 @@ class FaultedBackend:
 
     def begin(self, rule):
         """An operation, which has to look for its keys."""
-        self.backend._keys.forget()
+        self.backend._connection.forget_handles()
         self.rule = rule
         self.arm()
 
@@ -287,7 +287,7 @@ class FaultedBackend:
             settings = Pkcs11Settings.from_mapping(self.keys)
             made, number = admin._key_sets(settings), int(each.key_set)
             with admin._connected(settings) as connection:
-                connection.run(lambda pooled: made.destroy(pooled.session, number))  # noqa: B023
+                connection.run(lambda pooled: made.destroy(pooled, number))  # noqa: B023
         for there in range(len(sets), count):
             make = Pkcs11Backend.rotate_keys if there else Pkcs11Backend.initialise_keys
             make(self.keys, so_pin_file=self.so_pin_file)

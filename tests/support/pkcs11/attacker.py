@@ -27,7 +27,7 @@ from hsmwrap.backend import Custody, Mac
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.templates import USES, HsmAttributeMapper, for_unwrap
-from hsmwrap.pkcs11.keysets.keys import OPENS, Role
+from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
 from hsmwrap.pkcs11.token.pin import Pin
 from hsmwrap.pkcs11.wrapping.custody import parse_ref
 from hsmwrap.sm2 import decode_spki, open_engine
@@ -300,7 +300,7 @@ class Scene:
         role, number, data = parse_ref(self.wrapping[algorithm].private_key)
         if self.wrapping[algorithm].private_key.custody is Custody.HSM_INTERNAL:
             return self.attacker.ours(CLASS=ObjectClass.PRIVATE_KEY, ID=data)
-        return self.attacker.unwrap(self.kek(role, number), data, OPENS[role])
+        return self.attacker.unwrap(self.kek(role, number), data, UNWRAPPED[role])
 
     def imported_key(self, spec):
         """The imported key: the object, or unsealed as the backend does it."""
@@ -308,7 +308,7 @@ class Scene:
         if self.imported[spec].key.custody is Custody.HSM_INTERNAL:
             return self.attacker.ours(CLASS=ObjectClass.SECRET_KEY, ID=data)
         role = _MATERIAL_ROLE[spec]
-        return self.attacker.unwrap(self.kek(role), data, OPENS[role])
+        return self.attacker.unwrap(self.kek(role), data, UNWRAPPED[role])
 
     @contextmanager
     def everything(self):

@@ -97,6 +97,10 @@ def one_outage_many_threads(shim, settings):
         assert 0.0 < backend._connection._breaker.wait <= 1.0
 
 
+def thread_names():
+    return [thread.name for thread in threading.enumerate()]
+
+
 def comes_back_without_traffic(shim, settings):
     """A load balancer that believes the health report sends no call."""
     with Pkcs11Backend.from_settings(settings) as backend:
@@ -108,7 +112,7 @@ def comes_back_without_traffic(shim, settings):
         shim.restore_device()
         wait_for(lambda: backend.health().ready)
         assert backend.mac(b"data")
-        wait_for(lambda: "hsmwrap-probe" not in [thread.name for thread in threading.enumerate()])
+        wait_for(lambda: "hsmwrap-reconnect" not in thread_names())
 
 
 def closed_while_away(shim, settings):
@@ -116,7 +120,7 @@ def closed_while_away(shim, settings):
     shim.remove_device()
     assert isinstance(outcome(backend.mac, b"data"), HsmUnavailable)
     backend.close()
-    assert "hsmwrap-probe" not in [thread.name for thread in threading.enumerate()]
+    assert "hsmwrap-reconnect" not in thread_names()
 
 
 def odd_answer_to_open_session(shim, settings):
@@ -137,14 +141,14 @@ def no_module_to_log_in_again(shim, settings):
     with Pkcs11Backend.from_settings(settings) as backend:
         backend.mac(b"data")
         connection = backend._connection
-        log_in_again = connection._log_in_again
+        log_in_again = connection._attempts._log_in_again
 
         def without_module(failure):
             connection._host._finalise()
             shim.fail("C_Initialize", CKR.GENERAL_ERROR, always=True)
             log_in_again(failure)
 
-        connection._log_in_again = without_module
+        connection._attempts._log_in_again = without_module
         shim.fail("C_SignInit", CKR.USER_NOT_LOGGED_IN)
         assert isinstance(outcome(backend.mac, b"data"), HsmUnavailable)
         shim.clear()
@@ -222,7 +226,7 @@ def an_id_that_an_earlier_call_left(shim, settings):
         shim.fail("C_UnwrapKey", CKR.DEVICE_REMOVED, nth=3, after=True)  # the token object's
         shim.fail("C_Initialize", CKR.GENERAL_ERROR, always=True)
         assert isinstance(outcome(bring_in, *arguments), HsmUnavailable)
-        assert backend.health().facts["orphans"] == 1
+        assert backend.health().facts["pending_objects"] == 1
         shim.clear()
         wait_for(lambda: backend.health().ready)
         imported = bring_in(*arguments)
@@ -281,7 +285,7 @@ def closing_clears_up_once_more(shim, settings):
     shim.fail("C_UnwrapKey", CKR.DEVICE_MEMORY, nth=3, after=True)
     shim.fail("C_FindObjectsInit", CKR.GENERAL_ERROR, always=True)
     outcome(bring_in, backend, reference, OAEP_1, ciphertext, OBJECT_ID)
-    assert backend.health().facts["orphans"] == 1
+    assert backend.health().facts["pending_objects"] == 1
     shim.clear()
     backend.close()
     assert shim.counters().token_objects_delta == before

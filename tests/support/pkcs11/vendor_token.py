@@ -20,7 +20,7 @@ from pkcs11.mechanisms import KeyType, Mechanism
 
 from hsmwrap.pkcs11.binding.profiles import CiphertextForm
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper, _CkAttribute
-from hsmwrap.pkcs11.sessions.pool import PooledSession
+from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.sm2 import Layout, open_engine, parse
 
 MAPPER = HsmAttributeMapper()

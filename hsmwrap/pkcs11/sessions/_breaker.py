@@ -1,4 +1,4 @@
-"""A circuit breaker in front of a lost HSM: fail fast, probe with backoff, come back by itself."""
+"""A circuit breaker in front of a lost HSM: fail fast, and try again after a backoff."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Pass:
     Attributes:
         turn: How often the breaker had opened or closed by then. Of calls from before its last
             turn the breaker learns nothing: one outage ends many calls, and counts once.
-        probe: Whether this is the one call that finds out whether the HSM is back.
+        trial: Whether this is the one call that finds out whether the HSM is back.
     """
 
     turn: int
-    probe: bool = False
+    trial: bool = False
 
 
 class Breaker:
-    """Closed (calls pass), open (calls fail fast), half-open (one call probes).
+    """Closed (calls pass), open (calls fail fast), half-open (one trial call passes).
 
-    Each failed probe doubles the time until the next, up to ``max_backoff`` seconds.
+    Each failed trial call doubles the time until the next, up to ``max_backoff`` seconds.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Breaker:
         self._clock = clock
         self._reason = ""
         self._open_until: float | None = None
-        self._probing = False
+        self._trial_under_way = False
         self.reset()
 
     @property
@@ -50,29 +50,29 @@ class Breaker:
         """``closed``, ``open`` or ``half-open``."""
         if self._open_until is None:
             return "closed"
-        return "half-open" if self._probing or self._clock() >= self._open_until else "open"
+        return "half-open" if self._trial_under_way or self._clock() >= self._open_until else "open"
 
     @property
     def wait(self) -> float:
-        """Seconds until a call may probe; 0 where one may now, or none has to."""
+        """Seconds until a trial call may pass; 0 where one may now, or none is needed."""
         until = self._open_until
         return 0.0 if until is None else max(0.0, until - self._clock())
 
     def check(self) -> Pass:
-        """Let a call pass, as the probe if it is time for one.
+        """Let a call pass, as the trial call if it is time for one.
 
         Raises:
-            HsmUnavailable: The breaker is open, or another call is probing.
+            HsmUnavailable: The breaker is open, or another call is the trial call.
         """
         with self._lock:
             if self._open_until is None:
                 return Pass(self._turn)
-            if self.wait or self._probing:
+            if self.wait or self._trial_under_way:
                 raise HsmUnavailable(
-                    f"the HSM is away ({self._reason}); next try in {self.wait:.1f} s"
+                    f"the HSM is unavailable ({self._reason}); next try in {self.wait:.1f} s"
                 )
-            self._probing = True
-            return Pass(self._turn, probe=True)
+            self._trial_under_way = True
+            return Pass(self._turn, trial=True)
 
     def is_current(self, held: Pass) -> bool:
         """Whether the breaker is still as it was when this call was let through."""
@@ -86,7 +86,7 @@ class Breaker:
             if self.is_current(held):
                 self._turn += 1
                 self._open_until = None
-                self._probing = False
+                self._trial_under_way = False
                 self._backoff = self._initial
 
     def failed(self, held: Pass, reason: str) -> None:
@@ -96,20 +96,20 @@ class Breaker:
                 self._turn += 1
                 self._reason = reason
                 self._open_until = self._clock() + self._backoff
-                self._probing = False
+                self._trial_under_way = False
                 self._backoff = min(self._backoff * 2, self._max)
 
     def undecided(self, held: Pass) -> None:
-        """A call ended without telling anything of the HSM: if it was the probe, another may be."""
-        if held.probe:
+        """A call ended and told nothing of the HSM: if it was the trial call, another may be."""
+        if held.trial:
             with self._lock:
                 if self.is_current(held):
-                    self._probing = False
+                    self._trial_under_way = False
 
     def reset(self) -> None:
-        """Close, with a lock that nobody holds: at the start, and in a forked child."""
+        """Close, with a lock that is free: at the start, and in a forked child."""
         self._lock = threading.Lock()
         self._turn = 0
         self._backoff = self._initial
         self._open_until = None
-        self._probing = False
+        self._trial_under_way = False

@@ -1,4 +1,4 @@
-"""A thread that asks a lost HSM after each backoff whether it is back.
+"""A thread that makes a trial call to a lost HSM after each backoff.
 
 Without it only traffic would bring an HSM back, and a load balancer that believes the health
 report sends none.
@@ -13,30 +13,30 @@ from contextlib import suppress
 from weakref import WeakSet
 
 from hsmwrap.errors import BackendClosed, HsmwrapError, PinError
-from hsmwrap.pkcs11.sessions.breaker import Breaker
+from hsmwrap.pkcs11.sessions._breaker import Breaker
 
 SHORTEST_PAUSE = 0.1
-"""Seconds between two probes, however short the backoff."""
+"""Seconds between two trial calls, however short the backoff."""
 _LONGEST_END = 5.0
 
 
 class Reconnector:
     """Runs from :meth:`start` until the breaker is closed; not in a child until started there."""
 
-    def __init__(self, breaker: Breaker, probe: Callable[[], object]) -> None:
-        """Take what says when to probe, and a call that goes through the breaker."""
+    def __init__(self, breaker: Breaker, trial_call: Callable[[], object]) -> None:
+        """Take what says when to try, and a call that goes through the breaker."""
         self._breaker = breaker
-        self._probe = probe
+        self._trial_call = trial_call
         self._thread: threading.Thread | None = None
         self.reset()
         _RECONNECTORS.add(self)
 
     def start(self) -> None:
-        """Start the thread unless it runs; without one it is for the callers to probe."""
+        """Start the thread unless it runs; without one a caller's call is the trial call."""
         with self._lock:
             if self._thread is not None or self._stopped.is_set():
                 return
-            thread = threading.Thread(target=self._work, name="hsmwrap-probe", daemon=True)
+            thread = threading.Thread(target=self._work, name="hsmwrap-reconnect", daemon=True)
             with suppress(RuntimeError):  # no thread to be had, or the interpreter shuts down
                 thread.start()
                 self._thread = thread
@@ -50,7 +50,7 @@ class Reconnector:
             thread.join(_LONGEST_END)
 
     def reset(self) -> None:
-        """Start over, as in a forked child: no thread, and a lock that nobody holds."""
+        """Start over, as in a forked child: no thread, and a lock that is free."""
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = None
@@ -61,7 +61,7 @@ class Reconnector:
                 self._try()
 
     def _is_wanted(self) -> bool:
-        # Under the lock: whoever opens the breaker after this starts another thread.
+        # Under the lock: if the breaker opens after this, another thread is started.
         with self._lock:
             wanted = self._breaker.state != "closed" and not self._stopped.is_set()
             if not wanted:
@@ -70,7 +70,7 @@ class Reconnector:
 
     def _try(self) -> None:
         try:
-            self._probe()
+            self._trial_call()
         except (BackendClosed, PinError):
             self._stopped.set()
         except HsmwrapError:
@@ -82,8 +82,8 @@ _RECONNECTORS: WeakSet[Reconnector] = WeakSet()
 
 def _stop_at_exit() -> None:
     # A daemon thread inside a PKCS#11 module while the process takes it down would crash it.
-    for prober in list(_RECONNECTORS):
-        prober.stop()
+    for reconnector in list(_RECONNECTORS):
+        reconnector.stop()
 
 
 atexit.register(_stop_at_exit)

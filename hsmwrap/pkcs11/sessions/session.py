@@ -1,0 +1,157 @@
+"""A worker session, what was found through it, and the objects that may be used in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from pkcs11.constants import Attribute
+from pkcs11.exceptions import (
+    KeyHandleInvalid,
+    ObjectHandleInvalid,
+    PKCS11Error,
+    SessionClosed,
+    SessionHandleInvalid,
+    UserNotLoggedIn,
+)
+from pkcs11.types import Session, Token
+
+from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, ObjectLock
+
+SEARCHES = 10
+"""How often a search begins anew because an object vanished in the middle of it."""
+
+HANDLE_INVALID = (KeyHandleInvalid, ObjectHandleInvalid)
+"""What a module answers to the handle of an object that is not there any more."""
+
+
+@dataclass(slots=True)
+class PendingObject:
+    """A token object that a failed operation may leave behind.
+
+    Attributes:
+        object_id: Its CKA_ID.
+        may_exist: Whether the operation has got as far as creating it.
+    """
+
+    object_id: bytes
+    may_exist: bool = False
+
+
+@dataclass(slots=True)
+class HandleEpoch:
+    """Counts how often an object handle turned out to be stale: older ones are looked up anew."""
+
+    number: int = 0
+
+    def end(self) -> None:
+        """Trust no handle that was found until now."""
+        self.number += 1
+
+
+@dataclass(slots=True)
+class PooledSession:
+    """A worker session with what was found through it.
+
+    Attributes:
+        session: python-pkcs11's session, opened without PIN.
+        is_logged_in: Asks the module whether a login covers the session.
+        lock: Keeps threads that read token objects and one that writes some apart.
+        epoch: Of the object handles, the same in all sessions of a connection.
+        objects: Epoch and object by label, bound to this session (python-pkcs11 runs an operation
+            on the session that an object was found with).
+        tainted: Set after any error; the session is then closed instead of pooled.
+    """
+
+    session: Session
+    is_logged_in: Callable[[Session], bool]
+    lock: ObjectLock = NO_LOCK
+    epoch: HandleEpoch = field(default_factory=HandleEpoch)
+    objects: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    tainted: bool = False
+
+    @property
+    def token_writes(self) -> AbstractContextManager[None]:
+        """To be held while token objects are created or destroyed."""
+        return self.lock.write()
+
+    @contextmanager
+    def creating(self, pending: PendingObject) -> Iterator[None]:
+        """Create the token object in the ``with`` block: from here on it may exist."""
+        with self.token_writes:
+            pending.may_exist = True
+            yield
+
+    def find(self, template: dict[Attribute, Any]) -> list[Any]:
+        """All objects that match.
+
+        Raises:
+            UserNotLoggedIn: Nothing matches, and without a login nothing could.
+            PKCS11Error: The search failed.
+        """
+        found = find_objects(self.session, template)
+        if not found:
+            self.require_login()
+            found = find_objects(self.session, template)  # the login may have come in between
+        return found
+
+    def destroy(self, template: dict[Attribute, Any]) -> int:
+        """Destroy all token objects that match; those that vanish meanwhile are as good.
+
+        Returns:
+            How many were destroyed here. After an error some may be left; another call goes on.
+
+        Raises:
+            UserNotLoggedIn: Nothing matches, and without a login nothing could.
+            PKCS11Error: The search failed, or one could not be destroyed.
+        """
+        destroyed = 0
+        with self.token_writes:
+            for each in (found := self.find(template)):
+                with suppress(*HANDLE_INVALID):
+                    each.destroy()
+                    destroyed += 1
+            if destroyed < len(found):
+                for each in self.find(template):  # but what is found again has not vanished
+                    each.destroy()
+                    destroyed += 1
+        return destroyed
+
+    def require_login(self) -> None:
+        """Tell nothing found from nothing seen.
+
+        Raises:
+            UserNotLoggedIn: Without a login, no private object can be found.
+        """
+        if not self.is_logged_in(self.session):
+            raise UserNotLoggedIn
+
+
+def find_objects(session: Session, template: dict[Attribute, Any]) -> list[Any]:
+    """All objects that match; without a login, no private ones.
+
+    python-pkcs11 reads attributes of what it finds, and fails if another session destroys that
+    first, be it another backend's key in the same partition: then the search begins anew.
+    """
+    for _ in range(SEARCHES - 1):
+        with suppress(*HANDLE_INVALID):
+            return list(session.get_objects(template))
+    return list(session.get_objects(template))
+
+
+def open_worker_session(token: Token, attribute_mapper: Any) -> Session:
+    """Open a read-write session without PIN: the login of another session covers it."""
+    return token.open(rw=True, attribute_mapper=attribute_mapper)
+
+
+def close_quietly(session: Session) -> bool:
+    """Close a session whose HSM may be gone; False if the session may still be there."""
+    try:
+        session.close()
+    except (SessionHandleInvalid, SessionClosed):
+        return True
+    except PKCS11Error:
+        return False
+    return True
