@@ -19,7 +19,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
 from enum import StrEnum
@@ -117,15 +117,19 @@ class Settings:
 
 
 def unknown_setting(
-    component: str, unknown: Iterable[str], known: Iterable[str]
+    component: str, unknown: Sequence[str], known: Sequence[str]
 ) -> ConfigurationError:
     """What is wrong where nothing reads a setting, with the nearest known ones."""
-    known = tuple(known)
-    near = [match for name in unknown for match in difflib.get_close_matches(name, known, 1)]
-    hint = f"did you mean {', '.join(near)}? " if near else ""
     return ConfigurationError(
-        f"{component}: unknown setting {', '.join(unknown)}; {hint}There are {', '.join(known)}"
+        f"{component}: unknown setting {', '.join(unknown)}; {did_you_mean(unknown, known)}"
+        f"There are {', '.join(known)}"
     )
+
+
+def did_you_mean(unknown: Iterable[str], known: Sequence[str]) -> str:
+    """A question that names the nearest known names; empty where none is near."""
+    near = [match for name in unknown for match in difflib.get_close_matches(name, known, 1)]
+    return f"did you mean {', '.join(near)}? " if near else ""
 
 
 # --- kinds

@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import json
+import textwrap
+from collections.abc import Iterable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 from hsmwrap.cli import tables
 from hsmwrap.cli.arguments import Subparsers, add_json_option
 from hsmwrap.cli.extras import require_server
+from hsmwrap.keypool import PoolSettings
+from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.settings import REQUIRED, Setting
+from hsmwrap.software.settings import SoftwareSettings
+
+_SETTINGS_HEAD = """\
+# Settings
+
+<!-- Printed by `hsmwrap config settings`, and compared with it by a test: do not edit. -->
+
+Every setting of both backends, the key-pair pool and the server. The tables are those that the
+code reads. An unknown setting is an error that names the nearest known one; no error repeats a
+value. A private file belongs to this process's user or to root, and is closed to others (mode
+0400); its group may read it only where root owns it."""
+_PKCS11 = """\
+`open_backend("pkcs11", {…})`, and `settings` of a server's backend with `plugin = "pkcs11"`. Give
+at most one of the `pin_` settings, and none where the URI has a `pin-source`."""
+_SOFTWARE = """\
+`open_backend("software", {…})`, and `settings` of a server's backend with `plugin = "software"`."""
+_POOL = """\
+`hsmwrap.keypool.PoolSettings`, for embedders. The server's `key_pool` sets `high_water`, and
+`low_water` to half of it."""
+_SERVER = """\
+The TOML file of `hsmwrap serve --config FILE`. A dot stands for a level (`[limits]`); LEVEL is
+`HSM` or `SOFTWARE`. Environment variables outrank the file: `HSMWRAP_SERVER_` and the name in
+capitals, with `__` for each dot (`HSMWRAP_SERVER_LIMITS__MAX_THREADS`)."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -25,6 +55,57 @@ def add_parser(subparsers: Subparsers) -> None:
     check.add_argument("--config", type=Path, metavar="FILE", help="the TOML file")
     add_json_option(check)
     check.set_defaults(run=run)
+    listing = actions.add_parser(
+        "settings",
+        help="print every setting of the backends, the key-pair pool and the server",
+        description="Print docs/settings.md: every setting with what it takes, its default and "
+        "what it is for.",
+    )
+    listing.set_defaults(run=run_settings)
+
+
+def run_settings(_args: argparse.Namespace) -> int:
+    """Print the tables that the code itself reads, in Markdown."""
+    require_server()
+    from hsmwrap.kms.config import settings_table  # noqa: PLC0415 (the extra may be absent)
+
+    print(_SETTINGS_HEAD)
+    for title, text, table in (
+        ("PKCS#11 backend", _PKCS11, Pkcs11Settings.table()),
+        ("Software backend", _SOFTWARE, SoftwareSettings.table()),
+        ("Key-pair pool", _POOL, PoolSettings.table()),
+        ("Server", _SERVER, settings_table()),
+    ):
+        print(
+            f"\n## {title}\n\n{text}\n\n| setting | takes | default | meaning |\n|---|---|---|---|"
+        )
+        for row in table:
+            default = _default(row).removeprefix("default ")
+            print(f"| `{row.name}` | {row.takes} | {default} | {row.help} |")
+    return 0
+
+
+def described(table: Iterable[Setting]) -> str:
+    """A table of settings in plain text, for ``--help``."""
+    return "\n".join(
+        textwrap.fill(
+            f"{row.name}: {row.help} Takes {row.takes} ({_default(row)}).".replace("`", ""),
+            initial_indent="  ",
+            subsequent_indent="      ",
+        )
+        for row in table
+    )
+
+
+def _default(row: Setting) -> str:
+    """``required``, ``optional``, or the default as TOML has it."""
+    value = row.default
+    if value is REQUIRED or value is None:
+        return "optional" if value is None else "required"
+    if isinstance(value, timedelta):
+        value = int(value.total_seconds())
+    plain = list(value) if isinstance(value, frozenset) else value
+    return f"default `{json.dumps(plain, default=str)}`"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,6 +13,8 @@ from hsmwrap import registry
 from hsmwrap.backend import KeySetInfo
 from hsmwrap.cli import tables
 from hsmwrap.cli.arguments import Subparsers, add_json_option
+from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.software.settings import SoftwareSettings
 
 _DESCRIPTION = """\
 A backend seals import tokens, wrapping keys and imported keys under keys of its own, which come
@@ -71,14 +73,13 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("key_set", nargs="?", help="the key set to retire; see above for when")
     parser.add_argument("--backend", default="pkcs11", help="default: pkcs11")
     parser.add_argument("--so-pin-file", help="file with the security officer's PIN")
-    for option in dict.fromkeys(name for names in _OPTIONS.values() for name in names):
-        if option != "force_login":
-            parser.add_argument(f"--{option.replace('_', '-')}")
-    parser.add_argument(
-        "--force-login",
-        action="store_true",
-        help="log in although one more wrong PIN may lock the HSM token; check the PIN before",
-    )
+    for row in (*Pkcs11Settings.table(), *SoftwareSettings.table()):
+        if any(row.name in names for names in _OPTIONS.values()):
+            parser.add_argument(
+                f"--{row.name.replace('_', '-')}",
+                action="store_true" if row.default is False else "store",
+                help=row.help,
+            )
     add_json_option(parser)
     parser.set_defaults(run=run)
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hsmwrap.cli.arguments import Subparsers
+from hsmwrap.cli.config import described
 from hsmwrap.cli.extras import require_server
+from hsmwrap.errors import ConfigurationError
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -17,13 +19,30 @@ def add_parser(subparsers: Subparsers) -> None:
         help="serve the reference KMS over HTTP",
         description="Serve the reference KMS. Prints 'ready http://HOST:PORT' when it listens. "
         "SIGTERM ends it after the running calls, SIGINT at once.",
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and every setting")
     parser.add_argument("--config", type=Path, metavar="FILE", help="the TOML configuration")
     parser.add_argument("--port", type=int, metavar="N", help="instead of the file's; 0: any free")
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)"
     )
     parser.set_defaults(run=run)
+
+
+class _Help(argparse.Action):
+    """Shows the settings as well, which are read only then: they need the extra ``server``."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.print_help()
+        try:
+            require_server()
+        except ConfigurationError as error:
+            parser.exit(message=f"\nsettings: {error}\n")
+        from hsmwrap.kms.config import settings_table  # noqa: PLC0415 (the extra may be absent)
+
+        print(f"\nsettings of the configuration:\n{described(settings_table())}")
+        parser.exit()
 
 
 def run(args: argparse.Namespace) -> int:

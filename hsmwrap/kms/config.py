@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -22,6 +23,8 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from hsmwrap.backend import Exposure
@@ -29,6 +32,7 @@ from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.kms.schema import LOG_ID_LENGTH
 from hsmwrap.policy import Deployment
+from hsmwrap.settings import REQUIRED, Setting, did_you_mean
 
 ENV_PREFIX = "HSMWRAP_SERVER_"
 
@@ -47,12 +51,14 @@ Seconds = Annotated[timedelta, BeforeValidator(_as_seconds)]
 
 
 class BackendConfig(BaseModel):
-    """The backend of one protection level: the plug-in's name and its own settings."""
+    """The backend of one protection level."""
 
     model_config = _STRICT
 
-    plugin: str
-    settings: dict[str, Any] = Field(default_factory=dict)
+    plugin: str = Field(description="The backend's plug-in, as `hsmwrap backends` names it.")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="The settings of the backend itself."
+    )
 
 
 class LimitsConfig(BaseModel):
@@ -60,39 +66,22 @@ class LimitsConfig(BaseModel):
 
     model_config = _STRICT
 
-    max_request_bytes: int = Field(default=131_072, ge=4_096)
-    max_threads: int = Field(default=16, ge=1)
-    database_pool_size: int = Field(default=16, ge=1)
-    shutdown_seconds: float = Field(default=30, ge=0)
+    max_request_bytes: int = Field(
+        default=131_072, ge=4_096, description="Longest request, in bytes."
+    )
+    max_threads: int = Field(
+        default=16, ge=1, description="Requests that one process serves at a time."
+    )
+    database_pool_size: int = Field(
+        default=16, ge=1, description="Database connections of one process."
+    )
+    shutdown_seconds: float = Field(
+        default=30, ge=0, description="How long a shutdown waits for running requests."
+    )
 
 
 class ServerConfig(BaseSettings):
-    """Everything that a KMS server is told.
-
-    Attributes:
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        database_url: SQLAlchemy URL of SQLite or PostgreSQL (``postgresql+psycopg://…``).
-        backends: The backend of each protection level.
-        region: Alibaba region id, for ARNs and the policy.
-        managed_hsm: Class of the managed HSM; None: what the region has.
-        dedicated: True for a dedicated KMS instance.
-        account_id: Account id in ARNs.
-        token_lifetime: Validity of import tokens.
-        single_use: True makes import tokens single-use.
-        required_exposure: ``in_hsm`` refuses HSM-level imports through the host.
-        refused_algorithms: Wrapping algorithms that are turned off.
-        access_key_file: TOML file of access keys, mode 600; None: the embedder brings them.
-        audit_file: The audit log.
-        audit_log_id: What the database calls this audit log, another for each file; None: host
-            and path. Say it where the host's name changes, as in containers.
-        audit_key_file: File with the HMAC key of the audit log's chain, mode 600; None: SHA-256.
-        audit_sync: True waits for the disk with each line.
-        sweep_interval: Pause between sweeps; 0 switches the sweeper off.
-        startup_wait: How long to wait at start for an unavailable HSM or database; 0: not at all.
-        key_pool: Wrapping key pairs of each kind that are made ahead; 0: none.
-        limits: How much is taken from a client at once.
-    """
+    """Everything that a KMS server is told. :func:`settings_table` has it as rows."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
@@ -102,27 +91,82 @@ class ServerConfig(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    host: str = "127.0.0.1"
-    port: int = Field(default=8443, ge=0, le=65_535)
-    database_url: SecretStr = SecretStr("sqlite:///hsmwrap.db")
-    backends: dict[ProtectionLevel, BackendConfig]
-    region: str = "cn-hangzhou"
-    managed_hsm: ManagedHsm | None = None
-    dedicated: bool = False
-    account_id: str = Field(default="1000000000000000", pattern=r"^[0-9]{1,20}$")
-    token_lifetime: Seconds = Field(default=timedelta(hours=24), gt=timedelta(0))
-    single_use: bool = False
-    required_exposure: Exposure | None = None
-    refused_algorithms: frozenset[WrappingAlgorithm] = frozenset()
-    access_key_file: Path | None = None
-    audit_file: Path = Path("audit.log")
-    audit_log_id: str | None = Field(default=None, min_length=1, max_length=LOG_ID_LENGTH)
-    audit_key_file: Path | None = None
-    audit_sync: bool = False
-    sweep_interval: Seconds = Field(default=timedelta(seconds=60), ge=timedelta(0))
-    startup_wait: Seconds = Field(default=timedelta(seconds=60), ge=timedelta(0))
-    key_pool: int = Field(default=0, ge=0, le=10_000)
-    limits: LimitsConfig = LimitsConfig()
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(
+        default=8443, ge=0, le=65_535, description="Port to listen on; 0 takes a free one."
+    )
+    database_url: SecretStr = Field(
+        default=SecretStr("sqlite:///hsmwrap.db"),
+        description="SQLAlchemy URL of SQLite or PostgreSQL (`postgresql+psycopg://…`).",
+    )
+    backends: dict[ProtectionLevel, BackendConfig] = Field(
+        description="The backend of each protection level."
+    )
+    region: str = Field(
+        default="cn-hangzhou",
+        description="Alibaba region id, for ARNs and the compatibility table.",
+    )
+    managed_hsm: ManagedHsm | None = Field(
+        default=None, description="Class of the managed HSM. Without it: what the region has."
+    )
+    dedicated: bool = Field(default=False, description="Whether this is a dedicated KMS instance.")
+    account_id: str = Field(
+        default="1000000000000000",
+        pattern=r"^[0-9]{1,20}$",
+        description="Account id in ARNs: 1 to 20 digits.",
+    )
+    token_lifetime: Seconds = Field(
+        default=timedelta(hours=24), gt=timedelta(0), description="Validity of import tokens."
+    )
+    single_use: bool = Field(
+        default=False, description="Whether an import token is for one import only."
+    )
+    required_exposure: Exposure | None = Field(
+        default=None,
+        description="`in_hsm` refuses HSM-level imports whose material passes the host.",
+    )
+    refused_algorithms: frozenset[WrappingAlgorithm] = Field(
+        default=frozenset(), description="Wrapping algorithms that are turned off."
+    )
+    access_key_file: Path | None = Field(
+        default=None,
+        description="Private TOML file of access keys. Without it the embedder brings them.",
+    )
+    audit_file: Path = Field(default=Path("audit.log"), description="The audit log.")
+    audit_log_id: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=LOG_ID_LENGTH,
+        description="What the database calls this audit log, another for each file. Without it: "
+        "host and path; set it where the host's name changes, as in containers.",
+    )
+    audit_key_file: Path | None = Field(
+        default=None,
+        description="Private file with the HMAC key of the audit log's chain, at least 32 bytes. "
+        "Without it the chain is of SHA-256.",
+    )
+    audit_sync: bool = Field(
+        default=False, description="Wait for the disk with each line of the audit log."
+    )
+    sweep_interval: Seconds = Field(
+        default=timedelta(seconds=60),
+        ge=timedelta(0),
+        description="Pause between sweeps; 0 switches the sweeper off.",
+    )
+    startup_wait: Seconds = Field(
+        default=timedelta(seconds=60),
+        ge=timedelta(0),
+        description="How long the start waits for an HSM or a database that is unavailable.",
+    )
+    key_pool: int = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        description="Wrapping key pairs of each kind that are made ahead; 0: none.",
+    )
+    limits: LimitsConfig = Field(
+        default=LimitsConfig(), description="How much is taken from a client at once."
+    )
 
     @field_validator("backends", mode="before")
     @classmethod
@@ -188,8 +232,71 @@ def load_config(path: Path | None = None) -> ServerConfig:
     try:
         return ServerConfig(**read_file(path))
     except ValidationError as error:
-        lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigurationError("configuration: " + "; ".join(lines)) from None
+        raise ConfigurationError(
+            "configuration: " + "; ".join(map(_fault, error.errors()))
+        ) from None
+
+
+def _fault(error: ErrorDetails) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden":
+        return f"{name}: {error['msg']}"
+    return f"{name}: unknown setting; {did_you_mean([name], _names())}see `hsmwrap config settings`"
+
+
+def settings_table() -> tuple[Setting, ...]:
+    """Every setting of the server, with dots between the levels (``backends.LEVEL.plugin``)."""
+    return tuple(_rows(ServerConfig, ""))
+
+
+def _names() -> list[str]:
+    return [row.name for row in settings_table()]
+
+
+def _rows(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
+    for name, field in model.model_fields.items():
+        inner = get_args(field.annotation)[-1:] or (field.annotation,)
+        if isinstance(inner[0], type) and issubclass(inner[0], BaseModel):
+            level = "LEVEL." if inner[0] is BackendConfig else ""
+            yield from _rows(inner[0], f"{prefix}{name}.{level}")
+            continue
+        default = REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
+        if isinstance(default, SecretStr):
+            default = default.get_secret_value()
+        yield Setting(prefix + name, _takes(field), field.description or "", default)
+
+
+_TAKES: Mapping[Any, str] = {
+    bool: "true or false",
+    dict: "a table",
+    float: "a number",
+    frozenset: "a list",
+    int: "a whole number",
+    Path: "a path",
+    SecretStr: "text",
+    str: "text",
+    timedelta: "seconds, or ISO 8601 (PT24H)",
+}
+
+
+def _takes(field: FieldInfo) -> str:
+    """What a setting takes, in words, from the annotation and the bounds that pydantic checks."""
+    outer = get_origin(field.annotation)
+    kind, *_ = get_args(field.annotation) or (field.annotation,)
+    bounds = {
+        name: getattr(bound, name)
+        for bound in field.metadata
+        for name in ("ge", "gt", "le")
+        if hasattr(bound, name)
+    }
+    words = _TAKES.get(outer if outer in _TAKES else kind, "")
+    if isinstance(kind, type) and issubclass(kind, Enum) and outer is not dict:
+        words = f"{'a list of' if outer is frozenset else 'one of'} {', '.join(kind)}"
+    if "le" in bounds:
+        return f"{words}, {bounds['ge']} to {bounds['le']}"
+    if isinstance(bounds.get("ge"), int):
+        return f"{words}, {bounds['ge']} or more"
+    return f"{words}, more than 0" if "gt" in bounds else words
 
 
 def _merged(below: Any, above: Any) -> Any:
@@ -214,8 +321,11 @@ def read_file(path: Path | None) -> dict[str, Any]:
 
 
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
-    known = set(ServerConfig.model_fields)
+    known = {field.upper(): ENV_PREFIX + field.upper() for field in ServerConfig.model_fields}
     for name in environ:
-        key = name.removeprefix(ENV_PREFIX).lower().split("__")[0]
+        key = name.upper().removeprefix(ENV_PREFIX).split("__")[0]
         if name.upper().startswith(ENV_PREFIX) and key not in known:
-            raise ConfigurationError(f"configuration: nothing reads {name}")
+            hint = did_you_mean([name], list(known.values()))
+            raise ConfigurationError(
+                f"configuration: nothing reads {name}; {hint}see `hsmwrap config settings`"
+            )

@@ -105,7 +105,7 @@ class Pkcs11Backend(Backend):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """Open from plain settings: see :data:`hsmwrap.pkcs11.settings.SETTINGS`.
+        """Open from plain settings: see :class:`hsmwrap.pkcs11.settings.Pkcs11Settings`.
 
         Raises:
             ConfigurationError, TokenSelectionError, PinError, HsmUnavailable

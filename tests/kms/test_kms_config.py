@@ -104,6 +104,24 @@ def test_unknown_variables_are_errors(file, monkeypatch, name):
         load_config(file)
 
 
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [("prot = 1\n", "port"), ("[limits]\nmax_thread = 1\n", "limits.max_threads")],
+)
+def test_an_unknown_key_names_the_nearest_known_one(tmp_path, line, near):
+    file = tmp_path / "server.toml"
+    file.write_text(line)
+    with pytest.raises(ConfigurationError, match=f"unknown setting; did you mean {near}[?]"):
+        load_config(file)
+
+
+def test_an_unknown_variable_names_the_nearest_known_one(file, monkeypatch):
+    monkeypatch.setenv("HSMWRAP_SERVER_REGOIN", "x")
+    known = "did you mean HSMWRAP_SERVER_REGION[?]"
+    with pytest.raises(ConfigurationError, match=f"nothing reads HSMWRAP_SERVER_REGOIN; {known}"):
+        load_config(file)
+
+
 def test_durations_in_variables_are_seconds_or_iso_8601(file, monkeypatch):
     monkeypatch.setenv("HSMWRAP_SERVER_TOKEN_LIFETIME", "600")
     monkeypatch.setenv("HSMWRAP_SERVER_SWEEP_INTERVAL", "PT2M")

@@ -152,10 +152,10 @@ def test_access_key_file_is_read_again(access_file):
     assert keys.lookup("fresh")
 
 
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+@pytest.mark.parametrize("mode", [0o620, 0o604, 0o660])
 def test_access_key_file_must_be_private(access_file, mode):
     access_file.chmod(mode)
-    with pytest.raises(ConfigurationError, match="chmod 600"):
+    with pytest.raises(ConfigurationError, match="chmod 0400"):
         FileAccessKeys(access_file)
 
 

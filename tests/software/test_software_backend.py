@@ -258,7 +258,7 @@ def test_exposed_keyring_stops_the_backend(durable, keyring_file):
     assert durable.health().ready
     keyring_file._path.chmod(0o644)
     assert not durable.health().ready
-    assert "chmod 600" in durable.health().detail
+    assert "chmod 0400" in durable.health().detail
     with pytest.raises(ConfigurationError):
         durable.mac(b"claims")
     keyring_file._path.chmod(0o600)
