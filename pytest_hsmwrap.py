@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 NOT_INSTALLED = "capability: SoftHSM2 is not installed"
 
+pytest.register_assert_rewrite("hsmwrap.testing")  # failures of the conformance kit show values
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options for ``--pyargs hsmwrap.testing.conformance``."""
+    group = parser.getgroup("hsmwrap", "hsmwrap's conformance kit")
+    group.addoption("--hsmwrap-backend", metavar="NAME", help="registered plug-in to test")
+    group.addoption("--hsmwrap-settings", metavar="FILE.toml", help="its settings")
+
 
 class OpenBackends:
     """Backends that stay open for the session: to probe a token takes longer than most tests."""

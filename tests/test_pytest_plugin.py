@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from support.services.softhsm import ROOT
 
+from hsmwrap import KeySpec
+from hsmwrap.software import SoftwareBackend
+
 IMPORTS_ONE_KEY = """
 import os
 import pytest
@@ -81,6 +84,41 @@ def test_it_is_in_the_wheel():
     assert "pytest_hsmwrap.py" in wheel["targets"]["wheel"]["only-include"]
 
 
+# --- the conformance kit over a registered plug-in ------------------------------------------------
+
+KIT = ("--pyargs", "hsmwrap.testing.conformance", "-k", "contract_version or another_instance_uses")
+
+
+def test_the_kit_runs_over_a_registered_plug_in(run_pytest, tmp_path):
+    keyring = tmp_path / "keyring"
+    SoftwareBackend.initialise_keys({"keyring_file": str(keyring)})
+    file = tmp_path / "settings.toml"
+    file.write_text(f"keyring_file = '{keyring}'")
+    options = ("--hsmwrap-backend", "software", "--hsmwrap-settings", str(file))
+    assert passed(run_pytest(*KIT, *options)) == 1 + len(KeySpec)
+
+
+def test_the_kit_without_the_right_keys_fails(run_pytest):
+    """The settings reach the plug-in: with none, each instance has keys of its own."""
+    done = run_pytest(*KIT, "--hsmwrap-backend", "software")
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "1 passed" in done.stdout
+
+
+def test_a_failure_of_the_kit_shows_its_values(run_pytest):
+    long_name = """
+from hsmwrap.software import SoftwareBackend
+SoftwareBackend.name = property(lambda self: 40 * "n")
+"""
+    options = ("--hsmwrap-backend", "software", "-k", "test_name_fits")
+    done = run_pytest(*KIT, *options, conftest=long_name)
+    assert "40 = len(" in done.stdout
+
+
+def test_the_kit_needs_the_name_of_a_plug_in(run_pytest):
+    assert "name the plug-in: --hsmwrap-backend NAME" in run_pytest(*KIT).stdout
+
+
 # --- without SoftHSM ------------------------------------------------------------------------------
 
 NOT_INSTALLED = "from hsmwrap.testing import softhsm\nsofthsm._MODULES = ()"
@@ -106,7 +144,6 @@ def test_without_softhsm_it_fails_where_that_is_required(run_pytest):
 WATCHED = """
 import os
 import sys
-import tomllib
 from pathlib import Path
 import pytest
 
