@@ -1,8 +1,8 @@
-"""Prometheus metrics of backends and key-pair pools (extra ``metrics``).
+"""Prometheus metrics of backends, key-pair pools and API requests (extra ``metrics``).
 
 Counted as it happens: operations by outcome and their latency, by a :class:`PrometheusObserver`
-given to :func:`hsmwrap.observe.observed`. Read at each scrape: what backends say of their
-health and pools of their stocks, by a :class:`FactsCollector`.
+given to :func:`hsmwrap.observe.observed`, and API requests, by :func:`count_request`. Read at each
+scrape: what backends say of their health and pools of their stocks, by a :class:`FactsCollector`.
 
 One process: everything is in one registry. Several, under ``PROMETHEUS_MULTIPROC_DIR`` (set
 before this module is imported): operations and latencies are those of all processes together;
@@ -86,6 +86,22 @@ class PrometheusObserver:
         with _UPDATING.write():
             self._instruments.operations.labels(*labels).inc()
             self._instruments.seconds.labels(o.backend, o.name).observe(o.seconds)
+
+
+@functools.cache
+def _requests() -> tuple[Counter, Histogram]:
+    return (
+        Counter("hsmwrap_http_requests", "API requests by action and code.", ("action", "code")),
+        Histogram("hsmwrap_http_request_seconds", "Time to answer an API request.", ("action",)),
+    )
+
+
+def count_request(action: str, code: str, seconds: float) -> None:
+    """Count an API request; ``action`` comes from a closed list, or the labels grow for ever."""
+    requests, latency = _requests()
+    with _UPDATING.write():
+        requests.labels(action, code).inc()
+        latency.labels(action).observe(seconds)
 
 
 _BACKEND_GAUGES: Mapping[str, str] = MappingProxyType(

@@ -25,20 +25,23 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from werkzeug.wrappers import Request, Response
 
+from hsmwrap.backend import Backend
 from hsmwrap.catalog import loggable
-from hsmwrap.errors import HsmwrapError, InvalidParameter, MissingParameter
-from hsmwrap.http import answer, logs, metrics
+from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidParameter, MissingParameter
+from hsmwrap.http import answer, logs
 from hsmwrap.http.authentication import identify, verify
-from hsmwrap.http.errors import MethodNotAllowed, PathNotFound
+from hsmwrap.http.errors import MethodNotAllowed, MetricsUnavailable, PathNotFound
 from hsmwrap.http.message import RpcMessage, read_message
 from hsmwrap.http.ports import AccessKeys, Caller, KmsPort, NonceStore
 from hsmwrap.http.refusals import RefusalAudit
 from hsmwrap.http.signature import Claim, read_claim
 from hsmwrap.imports import new_request_id
+from hsmwrap.keypool import KeyPool
 from hsmwrap.kms.access import MAX_ID_LENGTH
 from hsmwrap.kms.errors import InvalidAction
 
@@ -51,6 +54,17 @@ MAX_BODY = 128 * 1024
 
 _log = logging.getLogger(__name__)
 _FORMATS = {"json": "JSON", "xml": "XML"}
+
+
+def _metrics_if_installed() -> ModuleType | None:
+    try:
+        from hsmwrap import metrics  # noqa: PLC0415 (the extra may be absent)
+    except ConfigurationError:
+        return None
+    return metrics
+
+
+_METRICS = _metrics_if_installed()
 
 
 def _utc_now() -> datetime:
@@ -72,7 +86,8 @@ class _Exchange:
 
     def log(self, level: int, code: str, status: int, **more: str) -> None:
         seconds = time.perf_counter() - self.started
-        metrics.observe(self.action if self.known_action else "unknown", code, seconds)
+        if _METRICS:
+            _METRICS.count_request(self.action if self.known_action else "unknown", code, seconds)
         facts: dict[str, Any] = {
             "request_id": self.request_id,
             "action": self.action,
@@ -193,7 +208,20 @@ class App:
         return answer.page({"Status": "not ready", "RequestId": request_id}, 503)
 
     def _metrics(self, _request_id: str) -> Response:
-        return Response(self._collect(), 200, content_type=metrics.CONTENT_TYPE)
+        text = self._collect()
+        return Response(text, 200, content_type=_METRICS.CONTENT_TYPE if _METRICS else "text/plain")
+
+
+def _render(backends: Iterable[Backend] = (), pools: Iterable[KeyPool] = ()) -> bytes:
+    """All metrics: of requests, and of these backends and key-pair pools.
+
+    Raises:
+        MetricsUnavailable: prometheus_client is not installed.
+    """
+    if not _METRICS:
+        raise MetricsUnavailable("prometheus_client is not installed")
+    text: bytes = _METRICS.render(_METRICS.FactsCollector(backends, pools))
+    return text
 
 
 def create_app(
@@ -203,7 +231,7 @@ def create_app(
     *,
     clock: Callable[[], datetime] = _utc_now,
     max_body: int = MAX_BODY,
-    collect: Callable[[], bytes] = metrics.render,
+    collect: Callable[[], bytes] = _render,
 ) -> App:
     """Make the application for a KMS.
 
@@ -230,14 +258,14 @@ def from_config(path: Path | None) -> App:
 
     config = load_config(path)
     logs.configure()
-    kms = open_kms(config, observer=metrics.observer())
+    kms = open_kms(config, observer=_METRICS.PrometheusObserver() if _METRICS else None)
     atexit.register(kms.close)
     return create_app(
         kms,
         kms.access_keys,
         kms.nonces,
         max_body=config.limits.max_request_bytes,
-        collect=lambda: metrics.render(*kms.watched()),
+        collect=lambda: _render(*kms.watched()),
     )
 
 

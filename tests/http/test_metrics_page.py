@@ -4,10 +4,10 @@ import pytest
 from werkzeug.test import Client
 
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.http.app import create_app
-from hsmwrap.http.metrics import observer, render
+from hsmwrap.http.app import _render, create_app
 from hsmwrap.kms.config import load_config
 from hsmwrap.kms.opening import open_kms
+from hsmwrap.metrics import PrometheusObserver
 from hsmwrap.software import KeyringFile
 
 CONFIGURATION = """
@@ -32,12 +32,12 @@ def kms(tmp_path):
     access_keys.write_text("[[access_key]]\nid = 'a'\nsecret = 'b'\nallow = []\n")
     path = tmp_path / "server.toml"
     path.write_text(CONFIGURATION.format(directory=tmp_path))
-    with open_kms(load_config(path), observer=observer()) as kms:
+    with open_kms(load_config(path), observer=PrometheusObserver()) as kms:
         yield kms
 
 
 def test_everything_is_on_one_page(kms):
-    app = create_app(kms, kms.access_keys, kms.nonces, collect=lambda: render(*kms.watched()))
+    app = create_app(kms, kms.access_keys, kms.nonces, collect=lambda: _render(*kms.watched()))
     backends, (pool,) = kms.watched()
     pair = WrappingKeySpec.RSA_2048, WrappingAlgorithm.RSAES_OAEP_SHA_256
     pool.prepare(backends[0], [pair])

@@ -13,7 +13,7 @@ from support.http.fakes import ACCESS_KEY, Bench
 from support.http.rpc_signing import acs3_headers, encode_all, v1_parameters, v1_query, v1_signature
 
 from hsmwrap import errors
-from hsmwrap.http import answer, logs, metrics
+from hsmwrap.http import answer, app, logs
 from hsmwrap.http.app import MAX_BODY
 from hsmwrap.http.message import MAX_PARAMETERS
 from hsmwrap.http.refusals import LEFT_OUT, PER_MINUTE
@@ -427,7 +427,7 @@ def test_readyz(bench):
     assert "secret-host" not in response.text
 
 
-@pytest.mark.skipif(not metrics.AVAILABLE, reason="needs the extra 'metrics'")
+@pytest.mark.skipif(not app._METRICS, reason="needs the extra 'metrics'")
 def test_metrics(bench):
     bench.get(v1_query(action="CancelKeyDeletion"))
     bench.kms.answer = InvalidAction("no such action")
@@ -444,7 +444,7 @@ def test_metrics(bench):
 
 
 def test_metrics_without_the_library(bench, monkeypatch):
-    monkeypatch.setattr(metrics, "AVAILABLE", False)
+    monkeypatch.setattr(app, "_METRICS", None)
     response = bench.get(path="/metrics")
     assert response.status_code == 404
     assert "prometheus_client" in response.get_json()["Message"]
