@@ -344,7 +344,7 @@ class Pkcs11Backend(Backend):
     # --- upkeep ------------------------------------------------------------------------------
 
     def reap(self, now: datetime) -> ReapReport:
-        """Destroy expired resident wrapping keys of all processes, and our own leftovers."""
+        """Destroy expired resident wrapping keys of all processes, and our own pending objects."""
         self._connection.destroy_pending()
         prefix = self._settings.key_prefix
         return self._connection.run(lambda pooled: reaper.reap(pooled, prefix, now))

@@ -14,8 +14,6 @@ _HEAD: Final = (
     bytes.fromhex("3059301306072a8648ce3d0201") + OID_DER + bytes([0x03, POINT_BYTES + 1, 0x00])
 )
 
-SPKI_BYTES: Final = len(_HEAD) + POINT_BYTES
-
 
 def encode_spki(point: bytes) -> bytes:
     """Wrap an uncompressed point (65 bytes) into DER SubjectPublicKeyInfo (91 bytes).

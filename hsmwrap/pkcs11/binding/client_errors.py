@@ -14,10 +14,10 @@ from hsmwrap.pkcs11.binding.returncodes import recovery_of
 
 
 class map_client_errors:  # noqa: N801  # read as a statement: with map_client_errors(key)
-    """Turn what the HSM token says of the client's input into one error that says nothing.
+    """Map what the HSM token answers to a client's input to one error that says no more.
 
-    Tokens have many words for a bad ciphertext (SoftHSM: GENERAL_ERROR for bad padding, field
-    note 11), and each different word would be an oracle. Codes of the recovery table speak of
+    Tokens answer many codes to a bad ciphertext (SoftHSM: GENERAL_ERROR to bad padding, field note
+    11), and each difference would be an oracle. Codes of the recovery table speak of
     the connection and pass through.
     """
 
@@ -67,8 +67,8 @@ def read(key: Any, attribute: Attribute) -> Any:
 def read_if_known(key: Any, attribute: Attribute) -> Any:
     """An attribute, or None where the HSM token does not have it.
 
-    A token without it is told from a connection that fails for a moment: it says no twice, and
-    tells another attribute in between.
+    A token without it is told from a connection that fails for a moment: it refuses twice, and
+    answers for another attribute in between.
 
     Raises:
         SessionHandleInvalid: It is the connection.

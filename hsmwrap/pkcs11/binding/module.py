@@ -107,10 +107,10 @@ class Module(lib):
     """A loaded and initialised PKCS#11 module.
 
     Attributes:
-        owned: False if somebody else in this process had initialised the module before; then
+        owned: False if other code of this process had initialised the module before; then
             ``finalize`` leaves it alone.
         os_locking: Whether C_Initialize was told of threads. False where the module cannot lock
-            (CANT_LOCK), where somebody else had initialised it, and where it hands out private
+            (CANT_LOCK), where other code had initialised it, and where it hands out private
             function tables (p11-kit's client), so that only python-pkcs11 can initialise its own.
             Such a module is to be called by one thread at a time.
     """
@@ -122,7 +122,7 @@ class Module(lib):
         """Load the shared object at ``path``.
 
         Raises:
-            ConfigurationError: It is not there, or is no PKCS#11 module.
+            ConfigurationError: It is not there, or is not a PKCS#11 module.
         """
         try:
             # A Cython class: the path goes to its __cinit__, which the type stub does not show.
@@ -159,7 +159,7 @@ class Module(lib):
             self.owned = self._initialize(self._functions)
             if not self.owned:
                 _log.warning(
-                    "somebody else initialised the module", extra={"pkcs11_module": self._path}
+                    "the module was initialised by other code", extra={"pkcs11_module": self._path}
                 )
 
     def restart_after_fork(self) -> None:
@@ -199,10 +199,10 @@ class Module(lib):
         """Log the application in through a session that was opened without PIN.
 
         python-pkcs11 logs in only while it opens a session, loses that session's handle when
-        somebody is logged in already, and logs everybody out when it closes it (field note 4).
+        the application is logged in already, and logs it out when it closes it (field note 4).
 
         Raises:
-            PKCS11Error: The HSM token refuses; being logged in already is no refusal.
+            PKCS11Error: The HSM token refuses; being logged in already is not a refusal.
         """
         if self._functions is None:
             self._log_in_by_opening(session, pin)
@@ -252,7 +252,7 @@ class Module(lib):
             raise CryptokiError("C_Initialize", code)
         if code == CKR.OK:
             _OURS[self._path] = locks
-        # Of one that somebody else initialised nobody knows whether for threads.
+        # Of one that other code initialised it is unknown whether it was told of threads.
         self.os_locking = _OURS.get(self._path, False)
         return self._path in _OURS
 

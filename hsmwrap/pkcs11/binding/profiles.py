@@ -84,11 +84,13 @@ def profile(name: str | None) -> VendorSm2 | None:
     """The profile of this name; None for None.
 
     Raises:
-        ConfigurationError: There is none of this name.
+        ConfigurationError: There is no profile of this name.
     """
     if name is None:
         return None
     try:
         return PROFILES[name]
     except KeyError:
-        raise ConfigurationError(f"profile: {name!r} is none of {', '.join(PROFILES)}") from None
+        raise ConfigurationError(
+            f"profile: {name!r} is unknown; there are {', '.join(PROFILES)}"
+        ) from None

@@ -33,8 +33,8 @@ class _CkAttribute(ctypes.Structure):
 class NestedTemplate:
     """A template as the value of an attribute: an array of CK_ATTRIBUTE.
 
-    The array holds pointers, so this object has to live for as long as it is in use; keep it
-    with the template that it is in.
+    The array holds pointers into this object: keep it, with the template that it is in, for as
+    long as that is in use.
     """
 
     def __init__(self, template: Template) -> None:

@@ -265,7 +265,7 @@ def _officer_session(settings: Pkcs11Settings, so_pin: PinSource) -> Iterator[Se
             try:
                 yield session
             finally:
-                # What was made is there: what the HSM says of the end of the session is no error.
+                # What was made is there: how the HSM ends the session does not matter.
                 close_quietly(session)
     except PKCS11Error as error:
         raise typed_error(error) from None

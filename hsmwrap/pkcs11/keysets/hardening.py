@@ -3,7 +3,7 @@
 Older and simpler tokens refuse some of them; then keys are made without, and the capability
 report says what is weaker. Session objects do not tell: NSS gives them any attribute and refuses
 it for token objects (field note 48). So this is tried on token objects when a key set is made, and
-the key-encryption keys that come of it tell every process later.
+every process later reads it from the key-encryption keys.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def refused_by(session: Session) -> frozenset[Attribute]:
 
 
 def _refuses(session: Session, template: Template) -> bool:
-    """Whether it says so twice, and makes the plain object in between.
+    """Whether it refuses twice, and makes the plain object in between.
 
     The return code does not tell: p11-kit's client answers DEVICE_ERROR to CKA_UNWRAP_TEMPLATE
     (field note 49), which elsewhere means that the HSM is gone.

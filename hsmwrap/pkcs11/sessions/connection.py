@@ -164,10 +164,6 @@ class Connection(ForkAware):
         with self._gate.enter():
             self._pending.destroy_all()
 
-    def forget_handles(self) -> None:
-        """Look up every object anew that was found in a session before."""
-        self._connector.epoch.end()
-
     def health(self) -> tuple[bool, str, dict[str, Any]]:
         """Whether calls can succeed, why not, and numbers; never waits for the HSM."""
         connected = self._connector.connected

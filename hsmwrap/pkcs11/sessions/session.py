@@ -98,7 +98,7 @@ class PooledSession:
         return found
 
     def destroy(self, template: dict[Attribute, Any]) -> int:
-        """Destroy all token objects that match; those that vanish meanwhile are as good.
+        """Destroy all token objects that match; another session may destroy some at the same time.
 
         Returns:
             How many were destroyed here. After an error some may be left; another call goes on.
@@ -120,7 +120,7 @@ class PooledSession:
         return destroyed
 
     def require_login(self) -> None:
-        """Tell nothing found from nothing seen.
+        """Return if a login covers the session; without one, nothing found means nothing seen.
 
         Raises:
             UserNotLoggedIn: Without a login, no private object can be found.

@@ -1,7 +1,8 @@
 """Logging in with the user PIN: not against the HSM token's warning, not again after a refusal.
 
-HSM tokens lock after a few wrong PINs, some for good. So whoever is refused stops for as long as
-the backend is open, and before each login the token is asked whether the next try may be the last.
+HSM tokens lock after a few wrong PINs, some for good. So after a refusal there are no
+more logins for as long as the backend is open, and before each login the token is asked whether the
+next try may be the last.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class UserLogin:
     """Logs in, one thread at a time, until the PIN is refused.
 
     Attributes:
-        stopped: Why nobody logs in any more; None as long as somebody may.
+        stopped: Why there are no more logins; None as long as there may be.
     """
 
     def __init__(self, pin: PinSource | None, *, force: bool) -> None:
@@ -46,11 +47,11 @@ class UserLogin:
         self._vendor_logins = 0
 
     def require_not_stopped(self) -> None:
-        """Return if somebody may log in.
+        """Return if there may be another login.
 
         Raises:
-            PinError: The PIN was refused before. A new one each time: it would gather the frames
-                of all who are told.
+            PinError: The PIN was refused before. A new exception each time: one would
+                gather the frames of every thread that raises it.
         """
         if self.stopped is not None:
             raise PinError(self.stopped)
@@ -71,7 +72,7 @@ class UserLogin:
             module.log_in(session, self._pin.read())
         except PKCS11Error as error:
             name, recovery = code_name(error), recovery_of(error)
-            # Here and not where it is recovered from: nobody may log in in between.
+            # Here and not where it is recovered from: no other thread may log in in between.
             if recovery is not None and recovery.remedy is Remedy.STOP:
                 self.stop(name)
             if is_vendor_defined(error):
@@ -80,14 +81,14 @@ class UserLogin:
         self._vendor_logins = 0
 
     def stop(self, name: str) -> NoReturn:
-        """Let nobody log in any more, because of this answer.
+        """Allow no more logins, because of this answer.
 
         Raises:
             PinError: Always.
         """
         self.stopped = (
             f"the HSM token answered {name} to the login; not trying again, as that may lock it. "
-            "Mend the PIN and open the backend anew"
+            "Correct the PIN and open the backend again"
         )
         raise PinError(self.stopped)
 

@@ -37,7 +37,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Pin:
-    """A PIN that shows itself to nobody but the caller of :meth:`reveal`."""
+    """A PIN that only :meth:`reveal` shows."""
 
     __slots__ = ("_value",)
 
@@ -121,7 +121,7 @@ class PinFile(PinSource):
     path: str
 
     def __post_init__(self) -> None:
-        """Refuse what is no absolute path, without repeating it: it may be the PIN itself."""
+        """Refuse what is not an absolute path, without repeating it: it may be the PIN itself."""
         if not self.path.startswith("/") or "\0" in self.path:
             raise ConfigurationError("PIN file: takes an absolute path")
 
@@ -138,7 +138,7 @@ class PinEnvironment(PinSource):
     variable: str
 
     def __post_init__(self) -> None:
-        """Refuse what is no name, without repeating it: it may be the PIN itself."""
+        """Refuse what is not a name, without repeating it: it may be the PIN itself."""
         if not _VARIABLE.fullmatch(self.variable):
             raise ConfigurationError("PIN environment variable: takes a name, not a value")
 
@@ -154,8 +154,8 @@ class PinEnvironment(PinSource):
 class PinCallback(PinSource):
     """A callable of the embedder that returns the PIN as ``str``.
 
-    Its own :class:`HsmwrapError` passes through (a secret store that is away can say so); any
-    other exception is reported by its type only, as its text may hold the PIN.
+    Its own :class:`HsmwrapError` passes through (so a secret store can say that it is unavailable);
+    any other exception is reported by its type only, as its text may hold the PIN.
     """
 
     # A functools.partial shows its arguments.
@@ -223,7 +223,7 @@ class PinCommand(PinSource):
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            # It holds what the program printed so far: must not become anybody's __context__.
+            # It holds what the program printed so far: must not become an error's __context__.
             return None
 
 

@@ -141,7 +141,7 @@ def _read_text(raw: str) -> str | None:
     try:
         return unquote_to_bytes(raw).decode()
     except UnicodeDecodeError:
-        # It holds the bytes, a PIN's perhaps: must not become anybody's __context__.
+        # It holds the bytes, a PIN's perhaps: must not become an error's __context__.
         return None
 
 
@@ -250,12 +250,12 @@ class _Component:
         )
 
     def redact(self, text: str) -> str:
-        """Mask all but well-formed values of known attributes that are no PIN attributes."""
+        """Mask all but well-formed values of known attributes other than the PIN attributes."""
         return self.separator.join(map(self._redact_one, text.split(self.separator)))
 
     def _read_one(self, part: str, position: int) -> Iterator[_Attribute]:
         name, equals, raw = part.partition("=")
-        # Not repeated in the error: behind a PIN with a bare & in it, this is no name.
+        # Not repeated in the error: behind a PIN with a bare & in it, this is the rest of the PIN.
         if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             _refuse(position, f"the {self.title} takes name=value here")
         name = name.lower()

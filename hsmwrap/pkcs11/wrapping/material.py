@@ -1,6 +1,6 @@
 """From key material to a usable key: length, check value, custody.
 
-The length is the trap. SoftHSM makes an AES key object of any length and does not say which
+The difficulty is the length. SoftHSM makes an AES key object of any length and does not say which
 (field note 17); NSS cuts to CKA_VALUE_LEN if one is given. So material becomes a session object
 first, and two things together tell its length: an AES operation works with 16, 24 and 32 bytes
 only, and its wrapped form has one of three lengths. The wrapped form alone would not do: SoftHSM
@@ -110,7 +110,8 @@ class MaterialStore:
         blob, check = self._wrap(pooled, source, key_spec, number)
         _require_same(expected, check)
         if self.custody is Custody.HSM_ENCRYPTED_DATABASE:
-            return self._sealed_ref(key_spec, number, blob), check
+            data = _HEAD.pack(_VERSION, number) + blob
+            return KeyRef(self.backend, key_spec, self.custody, data), check
         kek = self._kek(pooled, ROLE_OF[key_spec], number)
         arguments = for_unwrap(self.features.fit(self._final(key_spec, pending.object_id)))
         with pooled.creating(pending):
@@ -129,7 +130,10 @@ class MaterialStore:
             yield self._find(pooled, data)
             return
         role = ROLE_OF[ref.key_spec]
-        key = self._unseal(pooled, role, number, data, UNWRAPPED[role])
+        kek = self._kek(pooled, role, number)
+        arguments = for_unwrap(self.features.fit(UNWRAPPED[role]))
+        with map_client_errors(kek, error=KeyNotFound):
+            key = kek.unwrap_key(key_data=data, mechanism=AES_KEY_WRAP, **arguments)
         try:
             yield key
         finally:
@@ -153,14 +157,6 @@ class MaterialStore:
             raise InvalidKeyMaterial
         return blob, check
 
-    def _unseal(
-        self, pooled: PooledSession, role: Role, number: int, blob: bytes, template: Template
-    ) -> Any:
-        kek = self._kek(pooled, role, number)
-        arguments = for_unwrap(self.features.fit(template))
-        with map_client_errors(kek, error=KeyNotFound):
-            return kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments)
-
     def _kek(self, pooled: PooledSession, role: Role, number: int) -> Any:
         kek = self.keys.find(pooled, role, number)
         if kek is None:
@@ -181,7 +177,10 @@ class MaterialStore:
         template = {**intermediate(trusted=False), Attribute.EXTRACTABLE: False}
         material = source.make_object(pooled.session, self.features.fit(template))
         try:
-            self._check_length(material, key_spec)
+            # Without CKA_VALUE_LEN the material came through the host, which checked its length.
+            known = self.features.value_length
+            if known and material[Attribute.VALUE_LEN] != key_spec.material_length:
+                raise InvalidKeyMaterial
             check = _aes_check(material)
         finally:
             material.destroy()
@@ -190,17 +189,7 @@ class MaterialStore:
             source.make_object(pooled.session, final)
         return self._object_ref(key_spec, pending.object_id), check
 
-    def _check_length(self, material: Any, key_spec: KeySpec) -> None:
-        # Without CKA_VALUE_LEN the material came through the host, which checked its length.
-        known = self.features.value_length
-        if known and material[Attribute.VALUE_LEN] != key_spec.material_length:
-            raise InvalidKeyMaterial
-
     # --- references --------------------------------------------------------------------------
-
-    def _sealed_ref(self, key_spec: KeySpec, number: int, blob: bytes) -> KeyRef:
-        data = _HEAD.pack(_VERSION, number) + blob
-        return KeyRef(self.backend, key_spec, Custody.HSM_ENCRYPTED_DATABASE, data)
 
     def _object_ref(self, key_spec: KeySpec, object_id: bytes) -> KeyRef:
         return KeyRef(self.backend, key_spec, Custody.HSM_INTERNAL, object_id)
@@ -250,7 +239,7 @@ def parse_key_ref(ref: KeyRef) -> tuple[int, bytes]:
 
 
 def _aes_check(key: Any, *, error: type[HsmwrapError] = InvalidKeyMaterial) -> bytes:
-    # Fails for material that is no AES key: SoftHSM made an object of it all the same.
+    # Fails for material that is not an AES key, of which SoftHSM has made an object all the same.
     with map_client_errors(key, error=error):
         value = bytes(key.encrypt(checkvalue.CHECK_BLOCK, mechanism=Mechanism.AES_ECB))
     return bytes([checkvalue.METHOD_AES_ECB]) + value

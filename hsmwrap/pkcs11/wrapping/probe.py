@@ -141,18 +141,27 @@ class _Probe:
         self._made: list[Any] = []
 
     def run(self, own: OwnKeys, gcm: AesGcm) -> TokenFeatures:
-        public, private = self._keep_pair(self._rsa_pair())
+        public, private = self._keep_pair(
+            self._session.generate_keypair(
+                KeyType.RSA,
+                2048,
+                capabilities=MechanismFlag.UNWRAP | MechanismFlag.DECRYPT | MechanismFlag.ENCRYPT,
+                private_template={Attribute.EXTRACTABLE: True},
+            )
+        )
         client = _public_key(public)
-        kek = self._wrapping_key()
+        wraps = MechanismFlag.WRAP | MechanismFlag.UNWRAP
+        kek = self._keep(self._session.generate_key(KeyType.AES, 256, capabilities=wraps))
+        rsa_key = private_key(KeyType.RSA, Attribute.UNWRAP)
         works = self._works
-        unwraps = self._working(lambda a: self._unwrap(private, client, a))
+        unwraps = self._working(lambda a: bool(self._unwrapped(private, client, a, _AES_256)))
         pinned = works(lambda: self._unwrap_template(own.unwrap, private))
         return TokenFeatures(
             unwraps=unwraps,
             decrypts=self._working(lambda a: self._decrypt(private, client, a)),
             raw_rsa=works(lambda: self._raw(private, client)),
             wrapped_lengths=self._try(lambda: self._wrapped_lengths(kek), {}),
-            wraps_rsa=works(lambda: self._wrap_rsa(kek, private)),
+            wraps_rsa=works(lambda: self._wrap_and_unwrap(kek, private, rsa_key)),
             wraps_sm2=works(lambda: self._wrap_sm2(own.derive)),
             sm2=works(self._sm2),
             gcm=works(lambda: self._gcm(gcm)),
@@ -196,22 +205,6 @@ class _Probe:
     def _keep_pair(self, pair: tuple[Any, Any]) -> tuple[Any, Any]:
         self._made.extend(pair)
         return pair
-
-    def _rsa_pair(self) -> tuple[Any, Any]:
-        return self._session.generate_keypair(
-            KeyType.RSA,
-            2048,
-            capabilities=MechanismFlag.UNWRAP | MechanismFlag.DECRYPT | MechanismFlag.ENCRYPT,
-            private_template={Attribute.EXTRACTABLE: True},
-        )
-
-    def _wrapping_key(self) -> Any:
-        capabilities = MechanismFlag.WRAP | MechanismFlag.UNWRAP
-        return self._keep(self._session.generate_key(KeyType.AES, 256, capabilities=capabilities))
-
-    def _unwrap(self, private: Any, client: rsa.RSAPublicKey, algorithm: WrappingAlgorithm) -> bool:
-        self._unwrapped(private, client, algorithm, _AES_256)
-        return True
 
     def _unwrapped(
         self, private: Any, client: rsa.RSAPublicKey, algorithm: WrappingAlgorithm, length: int
@@ -267,9 +260,6 @@ class _Probe:
         arguments = self._for_unwrap(secret_key(KeyType.AES, Attribute.ENCRYPT))
         self._keep(kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments))
         return len(blob)
-
-    def _wrap_rsa(self, kek: Any, private: Any) -> bool:
-        return self._wrap_and_unwrap(kek, private, private_key(KeyType.RSA, Attribute.UNWRAP))
 
     def _wrap_and_unwrap(self, kek: Any, private: Any, becomes: Template) -> bool:
         blob = kek.wrap_key(private, mechanism=AES_KEY_WRAP)

@@ -15,7 +15,6 @@ from hsmwrap.backend import (
     WrappingCapability,
 )
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.errors import ConfigurationError
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.settings import Pkcs11Settings, WrappingCustody
 from hsmwrap.pkcs11.wrapping import rsa
@@ -119,13 +118,3 @@ def _notes(settings: Pkcs11Settings, features: TokenFeatures, *, trusted: bool) 
     yield "Aliyun_SM4 keys are kept as generic secrets and cannot encrypt on this HSM token."
     if settings.wrapping_custody is WrappingCustody.SEALED and not features.wraps_sm2:
         yield "The HSM token cannot seal SM2 keys and the configuration forbids resident ones."
-
-
-def require_something(report: Capabilities) -> None:
-    """Refuse a token that serves nothing at all.
-
-    Raises:
-        ConfigurationError: No wrapping algorithm works on it.
-    """
-    if not report.wrapping:
-        raise ConfigurationError("no wrapping algorithm works on this HSM token")

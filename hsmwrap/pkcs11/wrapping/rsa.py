@@ -71,7 +71,7 @@ def path_of(algorithm: WrappingAlgorithm, features: TokenFeatures) -> RsaPath | 
 def generate(session: Session, private_template: Template) -> tuple[Any, Any]:
     """Generate an RSA-2048 pair (e = 65537); returns the public and private key objects.
 
-    The public key is a session object for the host to read. It may encrypt, as anybody may: NSS
+    The public key is a session object for the host to read. It may encrypt, as public keys may: NSS
     tries a pair that decrypts before it hands it out (field note 51).
     """
     return session.generate_keypair(

@@ -41,7 +41,7 @@ def public_key_der(public: Any) -> bytes:
     """DER SubjectPublicKeyInfo of a public key object: the 91-byte form.
 
     Raises:
-        HsmError: The token's CKA_EC_POINT is no point of the curve.
+        HsmError: The token's CKA_EC_POINT is not a point of the curve.
     """
     point = bytes(read(public, Attribute.EC_POINT))
     # PKCS#11 v2.40 wants a DER OCTET STRING; older tokens give the bare point.
@@ -49,7 +49,7 @@ def public_key_der(public: Any) -> bytes:
     try:
         decode_point(point)
     except ValueError:
-        raise HsmError("the HSM token's CKA_EC_POINT is no uncompressed SM2 point") from None
+        raise HsmError("the HSM token's CKA_EC_POINT is not an uncompressed SM2 point") from None
     return encode_spki(point)
 
 

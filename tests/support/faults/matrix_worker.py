@@ -100,7 +100,7 @@ class FaultedBackend:
 
     def begin(self, rule):
         """An operation, which has to look for its keys."""
-        self.backend._connection.forget_handles()
+        self.backend._connection._connector.epoch.end()
         self.rule = rule
         self.arm()
 
