@@ -121,7 +121,7 @@ class Pkcs11Backend(Backend):
     def initialise_keys(
         cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
     ) -> KeySetInfo:
-        """Make the first key set; with the SO PIN its key-encryption keys are CKA_TRUSTED."""
+        """Make the first key set; with the SO PIN its keys are CKA_TRUSTED."""
         return admin.initialise(Pkcs11Settings.from_mapping(settings), _so_pin(so_pin_file))
 
     @classmethod
@@ -399,7 +399,11 @@ class Pkcs11Backend(Backend):
             wrapping=WrappingKeyStore(self._keys, prefix, features),
             material=MaterialStore(self.name, self._keys, prefix, custody, features),
             capabilities=report.capabilities(
-                self._settings, features, self._vendor, trusted=trusted
+                self._settings,
+                features,
+                self._vendor,
+                trusted=trusted,
+                origin_told=bool(self._keys.origin_told(pooled.session)),
             ),
         )
 

@@ -1,12 +1,14 @@
 """Keys that the holder of the PIN plants under the backend's labels, to be sealed with."""
 
+import hmac
 import secrets
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.mechanisms import KeyType
-from support.pkcs11.attacker import KWP, OAEP1, Scenes, bring, issue
+from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
+from pkcs11.mechanisms import KeyType, Mechanism
+from support.pkcs11.attacker import KWP, OAEP1, WAYS_TO_A_KNOWN_VALUE, Scenes, bring, issue
 
 from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidMac
 from hsmwrap.pkcs11 import Pkcs11Backend
@@ -59,6 +61,84 @@ def test_a_set_of_known_keys_is_ignored(scenes, attacker, prefix, trusted):
     assert sets_used(running) == sets_used(scenes.open(prefix, trusted=trusted)) == {1}
     with pytest.raises(InvalidMac):
         running.verify_mac(b"data", attacker.known_mac(prefix, 2, b"data"))
+
+
+DERIVATIONS = {n: way for n, way in WAYS_TO_A_KNOWN_VALUE.items() if n in Mechanism.__members__}
+# SoftHSM lists these; python-pkcs11 has no name for the mechanism that makes a base key for them.
+SINGLE_DES = {"DES_ECB_ENCRYPT_DATA", "DES_CBC_ENCRYPT_DATA"}
+
+
+@pytest.fixture(params=WAYS_TO_A_KNOWN_VALUE.values(), ids=WAYS_TO_A_KNOWN_VALUE)
+def way(request):
+    return request.param
+
+
+def test_sets_of_keys_that_became_known_in_any_way_are_ignored(scenes, attacker, prefix, trusted):
+    running = scenes.open(prefix, trusted=trusted)
+    forged = []
+    for number, way in enumerate(WAYS_TO_A_KNOWN_VALUE.values(), start=2):
+        values = {role: attacker.planted(way, prefix, role, number)[1] for role in Role}
+        forged.append(attacker.known_mac(prefix, number, b"data", values[Role.MAC]))
+    assert key_sets(scenes.softhsm, prefix) == [("1", True)]
+    assert sets_used(running) == sets_used(scenes.open(prefix, trusted=trusted)) == {1}
+    for mac in forged:
+        with pytest.raises(InvalidMac):
+            running.verify_mac(b"data", mac)
+
+
+def test_a_mac_key_that_became_known_does_not_take_the_place_of_ours(
+    scenes, attacker, prefix, trusted
+):
+    backends = [scenes.open(prefix, trusted=trusted) for _ in range(2)]
+    backends[0].mac(b"data")
+    attacker.ours(LABEL=f"{prefix}:{Role.MAC}:1").destroy()
+    for way in WAYS_TO_A_KNOWN_VALUE.values():
+        key, value = attacker.planted(way, prefix, Role.MAC, 1)
+        for backend in backends:
+            with pytest.raises((InvalidMac, ConfigurationError)):
+                backend.verify_mac(b"data", attacker.known_mac(prefix, 1, b"data", value))
+        key.destroy()
+
+
+def test_a_trusted_set_takes_no_other_mac_key(scenes, attacker, prefix):
+    """Not even one that nobody knows: what it is for is not said by the HSM token."""
+    running = scenes.open(prefix, trusted=True)
+    mac = running.mac(b"data")
+    attacker.ours(LABEL=f"{prefix}:{Role.MAC}:1").destroy()
+    lookalike = attacker.plant_lookalike(prefix, Role.MAC, 1)
+    tag = bytes(lookalike.sign(b"data", mechanism=Mechanism.SHA256_HMAC))
+    for backend in (running, scenes.open(prefix, trusted=True)):
+        with pytest.raises((InvalidMac, ConfigurationError)):
+            backend.verify_mac(b"data", replace(mac, tag=tag))
+
+
+def test_the_value_is_known_and_histories_alone_do_not_tell(attacker, prefix, way):
+    """The control: without CKA_LOCAL, keys that were derived would be taken for ours."""
+    mac, value = attacker.planted(way, prefix, Role.MAC, 1)
+    assert bytes(mac.sign(b"data", mechanism=Mechanism.SHA256_HMAC)) == hmac.digest(
+        value, b"data", "sha256"
+    )
+    looks_hidden = mac[Attribute.ALWAYS_SENSITIVE] and mac[Attribute.NEVER_EXTRACTABLE]
+    assert looks_hidden == (way in DERIVATIONS.values())
+    assert not mac[Attribute.LOCAL]
+
+
+def test_every_way_of_the_token_to_derive_a_key_is_tried(attacker):
+    # By name: SoftHSM leaves the flags of some mechanisms uninitialised (measured).
+    listed = {str(mechanism.name) for mechanism in attacker.session.token.slot.get_mechanisms()}
+    derives = {name for name in listed if name.endswith(("_DERIVE", "_ENCRYPT_DATA"))}
+    assert derives - SINGLE_DES == set(DERIVATIONS)
+
+
+def test_a_seed_does_not_choose_a_key(attacker):
+    tags = set()
+    for _ in range(2):
+        attacker.session.seed_random(b"the same seed")
+        key = attacker.session.generate_key(
+            KeyType.GENERIC_SECRET, 256, capabilities=MechanismFlag.SIGN
+        )
+        tags.add(bytes(key.sign(b"data", mechanism=Mechanism.SHA256_HMAC)))
+    assert len(tags) == 2
 
 
 def test_a_known_twin_of_a_key_is_ignored(scenes, attacker, prefix, trusted):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Container, Iterable, Mapping
+from enum import IntEnum
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from pkcs11.attributes import AttributeMapper
@@ -58,12 +60,17 @@ def _unpack_mechanisms(packed: bytes) -> tuple[int, ...]:
     return tuple(memoryview(packed).cast("L"))
 
 
-def _unpack_key_type(packed: bytes) -> int:
+def _unpack_member(kind: type[IntEnum], packed: bytes) -> int:
     number = int.from_bytes(packed, sys.byteorder)
     try:
-        return KeyType(number)
+        return kind(number)
     except ValueError:
-        return number  # a vendor's own
+        return number  # a vendor's own, or CK_UNAVAILABLE_INFORMATION
+
+
+_NUMBERS: Mapping[Attribute, type[IntEnum]] = MappingProxyType(
+    {Attribute.KEY_TYPE: KeyType, Attribute.KEY_GEN_MECHANISM: Mechanism}
+)
 
 
 class HsmAttributeMapper(AttributeMapper):
@@ -75,9 +82,10 @@ class HsmAttributeMapper(AttributeMapper):
         self.register_handler(
             Attribute.LABEL, str.encode, partial(str, encoding="utf-8", errors="replace")
         )
-        # Nor must keys of a vendor's own type; the number compares like any key type.
-        pack, _ = self.attribute_types[Attribute.KEY_TYPE]
-        self.register_handler(Attribute.KEY_TYPE, pack, _unpack_key_type)
+        # Nor must keys of a vendor's own type, or of no mechanism; the number compares like any.
+        for attribute, kind in _NUMBERS.items():
+            pack, _ = self.attribute_types[attribute]
+            self.register_handler(attribute, pack, partial(_unpack_member, kind))
         self.register_handler(Attribute.UNWRAP_TEMPLATE, lambda t: t.packed, bytes)
         self.register_handler(Attribute.ALLOWED_MECHANISMS, _pack_mechanisms, _unpack_mechanisms)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from pkcs11.constants import TokenFlag
 from pkcs11.exceptions import PKCS11Error
@@ -49,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 def list_key_sets(settings: Pkcs11Settings) -> tuple[KeySetInfo, ...]:
     """All key sets in the HSM token, oldest first; also those that were never finished."""
-    return tuple(each.info() for each in _survey(settings).sets)
+    return tuple(each.info() for each in _survey(settings, _key_sets(settings)).sets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,7 @@ class _Survey:
         return number
 
 
-def _survey(settings: Pkcs11Settings) -> _Survey:
-    keys = _key_sets(settings)
-
+def _survey(settings: Pkcs11Settings, keys: KeySets) -> _Survey:
     def survey(pooled: PooledSession) -> _Survey:
         found = _Survey(tuple(keys.list(pooled.session)), keys.numbers(pooled.session))
         pooled.require_login()  # without one, the private keys are not seen
@@ -104,12 +103,13 @@ def initialise(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo
             tried again, keys that were made by then are left; :func:`list_key_sets` shows them.
         ServiceUnavailable, HsmError: The HSM failed; nothing is kept of the new set.
     """
-    present = _survey(settings)
+    keys = _key_sets(settings)
+    present = _survey(settings, keys)
     if present.finished:
         raise ConfigurationError(
             "the HSM token has keys of this prefix already; `hsmwrap keys rotate` makes new ones"
         )
-    return _create(settings, so_pin, present.free_number())
+    return _create(settings, so_pin, keys, present.free_number())
 
 
 def rotate(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo:
@@ -125,7 +125,8 @@ def rotate(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo:
             open.
         PinError, ServiceUnavailable, HsmError: As for :func:`initialise`.
     """
-    present = _survey(settings)
+    keys = _key_sets(settings)
+    present = _survey(settings, keys)
     if not present.finished:
         raise ConfigurationError("there are no keys to rotate; run `hsmwrap keys init`")
     if so_pin is None and any(each.trusted for each in present.finished):
@@ -133,7 +134,7 @@ def rotate(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo:
             "the HSM token has trusted keys, and untrusted ones would not replace them; "
             "rotate with the SO PIN"
         )
-    return _create(settings, so_pin, present.free_number())
+    return _create(settings, so_pin, keys, present.free_number())
 
 
 def retire(settings: Pkcs11Settings, key_set: str) -> None:
@@ -153,13 +154,13 @@ def retire(settings: Pkcs11Settings, key_set: str) -> None:
         ConfigurationError: It is not there, or it is the current one.
         ServiceUnavailable, HsmError: The HSM failed; call again to destroy what is left.
     """
-    present = _survey(settings)
+    keys = _key_sets(settings)
+    present = _survey(settings, keys)
     if key_set not in map(str, present.numbers):
         there = ", ".join(map(str, sorted(present.numbers))) or "none"
         raise ConfigurationError(f"there is no key set {key_set}; there are {there}")
     if any(each.current for each in present.sets if str(each.number) == key_set):
         raise ConfigurationError(f"key set {key_set} is current; rotate first")
-    keys = _key_sets(settings)
     with _connected(settings) as connection:
         connection.run(lambda pooled: keys.destroy(pooled, int(key_set)))
 
@@ -167,17 +168,24 @@ def retire(settings: Pkcs11Settings, key_set: str) -> None:
 # --- making ------------------------------------------------------------------------------------
 
 
-def _create(settings: Pkcs11Settings, so_pin: PinSource | None, number: int) -> KeySetInfo:
-    """Make a key set, or leave nothing of it."""
-    keys, made_by = _key_sets(settings), secrets.token_hex(8)
+def _create(
+    settings: Pkcs11Settings, so_pin: PinSource | None, keys: KeySets, number: int
+) -> KeySetInfo:
+    """Make a key set, or leave nothing of it. The MAC key comes last: with it, the set counts."""
+    made_by = secrets.token_hex(8)
     try:
-        left = _KEY_ENCRYPTION_ROLES
-        if so_pin is not None:
-            with _officer_session(settings, so_pin) as session:
-                for role in left:
-                    keys.create(session, role, number, made_by, trusted=True)
-            left = ()
-        return _finish(settings, keys, number, made_by, left)
+        for roles in (_KEY_ENCRYPTION_ROLES, (Role.MAC,)):
+            if so_pin is None:
+                _make(settings, keys, number, made_by, roles)
+            else:
+                with _officer_session(settings, so_pin) as session:
+                    for role in roles:
+                        keys.create(session, role, number, made_by, trusted=True)
+            with _connected(settings) as connection:
+                made = _EVERY_ROLE if Role.MAC in roles else frozenset(roles)
+                _require_complete(connection, keys, number, made)
+                listed = connection.run(lambda pooled: keys.list(pooled.session))
+        return next(each.info() for each in listed if each.number == number)
     except PinError:
         # Cleaning up would try a PIN again, which may lock the HSM token. What there is of the
         # set, if anything, is listed as not finished.
@@ -187,26 +195,18 @@ def _create(settings: Pkcs11Settings, so_pin: PinSource | None, number: int) -> 
         raise
 
 
-def _finish(
-    settings: Pkcs11Settings, keys: KeySets, number: int, made_by: str, left: tuple[Role, ...]
-) -> KeySetInfo:
-    """Make the keys that are left, the MAC key last: with it, the set counts."""
+def _make(
+    settings: Pkcs11Settings, keys: KeySets, number: int, made_by: str, roles: Iterable[Role]
+) -> None:
+    """Make keys that are not trusted, as the user."""
 
-    def create(role: Role) -> None:
-        def operation(pooled: PooledSession) -> None:
-            with pooled.token_writes:
-                keys.create(pooled.session, role, number, made_by, trusted=False)
-
-        connection.run(operation, retry=False)
+    def create(pooled: PooledSession, role: Role) -> None:
+        with pooled.token_writes:
+            keys.create(pooled.session, role, number, made_by, trusted=False)
 
     with _connected(settings) as connection:
-        for role in left:
-            create(role)
-        _require_complete(connection, keys, number, frozenset(_KEY_ENCRYPTION_ROLES))
-        create(Role.MAC)
-        _require_complete(connection, keys, number, _EVERY_ROLE)
-        listed = connection.run(lambda pooled: keys.list(pooled.session))
-    return next(each.info() for each in listed if each.number == number)
+        for role in roles:
+            connection.run(partial(create, role=role), retry=False)
 
 
 def _require_complete(

@@ -45,7 +45,7 @@ from hsmwrap.pkcs11.binding.templates import (
     secret_key,
     without,
 )
-from hsmwrap.pkcs11.keysets import hardening
+from hsmwrap.pkcs11.keysets import hardening, origin
 from hsmwrap.pkcs11.sessions.session import HANDLE_INVALID, PooledSession, find_objects
 
 CURRENT_SET_LIFETIME = 60.0
@@ -149,6 +149,8 @@ class KeySets:
         self._current: tuple[int, float, int] | None = None
         self._trusted: frozenset[int] = frozenset()
         self._trusted_sets: frozenset[int] = frozenset()
+        self._listed: frozenset[int] = frozenset()
+        self._origin_told: frozenset[Attribute] | None = None
 
     def label(self, role: Role, number: int) -> str:
         """CKA_LABEL of one key."""
@@ -185,8 +187,14 @@ class KeySets:
         self._current = (current, time.monotonic() + CURRENT_SET_LIFETIME, epoch)
         return current
 
+    def origin_told(self, session: Session) -> frozenset[Attribute]:
+        """Attributes by which the HSM token tells a key that it generated; tried once."""
+        if self._origin_told is None:  # two threads may both try; both find the same
+            self._origin_told = origin.told_by(session)
+        return self._origin_told
+
     def trusts(self, number: int) -> bool:
-        """Whether this set's key-encryption keys were seen to be CKA_TRUSTED."""
+        """Whether this set's keys were seen to be CKA_TRUSTED."""
         return number in self._trusted
 
     def find(self, pooled: PooledSession, role: Role, number: int) -> Any:
@@ -195,6 +203,8 @@ class KeySets:
         known = pooled.objects.get(label)
         if known is not None and known[0] == epoch:
             return known[1]
+        if number not in self._listed:
+            self.list(pooled.session)  # says whether the set is trusted, and takes no other key
         present = list(self._search(pooled.session, label))
         if not present:
             pooled.require_login()
@@ -225,7 +235,9 @@ class KeySets:
 
     def list(self, session: Session) -> list[KeySet]:
         """All key sets, oldest first; one without a MAC key is unfinished and never current."""
-        found = [each for each in self._search(session) if each.generated_here]
+        present = list(self._search(session))
+        self._listed |= {each.number for each in present}
+        found = [each for each in present if each.generated_here]
         self._trusted |= {each.number for each in found if each.trusted}
         roles: dict[int, set[Role]] = {}
         for each in filter(self._is_accepted, found):
@@ -263,14 +275,17 @@ class KeySets:
             wanted = [{Attribute.LABEL: label}]
         stored: Template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.TOKEN: True}
         seen: set[int | None] = set()
+        origin_told = self.origin_told(session)
+        wanted_attributes = (Attribute.LABEL, Attribute.TRUSTED, *_IDENTIFYING, *origin_told)
         for key in chain.from_iterable(find_objects(session, stored | each) for each in wanted):
-            attributes = _read(key, Attribute.LABEL, Attribute.TRUSTED, *_IDENTIFYING)
+            attributes = _read(key, *wanted_attributes)
             named = self._parse(attributes.get(Attribute.LABEL, ""))
             if named is None or key.handle in seen:
                 continue
             seen.add(key.handle)
             trusted = bool(attributes.get(Attribute.TRUSTED, False))
-            yield _FoundKey(*named, trusted, _generated_here(named[0], attributes), key)
+            generated_here = _generated_here(named[0], attributes, origin_told)
+            yield _FoundKey(*named, trusted, generated_here, key)
 
     def _parse(self, label: str) -> tuple[Role, int] | None:
         try:
@@ -282,17 +297,17 @@ class KeySets:
         return named if canonical else None
 
     def _is_accepted(self, found: _FoundKey) -> bool:
-        """A set with one trusted key-encryption key has no others."""
-        trust = found.role is Role.MAC or found.trusted or found.number not in self._trusted
-        return found.generated_here and trust
+        """A set with one trusted key has no others."""
+        needs_trust = self._must_be_trusted or found.number in self._trusted
+        return found.generated_here and (found.trusted or not needs_trust)
 
     def create(
         self, session: Session, role: Role, number: int, made_by: str, *, trusted: bool
     ) -> None:
         """Create one key, as hardened as the HSM token can.
 
-        A trusted key-encryption key needs the security officer's session. ``made_by`` is a fresh
-        word that :meth:`destroy` finds these keys again by, and no others.
+        A trusted key needs the security officer's session. ``made_by`` is a fresh word that
+        :meth:`destroy` finds these keys again by, and no others.
         """
         create = partial(self._create, session, role, number, made_by, trusted=trusted)
         try:
@@ -314,12 +329,14 @@ class KeySets:
         refused: frozenset[Attribute],
     ) -> None:
         if role is Role.MAC:
-            template, capabilities, key_type = _MAC_KEY, MechanismFlag.SIGN, KeyType.GENERIC_SECRET
+            template, capabilities, key_type = _OWN_KEY, MechanismFlag.SIGN, KeyType.GENERIC_SECRET
         else:
-            template = _key_encryption_key(
-                role, self.unwrapped_template(role), trusted=trusted, refused=refused
-            )
+            template = _key_encryption_key(role, self.unwrapped_template(role), refused=refused)
             capabilities, key_type = MechanismFlag.WRAP | MechanismFlag.UNWRAP, KeyType.AES
+        if trusted:
+            # The security officer sees public objects only. Private or not, the key is sensitive,
+            # and what a key-encryption key unwraps has to be private, which takes a login.
+            template = {**template, Attribute.TRUSTED: True, Attribute.PRIVATE: False}
         session.generate_key(
             key_type,
             256,
@@ -355,7 +372,7 @@ class KeySets:
         return destroyed
 
 
-_MAC_KEY: Template = {
+_OWN_KEY: Template = {
     Attribute.CLASS: ObjectClass.SECRET_KEY,
     Attribute.PRIVATE: True,
     Attribute.SENSITIVE: True,
@@ -366,22 +383,17 @@ _MAC_KEY: Template = {
 
 
 def _key_encryption_key(
-    role: Role, becomes: Template, *, trusted: bool, refused: frozenset[Attribute]
+    role: Role, becomes: Template, *, refused: frozenset[Attribute]
 ) -> Template:
     # Imported keys may become token objects. Wrapping keys may not: what was unsealed while the
     # set was there must not outlive its retirement.
     loose = {Attribute.TOKEN} if role in _MATERIAL_ROLES else frozenset()
     pinned: Template = {key: value for key, value in becomes.items() if key not in loose}
-    template: Template = {
-        **_MAC_KEY,
+    return {
+        **_OWN_KEY,
         Attribute.UNWRAP_TEMPLATE: NestedTemplate(without(pinned, refused)),
         Attribute.ALLOWED_MECHANISMS: (AES_KEY_WRAP,),
     }
-    if trusted:
-        # The security officer sees public objects only. Private or not, the key is sensitive,
-        # and what it unwraps has to be private, which takes a login.
-        template |= {Attribute.TRUSTED: True, Attribute.PRIVATE: False}
-    return template
 
 
 _IDENTIFYING = (
@@ -395,18 +407,24 @@ _IDENTIFYING = (
 )
 
 
-def _generated_here(role: Role, attributes: Mapping[Attribute, Any]) -> bool:
-    """Whether this key's value never left the HSM token, and it has its own uses and no other.
+def _generated_here(
+    role: Role, attributes: Mapping[Attribute, Any], origin_told: frozenset[Attribute]
+) -> bool:
+    """Whether the HSM token generated this key, never gave it away, and it has its own uses only.
 
-    What an HSM token does not tell is taken for granted. CKA_LOCAL would say the same as the two
-    histories, but NSS always says false (field note 47).
+    Its histories alone do not tell: a key that is derived from data that the holder of the PIN
+    can encrypt is always sensitive and never extractable, and its value is known. What an HSM
+    token does not tell of an object is taken for granted.
     """
     if role is Role.MAC:
         made = secret_key(KeyType.GENERIC_SECRET, Attribute.SIGN)
     else:
         made = secret_key(KeyType.AES, Attribute.WRAP, Attribute.UNWRAP)
     made |= {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: True}
-    return all(attributes.get(each, made[each]) == made[each] for each in _IDENTIFYING)
+    generated = origin.GENERATED[made[Attribute.KEY_TYPE]]
+    return all(attributes.get(each, made[each]) == made[each] for each in _IDENTIFYING) and all(
+        attributes.get(each) == generated[each] for each in origin_told
+    )
 
 
 def is_trusted(key: Any) -> bool:

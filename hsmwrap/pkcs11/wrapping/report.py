@@ -47,6 +47,7 @@ def capabilities(
     vendor: VendorSm2 | None,
     *,
     trusted: bool,
+    origin_told: bool,
 ) -> Capabilities:
     """The report."""
     custody = material_custody(settings, features)
@@ -58,7 +59,7 @@ def capabilities(
             KeyCapability(KeySpec.ALIYUN_AES_256, usable=features.gcm, custody=custody),
             KeyCapability(KeySpec.ALIYUN_SM4, usable=False, custody=custody),
         ),
-        notes=tuple(_notes(settings, features, trusted=trusted)),
+        notes=tuple(_notes(settings, features, trusted=trusted, origin_told=origin_told)),
     )
 
 
@@ -99,7 +100,9 @@ def _wrapping_custody(settings: Pkcs11Settings, *, can_seal: bool) -> Custody | 
     return None if wanted is WrappingCustody.SEALED else Custody.HSM_INTERNAL
 
 
-def _notes(settings: Pkcs11Settings, features: TokenFeatures, *, trusted: bool) -> Iterator[str]:
+def _notes(
+    settings: Pkcs11Settings, features: TokenFeatures, *, trusted: bool, origin_told: bool
+) -> Iterator[str]:
     yield from (
         note for attribute, note in _WEAKER_WITHOUT.items() if attribute in features.refused
     )
@@ -108,6 +111,12 @@ def _notes(settings: Pkcs11Settings, features: TokenFeatures, *, trusted: bool) 
             "The key-encryption keys are not CKA_TRUSTED: the holder of the PIN can wrap key "
             "material with a key of their own while it is being imported. `hsmwrap keys rotate` "
             "with the SO PIN makes trusted ones, where the HSM token lets its officer do that."
+        )
+    if not (trusted or origin_told):
+        yield (
+            "The HSM token does not tell keys that it generated from derived ones (CKA_LOCAL): the "
+            "holder of the PIN can plant a key set whose values are known, and read from outside "
+            "what is sealed under it."
         )
     if not features.wraps_secret_keys:
         yield "The HSM token has no working AES key wrap: imported keys are token objects."

@@ -5,6 +5,7 @@ against what the backend made, and against a naive key, where it has to succeed:
 test could not fail.
 """
 
+import ctypes
 import functools
 import hmac
 import secrets
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import padding
+from cryptography.hazmat.primitives.asymmetric import ec, padding
 from cryptography.hazmat.primitives.keywrap import aes_key_unwrap_with_padding
-from pkcs11 import _pkcs11
+from pkcs11 import KDF, _pkcs11
 from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import MGF, KeyType, Mechanism
+from pkcs11.util.ec import encode_named_curve_parameters
 
 from hsmwrap import registry
 from hsmwrap.backend import Custody, Mac
@@ -202,10 +204,37 @@ class Attacker:
         }
         return force(self.session.create_object(template))
 
+    def planted(self, make, prefix, role, number):
+        """A key with the backend's names and uses, and the value that the attacker knows.
+
+        ``make`` is one of :data:`WAYS_TO_A_KNOWN_VALUE`.
+        """
+        mac = role is Role.MAC
+        uses = {Attribute.SIGN} if mac else {Attribute.WRAP, Attribute.UNWRAP}
+        template = {
+            Attribute.CLASS: ObjectClass.SECRET_KEY,
+            Attribute.KEY_TYPE: KeyType.GENERIC_SECRET if mac else KeyType.AES,
+            Attribute.TOKEN: True,
+            Attribute.PRIVATE: True,
+            Attribute.SENSITIVE: True,
+            Attribute.EXTRACTABLE: False,
+            Attribute.ID: f"{prefix}:{role}:{number}".encode(),
+            Attribute.LABEL: f"{prefix}:{role}:{number}",
+            **{use: use in uses for use in USES},
+        }
+        key, value = make(self, template)
+        return force(key), value
+
+    def base_key(self, key_type=KeyType.AES, bits=256):
+        """A key that derives, and encrypts what it derives from; its value is not known."""
+        uses = MechanismFlag.ENCRYPT | MechanismFlag.DERIVE
+        hidden = {Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False}
+        return force(self.session.generate_key(key_type, bits, capabilities=uses, template=hidden))
+
     @staticmethod
-    def known_mac(prefix, number, data):
-        """A MAC by what :meth:`plant_known` planted."""
-        return Mac(str(number), hmac.digest(KNOWN, data, "sha256"))
+    def known_mac(prefix, number, data, value=KNOWN):
+        """A MAC by what :meth:`plant_known` or :meth:`planted` planted."""
+        return Mac(str(number), hmac.digest(value, data, "sha256"))
 
     def plant_lookalike(self, prefix, role, number, label=None):
         """A key with the backend's names and attributes, but for CKA_UNWRAP_TEMPLATE."""
@@ -332,6 +361,130 @@ def encrypt_as_client(algorithm, public_key, material):
         return public.encrypt(material, padding.PKCS1v15())
     digest = hashes.SHA1() if algorithm is OAEP1 else hashes.SHA256()
     return public.encrypt(material, padding.OAEP(padding.MGF1(digest), digest, None))
+
+
+def _derived(base, template, mechanism, parameter):
+    return base.derive_key(
+        template[Attribute.KEY_TYPE],
+        256,
+        mechanism=mechanism,
+        mechanism_param=parameter,
+        store=True,
+        template=template,
+    )
+
+
+def _created(attacker, template):
+    value = secrets.token_bytes(32)
+    return attacker.session.create_object({**template, Attribute.VALUE: value}), value
+
+
+def _copied(attacker, template):
+    key, value = _created(attacker, {**template, Attribute.TOKEN: False})
+    return key.copy({Attribute.TOKEN: True}), value
+
+
+def _unwrapped(attacker, template):
+    known, value = attacker.known_key(EXTRACTABLE=True)
+    kek = attacker.naive_key()
+    blob = kek.wrap_key(known, mechanism=KWP)
+    return kek.unwrap_key(key_data=blob, mechanism=KWP, **for_unwrap(template)), value
+
+
+class _StringData(ctypes.Structure):
+    """CK_KEY_DERIVATION_STRING_DATA (PKCS#11 v2.40, 2.42.3), which python-pkcs11 packs for AES."""
+
+    _fields_ = (("data", ctypes.c_char_p), ("length", ctypes.c_ulong))
+
+
+def _by_ecb(base, encrypt, derive, template):
+    data = secrets.token_bytes(32)
+    value = bytes(base.encrypt(data, mechanism=encrypt))
+    parameter = data if encrypt is Mechanism.AES_ECB else bytes(_StringData(data, len(data)))
+    return _derived(base, template, derive, parameter), value
+
+
+def _by_cbc(base, encrypt, derive, template):
+    aes = encrypt is Mechanism.AES_CBC
+    data, iv = secrets.token_bytes(32), secrets.token_bytes(16 if aes else 8)
+    value = bytes(base.encrypt(data, mechanism=encrypt, mechanism_param=iv))
+    parameter = (iv, data) if aes else iv + bytes(_StringData(data, len(data)))
+    return _derived(base, template, derive, parameter), value
+
+
+def _by_aes_ecb(attacker, template):
+    base = attacker.base_key()
+    return _by_ecb(base, Mechanism.AES_ECB, Mechanism.AES_ECB_ENCRYPT_DATA, template)
+
+
+def _by_aes_cbc(attacker, template):
+    base = attacker.base_key()
+    return _by_cbc(base, Mechanism.AES_CBC, Mechanism.AES_CBC_ENCRYPT_DATA, template)
+
+
+def _by_des3_ecb(attacker, template):
+    base = attacker.base_key(KeyType.DES3, None)
+    return _by_ecb(base, Mechanism.DES3_ECB, Mechanism.DES3_ECB_ENCRYPT_DATA, template)
+
+
+def _by_des3_cbc(attacker, template):
+    base = attacker.base_key(KeyType.DES3, None)
+    return _by_cbc(base, Mechanism.DES3_CBC, Mechanism.DES3_CBC_ENCRYPT_DATA, template)
+
+
+def _by_dh(attacker, template):
+    domain = attacker.session.create_domain_parameters(
+        KeyType.DH,
+        {Attribute.PRIME: _DH_PRIME.to_bytes(128), Attribute.BASE: b"\x02"},
+        local=True,
+    )
+    public, private = domain.generate_keypair(capabilities=MechanismFlag.DERIVE)
+    mine = secrets.randbits(512)
+    theirs = int.from_bytes(public[Attribute.VALUE])
+    # PKCS#11 v2.40, 2.4.7: what is too much is cut off at the front.
+    value = pow(theirs, mine, _DH_PRIME).to_bytes(128)[-32:]
+    point = pow(2, mine, _DH_PRIME).to_bytes(128)
+    return _derived(force(private), template, Mechanism.DH_PKCS_DERIVE, point), value
+
+
+def _by_ecdh(attacker, template):
+    curve = attacker.session.create_domain_parameters(
+        KeyType.EC, {Attribute.EC_PARAMS: encode_named_curve_parameters("secp256r1")}, local=True
+    )
+    public, private = curve.generate_keypair(capabilities=MechanismFlag.DERIVE)
+    mine = ec.generate_private_key(ec.SECP256R1())
+    theirs = public[Attribute.EC_POINT][2:]  # DER OCTET STRING
+    value = mine.exchange(
+        ec.ECDH(), ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), theirs)
+    )
+    point = mine.public_key().public_bytes(
+        serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint
+    )
+    parameter = (KDF.NULL, None, point)
+    return _derived(force(private), template, Mechanism.ECDH1_DERIVE, parameter), value
+
+
+WAYS_TO_A_KNOWN_VALUE = {
+    "created": _created,
+    "copied": _copied,
+    "unwrapped": _unwrapped,
+    "AES_ECB_ENCRYPT_DATA": _by_aes_ecb,
+    "AES_CBC_ENCRYPT_DATA": _by_aes_cbc,
+    "DES3_ECB_ENCRYPT_DATA": _by_des3_ecb,
+    "DES3_CBC_ENCRYPT_DATA": _by_des3_cbc,
+    "DH_PKCS_DERIVE": _by_dh,
+    "ECDH1_DERIVE": _by_ecdh,
+}
+"""Each makes a token object of a template and says its value; derivations by their mechanism."""
+
+# RFC 2409, 6.2: the second Oakley group.
+_DH_PRIME = int(
+    "FFFFFFFFFFFFFFFFC90FDAA22168C234C4C6628B80DC1CD129024E088A67CC74"
+    "020BBEA63B139B22514A08798E3404DDEF9519B3CD3A431B302B0A6DF25F1437"
+    "4FE1356D6D51C245E485B576625E7EC6F44C42E9A637ED6B0BFF5CB6F406B7ED"
+    "EE386BFB5A899FA5AE9F24117C4B1FE649286651ECE65381FFFFFFFFFFFFFFFF",
+    16,
+)
 
 
 class Scenes:

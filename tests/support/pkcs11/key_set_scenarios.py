@@ -57,17 +57,25 @@ def seals_under(settings, key_set):
         assert backend.mac(b"data").key_set == key_set
 
 
+# First it is tried whether the HSM token tells where a key is from: with one session key that is
+# generated, and five that are created, unwrapped and derived (hsmwrap.pkcs11.keysets.origin).
+MAKING = range(2, 2 + len(Role))
+"""Which calls of C_GenerateKey make a key set."""
+RETIRING = range(7, 7 + len(Role))
+"""Which calls of C_DestroyObject retire one."""
+
+
 def failed_making(shim, settings, so_pin_file):
     """Whichever key fails to be made, even if only its answer was lost: nothing is kept."""
     for after in (False, True):
-        for nth in range(1, len(Role) + 1):
+        for nth in range(1, MAKING.stop):
             shim.fail("C_GenerateKey", CKR.DEVICE_MEMORY, nth=nth, after=after)
             assert outcome(Pkcs11Backend.initialise_keys, settings, so_pin_file=so_pin_file)
             assert not shim.pending(), nth
             assert labels(settings) == []
     Pkcs11Backend.initialise_keys(settings, so_pin_file=so_pin_file)
     assert labels(settings) == of_set(settings, 1)
-    for nth in range(1, len(Role) + 1):
+    for nth in MAKING:
         shim.fail("C_GenerateKey", CKR.SESSION_HANDLE_INVALID, nth=nth)
         error = outcome(Pkcs11Backend.rotate_keys, settings, so_pin_file=so_pin_file)
         assert error is HsmUnavailable, (nth, error)
@@ -85,7 +93,7 @@ def failed_making_untrusted(shim, settings, _so_pin_file):
 def failed_cleaning_up(shim, settings, _so_pin_file):
     """Objects that a failed rotation left and could not remove do no harm."""
     Pkcs11Backend.initialise_keys(settings)
-    shim.fail("C_GenerateKey", CKR.DEVICE_MEMORY, nth=4)
+    shim.fail("C_GenerateKey", CKR.DEVICE_MEMORY, nth=MAKING[3])
     shim.fail("C_DestroyObject", CKR.GENERAL_ERROR, always=True)
     assert outcome(Pkcs11Backend.rotate_keys, settings)
     shim.clear()
@@ -103,7 +111,7 @@ def partial_retirement(shim, settings, _so_pin_file):
     """It can be called again, and the set is listed until all of it is gone."""
     Pkcs11Backend.initialise_keys(settings)
     Pkcs11Backend.rotate_keys(settings)
-    for nth in range(1, len(Role) + 1):
+    for nth in RETIRING:
         shim.fail("C_DestroyObject", CKR.FUNCTION_FAILED, nth=nth)
         error = outcome(Pkcs11Backend.retire_keys, settings, "1")
         if not shim.pending():

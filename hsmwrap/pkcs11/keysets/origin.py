@@ -1,0 +1,130 @@
+"""Whether an HSM token tells keys that it generated from keys whose value may be known.
+
+A key that was created, unwrapped or derived may have a value that the holder of the PIN knows:
+CKM_AES_ECB_ENCRYPT_DATA derives one from data that the same key encrypts. Derived keys inherit
+ALWAYS_SENSITIVE and NEVER_EXTRACTABLE from their base key (PKCS#11 v2.40, 2.8.11; field note 74).
+CKA_LOCAL tells them apart, and CKA_KEY_GEN_MECHANISM tells generation from generation by password,
+where a token is right about them. NSS is not (field note 47). So it is tried.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
+from pkcs11.exceptions import PKCS11Error
+from pkcs11.mechanisms import KeyType, Mechanism
+from pkcs11.types import Session
+
+from hsmwrap.pkcs11.binding.client_errors import read_if_known
+from hsmwrap.pkcs11.binding.returncodes import recovery_of
+from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP
+
+GENERATED: Mapping[KeyType, Mapping[Attribute, Any]] = MappingProxyType(
+    {
+        KeyType.AES: {
+            Attribute.LOCAL: True,
+            Attribute.KEY_GEN_MECHANISM: Mechanism.AES_KEY_GEN,
+        },
+        KeyType.GENERIC_SECRET: {
+            Attribute.LOCAL: True,
+            Attribute.KEY_GEN_MECHANISM: Mechanism.GENERIC_SECRET_KEY_GEN,
+        },
+    }
+)
+"""What a token that tells the truth says of a key of this type that it generated."""
+
+_BYTES = 32
+_DERIVATIONS: tuple[tuple[Mechanism, Any], ...] = (
+    (Mechanism.AES_ECB_ENCRYPT_DATA, bytes(_BYTES)),
+    (Mechanism.AES_CBC_ENCRYPT_DATA, (bytes(16), bytes(_BYTES))),
+)
+
+
+def told_by(session: Session) -> frozenset[Attribute]:
+    """Which of these attributes the HSM token is right about: of each kind of key, tried.
+
+    An attribute counts if a generated key has it, and no key has it that was created, unwrapped
+    or derived. Makes session objects, and destroys them.
+
+    Raises:
+        PKCS11Error: A return code that says something about the connection, not the token.
+    """
+    uses = MechanismFlag.ENCRYPT | MechanismFlag.WRAP | MechanismFlag.UNWRAP
+    generate = partial(session.generate_key, KeyType.AES, 8 * _BYTES)
+    base = _made(partial(generate, capabilities=uses | MechanismFlag.DERIVE))
+    derivations = () if base is None else _DERIVATIONS
+    base = base or _made(partial(generate, capabilities=uses))
+    if base is None:
+        return frozenset()
+    ways = [partial(_create, session), partial(_unwrap, session, base)]
+    ways += [partial(_derive, base, *derivation) for derivation in derivations]
+    try:
+        told = _said(base)
+        for make in ways:
+            key = _made(make)
+            if key is not None:
+                try:
+                    told -= _said(key)
+                finally:
+                    _discard(key)
+    finally:
+        _discard(base)
+    return told
+
+
+def _said(key: Any) -> frozenset[Attribute]:
+    """The attributes by which the token calls this key one that it generated."""
+    expected = GENERATED[KeyType.AES]
+    return frozenset(each for each in expected if read_if_known(key, each) == expected[each])
+
+
+def _create(session: Session) -> Any:
+    return session.create_object(
+        {
+            Attribute.CLASS: ObjectClass.SECRET_KEY,
+            Attribute.KEY_TYPE: KeyType.AES,
+            Attribute.VALUE: secrets.token_bytes(_BYTES),
+            # Public, so that a session without a login can make it too.
+            Attribute.TOKEN: False,
+            Attribute.PRIVATE: False,
+        }
+    )
+
+
+def _unwrap(session: Session, base: Any) -> Any:
+    key = _create(session)
+    try:
+        blob = base.wrap_key(key, mechanism=AES_KEY_WRAP)
+    finally:
+        _discard(key)
+    return base.unwrap_key(ObjectClass.SECRET_KEY, KeyType.AES, blob, mechanism=AES_KEY_WRAP)
+
+
+def _derive(base: Any, mechanism: Mechanism, parameter: Any) -> Any:
+    length = 8 * _BYTES
+    return base.derive_key(KeyType.AES, length, mechanism=mechanism, mechanism_param=parameter)
+
+
+def _made(make: Callable[[], Any]) -> Any:
+    """The key, or None where the HSM token says twice that it makes no such key."""
+    for _ in range(2):
+        try:
+            return make()
+        except PKCS11Error as error:
+            if recovery_of(error) is not None:
+                raise
+    return None
+
+
+def _discard(key: Any) -> None:
+    """Destroy a session object; what cannot be destroyed goes with the session."""
+    try:
+        key.destroy()
+    except PKCS11Error as error:
+        if recovery_of(error) is not None:
+            raise
