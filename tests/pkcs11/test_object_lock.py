@@ -118,6 +118,27 @@ def test_a_writer_is_not_overtaken_by_those_who_come_later():
     assert order == ["writer", "later"]
 
 
+def test_a_read_may_be_nested_while_a_writer_waits():
+    lock, order = ReadWriteLock(timeout=LONG), []
+
+    def write():
+        with lock.write():
+            order.append("writer")
+
+    with ThreadPoolExecutor(1) as pool:
+        with lock.read():
+            came = pool.submit(write)
+            deadline = time.monotonic() + LONG
+            while not lock.waiting:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            with lock.read():
+                order.append("nested")
+            order.append("reader")
+        came.result(LONG)
+    assert order == ["nested", "reader", "writer"]
+
+
 def test_an_error_gives_everything_back(lock):
     for manager in (lock.read, lock.write):
         with pytest.raises(KeyError), manager():

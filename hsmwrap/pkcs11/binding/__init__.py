@@ -1,7 +1,7 @@
 """python-pkcs11 and everything that works around it.
 
 ``module`` initialises a PKCS#11 module for threads; ``host`` shares it in the process, restarts it
-and keeps forks out; ``returncodes`` is the recovery table; ``templates`` and ``profiles`` say how
-objects and vendors' mechanisms are spelled; ``client_errors`` maps what the HSM says of a client's
-ciphertext; ``gcm`` and ``objectlock`` are for what two modules do otherwise.
+and makes forks wait; ``returncodes`` is the recovery table; ``templates`` and ``profiles`` say how
+objects and vendors' mechanisms are spelled; ``client_errors`` maps what the HSM answers to a
+client's ciphertext; ``gcm`` and ``objectlock`` work around NSS and SoftHSM.
 """
