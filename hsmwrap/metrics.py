@@ -111,7 +111,7 @@ _BACKEND_GAUGES: Mapping[str, str] = MappingProxyType(
         "sessions_waiting": "Calls that wait for an HSM session.",
         "sessions_cap": "Most HSM sessions that the pool opens.",
         "in_flight": "Calls inside the backend.",
-        "generation": "Number of the PKCS#11 module's present life in this process.",
+        "generation": "Number of initialisations of the PKCS#11 module in this process.",
         "pending_objects": "Objects of failed calls that could not be destroyed yet.",
         "one_at_a_time": "1 where the PKCS#11 module is called by one thread at a time.",
     }

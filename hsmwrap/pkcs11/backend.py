@@ -335,7 +335,7 @@ class Pkcs11Backend(Backend):
         def operation(pooled: PooledSession) -> None:
             key = self._keys.find(pooled, Role.MAC, number)
             if key is None:
-                raise InvalidMac(f"there is no key set {number} in the HSM token (any more)")
+                raise InvalidMac(f"the HSM token has no key set {number}")
             if not hmac.compare_digest(_tag(key, data), mac.tag):
                 raise InvalidMac("the MAC is not right for these data")
 

@@ -126,7 +126,7 @@ class FaultControl:
         """Attach to the shim.
 
         Raises:
-            FileNotFoundError: There is no shim in the directory.
+            FileNotFoundError: The directory has no shim.
             ValueError: Its control file is of another version of hsmwrap.
         """
         self._directory = Path(directory).resolve()

@@ -198,7 +198,7 @@ class KeySets:
         return number in self._trusted
 
     def find(self, pooled: PooledSession, role: Role, number: int) -> Any:
-        """The key object of this session, or None when there is no such key (any more)."""
+        """The key object of this session, or None if it does not exist."""
         label, epoch = self.label(role, number), pooled.epoch.number
         known = pooled.objects.get(label)
         if known is not None and known[0] == epoch:
@@ -220,7 +220,7 @@ class KeySets:
 
         Raises:
             KeyHandleInvalid: The set was retired since, and another one is current: try again.
-            ConfigurationError: There is no such key, or more than one.
+            ConfigurationError: The key does not exist, or more than one does.
         """
         key = self.find(pooled, role, number)
         if key is not None:

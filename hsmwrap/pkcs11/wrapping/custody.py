@@ -129,7 +129,7 @@ class WrappingKeyStore:
         generating another pair would take long.
 
         Raises:
-            ConfigurationError: There is no current key set, or it lacks the key.
+            ConfigurationError: The HSM token has no current key set, or the set lacks the key.
         """
         try:
             return self._seal(pooled, role, private, number)

@@ -122,7 +122,7 @@ def probe(
 
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
-        ConfigurationError: A vendor's SM2 cannot be tried, as there is no engine to encrypt with.
+        ConfigurationError: A vendor's SM2 cannot be tried, without an engine to encrypt with.
     """
     trials = _Probe(session, hardening.missing_on(own.unwrap), vendor)
     try:
