@@ -8,8 +8,8 @@ An import makes an object in the backend before it commits the row that refers t
 * A commit that drops a reference schedules the destruction of its object in the same transaction.
 * Every process destroys objects whose destruction is due.
 
-An object is therefore either in a key's row or scheduled for destruction. Sealed blobs are no
-objects and need none of this.
+An object is therefore either in a key's row or scheduled for destruction. Sealed blobs need none of
+this.
 
 A process can stall for longer than its lease. So a destruction is first marked as started, and a
 commit cannot cancel one that has started: the stalled import fails with ``LeaseLost``, and its key
