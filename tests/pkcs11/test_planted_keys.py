@@ -101,7 +101,7 @@ def test_a_mac_key_that_became_known_does_not_take_the_place_of_ours(
 
 
 def test_a_trusted_set_takes_no_other_mac_key(scenes, attacker, prefix):
-    """Not even one that nobody knows: what it is for is not said by the HSM token."""
+    """Not even one of unknown value: what it is for is not said by the HSM token."""
     running = scenes.open(prefix, trusted=True)
     mac = running.mac(b"data")
     attacker.ours(LABEL=f"{prefix}:{Role.MAC}:1").destroy()

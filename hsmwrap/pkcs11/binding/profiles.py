@@ -84,7 +84,7 @@ def profile(name: str | None) -> VendorSm2 | None:
     """The profile of this name; None for None.
 
     Raises:
-        ConfigurationError: There is no profile of this name.
+        ConfigurationError: No profile has this name.
     """
     if name is None:
         return None

@@ -128,7 +128,7 @@ def rotate(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo:
     keys = _key_sets(settings)
     present = _survey(settings, keys)
     if not present.finished:
-        raise ConfigurationError("there are no keys to rotate; run `hsmwrap keys init`")
+        raise ConfigurationError("the HSM token has no key set to rotate; run `hsmwrap keys init`")
     if so_pin is None and any(each.trusted for each in present.finished):
         raise ConfigurationError(
             "the HSM token has trusted keys, and untrusted ones would not replace them; "
@@ -158,7 +158,7 @@ def retire(settings: Pkcs11Settings, key_set: str) -> None:
     present = _survey(settings, keys)
     if key_set not in map(str, present.numbers):
         there = ", ".join(map(str, sorted(present.numbers))) or "none"
-        raise ConfigurationError(f"there is no key set {key_set}; there are {there}")
+        raise ConfigurationError(f"the HSM token has no key set {key_set}; it has {there}")
     if any(each.current for each in present.sets if str(each.number) == key_set):
         raise ConfigurationError(f"key set {key_set} is current; rotate first")
     with _connected(settings) as connection:

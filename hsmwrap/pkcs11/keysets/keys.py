@@ -410,7 +410,7 @@ _IDENTIFYING = (
 def _generated_here(
     role: Role, attributes: Mapping[Attribute, Any], origin_told: frozenset[Attribute]
 ) -> bool:
-    """Whether the HSM token generated this key, never gave it away, and it has its own uses only.
+    """Whether the HSM token generated this key, it never left the token, and has its own uses only.
 
     Its histories alone do not tell: a key that is derived from data that the holder of the PIN
     can encrypt is always sensitive and never extractable, and its value is known. What an HSM

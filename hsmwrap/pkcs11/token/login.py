@@ -1,8 +1,8 @@
 """Logging in with the user PIN: not against the HSM token's warning, not again after a refusal.
 
-HSM tokens lock after a few wrong PINs, some for good. So after a refusal there are no
-more logins for as long as the backend is open, and before each login the token is asked whether the
-next try may be the last.
+HSM tokens lock after a few wrong PINs, some for good. So after a refusal the backend stops all
+logins for as long as it is open, and before each login the token is asked whether the next try may
+be the last.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class UserLogin:
     """Logs in, one thread at a time, until the PIN is refused.
 
     Attributes:
-        stopped: Why there are no more logins; None as long as there may be.
+        stopped: Why logins have stopped; None while they are allowed.
     """
 
     def __init__(self, pin: PinSource | None, *, force: bool) -> None:
