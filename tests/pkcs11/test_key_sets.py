@@ -105,7 +105,7 @@ def test_an_unfinished_set_can_be_retired(softhsm, prefix):
     assert [each.key_set for each in Pkcs11Backend.list_keys(settings)] == ["1", "7"]
     Pkcs11Backend.retire_keys(settings, "7")
     assert [each.key_set for each in Pkcs11Backend.list_keys(settings)] == ["1"]
-    with pytest.raises(ConfigurationError, match=r"no key set 7; there are 1$"):
+    with pytest.raises(ConfigurationError, match=r"no key set 7; it has 1$"):
         Pkcs11Backend.retire_keys(settings, "7")
 
 
