@@ -1,8 +1,7 @@
 """The WSGI application: Alibaba's RPC protocol in front of a KMS.
 
 WSGI, because every call blocks on an HSM or a database, so each running request needs a thread.
-gunicorn's ``gthread`` worker provides threads, several processes, and a shutdown that finishes
-running calls. Werkzeug reads requests and writes responses.
+:mod:`hsmwrap.http.gateway` reads requests without one. Werkzeug parses forms and makes responses.
 
 One request: read → format → Action → signature → Version → KMS → answer → one line in the log.
 
@@ -118,7 +117,7 @@ class App:
         self._access_keys = access_keys
         self._nonces = nonces
         self._clock = clock
-        self._max_body = max_body
+        self.max_body = max_body
         self._refusals = RefusalAudit(kms, clock)
         self._pages: Mapping[str, Callable[[str], Response]] = {
             "/healthz": self._healthz,
@@ -153,7 +152,7 @@ class App:
         if exchange.path != "/":
             raise PathNotFound("only / is served")
         _require_method(request, "GET", "POST")
-        message = read_message(request, self._max_body)
+        message = read_message(request, self.max_body)
         exchange.format_ = _FORMATS.get(message.parameters.get("Format", "").lower(), "JSON")
         claim = _read_claim(message, exchange)
         caller = self._authenticate(claim, exchange)
@@ -272,10 +271,9 @@ def from_config(path: Path | None) -> App:
 def from_environment() -> App:
     """The application for gunicorn's own command line; ``HSMWRAP_CONFIG`` names the configuration.
 
-    ``gunicorn -k hsmwrap.http.worker.KmsWorker 'hsmwrap.http.app:from_environment()'``. Other
-    workers work too, but refuse long request lines, have no deadline for the rest of a request, and
-    log the text of malformed requests. Leave gunicorn's access log off: it logs request lines, and
-    SDKs send plaintext in them.
+    ``gunicorn -k hsmwrap.http.worker.KmsWorker 'hsmwrap.http.app:from_environment()'``. Other WSGI
+    servers and workers run it too, with their own deadlines, limits and log texts. Leave access
+    logs off: they have request lines, and SDKs send plaintext in them.
     """
     path = os.environ.get("HSMWRAP_CONFIG")
     return from_config(Path(path) if path else None)

@@ -126,3 +126,12 @@ class HeadersTooLarge(HsmwrapError):
     code = "HeadersTooLarge"
     http_status = 431
     _api_message = "The request has too many header fields, or too long ones."
+
+
+class TooManyConnections(HsmwrapError):
+    """The server or this client's address has too many connections, and this one waited longest."""
+
+    code = "Throttling.Connections"
+    http_status = 429
+    retryable = True
+    _api_message = "There are too many connections; send the request again."

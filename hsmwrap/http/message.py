@@ -15,7 +15,7 @@ from werkzeug.wrappers import Request
 
 from hsmwrap.catalog import loggable
 from hsmwrap.errors import InvalidParameter
-from hsmwrap.http.errors import RequestTimeout, RequestTooLarge
+from hsmwrap.http.errors import RequestTooLarge
 
 MAX_PARAMETERS = 64
 """Limit of the parameters of a query or a form; operations have fewer than 20."""
@@ -74,7 +74,6 @@ def read_message(request: Request, max_body: int) -> RpcMessage:
     Raises:
         InvalidParameter: A parameter is repeated, the query or the form does not decode, or the
             body is not a form.
-        RequestTimeout: The body did not arrive in time; raised by the server's reader.
         RequestTooLarge: The body is longer than ``max_body``.
     """
     body = _read_body(request, max_body)
@@ -94,8 +93,6 @@ def _read_body(request: Request, max_body: int) -> bytes:
         body = request.get_data(cache=False)
     except RequestEntityTooLarge:
         raise _too_large(max_body) from None
-    except RequestTimeout:
-        raise
     except Exception:  # noqa: BLE001 (each server raises its own errors for a broken body)
         raise InvalidParameter("Content-Length", "the body ended early") from None
     if len(body) > max_body:

@@ -1,6 +1,6 @@
 """The application under gunicorn: processes, threads, limits, graceful shutdown.
 
-Deadlines and limits of a request are in :mod:`hsmwrap.http.worker`.
+Requests are read by :mod:`hsmwrap.http.gateway`, in :mod:`hsmwrap.http.worker`.
 
 Each worker process opens its own KMS after the fork. On SIGTERM a worker stops accepting,
 finishes its running calls (at most ``shutdown_seconds``) and closes the KMS.
@@ -17,7 +17,6 @@ from typing import Any
 
 from gunicorn.app.base import BaseApplication
 
-_KEEP_ALIVE_SECONDS = 30
 _BOOT_SECONDS = 120
 _LOGGING = {
     "version": 1,
@@ -66,7 +65,6 @@ class Server(BaseApplication):
             "worker_class": "hsmwrap.http.worker.KmsWorker",
             "graceful_timeout": max(1, round(shutdown_seconds)),
             "timeout": _BOOT_SECONDS,
-            "keepalive": _KEEP_ALIVE_SECONDS,
             "control_socket_disable": True,
             "logconfig_dict": _LOGGING,
             "post_worker_init": _announce,

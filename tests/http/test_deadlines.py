@@ -7,16 +7,11 @@ import select
 import socket
 import time
 from contextlib import ExitStack, suppress
-from unittest import mock
 
 import pytest
 from support.http.gunicorn_fake import THREADS
 from support.http.gunicorn_runner import DEADLINE, running
-from test_gunicorn import FAKE, get, parse, post
-
-from hsmwrap.http import deadline
-from hsmwrap.http.deadline import TimedUnreader
-from hsmwrap.http.worker import KmsWorker, ThreadWorker
+from test_gunicorn import FAKE, get, parse, post, signed, wait_for
 
 SECONDS = "0.3"
 HEALTHZ = get("", "/healthz")
@@ -27,11 +22,11 @@ def kept(raw: bytes) -> bytes:
 
 
 STALLS = {
-    "request line": b"GET / HT",
+    "request line": b"GET /",
     "head": b"GET / HTTP/1.1\r\nHost: h\r\nX-Half:",
-    "second head": kept(HEALTHZ) + b"GET / HT",
+    "second head": kept(HEALTHZ) + b"GET /",
     "body": kept(post(b"A=", "Content-Length: 10000")),
-    "chunk size": kept(post(b"1", "Transfer-Encoding: chunked")),
+    "chunk size": kept(post(b"1;", "Transfer-Encoding: chunked")),
     "chunk": kept(post(b"2710\r\nA=", "Transfer-Encoding: chunked")),
 }
 
@@ -43,12 +38,21 @@ def fake(tmp_path_factory):
         yield process
 
 
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory):
+    """A server whose deadlines are longer than a test."""
+    directory = tmp_path_factory.mktemp("patient")
+    with running([*FAKE, "1", str(directory), str(2 * DEADLINE)], directory / "log") as process:
+        yield process
+
+
 @pytest.fixture
-def connect(fake):
+def connect(request):
     with ExitStack() as connections:
 
-        def connect(first: bytes) -> socket.socket:
-            connection = socket.create_connection(("127.0.0.1", fake.port), timeout=DEADLINE)
+        def connect(first: bytes, port: int = 0) -> socket.socket:
+            port = port or request.getfixturevalue("fake").port
+            connection = socket.create_connection(("127.0.0.1", port), timeout=DEADLINE)
             connections.enter_context(connection).sendall(first)
             return connection
 
@@ -121,23 +125,27 @@ def test_idle_connections_hold_no_thread(fake, connect):
     assert parse(fake.exchange(HEALTHZ))[0] == 200
 
 
-def test_answers_have_a_deadline():
-    """Python's sendall ends at the socket's timeout, even if the client reads slowly."""
-    server, client = socket.socketpair()
-    seen = []
+@pytest.mark.parametrize("many", [16, 64, 200])
+@pytest.mark.parametrize("first", STALLS.values(), ids=STALLS)
+def test_stalled_requests_delay_no_other(patient, connect, first, many):
+    """What else is asked is answered while they are still arriving, long before their deadline."""
+    stalled = [connect(first, patient.port) for _ in range(many)]
+    if first.startswith(kept(HEALTHZ)):
+        for connection in stalled:
+            read_page(connection)
+    assert parse(patient.exchange(HEALTHZ))[0] == 200
+    assert parse(patient.exchange(get(signed("Encrypt", Plaintext="text"))))[1]["Length"] == 4
+    assert select.select(stalled, [], [], 0)[0] == []
 
-    def answer(_self, _request, connection):
-        seen.append(connection.sock.gettimeout())
 
-    with server, client, mock.patch.object(ThreadWorker, "handle_request", answer):
-        connection = mock.Mock(sock=server, parser=mock.Mock(unreader=TimedUnreader(server)))
-        KmsWorker.__new__(KmsWorker).handle_request(mock.Mock(), connection)
-    assert seen == [deadline.ANSWER_SECONDS]
-
-
-def test_closing_waits_for_no_client():
-    """gunicorn would wait for its end of the connection, in the thread that accepts all others."""
-    server, client = socket.socketpair()
-    with server, client, mock.patch.object(ThreadWorker, "handle", return_value=False):
-        assert not KmsWorker.__new__(KmsWorker).handle(mock.Mock(sock=server))
-        assert server.recv(1, socket.MSG_DONTWAIT) == b""
+def test_pages_are_answered_while_all_threads_are_busy(tmp_path, connect):
+    with running([*FAKE, "1", str(tmp_path)], tmp_path / "log") as process:
+        busy = [connect(get(signed("Wait")), process.port) for _ in range(2 * THREADS)]
+        wait_for(tmp_path / "started")
+        for _ in range(3):
+            assert parse(process.exchange(HEALTHZ))[0] == 200
+            # The application's own answer: this KMS cannot say how it is.
+            assert parse(process.exchange(get("", "/readyz")))[0] == 500
+        assert select.select(busy, [], [], 0)[0] == []
+        (tmp_path / "release").touch()
+        assert {parse(read_all(connection))[0] for connection in busy} == {200}

@@ -17,7 +17,7 @@ from support.http.gunicorn_runner import DEADLINE, Process, running, running_com
 from support.http.rpc_signing import v1_query
 
 from hsmwrap.http.app import MAX_BODY
-from hsmwrap.http.worker import MAX_REQUEST_LINE
+from hsmwrap.http.parsing import MAX_REQUEST_LINE
 
 FAKE = ("-m", "support.http.gunicorn_fake")
 UUID = r"[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}"
@@ -149,6 +149,37 @@ def test_shutdown_finishes_running_calls(tmp_path):
         call.join(DEADLINE)
         assert parse(answers[0])[0] == 200
         assert process.stop() == 0
+
+
+def test_reload_finishes_running_calls(tmp_path):
+    """SIGHUP puts new workers in place; the call of an old one is answered."""
+    with running([*FAKE, "1", str(tmp_path)], tmp_path / "log") as process:
+        answers = []
+        call = threading.Thread(
+            target=lambda: answers.append(process.exchange(get(signed("Wait"))))
+        )
+        call.start()
+        wait_for(tmp_path / "started")
+        process.popen.send_signal(signal.SIGHUP)
+        wait_for_text(process, "Booting worker", times=2)
+        assert parse(process.exchange(get(signed("Encrypt"))))[0] == 200
+        assert not answers
+        (tmp_path / "release").touch()
+        call.join(DEADLINE)
+        assert parse(answers[0])[0] == 200
+        wait_for_text(process, "Worker exiting")
+
+
+def test_a_worker_whose_parent_is_gone_ends(tmp_path):
+    with running([*FAKE, "1", str(tmp_path)], tmp_path / "log") as process:
+        (worker,) = re.findall(r"Booting worker with pid: (\d+)", process.log_text())
+        process.popen.kill()
+        wait_for_text(process, "Worker exiting")
+        give_up = time.monotonic() + DEADLINE
+        while Path("/proc", worker).exists():
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+        process.popen.communicate()
 
 
 def wait_for(file: Path) -> None:

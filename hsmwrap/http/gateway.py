@@ -1,0 +1,324 @@
+"""The server in one process: connections on an event loop, complete requests in threads.
+
+* What is idle or arriving holds a file descriptor and its bytes, and no thread
+  (:mod:`hsmwrap.http.connection`).
+* Complete requests wait for one of the threads; where too many wait, the next is refused.
+* The pages for machines do not wait for these threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import resource
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import partial
+from typing import TYPE_CHECKING
+
+from hsmwrap.errors import ServiceUnavailable
+from hsmwrap.http import deadline
+from hsmwrap.http.connection import Connection, Opening
+from hsmwrap.http.parsing import Request
+from hsmwrap.http.wsgi import Answer, Peers, call, environ, failure
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+WAITING_PER_THREAD = 16
+"""How many complete requests may wait for each thread."""
+
+_RESERVED_THREADS = 2
+_RESERVED_CALLS = 32
+_ACCEPTED_AT_ONCE = 16
+_NO_DESCRIPTORS_SECONDS = 0.1
+
+_log = logging.getLogger(__name__)
+
+
+class Place(Enum):
+    """Where a request runs."""
+
+    THREAD = auto()
+    """In one of the threads."""
+    RESERVED = auto()
+    """In a thread for the pages of machines, within :data:`hsmwrap.http.deadline.PAGE_SECONDS`."""
+    LOOP = auto()
+    """On the event loop: it takes no time and waits for nothing."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is served at an address.
+
+    Attributes:
+        app: The WSGI application.
+        max_body: Longest body in bytes.
+        read_body: Methods and paths whose body is read before the application is called; with
+            others the application sees none, and the connection ends.
+        places: Where the requests of some paths run; the others in a thread.
+        otherwise: Where the others run.
+    """
+
+    app: WSGIApplication
+    max_body: int
+    read_body: frozenset[tuple[str, bytes]] = frozenset()
+    places: Mapping[bytes, Place] = field(default_factory=dict)
+    otherwise: Place = Place.THREAD
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many connections one process keeps open.
+
+    Attributes:
+        connections: In all; never more than half of the file descriptors that the process may have.
+        connections_per_address: From one client address; 0: as many as in all. An IPv6 address
+            counts by its first 64 bits, which is what one client gets.
+    """
+
+    connections: int = 1000
+    connections_per_address: int = 500
+
+
+class Connections:
+    """The open connections of this process, and the limits for them.
+
+    Where a limit is reached, the connection that has waited longest makes room: one that is idle,
+    or whose request has not arrived. So a client that opens connections and sends no whole
+    request cannot keep others out, not even others behind the same address.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        """Take the limits."""
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = min(limits.connections, descriptors // 2)
+        self._most_per_address = limits.connections_per_address or self._most
+        self._open: set[Connection] = set()
+        self._empty = asyncio.Event()
+        self._count: Counter[str] = Counter()
+        # Dictionaries, for they keep the order: the longest waiting is first.
+        self._waiting: dict[Connection, None] = {}
+        self._waiting_by_address: dict[str, dict[Connection, None]] = {}
+
+    async def none_left(self) -> None:
+        """Return when there is no connection, at once or later."""
+        while self._open:
+            self._empty.clear()
+            await self._empty.wait()
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(tuple(self._open))
+
+    def make_room(self, address_key: str) -> bool:
+        """Make room for one more connection; False if all are being served."""
+        if address_key and self._count[address_key] >= self._most_per_address:
+            return self._evict_first(self._waiting_by_address.get(address_key, {}))
+        return len(self._open) < self._most or self._evict_first(self._waiting)
+
+    def add(self, connection: Connection) -> None:
+        """A new connection, which waits for its client."""
+        self._open.add(connection)
+        self._count[connection.address_key] += 1
+        self.wait(connection)
+
+    def wait(self, connection: Connection) -> None:
+        """The connection waits for its client, from now on."""
+        if connection in self._open:
+            self.serve(connection)
+            self._waiting[connection] = None
+            self._waiting_by_address.setdefault(connection.address_key, {})[connection] = None
+
+    def serve(self, connection: Connection) -> None:
+        """The connection does not wait: a request of it is being served."""
+        self._waiting.pop(connection, None)
+        of_address = self._waiting_by_address.get(connection.address_key, {})
+        of_address.pop(connection, None)
+        if not of_address:
+            self._waiting_by_address.pop(connection.address_key, None)
+
+    def remove(self, connection: Connection) -> None:
+        """The connection is closed, or will be at once. Safe to call again."""
+        if connection in self._open:
+            self.serve(connection)
+            self._open.remove(connection)
+            self._count[connection.address_key] -= 1
+            self._count += Counter()  # drops what counts nothing
+            if not self._open:
+                self._empty.set()
+
+    def evict_longest_waiting(self) -> bool:
+        """End the connection that has waited longest; False if none waits."""
+        return self._evict_first(self._waiting)
+
+    def _evict_first(self, waiting: Mapping[Connection, None]) -> bool:
+        connection = next(iter(waiting), None)
+        if connection is None:
+            return False
+        self.remove(connection)
+        connection.evict()
+        return True
+
+
+class _Threads:
+    """A thread pool that takes a limited number of calls."""
+
+    def __init__(self, threads: int, calls: int, name: str) -> None:
+        self.pool = ThreadPoolExecutor(threads, name)
+        self.free = calls
+
+
+class Gateway:
+    """Accepts connections and runs their requests. Only for the thread of the event loop."""
+
+    def __init__(self, *, threads: int, limits: Limits, loop: asyncio.AbstractEventLoop) -> None:
+        """Start nothing yet.
+
+        Args:
+            threads: How many requests run at a time.
+            limits: For the connections.
+            loop: The event loop.
+        """
+        self.loop = loop
+        self.connections = Connections(limits)
+        self.served = 0
+        self._threads = _Threads(threads, threads * (1 + WAITING_PER_THREAD), "request")
+        self._reserved = _Threads(_RESERVED_THREADS, _RESERVED_CALLS, "page")
+        self._listeners: list[socket.socket] = []
+        self._stopped = False
+
+    def listen(
+        self, listener: socket.socket, site: Site, tls: ssl.SSLContext | None = None
+    ) -> None:
+        """Accept the connections of a listening socket, which the caller closes."""
+        listener.settimeout(0)
+        self._listeners.append(listener)
+        self.loop.add_reader(listener, self._accept, listener, site, tls)
+
+    async def stop(self, seconds: float) -> None:
+        """Accept no more connections, and finish what runs, for at most ``seconds``."""
+        self._stopped = True
+        for listener in self._listeners:
+            self.loop.remove_reader(listener)
+        for connection in self.connections:
+            connection.stop()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.connections.none_left(), seconds)
+
+    def close(self) -> None:
+        """Drop the calls that no thread has taken yet."""
+        for threads in (self._threads, self._reserved):
+            threads.pool.shutdown(wait=False, cancel_futures=True)
+
+    def call(
+        self, site: Site, request: Request, peers: Peers, done: Callable[[Answer], None]
+    ) -> None:
+        """Run a complete request; ``done`` gets the answer, once."""
+        self.served += 1
+        place = site.places.get(request.path, site.otherwise)
+        if place is Place.LOOP:
+            done(call(site.app, environ(request, peers)))
+            return
+        reserved = place is Place.RESERVED
+        threads = self._reserved if reserved else self._threads
+        if not threads.free:
+            done(failure(ServiceUnavailable("too many requests wait for a thread")))
+            return
+        threads.free -= 1
+        late: asyncio.TimerHandle | None = None
+
+        def expire() -> None:
+            nonlocal done
+            done(failure(ServiceUnavailable("there was no answer in time")))
+            done = _ignore
+
+        def finish(future: Future[Answer]) -> None:
+            threads.free += 1
+            if late is not None:
+                late.cancel()
+            done(future.result())
+
+        if reserved:
+            late = self.loop.call_later(deadline.PAGE_SECONDS, expire)
+        future = threads.pool.submit(call, site.app, environ(request, peers))
+        future.add_done_callback(partial(self._in_loop, finish))
+
+    def _in_loop(self, finish: Callable[[Future[Answer]], None], future: Future[Answer]) -> None:
+        if not future.cancelled():
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self.loop.call_soon_threadsafe(finish, future)
+
+    # --- accepting
+
+    def _accept(self, listener: socket.socket, site: Site, tls: ssl.SSLContext | None) -> None:
+        for _ in range(_ACCEPTED_AT_ONCE):
+            try:
+                client, address = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError, InterruptedError):
+                return
+            except OSError as error:
+                _log.warning("no connection accepted", extra={"errno": error.errno})
+                self.connections.evict_longest_waiting()
+                self._pause(listener, site, tls)
+                return
+            self._open(client, address, site, tls)
+
+    def _pause(self, listener: socket.socket, site: Site, tls: ssl.SSLContext | None) -> None:
+        """Accept nothing for a moment, for the socket stays readable."""
+        self.loop.remove_reader(listener)
+
+        def resume() -> None:
+            if not self._stopped:
+                self.loop.add_reader(listener, self._accept, listener, site, tls)
+
+        self.loop.call_later(_NO_DESCRIPTORS_SECONDS, resume)
+
+    def _open(
+        self, client: socket.socket, address: object, site: Site, tls: ssl.SSLContext | None
+    ) -> None:
+        host, port = address[:2] if isinstance(address, tuple) else ("", 0)
+        connection = Connection(self, site, (host, port), address_key(host))
+        if not self.connections.make_room(connection.address_key):
+            client.close()
+            return
+        client.settimeout(0)
+        opening = self.loop.create_task(
+            self.loop.connect_accepted_socket(
+                lambda: connection,
+                client,
+                ssl=tls,
+                ssl_handshake_timeout=None if tls is None else deadline.HEAD_SECONDS,
+            )
+        )
+        opening.add_done_callback(partial(self._opened, client, connection))
+        connection.opening = opening
+        self.connections.add(connection)
+
+    def _opened(self, client: socket.socket, connection: Connection, opening: Opening) -> None:
+        if opening.cancelled() or opening.exception():  # evicted; gone, or no TLS
+            self.connections.remove(connection)
+            client.close()
+
+
+def address_key(host: str) -> str:
+    """What the limit per address counts by: the address, or the first 64 bits of IPv6."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv4Address):
+        return host
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
+def _ignore(_answer: Answer) -> None:
+    pass

@@ -1,0 +1,362 @@
+"""The gateway over sockets: limits of connections, what runs where, and how connections go on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+from support.http.gateway_runner import DEADLINE, ends, get, is_silent, read_answer, serving
+
+from hsmwrap.http import deadline
+from hsmwrap.http.gateway import (
+    _RESERVED_CALLS,
+    WAITING_PER_THREAD,
+    Limits,
+    Place,
+    address_key,
+)
+from hsmwrap.http.parsing import Phase
+
+HALF = b"GET / HTTP/1.1\r\nX-Half:"
+HALF_BODY = b"POST / HTTP/1.1\r\nContent-Length: 100\r\n\r\nA="
+
+
+class Application:
+    """Answers /big with a megabyte, /wait when it is told to, and others with their environment."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.release_more = threading.Event()
+        self.started = threading.Semaphore(0)
+
+    def __call__(self, environ, start_response):
+        path = environ["PATH_INFO"]
+        if path in {"/wait", "/wait-more"}:
+            self.started.release()
+            (self.release if path == "/wait" else self.release_more).wait(DEADLINE)
+        if path == "/raise":
+            raise RuntimeError(environ["QUERY_STRING"])
+        told = {n: v for n, v in environ.items() if isinstance(v, str)}
+        told["body"] = environ["wsgi.input"].read().decode()
+        body = b"x" * 1_000_000 if path == "/big" else json.dumps(told).encode()
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [body]
+
+
+@pytest.fixture
+def app():
+    app = Application()
+    yield app
+    app.release.set()
+    app.release_more.set()
+
+
+def answered(running, sent=None, **options) -> dict:
+    status, body = read_answer(running.connect(sent or get(), **options))
+    assert status == 200
+    return json.loads(body)
+
+
+def until(condition) -> None:
+    give_up = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def until_arriving(running) -> None:
+    until(lambda: any(c._parser.phase is not Phase.IDLE for c in running.gateway.connections))
+
+
+# --- limits
+
+
+def test_at_the_limit_of_an_address_its_longest_waiting_connection_makes_room(app):
+    with serving(app, limits=Limits(connections_per_address=3)) as running:
+        clients = [running.connect() for _ in range(3)]
+        answered(running)
+        assert ends(clients[0]) == b""
+        assert [is_silent(client) for client in clients[1:]] == [True, True]
+
+
+@pytest.mark.parametrize("half", [HALF, HALF_BODY])
+def test_a_request_that_was_arriving_is_told_why_it_ends(app, half):
+    with serving(app, limits=Limits(connections_per_address=1)) as running:
+        client = running.connect(half)
+        until_arriving(running)
+        answered(running)
+        received = ends(client)
+    assert b" 429 " in received.split(b"\r\n")[0]
+    assert json.loads(received.partition(b"\r\n\r\n")[2])["Code"] == "Throttling.Connections"
+
+
+def test_a_connection_that_is_used_is_not_the_longest_waiting(app):
+    with serving(app, limits=Limits(connections_per_address=2)) as running:
+        used, idle = running.connect(), running.connect()
+        used.sendall(get())
+        read_answer(used)
+        answered(running)
+        assert ends(idle) == b""
+        assert is_silent(used)
+
+
+def test_requests_that_are_served_make_no_room(app):
+    with serving(app, limits=Limits(connections_per_address=2)) as running:
+        served = [running.connect(get("/wait")) for _ in range(2)]
+        for _ in served:
+            assert app.started.acquire(timeout=DEADLINE)
+        assert ends(running.connect()) == b""
+        app.release.set()
+        assert [read_answer(client)[0] for client in served] == [200, 200]
+
+
+def test_addresses_are_counted_apart(app):
+    with serving(app, limits=Limits(connections_per_address=1)) as running:
+        client = running.connect()
+        answered(running, source="127.0.0.2")
+        assert is_silent(client)
+
+
+def test_the_limit_of_all_addresses(app):
+    with serving(app, limits=Limits(connections=2, connections_per_address=0)) as running:
+        first, second = running.connect(source="127.0.0.2"), running.connect(source="127.0.0.3")
+        answered(running)
+        assert ends(first) == b""
+        assert is_silent(second)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "together"),
+    [
+        ("10.0.0.1", "10.0.0.2", False),
+        ("2001:db8::1", "2001:db8::ffff:2", True),
+        ("2001:db8:0:1::1", "2001:db8:0:2::1", False),
+        ("::ffff:10.0.0.1", "10.0.0.1", True),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+    ],
+)
+def test_what_is_one_address(one, other, together):
+    assert (address_key(one) == address_key(other)) is together
+
+
+def test_a_unix_socket_has_no_address_to_count_by():
+    assert address_key("") == ""
+
+
+def test_without_file_descriptors_a_waiting_connection_makes_room(app, monkeypatch):
+    with serving(app) as running:
+        client = running.connect(get())
+        read_answer(client)
+        accept, failures = socket.socket.accept, [OSError(errno.EMFILE, "")]
+
+        def failing(listener):
+            if failures:
+                raise failures.pop()
+            return accept(listener)
+
+        monkeypatch.setattr(socket.socket, "accept", failing)
+        answered(running)
+        assert ends(client) == b""
+
+
+# --- where requests run
+
+
+def test_requests_beyond_what_may_wait_are_refused(app):
+    with serving(app, threads=1) as running:
+        clients = [running.connect(get("/wait")) for _ in range(1 + WAITING_PER_THREAD)]
+        assert app.started.acquire(timeout=DEADLINE)
+        until(lambda: running.gateway.served == len(clients))
+        status, body = read_answer(running.connect(get()))
+        assert (status, json.loads(body)["Code"]) == (503, "ServiceUnavailableTemporary")
+        app.release.set()
+        assert {read_answer(client)[0] for client in clients} == {200}
+        answered(running)
+
+
+@pytest.mark.parametrize("place", [Place.LOOP, Place.RESERVED])
+def test_pages_need_no_thread_of_the_requests(app, place):
+    with serving(app, threads=1, places={b"/page": place}) as running:
+        busy = running.connect(get("/wait"))
+        assert app.started.acquire(timeout=DEADLINE)
+        answered(running, get("/page"))
+        assert is_silent(busy)
+        app.release.set()
+
+
+def test_a_page_that_does_not_come_is_answered(app, monkeypatch):
+    monkeypatch.setattr(deadline, "PAGE_SECONDS", 0.1)
+    with serving(app, places={b"/wait": Place.RESERVED}) as running:
+        client = running.connect(get("/wait"))
+        status, body = read_answer(client)
+        assert (status, json.loads(body)["Code"]) == (503, "ServiceUnavailableTemporary")
+        client.sendall(get("/wait-more"))
+        for _ in range(2):
+            assert app.started.acquire(timeout=DEADLINE)
+        app.release.set()  # the late answer is dropped
+        until(lambda: running.gateway._reserved.free == _RESERVED_CALLS)
+        app.release_more.set()
+        assert json.loads(read_answer(client)[1])["PATH_INFO"] == "/wait-more"
+
+
+def test_an_application_that_raises(app, caplog):
+    with serving(app) as running:
+        status, body = read_answer(running.connect(get("/raise?SECRET")))
+    assert (status, json.loads(body)["Code"]) == (500, "InternalFailure")
+    (record,) = caplog.records
+    assert record.exception == "builtins.RuntimeError"
+    assert "SECRET" not in str(vars(record))
+
+
+# --- connections
+
+
+def test_requests_of_one_connection_are_answered_in_turn(app):
+    with serving(app) as running:
+        client = running.connect(b"".join(get(f"/{n}") for n in range(3)))
+        answers = [json.loads(read_answer(client)[1])["PATH_INFO"] for _ in range(3)]
+    assert answers == ["/0", "/1", "/2"]
+
+
+def test_what_comes_during_an_answer_is_served_after_it(app):
+    with serving(app) as running:
+        client = running.connect(get("/wait"))
+        assert app.started.acquire(timeout=DEADLINE)
+        client.sendall(get("/next"))
+        app.release.set()
+        assert [json.loads(read_answer(client)[1])["PATH_INFO"] for _ in range(2)] == [
+            "/wait",
+            "/next",
+        ]
+
+
+def test_what_precedes_a_broken_request_is_answered(app):
+    with serving(app) as running:
+        client = running.connect(get() + b"SECRET\r\n\r\n")
+        assert read_answer(client)[0] == 200
+        assert b" 400 " in ends(client).split(b"\r\n")[0]
+
+
+def test_a_client_that_closed_its_side_is_answered(app):
+    with serving(app) as running:
+        client = running.connect(get("/wait"))
+        assert app.started.acquire(timeout=DEADLINE)
+        client.shutdown(socket.SHUT_WR)
+        until(lambda: all(c._at_end for c in running.gateway.connections))
+        app.release.set()
+        assert b" 200 " in ends(client).split(b"\r\n")[0]
+
+
+def test_continue_is_said_before_a_body_that_is_read(app):
+    head = b"POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+    with serving(app, max_body=10) as running:
+        client = running.connect(head % 5)
+        assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(b"hello")
+        assert json.loads(read_answer(client)[1])["body"] == "hello"
+        assert read_answer(running.connect(head % 11))[0] == 413
+
+
+def test_head_has_no_body(app):
+    with serving(app) as running:
+        client = running.connect(get().replace(b"GET", b"HEAD") + get("/next"))
+        received = b""
+        while received.count(b"\r\n\r\n") < 2:
+            received += client.recv(65536)
+    first, _, second = received.partition(b"\r\n\r\n")
+    assert b"Content-Length" in first
+    assert second.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_an_old_client(app):
+    with serving(app) as running:
+        received = ends(running.connect(b"GET / HTTP/1.0\r\n\r\n"))
+    assert b"\r\nConnection: close\r\n" in received
+
+
+def test_header_fields_say_nothing_about_path_and_client(app):
+    fields = ["SCRIPT_NAME: /x", "Script-Name: /x", "PATH_INFO: /y", "X-Forwarded-For: 1.2.3.4"]
+    fields += ["X-Forwarded-Proto: https", "X-Forwarded-Prefix: /x", "REMOTE_ADDR: 1.2.3.4"]
+    with serving(app) as running:
+        told = answered(running, get("/x/page", *fields))
+    assert (told["SCRIPT_NAME"], told["PATH_INFO"]) == ("", "/x/page")
+    assert (told["REMOTE_ADDR"], told["wsgi.url_scheme"]) == ("127.0.0.1", "http")
+    assert "HTTP_REMOTE_ADDR" not in told
+
+
+def test_an_answer_that_is_not_taken_has_a_deadline(app, monkeypatch):
+    monkeypatch.setattr(deadline, "ANSWER_SECONDS", 0.2)
+    with serving(app) as running:
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with client:
+            client.connect(("127.0.0.1", running.port))
+            # More than all buffers of the kernel take.
+            client.sendall(get("/big") * 10)
+            until(lambda: running.gateway.served and not running.gateway.connections._open)
+
+
+def test_a_big_answer_arrives(app):
+    with serving(app) as running:
+        assert read_answer(running.connect(get("/big"))) == (200, b"x" * 1_000_000)
+
+
+def test_closing_waits_for_no_client(app, monkeypatch):
+    """One that was refused and goes on sending loses its connection, and holds up no other."""
+    monkeypatch.setattr(deadline, "REST_SECONDS", 0.3)
+    with serving(app) as running:
+        client = running.connect(b"SECRET\r\n\r\n")
+        assert b" 400 " in ends(client).split(b"\r\n")[0]
+        answered(running)
+        with suppress(OSError):
+            until(lambda: not client.sendall(b"0" * 1000) and False)
+        until(lambda: len(list(running.gateway.connections)) == 1)
+
+
+# --- the end
+
+
+def test_at_the_end_idle_connections_are_closed_and_running_requests_are_answered(app):
+    with serving(app) as running:
+        idle, served = running.connect(get()), running.connect(get("/wait"))
+        read_answer(idle)
+        assert app.started.acquire(timeout=DEADLINE)
+        stopping = running.stop()
+        assert ends(idle) == b""
+        app.release.set()
+        received = ends(served)
+        assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"\r\nConnection: close\r\n" in received
+        stopping.result(DEADLINE)
+
+
+def test_at_the_end_an_arriving_request_may_still_come(app):
+    with serving(app) as running:
+        client = running.connect(HALF)
+        until_arriving(running)
+        stopping = running.stop()
+        client.sendall(b" x\r\n\r\n")
+        assert ends(client).startswith(b"HTTP/1.1 200 OK\r\n")
+        stopping.result(DEADLINE)
+
+
+@pytest.mark.parametrize("more", [b"", b"\r\nContent-Length: 1000\r\n\r\n"])
+def test_at_the_end_an_arriving_request_has_little_time(app, monkeypatch, more):
+    monkeypatch.setattr(deadline, "REST_SECONDS", 0.2)
+    monkeypatch.setattr(deadline, "BODY_SECONDS", 10 * DEADLINE)
+    with serving(app) as running:
+        client = running.connect(HALF.replace(b"GET", b"POST"))
+        until_arriving(running)
+        stopping = running.stop()
+        client.sendall(more)
+        with suppress(OSError):  # it is closed
+            while not stopping.done():
+                client.sendall(b"0")
+                time.sleep(0.01)
+        stopping.result(DEADLINE)
+        assert not running.gateway.connections._open
