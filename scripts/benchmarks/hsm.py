@@ -23,8 +23,8 @@ from hsmwrap.pkcs11.binding.gcm import AesGcm
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.module import Module
 from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, HsmAttributeMapper, for_unwrap
-from hsmwrap.pkcs11.keysets.keys import OPENS, KeySets, Role, is_trusted
-from hsmwrap.pkcs11.sessions.pool import PooledSession, open_worker_session
+from hsmwrap.pkcs11.keysets.keys import KeySets, Role, is_trusted, unwrapped_template
+from hsmwrap.pkcs11.sessions.session import PooledSession, open_worker_session
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.selection import find_token
 from hsmwrap.pkcs11.wrapping import rsa, sm2
@@ -205,7 +205,7 @@ class RawSession:
         return Raw(Side(loop), Side(lambda: sm2.derive_x(private, point)))
 
     def _unsealing(self, role: Role, blob: bytes) -> Callable[[], Any]:
-        arguments = for_unwrap(self._token.features.fit(OPENS[role]))
+        arguments = for_unwrap(self._token.features.fit(unwrapped_template(role)))
         return partial(
             self.key(role).unwrap_key, key_data=blob, mechanism=AES_KEY_WRAP, **arguments
         )
