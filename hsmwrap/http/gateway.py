@@ -109,7 +109,7 @@ class Connections:
         self._waiting_by_address: dict[str, dict[Connection, None]] = {}
 
     async def none_left(self) -> None:
-        """Return when there is no connection, at once or later."""
+        """Return when the last connection has ended."""
         while self._open:
             self._empty.clear()
             await self._empty.wait()
@@ -236,7 +236,7 @@ class Gateway:
 
         def expire() -> None:
             nonlocal done
-            done(failure(ServiceUnavailable("there was no answer in time")))
+            done(failure(ServiceUnavailable("the answer did not come in time")))
             done = _ignore
 
         def finish(future: Future[Answer]) -> None:

@@ -123,7 +123,7 @@ class RequestParser:
                 self._refuse(_headers_too_large())
 
     def end(self) -> None:
-        """There are no more bytes; in the middle of a body that is a ``refusal``."""
+        """Take the end of the stream; in the middle of a body that is a ``refusal``."""
         if self.phase is Phase.BODY:
             self._refuse(_body_ended())
 
