@@ -54,7 +54,7 @@ _OPENSSL_OPTIONS: Mapping[WrappingAlgorithm, tuple[str, ...]] = MappingProxyType
         WrappingAlgorithm.SM2PKE: (),
     }
 )
-_PYCA_PADDINGS: Mapping[WrappingAlgorithm, padding.AsymmetricPadding] = MappingProxyType(
+PADDINGS: Mapping[WrappingAlgorithm, padding.AsymmetricPadding] = MappingProxyType(
     {
         WrappingAlgorithm.RSAES_PKCS1_V1_5: padding.PKCS1v15(),
         WrappingAlgorithm.RSAES_OAEP_SHA_1: padding.OAEP(
@@ -67,6 +67,7 @@ _PYCA_PADDINGS: Mapping[WrappingAlgorithm, padding.AsymmetricPadding] = MappingP
         ),
     }
 )
+"""pyca's padding for each wrapping algorithm of RSA."""
 _SM2_POINT_LENGTH = 64
 
 
@@ -97,7 +98,7 @@ def pyca_encrypt(algorithm: WrappingAlgorithm, public_key: bytes, material: byte
     Raises:
         ClientFailed: pyca has no such algorithm, or refused the public key.
     """
-    scheme = _PYCA_PADDINGS.get(algorithm)
+    scheme = PADDINGS.get(algorithm)
     if scheme is None:
         raise ClientFailed(f"pyca has no {algorithm}")
     key = load_der_public_key(public_key)

@@ -10,7 +10,6 @@ import hashlib
 import secrets
 from collections.abc import Iterator
 
-from cryptography.hazmat.primitives.asymmetric import padding
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
@@ -18,6 +17,7 @@ from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.sm2 import recover_y, sm2_kdf, sm3
 from hsmwrap.sm2.curve import FIELD_BYTES, N, P
 from hsmwrap.testing._conformance.points import G, add, multiples_of, multiply, small_order_points
+from hsmwrap.testing.clients import pyca_encrypt
 
 _MODULUS_BYTES = 256
 _HASHES = {
@@ -55,7 +55,8 @@ def oaep_forgeries(
     }
     for what, block in blocks.items():
         yield what, _raw_rsa(key, block)
-    yield "PKCS#1 v1.5 padding", key.encrypt(material, padding.PKCS1v15())
+    pkcs1 = WrappingAlgorithm.RSAES_PKCS1_V1_5
+    yield "PKCS#1 v1.5 padding", pyca_encrypt(pkcs1, public_key, material)
 
 
 def sm2_layouts(public_key: bytes, material: bytes) -> Ciphertexts:

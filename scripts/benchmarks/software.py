@@ -11,12 +11,13 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from benchmarks.clients import PADDINGS, encrypt
+from benchmarks.clients import encrypt
 from benchmarks.hsm import TOKEN_BYTES, Raw
 from benchmarks.libcrypto import RawSm2
 from benchmarks.timing import Side
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.checkvalue import check_value
+from hsmwrap.testing.clients import PADDINGS
 
 _KEY = os.urandom(32)
 _NONCE = bytes(12)

@@ -16,6 +16,7 @@ from pkcs11 import GCMParams
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.exceptions import GeneralError
 from pkcs11.mechanisms import KeyType, Mechanism
+from support.clients import encrypt_as_client
 from support.pkcs11.attacker import (
     AES,
     KWP,
@@ -28,7 +29,6 @@ from support.pkcs11.attacker import (
     SM2,
     Scenes,
     bring,
-    encrypt_as_client,
     issue,
     readable,
 )

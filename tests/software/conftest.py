@@ -5,13 +5,9 @@ import warnings
 from datetime import UTC, datetime
 
 import pytest
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding
-from cryptography.hazmat.primitives.serialization import load_der_public_key
+from support.clients import encrypt_as_client
 
 from hsmwrap.catalog import WrappingAlgorithm
-from hsmwrap.sm2.engine import open_engine
-from hsmwrap.sm2.spki import decode_spki
 from hsmwrap.software import KeyringFile, SoftwareBackend
 
 EXPIRES = datetime(2100, 1, 1, tzinfo=UTC)
@@ -82,24 +78,5 @@ def issue():
 
 @pytest.fixture
 def wrap():
-    """Encrypt as a client does: RSA by pyca, SM2 by an engine of its own."""
-
-    def encrypt(wrapping_key, material):
-        if wrapping_key.algorithm is WrappingAlgorithm.SM2PKE:
-            point = decode_spki(wrapping_key.public_key)
-            return open_engine("libcrypto").encrypt(point, material).to_c1c3c2()
-        public_key = load_der_public_key(wrapping_key.public_key)
-        return public_key.encrypt(material, _PADDINGS[wrapping_key.algorithm])
-
-    return encrypt
-
-
-def _oaep(algorithm):
-    return padding.OAEP(mgf=padding.MGF1(algorithm), algorithm=algorithm, label=None)
-
-
-_PADDINGS = {
-    WrappingAlgorithm.RSAES_PKCS1_V1_5: padding.PKCS1v15(),
-    WrappingAlgorithm.RSAES_OAEP_SHA_1: _oaep(hashes.SHA1()),
-    WrappingAlgorithm.RSAES_OAEP_SHA_256: _oaep(hashes.SHA256()),
-}
+    """Encrypt as a client does."""
+    return lambda key, material: encrypt_as_client(key.algorithm, key.public_key, material)

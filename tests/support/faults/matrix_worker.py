@@ -17,18 +17,14 @@ import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding
-from cryptography.hazmat.primitives.serialization import load_der_public_key
-
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import HsmwrapError
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.returncodes import RECOVERY
 from hsmwrap.pkcs11.keysets import admin
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.sm2 import decode_spki, open_engine
 from hsmwrap.testing.faults import CKR, FaultShim
+from support.clients import encrypt_as_client
 
 AES = KeySpec.ALIYUN_AES_256
 # Functions that may make an object although they answer an error. Not C_OpenSession: a session
@@ -40,12 +36,7 @@ MANY_CALLS = {"capabilities", "keys_init", "keys_rotate", "keys_retire"}
 
 
 def encrypt(key, material):
-    if key.spec is WrappingKeySpec.EC_SM2:
-        return open_engine("libcrypto").encrypt(decode_spki(key.public_key), material).to_c1c3c2()
-    sha1 = key.algorithm is WrappingAlgorithm.RSAES_OAEP_SHA_1
-    digest = hashes.SHA1() if sha1 else hashes.SHA256()
-    scheme = padding.OAEP(padding.MGF1(digest), digest, None)
-    return load_der_public_key(key.public_key).encrypt(material, scheme)
+    return encrypt_as_client(key.algorithm, key.public_key, material)
 
 
 @dataclass

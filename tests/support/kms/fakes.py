@@ -13,17 +13,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding
-from cryptography.hazmat.primitives.serialization import load_der_public_key
-
 from hsmwrap.backend import Backend, Custody, ImportedKey, KeyRef
+from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import HsmUnavailable, KeyNotFound
 from hsmwrap.kms import Caller, Kms, Permissions, StaticAccessKeys
 from hsmwrap.kms.audit import AuditLog
 from hsmwrap.kms.database import Database
 from hsmwrap.policy import Deployment
 from hsmwrap.software import SoftwareBackend
+from hsmwrap.testing.clients import pyca_encrypt
 
 ADMIN = Caller("admin", Permissions.everything())
 AES_MATERIAL = bytes(range(32))
@@ -175,12 +173,12 @@ class Client:
 
 def import_request(parameters, material):
     """ImportKeyMaterial's parameters, with the material encrypted as a client does."""
-    public_key = load_der_public_key(base64.b64decode(parameters["PublicKey"]))
-    oaep = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
+    algorithm = WrappingAlgorithm.RSAES_OAEP_SHA_256
+    encrypted = pyca_encrypt(algorithm, base64.b64decode(parameters["PublicKey"]), material)
     return {
         "KeyId": parameters["KeyId"],
         "ImportToken": parameters["ImportToken"],
-        "EncryptedKeyMaterial": base64.b64encode(public_key.encrypt(material, oaep)).decode(),
+        "EncryptedKeyMaterial": base64.b64encode(encrypted).decode(),
     }
 
 

@@ -15,8 +15,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, padding
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.keywrap import aes_key_unwrap_with_padding
 from pkcs11 import KDF, _pkcs11
 from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
@@ -32,7 +32,7 @@ from hsmwrap.pkcs11.binding.templates import USES, HsmAttributeMapper, for_unwra
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
 from hsmwrap.pkcs11.token.pin import Pin
 from hsmwrap.pkcs11.wrapping.custody import parse_ref
-from hsmwrap.sm2 import decode_spki, open_engine
+from support.clients import encrypt_as_client
 
 PKCS1, OAEP1, OAEP256, SM2 = (
     WrappingAlgorithm.RSAES_PKCS1_V1_5,
@@ -350,17 +350,6 @@ class Scene:
             for key in usable:
                 if not key[Attribute.TOKEN]:
                     key.destroy()
-
-
-def encrypt_as_client(algorithm, public_key, material):
-    if algorithm is SM2:
-        point = decode_spki(public_key)
-        return open_engine("libcrypto").encrypt(point, material).to_c1c3c2()
-    public = serialization.load_der_public_key(public_key)
-    if algorithm is PKCS1:
-        return public.encrypt(material, padding.PKCS1v15())
-    digest = hashes.SHA1() if algorithm is OAEP1 else hashes.SHA256()
-    return public.encrypt(material, padding.OAEP(padding.MGF1(digest), digest, None))
 
 
 def _derived(base, template, mechanism, parameter):

@@ -15,10 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding
-from cryptography.hazmat.primitives.serialization import load_der_public_key
-
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import (
     BackendClosed,
@@ -30,6 +26,7 @@ from hsmwrap.errors import (
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.module import Module, _InitializeArgs, shared_function_list
 from hsmwrap.pkcs11.keysets import hardening
+from hsmwrap.testing.clients import pyca_encrypt
 from hsmwrap.testing.faults import CKR, FaultShim
 from support.frames import assert_no_secret
 
@@ -71,9 +68,7 @@ def wrapped(backend, algorithm):
     """A wrapping key, and key material under it."""
     expires = datetime.now(UTC) + timedelta(hours=1)
     key = backend.generate_wrapping_key(WrappingKeySpec.RSA_2048, algorithm, expires_at=expires)
-    digest = hashes.SHA1() if algorithm is OAEP_1 else hashes.SHA256()
-    scheme = padding.OAEP(padding.MGF1(digest), digest, None)
-    return key.private_key, load_der_public_key(key.public_key).encrypt(MATERIAL, scheme)
+    return key.private_key, pyca_encrypt(algorithm, key.public_key, MATERIAL)
 
 
 def bring_in(backend, reference, algorithm, ciphertext, object_id=None):
