@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 
+from support.clients import encrypt_as_client
+
 from hsmwrap import tokens
 from hsmwrap.backend import Backend, Custody, KeyRef, WrappingCapability
-from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm
+from hsmwrap.catalog import KeySpec, ProtectionLevel
 from hsmwrap.checkvalue import check_value
 from hsmwrap.errors import (
     BackendClosed,
@@ -29,8 +31,7 @@ from hsmwrap.imports import Cmk, ImportParameters, ImportService
 from hsmwrap.pkcs11.wrapping.custody import parse_ref
 from hsmwrap.pkcs11.wrapping.reaper import GRACE
 from hsmwrap.policy import Deployment
-from hsmwrap.sm2 import decode_spki, open_engine
-from hsmwrap.testing.clients import ClientFailed, decrypt_message, encrypt_message, pyca_encrypt
+from hsmwrap.testing.clients import ClientFailed, decrypt_message, encrypt_message
 
 TOKEN_LIFETIME = timedelta(seconds=6)
 """Short, so that resident wrapping keys expire under load and the reaper has work."""
@@ -314,11 +315,7 @@ def _material(issued: Issued, rng: random.Random) -> bytes:
 
 
 def _encrypted(parameters: ImportParameters, material: bytes) -> bytes:
-    algorithm = parameters.algorithm
-    if algorithm is WrappingAlgorithm.SM2PKE:
-        point = decode_spki(parameters.public_key)
-        return open_engine("libcrypto").encrypt(point, material).to_c1c3c2()
-    return pyca_encrypt(algorithm, parameters.public_key, material)
+    return encrypt_as_client(parameters.algorithm, parameters.public_key, material)
 
 
 def _now() -> datetime:
