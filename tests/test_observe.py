@@ -141,6 +141,22 @@ def test_operations_are_counted_by_outcome():
     assert counted.get_sample_value("hsmwrap_backend_operation_seconds_count", where) == 2
 
 
+@pytest.mark.parametrize("name", ["unwrap_material", "mac"])
+def test_the_page_of_metrics_is_no_clock(name):
+    """Two scrapes show the bucket of a call between them; the finest of imports ends at 10 ms."""
+    finest = 0.01 if name == "unwrap_material" else 0.0001
+    counted = CollectorRegistry()
+    observer = metrics.PrometheusObserver(counted)
+    where = {"backend": "b", "operation": name}
+    buckets = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
+    for seconds in (0.00001, 0.00009, 0.0012, 0.0029, 0.0031, 0.0099, 0.0101, 0.5, 29, 31, 1000):
+        before = counted.get_sample_value("hsmwrap_backend_operation_seconds_sum", where) or 0
+        observer(Operation(name, "b", OK, seconds))
+        shown = counted.get_sample_value("hsmwrap_backend_operation_seconds_sum", where) - before
+        end = next((end for end in buckets if end >= max(seconds, finest)), 60)
+        assert shown == pytest.approx(end)
+
+
 def test_facts_are_read_when_somebody_scrapes():
     fake, pool = FakeBackend(), ManualPool()
     fake.facts = {"breaker": "open", "recoveries": {"DEVICE_ERROR": 3}, "sessions_in_use": 2}

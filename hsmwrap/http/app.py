@@ -6,8 +6,8 @@ WSGI, because every call blocks on an HSM or a database, so each running request
 One request: read → format → Action → signature → Version → KMS → answer → one line in the log.
 
 Every answer of the API, and every error, has a RequestId that is also in the log. The monitoring
-pages (``/healthz``, ``/readyz``, ``/metrics``) have one, and a log line, only when they fail:
-frequent successful polls would fill the log.
+pages (``/healthz``, ``/readyz``, and ``/metrics`` of :class:`MetricsApp`) have one, and a log line,
+only when they fail: frequent successful polls would fill the log.
 
 The audit log has every authentic request, and some requests with a wrong signature
 (:mod:`hsmwrap.http.refusals`). Requests with an unknown access key or an old timestamp are only in
@@ -35,6 +35,7 @@ from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidParameter, M
 from hsmwrap.http import answer, logs
 from hsmwrap.http.authentication import identify, verify
 from hsmwrap.http.errors import MethodNotAllowed, MetricsUnavailable, PathNotFound
+from hsmwrap.http.gateway import Limits
 from hsmwrap.http.message import RpcMessage, read_message
 from hsmwrap.http.ports import AccessKeys, Caller, KmsPort, NonceStore
 from hsmwrap.http.refusals import RefusalAudit
@@ -52,6 +53,7 @@ MAX_BODY = 128 * 1024
 """Default limit of a body in bytes; the same as for a request line."""
 
 _log = logging.getLogger(__name__)
+_LIMITS = Limits()
 _FORMATS = {"json": "JSON", "xml": "XML"}
 
 
@@ -99,36 +101,17 @@ class _Exchange:
         _log.log(level, "request", extra=facts)
 
 
-class App:
-    """The WSGI application, made by :func:`create_app`."""
+class _Pages:
+    """A WSGI application of pages by path. Answers every error in the API's form."""
 
-    def __init__(
-        self,
-        kms: KmsPort,
-        access_keys: AccessKeys,
-        nonces: NonceStore,
-        *,
-        clock: Callable[[], datetime],
-        max_body: int,
-        collect: Callable[[], bytes],
-    ) -> None:
-        self._collect = collect
-        self._kms = kms
-        self._access_keys = access_keys
-        self._nonces = nonces
-        self._clock = clock
-        self.max_body = max_body
-        self._refusals = RefusalAudit(kms, clock)
-        self._pages: Mapping[str, Callable[[str], Response]] = {
-            "/healthz": self._healthz,
-            "/readyz": self._readyz,
-            "/metrics": self._metrics,
-        }
+    _pages: Mapping[str, Callable[[str], Response]]
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request."""
-        # The path as sent: werkzeug's Request.path turns // into /.
-        exchange = _Exchange(environ.get("HTTP_HOST", "")[:255], environ.get("PATH_INFO", ""))
+        # The path as sent: werkzeug's Request.path turns // into /. Under another server a header
+        # field may have moved a part of it to SCRIPT_NAME.
+        path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+        exchange = _Exchange(environ.get("HTTP_HOST", "")[:255], path)
         response = self._respond(Request(environ), exchange)
         return response(environ, start_response)
 
@@ -145,6 +128,53 @@ class App:
             unexpected = HsmwrapError("unexpected exception")
             unexpected.__cause__ = error
             return _failed(unexpected, exchange)
+
+    def _call(self, _request: Request, _exchange: _Exchange, /) -> Response:
+        raise PathNotFound("nothing else is served here")
+
+
+class MetricsApp(_Pages):
+    """The WSGI application of ``/metrics``, for an address that clients do not reach."""
+
+    def __init__(self, collect: Callable[[], bytes]) -> None:
+        """Take what returns the metrics in Prometheus' text format."""
+        self._collect = collect
+        self._pages = {"/metrics": self._metrics}
+
+    def _metrics(self, _request_id: str) -> Response:
+        text = self._collect()
+        return Response(text, 200, content_type=_METRICS.CONTENT_TYPE if _METRICS else "text/plain")
+
+
+class App(_Pages):
+    """The WSGI application of the API, made by :func:`create_app`.
+
+    Attributes:
+        max_body: Longest accepted request body in bytes.
+        limits: Limits of connections, where the server keeps them.
+        metrics_app: The application of ``/metrics``.
+    """
+
+    def __init__(
+        self,
+        kms: KmsPort,
+        access_keys: AccessKeys,
+        nonces: NonceStore,
+        *,
+        clock: Callable[[], datetime],
+        max_body: int,
+        limits: Limits,
+        collect: Callable[[], bytes],
+    ) -> None:
+        self.metrics_app = MetricsApp(collect)
+        self.limits = limits
+        self._kms = kms
+        self._access_keys = access_keys
+        self._nonces = nonces
+        self._clock = clock
+        self.max_body = max_body
+        self._refusals = RefusalAudit(kms, clock)
+        self._pages = {"/healthz": self._healthz, "/readyz": self._readyz}
 
     # --- the API
 
@@ -206,10 +236,6 @@ class App:
         _log.warning("not ready", extra={"request_id": request_id, "parts": dict(health.facts)})
         return answer.page({"Status": "not ready", "RequestId": request_id}, 503)
 
-    def _metrics(self, _request_id: str) -> Response:
-        text = self._collect()
-        return Response(text, 200, content_type=_METRICS.CONTENT_TYPE if _METRICS else "text/plain")
-
 
 def _render(backends: Iterable[Backend] = (), pools: Iterable[KeyPool] = ()) -> bytes:
     """All metrics: of requests, and of these backends and key-pair pools.
@@ -230,6 +256,7 @@ def create_app(
     *,
     clock: Callable[[], datetime] = _utc_now,
     max_body: int = MAX_BODY,
+    limits: Limits = _LIMITS,
     collect: Callable[[], bytes] = _render,
 ) -> App:
     """Make the application for a KMS.
@@ -240,9 +267,12 @@ def create_app(
         nonces: Used nonces, shared by all processes that serve these access keys.
         clock: Returns the current aware time.
         max_body: Longest accepted request body in bytes.
+        limits: Limits of connections, for :class:`hsmwrap.http.worker.KmsWorker`.
         collect: Returns the metrics in Prometheus' text format.
     """
-    return App(kms, access_keys, nonces, clock=clock, max_body=max_body, collect=collect)
+    return App(
+        kms, access_keys, nonces, clock=clock, max_body=max_body, limits=limits, collect=collect
+    )
 
 
 def from_config(path: Path | None) -> App:
@@ -264,6 +294,7 @@ def from_config(path: Path | None) -> App:
         kms.access_keys,
         kms.nonces,
         max_body=config.limits.max_request_bytes,
+        limits=Limits(config.limits.max_connections, config.limits.max_connections_per_address),
         collect=lambda: _render(*kms.watched()),
     )
 

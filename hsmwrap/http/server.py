@@ -46,6 +46,7 @@ class Server(BaseApplication):
         workers: int = 1,
         threads: int = 16,
         shutdown_seconds: float = 30,
+        metrics_address: str = "",
     ) -> None:
         """Prepare a server; :meth:`run_to_exit` runs it.
 
@@ -56,10 +57,14 @@ class Server(BaseApplication):
             workers: Processes.
             threads: Threads of each process: its running calls.
             shutdown_seconds: How long running calls may take to finish at shutdown.
+            metrics_address: Address and port of ``/metrics``; empty: no page.
         """
         self._load = load
+        self.metrics_address = metrics_address
+        api_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._options = {
-            "bind": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            # The worker takes the last one for the metrics.
+            "bind": [api_address, metrics_address] if metrics_address else [api_address],
             "workers": workers,
             "threads": threads,
             "worker_class": "hsmwrap.http.worker.KmsWorker",

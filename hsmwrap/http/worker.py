@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gunicorn import sock
 from gunicorn.workers.base import Worker
 
-from hsmwrap.http.gateway import Gateway, Limits, Place, Site
+from hsmwrap.http.gateway import Gateway, Place, Site
 
 if TYPE_CHECKING:
     # Not at run time: this is imported before the fork, and prometheus_client has to be after it.
@@ -46,10 +46,10 @@ class KmsWorker(Worker):
         loop.add_signal_handler(signal.SIGTERM, lambda: end(quick=False))
         for quick in (signal.SIGINT, signal.SIGQUIT):
             loop.add_signal_handler(quick, lambda: end(quick=True))
-        gateway = Gateway(threads=self.cfg.threads, limits=Limits(), loop=loop)
+        gateway = Gateway(threads=self.cfg.threads, limits=self.wsgi.limits, loop=loop)
         tls = sock.ssl_context(self.cfg) if self.cfg.is_ssl else None
-        for listener in self.sockets:
-            gateway.listen(listener, site(self.wsgi), tls)
+        for listener, site in zip(self.sockets, self._sites(), strict=True):
+            gateway.listen(listener, site, tls)
         # A signal that came before these handlers were there has made alive false.
         while self.alive and self.ppid == os.getppid() and gateway.served < self.max_requests:
             self.notify()
@@ -62,12 +62,24 @@ class KmsWorker(Worker):
                 await asyncio.wait({stopping}, timeout=_HEARTBEAT_SECONDS)
         gateway.close()
 
+    def _sites(self) -> list[Site]:
+        """What is served at each socket: the API, and metrics where :class:`Server` says so."""
+        api, metrics = api_site(self.wsgi), metrics_site(self.wsgi)
+        if len(self.sockets) > 1 and bool(getattr(self.app, "metrics_address", None)):
+            return [*(api for _ in self.sockets[1:]), metrics]
+        return [api for _ in self.sockets]
 
-def site(app: App) -> Site:
+
+def api_site(app: App) -> Site:
     """The API and its pages, as the gateway serves them."""
     return Site(
         app,
         app.max_body,
         read_body=frozenset({("GET", b"/"), ("POST", b"/")}),
-        places={b"/healthz": Place.LOOP, b"/readyz": Place.RESERVED, b"/metrics": Place.RESERVED},
+        places={b"/healthz": Place.LOOP, b"/readyz": Place.RESERVED},
     )
+
+
+def metrics_site(app: App) -> Site:
+    """The page of metrics, as the gateway serves it."""
+    return Site(app.metrics_app, max_body=0, otherwise=Place.RESERVED)

@@ -72,6 +72,16 @@ class LimitsConfig(BaseModel):
     max_threads: int = Field(
         default=16, ge=1, description="Requests that one process serves at a time."
     )
+    max_connections: int = Field(
+        default=1000,
+        ge=1,
+        description="Open connections of one process; at most half of its file descriptors.",
+    )
+    max_connections_per_address: int = Field(
+        default=500,
+        ge=0,
+        description="Open connections of one client address and one process; 0: no limit.",
+    )
     database_pool_size: int = Field(
         default=16, ge=1, description="Database connections of one process."
     )
@@ -94,6 +104,11 @@ class ServerConfig(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(
         default=8443, ge=0, le=65_535, description="Port to listen on; 0 takes a free one."
+    )
+    metrics_address: str = Field(
+        default="127.0.0.1:9443",
+        pattern=r"^((\[[0-9A-Fa-f:.]+\]|[^\[\]:\s]+):[0-9]{1,5})?$",
+        description="Address and port of the page /metrics (`[::1]:9443`); empty: no page.",
     )
     database_url: SecretStr = Field(
         default=SecretStr("sqlite:///hsmwrap.db"),

@@ -38,6 +38,7 @@ _ACCESS_KEY = AccessKey("bench", secrets.token_hex(16), Permissions.everything()
 _DEADLINE = 60
 _PAUSE = 0.05
 _LENGTH = re.compile(rb"\r\nContent-Length: *(\d+)\r\n", re.IGNORECASE)
+_METRICS_PORT = re.compile(r"Listening at: \S+,http://127\.0\.0\.1:(\d+) ")
 _POOL_LEVEL = re.compile(r"^hsmwrap_keypool_level\{.*\} (\S+)$", re.MULTILINE)
 
 
@@ -115,16 +116,17 @@ class LocalKms(KmsSide):
 class ServedKms(KmsSide):
     """A KMS behind ``hsmwrap serve`` with one worker process."""
 
-    def __init__(self, port: int, threads: int) -> None:
+    def __init__(self, port: int, metrics_port: int, threads: int) -> None:
         super().__init__()
         self._port = port
+        self._metrics = _Connection(metrics_port)
         self._connections = [_Connection(port) for _ in range(threads)]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        for connection in self._connections:
+        for connection in [*self._connections, self._metrics]:
             connection.close()
 
     def prepare(self, thread: int, action: str, parameters: Mapping[str, str]) -> Call:
@@ -140,7 +142,7 @@ class ServedKms(KmsSide):
 
     def pool_level(self) -> float:
         """Read /metrics."""
-        page = self._connections[0].ask(b"GET /metrics HTTP/1.1\r\nHost: bench\r\n\r\n").decode()
+        page = self._metrics.ask(b"GET /metrics HTTP/1.1\r\nHost: bench\r\n\r\n").decode()
         return sum(map(float, _POOL_LEVEL.findall(page)))
 
 
@@ -188,8 +190,8 @@ class _Connection:
 
 
 @contextmanager
-def serving(directory: Path, settings: Mapping[str, Any], pool: int) -> Iterator[int]:
-    """Run ``hsmwrap serve`` with one worker process; yields the port.
+def serving(directory: Path, settings: Mapping[str, Any], pool: int) -> Iterator[tuple[int, int]]:
+    """Run ``hsmwrap serve`` with one worker process; yields its port and that of its metrics.
 
     Raises:
         Failed: It does not start; its log is in the message.
@@ -204,7 +206,10 @@ def serving(directory: Path, settings: Mapping[str, Any], pool: int) -> Iterator
         ready = server.stdout.readline()
         if not ready.startswith("ready http://127.0.0.1:"):
             raise Failed(f"hsmwrap serve did not start: {log.read_text('utf-8')}")
-        yield int(ready.rpartition(":")[2])
+        metrics = _METRICS_PORT.search(log.read_text("utf-8"))
+        if metrics is None:
+            raise Failed("the log does not say where the metrics are")
+        yield int(ready.rpartition(":")[2]), int(metrics[1])
     finally:
         server.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -224,6 +229,7 @@ def _configuration(directory: Path, settings: Mapping[str, Any], pool: int) -> d
         allow = 'allow = [{ actions = ["*"] }]'
         access_keys.write_text("\n".join(["[[access_key]]", *lines, allow, ""]), encoding="utf-8")
     return {
+        "metrics_address": "127.0.0.1:0",
         "database_url": f"sqlite:///{directory}/kms.db",
         "access_key_file": str(access_keys),
         "audit_file": str(directory / "audit.log"),

@@ -103,8 +103,8 @@ def measure(settings: Mapping[str, Any], plan: Plan) -> Iterator[Requests]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="hsmwrap-bench-")))
         say("http: starting hsmwrap serve")
-        port = stack.enter_context(serving(directory / "served", settings, pool))
-        served = stack.enter_context(ServedKms(port, max(plan.clients)))
+        ports = stack.enter_context(serving(directory / "served", settings, pool))
+        served = stack.enter_context(ServedKms(*ports, max(plan.clients)))
         local = stack.enter_context(LocalKms(directory / "local", settings, pool))
         sides: dict[str, KmsSide] = dict(zip(SIDES, (served, local), strict=True))
         for side in sides.values():

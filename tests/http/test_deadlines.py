@@ -146,6 +146,7 @@ def test_pages_are_answered_while_all_threads_are_busy(tmp_path, connect):
             assert parse(process.exchange(HEALTHZ))[0] == 200
             # The application's own answer: this KMS cannot say how it is.
             assert parse(process.exchange(get("", "/readyz")))[0] == 500
+            assert b"200 OK" in process.exchange(get("", "/metrics"), process.metrics_port)
         assert select.select(busy, [], [], 0)[0] == []
         (tmp_path / "release").touch()
         assert {parse(read_all(connection))[0] for connection in busy} == {200}

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -77,18 +78,24 @@ def test_long_request_lines(fake):
     assert parse(fake.exchange(get(signed("Encrypt", **LONG))))[1]["Length"] == 16384
 
 
-def test_long_request_lines_under_gunicorns_own_command(tmp_path):
-    """As in the application's documentation, with other limits."""
+@contextmanager
+def under_gunicorn(tmp_path, *arguments):
+    """gunicorn's own command, as in the application's documentation."""
     settings = tmp_path / "gunicorn.conf.py"
     settings.write_text(
         "from hsmwrap.http.server import _announce as post_worker_init\n"
         "bind, control_socket_disable = '127.0.0.1:0', True\n"
     )
-    command = [sys.executable, "-m", "gunicorn", "-c", str(settings), "--limit-request-line", "99"]
-    command += ["-k", "hsmwrap.http.worker.KmsWorker"]
+    command = [sys.executable, "-m", "gunicorn", "-c", str(settings), *arguments]
     command += ["support.http.gunicorn_fake:from_environment()"]
     environment = {**os.environ, "FAKE_DIRECTORY": str(tmp_path)}
     with running_command(command, tmp_path / "log", environment) as process:
+        yield process
+
+
+def test_long_request_lines_under_gunicorns_own_command(tmp_path):
+    worker = ["-k", "hsmwrap.http.worker.KmsWorker", "--limit-request-line", "99"]
+    with under_gunicorn(tmp_path, *worker) as process:
         answer = parse(process.exchange(get(signed("Encrypt", **LONG))))
     assert answer[1]["Length"] == 16384
 
@@ -149,6 +156,28 @@ def test_shutdown_finishes_running_calls(tmp_path):
         call.join(DEADLINE)
         assert parse(answers[0])[0] == 200
         assert process.stop() == 0
+
+
+def test_metrics_have_an_address_of_their_own(fake):
+    assert_refused(fake, get("", "/metrics"), 404, "InvalidPath.NotFound")
+    for path in ("/", "/healthz", "/readyz"):
+        status, fields = parse(fake.exchange(get(signed("Encrypt"), path), fake.metrics_port))
+        assert (status, fields["Code"]) == (404, "InvalidPath.NotFound")
+
+
+@pytest.mark.parametrize("fields", ["SCRIPT_NAME: /x", "Script-Name: /x", "X-Forwarded-Prefix: /x"])
+def test_header_fields_choose_no_page(fake, fields):
+    raw = get("", "/x/healthz").replace(b"\r\n", f"\r\n{fields}\r\n".encode(), 1)
+    assert_refused(fake, raw, 404, "InvalidPath.NotFound")
+
+
+def test_any_wsgi_server_runs_the_application(tmp_path):
+    """gunicorn's own worker takes SCRIPT_NAME from a local client; that chooses no page either."""
+    with under_gunicorn(tmp_path, "-k", "gthread") as process:
+        answer = parse(process.exchange(get(signed("Encrypt", Plaintext="text"))))
+        moved = get("", "/x/healthz").replace(b"\r\n", b"\r\nSCRIPT_NAME: /x\r\n", 1)
+        assert_refused(process, moved, 404, "InvalidPath.NotFound")
+    assert (answer[0], answer[1]["Length"]) == (200, 4)
 
 
 def test_reload_finishes_running_calls(tmp_path):
@@ -215,5 +244,5 @@ def test_metrics_of_all_workers(tmp_path):
         for pid in re.findall(r"Booting worker with pid: (\d+)", process.log_text()):
             os.kill(int(pid), signal.SIGTERM)
         wait_for_text(process, "Worker exiting", times=2)
-        text = process.exchange(get("", "/metrics")).decode()
+        text = process.exchange(get("", "/metrics"), process.metrics_port).decode()
     assert 'hsmwrap_http_requests_total{action="Encrypt",code="OK"} 20.0' in text

@@ -43,7 +43,7 @@ def test_everything_is_on_one_page(kms):
     pool.prepare(backends[0], [pair])
     with pool._changed:
         assert pool._changed.wait_for(lambda: pool.facts()[0].level == 2, 60)
-    page = Client(app).get("/metrics").text
+    page = Client(app.metrics_app).get("/metrics").text
     labels = f'{{algorithm="{pair[1]}",backend="software",spec="{pair[0]}"}}'
     assert 'hsmwrap_backend_ready{backend="software"} 1.0' in page
     assert f"hsmwrap_keypool_level{labels} 2.0" in page

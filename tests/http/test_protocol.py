@@ -433,7 +433,7 @@ def test_metrics(bench):
     bench.kms.answer = InvalidAction("no such action")
     bench.get(v1_query(action="Nonsense"))
     bench.get(encode_all({**v1_parameters("Forged"), "Signature": "x"}))
-    response = bench.get(path="/metrics")
+    response = bench.metrics.get("/metrics")
     assert "x-acs-request-id" not in response.headers
     text = response.text
     assert 'hsmwrap_http_requests_total{action="CancelKeyDeletion",code="OK"}' in text
@@ -443,9 +443,19 @@ def test_metrics(bench):
     assert "Forged" not in text
 
 
+def test_metrics_and_the_api_are_apart(bench):
+    for response in (
+        bench.get(path="/metrics"),
+        bench.metrics.get("/"),
+        bench.metrics.get("/readyz"),
+    ):
+        assert (response.status_code, response.get_json()["Code"]) == (404, "InvalidPath.NotFound")
+    assert bench.metrics.post("/metrics").status_code == 405
+
+
 def test_metrics_without_the_library(bench, monkeypatch):
     monkeypatch.setattr(app, "_METRICS", None)
-    response = bench.get(path="/metrics")
+    response = bench.metrics.get("/metrics")
     assert response.status_code == 404
     assert "prometheus_client" in response.get_json()["Message"]
     assert bench.get(v1_query()).status_code == 200

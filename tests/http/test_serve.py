@@ -23,6 +23,7 @@ pytestmark = SDK_WARNINGS
 SERVE = ["-m", "hsmwrap.cli", "serve", "--config"]
 CONFIG = """\
 port = 0
+metrics_address = "127.0.0.1:0"
 database_url = "sqlite:///{directory}/kms.db"
 access_key_file = "{directory}/access-keys.toml"
 audit_file = "{directory}/audit.log"

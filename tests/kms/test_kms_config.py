@@ -70,6 +70,8 @@ def test_environment_outranks_the_file(file, monkeypatch):
     [
         ("colour = 1\n", "colour"),
         ("port = 70000\n", "port"),
+        ('metrics_address = "9443"\n', "metrics_address"),
+        ('metrics_address = "::1:9443"\n', "metrics_address"),
         ('managed_hsm = "GOLD"\n', "managed_hsm"),
         ("sweep_interval = -1\n", "sweep_interval"),
         ("[limits2]\nx = 1\n", "limits2"),

@@ -74,6 +74,7 @@ class Bench:
             self.kms, StaticAccessKeys(self.access_keys), self.nonces, clock=self.clock
         )
         self.client = Client(self.app)
+        self.metrics = Client(self.app.metrics_app)
 
     def get(self, query: str = "", path: str = "/", **more: Any) -> TestResponse:
         return self.client.get(path, query_string=query, **more)

@@ -78,7 +78,12 @@ def main() -> int:
     for seconds in sys.argv[3:]:
         hurry(float(seconds))
     return Server(
-        lambda: load(directory), host="127.0.0.1", port=0, workers=workers, threads=THREADS
+        lambda: load(directory),
+        host="127.0.0.1",
+        port=0,
+        workers=workers,
+        threads=THREADS,
+        metrics_address="127.0.0.1:0",
     ).run_to_exit()
 
 

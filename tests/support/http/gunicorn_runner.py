@@ -34,6 +34,10 @@ class Process:
             raise AssertionError(f"not ready: {line!r}\n{self.log_text()}")
         self.port = int(ready[1])
 
+    @property
+    def metrics_port(self) -> int:
+        return int(re.search(r"Listening at: \S+,http://127.0.0.1:(\d+) ", self.log_text())[1])
+
     def log_text(self) -> str:
         return self.log.read_text()
 
@@ -52,9 +56,11 @@ class Process:
         assert rest == ""
         return self.popen.returncode
 
-    def exchange(self, raw: bytes) -> bytes:
+    def exchange(self, raw: bytes, port: int = 0) -> bytes:
         """Send bytes, and read until the server closes."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE) as connection:
+        with socket.create_connection(
+            ("127.0.0.1", port or self.port), timeout=DEADLINE
+        ) as connection:
             connection.sendall(raw)
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(65536), b""))
