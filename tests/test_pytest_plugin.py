@@ -167,9 +167,10 @@ ON_A_TOKEN = (
     IMPORTS_ONE_KEY
     + """
 from hsmwrap import BackendClosed
+from hsmwrap.pkcs11 import Pkcs11Backend
 
-def test_the_key_set_is_trusted(hsmwrap_pkcs11_backend, hsmwrap_pkcs11_settings):
-    (keys,) = type(hsmwrap_pkcs11_backend).list_keys(hsmwrap_pkcs11_settings)
+def test_the_key_set_is_trusted(hsmwrap_pkcs11_settings):
+    (keys,) = Pkcs11Backend.list_keys(hsmwrap_pkcs11_settings)
     assert keys.detail.endswith("key-encryption keys trusted")
 
 def test_a_backend_that_a_test_closes(hsmwrap_pkcs11_backend):
