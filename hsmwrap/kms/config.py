@@ -36,7 +36,10 @@ from hsmwrap.settings import REQUIRED, Setting, did_you_mean
 
 ENV_PREFIX = "HSMWRAP_SERVER_"
 
-_STRICT = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+# The text under a setting is its description.
+_STRICT = ConfigDict(
+    extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True
+)
 
 
 def _as_seconds(value: Any) -> Any:
@@ -55,10 +58,10 @@ class BackendConfig(BaseModel):
 
     model_config = _STRICT
 
-    plugin: str = Field(description="The backend's plug-in, as `hsmwrap backends` names it.")
-    settings: dict[str, Any] = Field(
-        default_factory=dict, description="The settings of the backend itself."
-    )
+    plugin: str
+    """The backend's plug-in, as `hsmwrap backends` names it."""
+    settings: dict[str, Any] = {}
+    """The settings of the backend itself."""
 
 
 class LimitsConfig(BaseModel):
@@ -66,28 +69,18 @@ class LimitsConfig(BaseModel):
 
     model_config = _STRICT
 
-    max_request_bytes: int = Field(
-        default=131_072, ge=4_096, description="Longest request, in bytes."
-    )
-    max_threads: int = Field(
-        default=16, ge=1, description="Requests that one process serves at a time."
-    )
-    max_connections: int = Field(
-        default=1000,
-        ge=1,
-        description="Open connections of one process; at most half of its file descriptors.",
-    )
-    max_connections_per_address: int = Field(
-        default=500,
-        ge=0,
-        description="Open connections of one client address and one process; 0: no limit.",
-    )
-    database_pool_size: int = Field(
-        default=16, ge=1, description="Database connections of one process."
-    )
-    shutdown_seconds: float = Field(
-        default=30, ge=0, description="How long a shutdown waits for running requests."
-    )
+    max_request_bytes: int = Field(default=131_072, ge=4_096)
+    """Longest request, in bytes."""
+    max_threads: int = Field(default=16, ge=1)
+    """Requests that one process serves at a time."""
+    max_connections: int = Field(default=1000, ge=1)
+    """Open connections of one process; at most half of its file descriptors."""
+    max_connections_per_address: int = Field(default=500, ge=0)
+    """Open connections of one client address and one process; 0: no limit."""
+    database_pool_size: int = Field(default=16, ge=1)
+    """Database connections of one process."""
+    shutdown_seconds: float = Field(default=30, ge=0)
+    """How long a shutdown waits for running requests."""
 
 
 class ServerConfig(BaseSettings):
@@ -99,89 +92,57 @@ class ServerConfig(BaseSettings):
         extra="forbid",
         frozen=True,
         hide_input_in_errors=True,
+        use_attribute_docstrings=True,
     )
 
-    host: str = Field(default="127.0.0.1", description="Address to listen on.")
-    port: int = Field(
-        default=8443, ge=0, le=65_535, description="Port to listen on; 0 takes a free one."
-    )
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=8443, ge=0, le=65_535)
+    """Port to listen on; 0 takes a free one."""
     metrics_address: str = Field(
-        default="127.0.0.1:9443",
-        pattern=r"^((\[[0-9A-Fa-f:.]+\]|[^\[\]:\s]+):[0-9]{1,5})?$",
-        description="Address and port of the page /metrics (`[::1]:9443`); empty: no page.",
+        default="127.0.0.1:9443", pattern=r"^((\[[0-9A-Fa-f:.]+\]|[^\[\]:\s]+):[0-9]{1,5})?$"
     )
-    database_url: SecretStr = Field(
-        default=SecretStr("sqlite:///hsmwrap.db"),
-        description="SQLAlchemy URL of SQLite or PostgreSQL (`postgresql+psycopg://…`).",
-    )
-    backends: dict[ProtectionLevel, BackendConfig] = Field(
-        description="The backend of each protection level."
-    )
-    region: str = Field(
-        default="cn-hangzhou",
-        description="Alibaba region id, for ARNs and the compatibility table.",
-    )
-    managed_hsm: ManagedHsm | None = Field(
-        default=None, description="Class of the managed HSM. Without it: what the region has."
-    )
-    dedicated: bool = Field(default=False, description="Whether this is a dedicated KMS instance.")
-    account_id: str = Field(
-        default="1000000000000000",
-        pattern=r"^[0-9]{1,20}$",
-        description="Account id in ARNs: 1 to 20 digits.",
-    )
-    token_lifetime: Seconds = Field(
-        default=timedelta(hours=24), gt=timedelta(0), description="Validity of import tokens."
-    )
-    single_use: bool = Field(
-        default=False, description="Whether an import token is for one import only."
-    )
-    required_exposure: Exposure | None = Field(
-        default=None,
-        description="`in_hsm` refuses HSM-level imports whose material passes the host.",
-    )
-    refused_algorithms: frozenset[WrappingAlgorithm] = Field(
-        default=frozenset(), description="Wrapping algorithms that are turned off."
-    )
-    access_key_file: Path | None = Field(
-        default=None,
-        description="Private TOML file of access keys. Without it the embedder brings them.",
-    )
-    audit_file: Path = Field(default=Path("audit.log"), description="The audit log.")
-    audit_log_id: str | None = Field(
-        default=None,
-        min_length=1,
-        max_length=LOG_ID_LENGTH,
-        description="What the database calls this audit log, another for each file. Without it: "
-        "host and path; set it where the host's name changes, as in containers.",
-    )
-    audit_key_file: Path | None = Field(
-        default=None,
-        description="Private file with the HMAC key of the audit log's chain, at least 32 bytes. "
-        "Without it the chain is of SHA-256.",
-    )
-    audit_sync: bool = Field(
-        default=False, description="Wait for the disk with each line of the audit log."
-    )
-    sweep_interval: Seconds = Field(
-        default=timedelta(seconds=60),
-        ge=timedelta(0),
-        description="Pause between sweeps; 0 switches the sweeper off.",
-    )
-    startup_wait: Seconds = Field(
-        default=timedelta(seconds=60),
-        ge=timedelta(0),
-        description="How long the start waits for an HSM or a database that is unavailable.",
-    )
-    key_pool: int = Field(
-        default=0,
-        ge=0,
-        le=10_000,
-        description="Wrapping key pairs of each kind that are made ahead; 0: none.",
-    )
-    limits: LimitsConfig = Field(
-        default=LimitsConfig(), description="How much is taken from a client at once."
-    )
+    """Address and port of the page /metrics (`[::1]:9443`); empty: no page."""
+    database_url: SecretStr = SecretStr("sqlite:///hsmwrap.db")
+    """SQLAlchemy URL of SQLite or PostgreSQL (`postgresql+psycopg://…`)."""
+    backends: dict[ProtectionLevel, BackendConfig]
+    """The backend of each protection level."""
+    region: str = "cn-hangzhou"
+    """Alibaba region id, for ARNs and the compatibility table."""
+    managed_hsm: ManagedHsm | None = None
+    """Class of the managed HSM. Without it: what the region has."""
+    dedicated: bool = False
+    """Whether this is a dedicated KMS instance."""
+    account_id: str = Field(default="1000000000000000", pattern=r"^[0-9]{1,20}$")
+    """Account id in ARNs: 1 to 20 digits."""
+    token_lifetime: Seconds = Field(default=timedelta(hours=24), gt=timedelta(0))
+    """Validity of import tokens."""
+    single_use: bool = False
+    """Whether an import token is for one import only."""
+    required_exposure: Exposure | None = None
+    """`in_hsm` refuses HSM-level imports whose material passes the host."""
+    refused_algorithms: frozenset[WrappingAlgorithm] = frozenset()
+    """Wrapping algorithms that are turned off."""
+    access_key_file: Path | None = None
+    """Private TOML file of access keys. Without it the embedder brings them."""
+    audit_file: Path = Path("audit.log")
+    """The audit log."""
+    audit_log_id: str | None = Field(default=None, min_length=1, max_length=LOG_ID_LENGTH)
+    """What the database calls this audit log, another for each file. Without it: host and path; set
+    it where the host's name changes, as in containers."""
+    audit_key_file: Path | None = None
+    """Private file with the HMAC key of the audit log's chain, at least 32 bytes. Without it the
+    chain is of SHA-256."""
+    audit_sync: bool = False
+    """Wait for the disk with each line of the audit log."""
+    sweep_interval: Seconds = Field(default=timedelta(seconds=60), ge=timedelta(0))
+    """Pause between sweeps; 0 switches the sweeper off."""
+    startup_wait: Seconds = Field(default=timedelta(seconds=60), ge=timedelta(0))
+    """How long the start waits for an HSM or a database that is unavailable."""
+    key_pool: int = Field(default=0, ge=0, le=10_000)
+    """Wrapping key pairs of each kind that are made ahead; 0: none."""
+    limits: LimitsConfig = LimitsConfig()
+    """How much is taken from a client at once."""
 
     @field_validator("backends", mode="before")
     @classmethod
@@ -275,10 +236,12 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
             level = "LEVEL." if inner[0] is BackendConfig else ""
             yield from _rows(inner[0], f"{prefix}{name}.{level}")
             continue
-        default = REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
+        default = REQUIRED if field.is_required() else field.default
         if isinstance(default, SecretStr):
             default = default.get_secret_value()
-        yield Setting(prefix + name, _takes(field), field.description or "", default)
+        yield Setting(
+            prefix + name, _takes(field), " ".join((field.description or "").split()), default
+        )
 
 
 _TAKES: Mapping[Any, str] = {
