@@ -23,15 +23,15 @@ The settings come from options, or from HSMWRAP_PKCS11_MODULE, HSMWRAP_TOKEN_LAB
 HSMWRAP_PIN_FILE and HSMWRAP_SO_PIN_FILE. With the security officer's PIN the key-encryption keys
 of an HSM token become CKA_TRUSTED, and nothing else can wrap what they wrap.
 
-`retire` destroys a set that is not current, and with it the use of all that it sealed. After
-`rotate`, wait until no import token needs it any more: the lifetime of a token, the max_age of
-key-pair pools, and 60 seconds in which running processes go on with the set that they know; that
-is 25 hours and a minute unless you configured otherwise. Imported keys that it sealed
-(HsmEncryptedDatabase) have to be imported again before. The command cannot know, and does not ask.
-A set that `list` calls not finished sealed nothing: retire it at any time.
+`retire` destroys a set that is not current; everything that it sealed becomes unusable. After
+`rotate`, wait until no import token needs the old set: the lifetime of a token, plus the max_age of
+key-pair pools, plus 60 seconds in which running processes still use the set that they know; by
+default 25 hours and a minute. Import keys that the old set sealed (HsmEncryptedDatabase) again
+before you retire it. The command cannot check this. A set that `list` shows as not finished sealed
+nothing; retire it at any time.
 
-`reap` removes resident wrapping keys whose import tokens expired more than 15 minutes ago,
-whichever process made them.
+`reap` removes resident wrapping keys whose import tokens expired more than 15 minutes ago, also
+those of other processes.
 """
 
 _WEAKER = """\

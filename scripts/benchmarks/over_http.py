@@ -139,7 +139,7 @@ def _row(cmk: str) -> dict[str, str]:
 def _fill_pools(sides: Mapping[str, KmsSide], pool: int) -> None:
     """Fill both pools completely, so that they do not refill during a burst (below half)."""
     for side in sides.values():
-        for _ in range(_MARGIN + 1):
+        while side.pool_level() > pool // 2:
             side.call(_ISSUE, _row(side.cmks[0]))
     for side in sides.values():
         side.wait_for_pool(pool)
