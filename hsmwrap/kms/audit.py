@@ -244,7 +244,10 @@ def _line(entry: AuditEntry, now: datetime, last: Anchor, key: bytes | None) -> 
 
 
 def _parse(line: bytes) -> tuple[Anchor, dict[str, Any]]:
-    content = json.loads(line)
+    try:
+        content = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(content, dict) or _json(content) + b"\n" != line:
         raise ValueError("not in canonical form")
     digest, sequence = content.pop("digest", None), content.get("sequence")
