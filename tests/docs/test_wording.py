@@ -6,7 +6,8 @@ import pytest
 from support.documents import DOCUMENTS, ROOT, name_of, text_of
 
 PLACES = ("hsmwrap", "scripts", "softhsm", "tests", "docs")
-OTHER_LANGUAGES = ("LICENSE", ".json", ".pyc", ".so")
+SUFFIXES = frozenset({".c", ".h", ".md", ".py", ".sh", ".template", ".toml"})
+SCRIPTS = frozenset({"scripts", "softhsm"})  # their programs have no suffix
 BANNED = {
     r"(who|some|any|every)body|nobody|whoever": "name the actor: the caller, a client, a process",
     r"(is|are|was|were)\s+no\s+(?!longer\b)[a-z]+": "is not a, has no, without, no … exists",
@@ -30,7 +31,8 @@ def files():
     yield ROOT / "pyproject.toml"
     for place in PLACES:
         for path in sorted((ROOT / place).rglob("*")):
-            if path.is_file() and not path.name.endswith(OTHER_LANGUAGES):
+            is_script = not path.suffix and path.parent.name in SCRIPTS
+            if path.is_file() and (is_script or path.suffix in SUFFIXES):
                 yield path
 
 
