@@ -1,11 +1,15 @@
 """The names that ``import hsmwrap`` gives, and the libraries that it does not load."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import hsmwrap
 from hsmwrap import errors
 
+ROOT = Path(hsmwrap.__file__).parents[1]
+PRIVATE = re.compile(r"^from (hsmwrap(?:\.\w+)*?)(?:\.| import )_[a-z]", re.MULTILINE)
 HEAVY = ("alembic", "cryptography", "pkcs11", "pydantic", "sqlalchemy", "werkzeug")
 
 
@@ -28,3 +32,13 @@ def test_importing_the_package_loads_nothing_heavy():
     code = f"import sys, hsmwrap; print(*[name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_private_modules_are_imported_by_their_own_package_only():
+    checked = 0
+    for path in (ROOT / "hsmwrap").rglob("*.py"):
+        importer = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for package in PRIVATE.findall(path.read_text("utf-8")):
+            checked += 1
+            assert f"{importer}.".startswith(f"{package}."), f"{importer} reaches into {package}"
+    assert checked
