@@ -1,30 +1,32 @@
 """The backend contract: what a plug-in author reads first.
 
-A backend makes wrapping key pairs, turns encrypted key material into usable keys, uses them, and
-authenticates import tokens. It knows nothing of CMKs, policy or the API: :mod:`hsmwrap.imports`
-does. Two backends come with hsmwrap (``software``, ``pkcs11``); others are found by the entry
-point group ``hsmwrap.backends``, whose entries name a :class:`Backend` subclass::
+A backend makes wrapping key pairs, turns encrypted key material into usable keys, uses these keys,
+and authenticates import tokens. It knows nothing of CMKs, policy or the API. Two backends come with
+hsmwrap (``software``, ``pkcs11``); others are found by the entry point group ``hsmwrap.backends``,
+whose entries name a :class:`Backend` subclass::
 
     [project.entry-points."hsmwrap.backends"]
     acme = "acme_hsm:AcmeBackend"
 
-``acme`` is what a configuration calls the plug-in; :attr:`Backend.name` is what import tokens and
-key references say. PLUGINS.md is the guide, with a plug-in that runs.
+PLUGINS.md is the guide, with a plug-in that runs; the conformance kit
+(:mod:`hsmwrap.testing.conformance`) tests what is written here.
 
-Rules that every implementation keeps, and that the conformance kit tests
-(:mod:`hsmwrap.testing.conformance`; ``pip install 'hsmwrap[testing]'``, openssl on the PATH):
+hsmwrap puts a guard around each backend (:mod:`hsmwrap.guard`), so a plug-in need not do what is
+the same for all. The guard
 
-* A call succeeds, or raises a :class:`hsmwrap.errors.HsmwrapError` and leaves nothing behind.
+* refuses calls after :meth:`Backend.close`, which waits for those that run;
+* refuses what the capabilities do not list, key references of another backend, a wrapping key under
+  another algorithm than its own, and ciphertexts and messages of impossible length;
+* compares check values on a re-import, and destroys a key that is not the expected one;
+* checks each result, and destroys what was made if it is not what was asked for;
+* makes a typed error of any other exception, and removes tracebacks, which can hold secrets.
+
+What is left for the plug-in:
+
+* A call succeeds, or raises a :class:`hsmwrap.errors.HsmwrapError` and leaves nothing behind,
+  session objects included.
 * Whatever is wrong with a client's ciphertext is one error, ``InvalidKeyMaterial()``.
 * Every method may be called from any thread, and in a child after ``fork()``.
-* After :meth:`Backend.close` every method raises ``BackendClosed``, also those that would have
-  nothing to do (:meth:`Backend.discard_wrapping_key`); :meth:`Backend.health` answers, and
-  ``close`` itself may be called again.
-* What the capabilities do not list is refused by ``UnsupportedOperation``: a pair of wrapping key
-  spec and algorithm, a key spec, the use of a key.
-* A private key's reference is bound to the algorithm that it was issued for.
-* Nothing is left in the HSM but what a reference names, session objects included; a backend that
-  keeps objects (HSM_INTERNAL) gives the kit a ``count_objects`` that counts both kinds.
 * Import tokens and key references hold in every process on the same keys, and after a restart.
 * No secret in a repr, a log record or an exception.
 """
@@ -37,13 +39,259 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.errors import HsmError, KeyNotFound, UnsupportedOperation
+from hsmwrap.errors import HsmError, KeyNotFound
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 """Version of this contract. A plug-in declares the one that it was written for."""
+
+_A = TypeVar("_A")
+
+
+class Backend(ABC):
+    """A cryptographic backend. Subclass it, register the class as an entry point.
+
+    Class attributes:
+        contract_version: The :data:`CONTRACT_VERSION` that the plug-in was written for.
+    """
+
+    contract_version: ClassVar[int]
+
+    @classmethod
+    @abstractmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Open a backend from plain settings (strings, numbers, booleans, lists of them).
+
+        Raises:
+            ConfigurationError: A setting is unknown, missing or of the wrong kind.
+        """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Name in import tokens and key references (1 to 32 ASCII characters).
+
+        It says whose keys they are, so it is the same in all processes on the same keys, differs
+        between two partitions that one KMS uses, and never changes while tokens or keys exist.
+        It may be the entry point's name (what a configuration calls the plug-in), or a setting.
+        """
+
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """Report what this backend can do, as measured.
+
+        Called several times in each request: measure once, keep the report, and make no object
+        and no round trip to the HSM here.
+        """
+
+    @abstractmethod
+    def generate_wrapping_key(
+        self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm, *, expires_at: datetime
+    ) -> WrappingKey:
+        """Make a fresh wrapping key pair.
+
+        Args:
+            spec: The wrapping key spec.
+            algorithm: The one algorithm that the pair will be used with.
+            expires_at: Aware time after which a resident private key may be reaped.
+        """
+
+    def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:  # noqa: B027  # a default
+        """Destroy a wrapping key that will not be used; a second call does nothing.
+
+        The import of a discarded resident key raises ``InvalidImportToken``. A backend whose
+        wrapping keys are all sealed keeps this default, which does nothing.
+        """
+
+    @abstractmethod
+    def unwrap_material(
+        self,
+        private_key: PrivateKeyRef,
+        algorithm: WrappingAlgorithm,
+        encrypted_material: bytes,
+        *,
+        key_spec: KeySpec,
+        expected_check_value: bytes | None = None,
+        object_id: bytes | None = None,
+    ) -> ImportedKey:
+        """Turn encrypted key material into a usable key.
+
+        OAEP: MGF1 with the same hash, empty label; :func:`hsmwrap.oaep.decode` decodes it in the
+        host for an HSM that has raw RSA only. SM2PKE: clients send three layouts, C1 ‖ C3 ‖ C2
+        (97 bytes over the material), the same without the leading 04 (96) and DER
+        ``SEQUENCE {x, y, hash, ciphertext}``; all three have to be read, and C1 has to be on the
+        curve before the private key touches it. :func:`hsmwrap.sm2.parse` does both, and
+        :func:`hsmwrap.sm2.decrypt_with_x2` finishes what an HSM with plain ECDH begins.
+
+        Args:
+            private_key: From the authenticated import token.
+            algorithm: From the authenticated import token. The guard has checked that it is the
+                one that ``private_key`` was issued for: one key under two paddings makes each an
+                oracle for the other (Bardou et al., 2012).
+            encrypted_material: The client's ciphertext, raw bytes.
+            key_spec: What the material has to become; its length is exact.
+            expected_check_value: On a re-import, the check value of the material before. The guard
+                compares it with that of the key that you made, and destroys the key if they
+                differ. Compare earlier where a key object would cost or show more than that.
+            object_id: 16 bytes that name the object where custody is HSM_INTERNAL, chosen by the
+                caller so that it can write down its intent first: the reference's ``data`` is
+                then these bytes. The guard chooses them when the caller does not. They are random
+                and new for each call; if an object has this id all the same, fail with
+                ``HsmError`` and leave that object as it is.
+
+        Raises:
+            InvalidKeyMaterial: It did not become that key; says nothing more, neither by text nor
+                by type, attribute, note or cause.
+            InvalidImportToken: The private key is not there (any more), or its reference is
+                damaged.
+        """
+
+    @abstractmethod
+    def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
+        """Encrypt under an imported key: version ‖ nonce (12) ‖ ciphertext ‖ tag (16), by GCM.
+
+        No nonce may come twice under one key, in whatever thread, process, forked child, machine
+        or instance after a restart: one repetition reveals GCM's authentication key. Twelve
+        random bytes do (for up to 2^32 messages per key, NIST SP 800-38D, 8.3); a counter does
+        only if the HSM keeps it.
+
+        Raises:
+            KeyNotFound: The key is not there (any more).
+        """
+
+    @abstractmethod
+    def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
+        """Decrypt what :meth:`encrypt` made.
+
+        Raises:
+            InvalidCiphertext: It does not decrypt under this key and additional data.
+            KeyNotFound: The key is not there (any more).
+        """
+
+    def destroy_key(self, key: KeyRef) -> None:  # noqa: B027  # a default
+        """Destroy an imported key's object; a second call does nothing.
+
+        After an error the object may still be there: call again. A backend may do so by itself.
+        A backend whose imported keys are all sealed keeps this default, which does nothing.
+        """
+
+    @abstractmethod
+    def mac(self, data: bytes) -> Mac:
+        """Authenticate ``data`` under the current key set's MAC key."""
+
+    @abstractmethod
+    def verify_mac(self, data: bytes, mac: Mac) -> None:
+        """Return if ``mac`` is right for ``data``; compares in constant time.
+
+        Raises:
+            InvalidMac: It is not, or its key set is not there (any more).
+        """
+
+    @abstractmethod
+    def health(self) -> Health:
+        """Report the state without waiting for a lost HSM. Also called after :meth:`close`."""
+
+    def close(self) -> None:  # noqa: B027  # a default
+        """Wait for running calls, then free everything. Callers may call it again.
+
+        The guard does the waiting: a plug-in's ``close`` is called once, when no call runs in this
+        process, and only :meth:`health` comes after it.
+        """
+
+    def ability(self, kind: type[_A]) -> _A | None:
+        """This backend as ``kind``, or None; :meth:`Ability.of` asks for optional interfaces."""
+        return self if isinstance(self, kind) else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+# --- what not every backend can do --------------------------------------------------------------
+
+
+class Ability(ABC):  # noqa: B024  # what the interfaces below have in common
+    """Base of the optional interfaces: a plug-in inherits from those that it has."""
+
+    @classmethod
+    def of(cls, backend: Backend) -> Self | None:
+        """``backend`` as one with this ability, None if it has not got it.
+
+        Ask in this way, not by ``isinstance``: the ability is found through what is wrapped
+        around a backend (guard, observer), and its calls go through that too.
+        """
+        return backend.ability(cls)
+
+
+class ReapsWrappingKeys(Ability):
+    """For backends that keep wrapping keys as objects (custody HSM_INTERNAL)."""
+
+    @abstractmethod
+    def reap(self, now: datetime) -> ReapReport:
+        """Destroy resident wrapping keys that expired before ``now``, whichever process made them.
+
+        Leave those alone that expired so recently that another machine's clock may be behind.
+        """
+
+
+class HasKeySets(Ability):
+    """For backends whose keys are sealed under key sets that are rotated."""
+
+    @abstractmethod
+    def current_key_set(self) -> str:
+        """Id of the key set that seals now; cheap, as key-pair pools ask once a second."""
+
+
+class ManagesKeySets(Ability):
+    """For backends whose key sets are made by ``hsmwrap keys``; called before one is opened."""
+
+    @classmethod
+    @abstractmethod
+    def list_keys(cls, settings: Mapping[str, Any]) -> tuple[KeySetInfo, ...]:
+        """All key sets, oldest first."""
+
+    @classmethod
+    @abstractmethod
+    def initialise_keys(
+        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
+    ) -> KeySetInfo:
+        """Make the first key set.
+
+        Args:
+            settings: As for :meth:`Backend.from_settings`.
+            so_pin_file: File with the security officer's PIN, for backends where that officer
+                can make the keys stronger.
+
+        Raises:
+            ConfigurationError: There is one already.
+        """
+
+    @classmethod
+    @abstractmethod
+    def rotate_keys(
+        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
+    ) -> KeySetInfo:
+        """Make another key set and make it current; older ones keep opening what they sealed.
+
+        Raises:
+            ConfigurationError: There is none yet.
+        """
+
+    @classmethod
+    @abstractmethod
+    def retire_keys(cls, settings: Mapping[str, Any], key_set: str) -> None:
+        """Destroy a key set that is not current, and with it the use of all that it sealed.
+
+        Raises:
+            ConfigurationError: It is not there, or it is current.
+        """
+
+
+# --- what the calls take and return -------------------------------------------------------------
 
 
 class Exposure(StrEnum):
@@ -59,9 +307,9 @@ class Exposure(StrEnum):
 class Custody(StrEnum):
     """Where a key stays, in Alibaba's own two words.
 
-    HSM_INTERNAL: an object inside the backend; references name it.
-    HSM_ENCRYPTED_DATABASE: encrypted under a key-encryption key that never leaves the backend;
-    the caller keeps the blob.
+    HSM_INTERNAL, *resident*: an object inside the backend; references name it.
+    HSM_ENCRYPTED_DATABASE, *sealed*: encrypted under a key-encryption key that never leaves the
+    backend; the caller keeps the blob.
     """
 
     HSM_INTERNAL = "HsmInternal"
@@ -133,10 +381,11 @@ class PrivateKeyRef:
 
     ``data`` is the wrapped private key (HSM_ENCRYPTED_DATABASE) or the id of a resident object
     (HSM_INTERNAL), in a form that only its backend reads. It is not a secret by itself: clients
-    see it. It is bound to the algorithm that the pair was issued for.
+    see it.
 
-    At most 3,679 bytes: an import token has 4,096 (:mod:`hsmwrap.tokens`), of which the longest
-    CMK id, backend name and key set id leave as much. A wrapped RSA-2048 PKCS#8 takes 1,250.
+    At most 3,678 bytes: an import token has 4,096 (:mod:`hsmwrap.tokens`), of which the longest
+    CMK id, backend name and key set id leave as much, and the guard takes one for the algorithm.
+    A wrapped RSA-2048 PKCS#8 takes 1,250.
     """
 
     custody: Custody
@@ -152,12 +401,16 @@ class WrappingKey:
         algorithm: The one algorithm that this pair may be used with.
         public_key: DER SubjectPublicKeyInfo (RSA-2048: 294 bytes, SM2: 91 bytes).
         private_key: Reference to the private key.
+        key_set: Id of the key set that a sealed private key needs; None where no rotation
+            concerns it. With an id the backend also says which set is current
+            (:class:`HasKeySets`).
     """
 
     spec: WrappingKeySpec
     algorithm: WrappingAlgorithm
     public_key: bytes
     private_key: PrivateKeyRef
+    key_set: str | None = None
 
 
 _REF_VERSION = 1
@@ -252,7 +505,7 @@ class Mac:
 
 @dataclass(frozen=True, slots=True)
 class ReapReport:
-    """What :meth:`Backend.reap` removed.
+    """What :meth:`ReapsWrappingKeys.reap` removed.
 
     Attributes:
         examined: Resident wrapping keys looked at.
@@ -282,234 +535,17 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class KeySetInfo:
-    """One set of a backend's own keys: what seals import tokens, wrapping keys and imported keys.
+    """One set of a backend's own keys: a MAC key for import tokens, and key-encryption keys.
 
     Attributes:
         key_set: Its id, as in :attr:`Mac.key_set`.
-        current: Whether it seals now; the others only open what they sealed.
+        current: Whether it is used for what is made now; the others only open and verify.
         detail: One phrase for the operator.
     """
 
     key_set: str
     current: bool
     detail: str
-
-
-class Backend(ABC):
-    """A cryptographic backend. Subclass it, register the class as an entry point.
-
-    Class attributes:
-        contract_version: The :data:`CONTRACT_VERSION` that the plug-in was written for.
-    """
-
-    contract_version: ClassVar[int]
-
-    @classmethod
-    @abstractmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """Open a backend from plain settings (strings, numbers, booleans, lists of them).
-
-        Raises:
-            ConfigurationError: A setting is unknown, missing or of the wrong kind.
-        """
-
-    # A backend's own keys are managed before it is opened, by the command `hsmwrap keys`.
-
-    @classmethod
-    def list_keys(cls, settings: Mapping[str, Any]) -> tuple[KeySetInfo, ...]:
-        """All key sets, oldest first.
-
-        Raises:
-            UnsupportedOperation: This backend's keys are not managed here.
-        """
-        raise UnsupportedOperation(f"{cls.__name__} has no keys of its own to manage")
-
-    @classmethod
-    def initialise_keys(
-        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
-    ) -> KeySetInfo:
-        """Make the first key set.
-
-        Args:
-            settings: As for :meth:`from_settings`.
-            so_pin_file: File with the security officer's PIN, for backends where that officer
-                can make the keys stronger.
-
-        Raises:
-            ConfigurationError: There is one already.
-            UnsupportedOperation: This backend's keys are not managed here.
-        """
-        raise UnsupportedOperation(f"{cls.__name__} has no keys of its own to manage")
-
-    @classmethod
-    def rotate_keys(
-        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
-    ) -> KeySetInfo:
-        """Make another key set and make it current; older ones keep opening what they sealed.
-
-        Raises:
-            ConfigurationError: There is none yet.
-            UnsupportedOperation: This backend's keys are not managed here.
-        """
-        raise UnsupportedOperation(f"{cls.__name__} has no keys of its own to manage")
-
-    @classmethod
-    def retire_keys(cls, settings: Mapping[str, Any], key_set: str) -> None:
-        """Destroy a key set that is not current, and with it the use of all that it sealed.
-
-        Raises:
-            ConfigurationError: It is not there, or it is current.
-            UnsupportedOperation: This backend's keys are not managed here.
-        """
-        raise UnsupportedOperation(f"{cls.__name__} has no keys of its own to manage")
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Name in import tokens and key references (ASCII, at most 32 characters).
-
-        It tells whose keys they are, so it is the same in all processes on the same keys, differs
-        between two partitions that one KMS uses, and never changes while tokens or keys are out.
-        It may be the entry point's name (what a configuration calls the plug-in), or a setting.
-        """
-
-    @abstractmethod
-    def capabilities(self) -> Capabilities:
-        """Report what this backend can do, as measured.
-
-        Called several times in each request: measure once, keep the report, and make no object
-        and no round trip to the HSM here.
-
-        Raises:
-            BackendClosed: After :meth:`close`.
-        """
-
-    @abstractmethod
-    def generate_wrapping_key(
-        self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm, *, expires_at: datetime
-    ) -> WrappingKey:
-        """Make a fresh wrapping key pair.
-
-        Args:
-            spec: The wrapping key spec.
-            algorithm: The one algorithm that the pair will be used with.
-            expires_at: Aware time after which a resident private key may be reaped.
-
-        Raises:
-            UnsupportedOperation: The pair is not among the capabilities.
-        """
-
-    def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:  # noqa: B027 (a default)
-        """Destroy a wrapping key that will not be used; a second call does nothing.
-
-        A backend whose wrapping keys are all sealed has nothing to do here, but to refuse once it
-        is closed: override it for that. The import of a discarded resident key raises
-        ``InvalidImportToken``.
-
-        Raises:
-            BackendClosed: After :meth:`close`.
-        """
-
-    @abstractmethod
-    def unwrap_material(
-        self,
-        private_key: PrivateKeyRef,
-        algorithm: WrappingAlgorithm,
-        encrypted_material: bytes,
-        *,
-        key_spec: KeySpec,
-        expected_check_value: bytes | None = None,
-        object_id: bytes | None = None,
-    ) -> ImportedKey:
-        """Turn encrypted key material into a usable key.
-
-        OAEP: MGF1 with the same hash, empty label; :func:`hsmwrap.oaep.decode` decodes it in the
-        host for an HSM that has raw RSA only. SM2PKE: clients send three layouts, C1 ‖ C3 ‖ C2
-        (97 bytes over the material), the same without the leading 04 (96) and DER
-        ``SEQUENCE {x, y, hash, ciphertext}``; all three have to be read, and C1 has to be on the
-        curve before the private key touches it. :func:`hsmwrap.sm2.parse` does both, and
-        :func:`hsmwrap.sm2.decrypt_with_x2` finishes what an HSM with plain ECDH begins.
-
-        Args:
-            private_key: From the authenticated import token.
-            algorithm: From the authenticated import token. Not to be relied on alone: it has to
-                be the one that ``private_key`` was issued for and is bound to, because one key
-                under two paddings makes each an oracle for the other (Bardou et al., 2012).
-            encrypted_material: The client's ciphertext, raw bytes.
-            key_spec: What the material has to become; its length is exact.
-            expected_check_value: On a re-import, the check value of the material before.
-            object_id: 16 bytes that name the object where custody is HSM_INTERNAL, chosen by the
-                caller so that it can write down its intent first: the reference's ``data`` is
-                then these bytes. Made here when None.
-
-        Raises:
-            InvalidKeyMaterial: It did not become that key; says nothing more, neither by text nor
-                by type, attribute, note or cause.
-            InvalidImportToken: The private key is not there (any more), its reference is damaged,
-                or it was issued for another algorithm.
-            UnsupportedOperation: The key spec is not among the capabilities.
-        """
-
-    @abstractmethod
-    def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
-        """Encrypt under an imported key: version ‖ nonce (12) ‖ ciphertext ‖ tag (16), by GCM.
-
-        No nonce may come twice under one key, in whatever thread, process, forked child, machine
-        or instance after a restart: one repetition reveals GCM's authentication key. Twelve
-        random bytes do (for up to 2^32 messages per key, NIST SP 800-38D, 8.3); a counter does
-        only if the HSM keeps it.
-
-        Raises:
-            KeyNotFound: The key is not there (any more).
-            UnsupportedOperation: The backend keeps such keys but cannot use them.
-        """
-
-    @abstractmethod
-    def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
-        """Decrypt what :meth:`encrypt` made.
-
-        Raises:
-            InvalidCiphertext: It does not decrypt under this key and additional data.
-            KeyNotFound: The key is not there (any more).
-            UnsupportedOperation: The backend keeps such keys but cannot use them.
-        """
-
-    @abstractmethod
-    def destroy_key(self, key: KeyRef) -> None:
-        """Destroy an imported key's object; nothing to do for a sealed blob or a second call.
-
-        After an error the object may still be there: call again. A backend may do so by itself.
-        """
-
-    @abstractmethod
-    def mac(self, data: bytes) -> Mac:
-        """Authenticate ``data`` under the current key set's MAC key."""
-
-    @abstractmethod
-    def verify_mac(self, data: bytes, mac: Mac) -> None:
-        """Return if ``mac`` is right for ``data``; compares in constant time.
-
-        Raises:
-            InvalidMac: It is not, or its key set is not there (any more).
-        """
-
-    @abstractmethod
-    def reap(self, now: datetime) -> ReapReport:
-        """Destroy resident wrapping keys that expired before ``now``, of all processes."""
-
-    @abstractmethod
-    def health(self) -> Health:
-        """Report the state without waiting for a lost HSM. Works after :meth:`close` as well."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Wait for running calls, then free everything. Safe to call again."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
 
 
 MESSAGE_VERSION = 1

@@ -24,7 +24,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 from hsmwrap import policy, tokens
-from hsmwrap.backend import Backend, Custody, Exposure, ImportedKey, WrappingKey
+from hsmwrap.backend import Backend, Exposure, ImportedKey, WrappingKey
 from hsmwrap.catalog import (
     KeySpec,
     Origin,
@@ -37,7 +37,6 @@ from hsmwrap.errors import (
     CombinationRefused,
     ConfigurationError,
     ExpiredImportToken,
-    HsmError,
     HsmwrapError,
     InvalidImportToken,
     InvalidParameter,
@@ -45,6 +44,7 @@ from hsmwrap.errors import (
     UnsupportedOrigin,
     UnsupportedProtectionLevel,
 )
+from hsmwrap.guard import guard_all
 from hsmwrap.policy import Deployment
 
 TOKEN_LIFETIME = timedelta(hours=24)
@@ -237,7 +237,8 @@ class ImportService:
 
         Args:
             backends: The backend of each protection level. A backend that does not list the
-                level in its capabilities is refused here.
+                level in its capabilities is refused here. One that is not guarded gets a guard
+                (:mod:`hsmwrap.guard`).
             deployment: Where this runs, for the policy.
             clock: Returns the current aware time.
             token_lifetime: Validity of import tokens.
@@ -256,7 +257,7 @@ class ImportService:
         """
         self._backends = {
             configured(ProtectionLevel, "backends", level): backend
-            for level, backend in backends.items()
+            for level, backend in guard_all(backends).items()
         }
         for level, backend in self._backends.items():
             # An unavailable backend is asked again by each call that needs the answer.
@@ -340,7 +341,7 @@ class ImportService:
         backend = self._backend_of(cmk)
         claims = self._open_token(backend, cmk, import_token)
         self._require_allowed(cmk, claims.spec, claims.algorithm)
-        promised = self._require_capability(backend, cmk, claims.spec, claims.algorithm)
+        self._require_capability(backend, cmk, claims.spec, claims.algorithm)
         with _SingleUse(self._used_tokens, claims, self._require_unexpired):
             # Again: the calls in between may have waited for an unavailable HSM.
             self._require_unexpired(claims)
@@ -352,7 +353,6 @@ class ImportService:
                 expected_check_value=cmk.check_value,
                 object_id=object_id,
             )
-            _require_as_promised(backend, imported, promised)
         _log_event("imported key material", cmk, backend, claims.token_id, imported.exposure)
         return ImportResult(imported, claims.token_id, key_material_expire)
 
@@ -403,7 +403,7 @@ class ImportService:
 
     def _require_capability(
         self, backend: Backend, cmk: Cmk, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
-    ) -> _Promise:
+    ) -> None:
         _require_level(backend, cmk.protection_level)
         capabilities = backend.capabilities()
         wrapping = capabilities.wrapping_for(spec, algorithm)
@@ -422,7 +422,6 @@ class ImportService:
                 f"on backend {backend.name}, material under {algorithm} would pass through the "
                 "host, and the configuration demands in_hsm",
             )
-        return _Promise(cmk.key_spec, key.custody, wrapping.exposure)
 
     def _issue(
         self, backend: Backend, cmk: Cmk, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
@@ -430,7 +429,6 @@ class ImportService:
         expires_at = (self._now() + self._lifetime).replace(microsecond=0)
         key = self._key_source(backend, spec, algorithm, expires_at)
         try:
-            _require_pair(backend, key, spec, algorithm)
             claims = _claims(cmk, backend.name, key, expires_at)
             token = tokens.encode(claims, backend.mac)
         except BaseException:
@@ -449,15 +447,6 @@ class ImportService:
             raise InvalidImportToken("the import token belongs to another backend")
         self._require_unexpired(claims)
         return claims
-
-
-@dataclass(frozen=True, slots=True)
-class _Promise:
-    """What a backend's capabilities say of the key that an import makes."""
-
-    key_spec: KeySpec
-    custody: Custody
-    exposure: Exposure
 
 
 class _SingleUse:
@@ -498,36 +487,6 @@ def _require_level(backend: Backend, level: ProtectionLevel) -> None:
         raise UnsupportedProtectionLevel(
             "backend-level", f"backend {backend.name} serves {listed}, not {level}"
         )
-
-
-def _require_pair(
-    backend: Backend, key: WrappingKey, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
-) -> None:
-    if (key.spec, key.algorithm) != (spec, algorithm):
-        raise HsmError(
-            f"backend {backend.name} made a wrapping key pair for {key.algorithm} with {key.spec} "
-            f"where {algorithm} with {spec} was asked for; it was discarded"
-        )
-
-
-def _require_as_promised(backend: Backend, imported: ImportedKey, promised: _Promise) -> None:
-    """Destroy a key that is not what it should be: it is the caller's to trust and to keep."""
-    key = imported.key
-    if (key.backend, _Promise(key.key_spec, key.custody, imported.exposure)) == (
-        backend.name,
-        promised,
-    ):
-        return
-    try:
-        backend.destroy_key(key)
-    except HsmwrapError as error:
-        extra = {"backend": backend.name, "error": type(error).__name__}
-        _log.warning("could not destroy a key that is not as promised", extra=extra)
-    raise HsmError(
-        f"backend {backend.name} made a key of {key.backend!r}: {key.key_spec}, {key.custody}, "
-        f"{imported.exposure}; its capabilities promise {promised.key_spec}, {promised.custody}, "
-        f"{promised.exposure}"
-    )
 
 
 def _discard(backend: Backend, key: WrappingKey) -> None:

@@ -12,8 +12,14 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from hsmwrap.backend import CONTRACT_VERSION, Backend
-from hsmwrap.errors import BackendLoadError
+from hsmwrap.backend import CONTRACT_VERSION, Backend, KeySetInfo, ManagesKeySets
+from hsmwrap.errors import (
+    BackendLoadError,
+    HsmwrapError,
+    UnsupportedOperation,
+    strip_tracebacks,
+)
+from hsmwrap.guard import GuardedBackend, checked, foreign
 
 GROUP = "hsmwrap.backends"
 """The entry-point group; each entry names a :class:`hsmwrap.backend.Backend` subclass."""
@@ -53,14 +59,70 @@ def load(name: str) -> type[Backend]:
     return _accept(entry, _import(entry))
 
 
+@strip_tracebacks
 def open_backend(name: str, settings: Mapping[str, Any]) -> Backend:
-    """Load the plug-in ``name`` and open a backend from plain settings.
+    """Load the plug-in ``name``, open a backend from plain settings, put the guard around it.
 
     Raises:
-        BackendLoadError: As :func:`load`.
+        BackendLoadError: As :func:`load`, or the plug-in breaks the contract at opening.
         ConfigurationError: A setting is unknown, missing or of the wrong kind.
+        HsmwrapError: What the plug-in cannot open for: ``HsmUnavailable``, for example.
     """
-    return load(name).from_settings(settings)
+    plugin = load(name)
+    try:
+        backend = plugin.from_settings(settings)
+    except HsmwrapError:
+        raise
+    except Exception as error:  # noqa: BLE001  # foreign code
+        raise BackendLoadError(
+            f"backend plug-in {name}: from_settings raised {foreign(error)}"
+        ) from None
+    if not isinstance(backend, Backend):
+        raise BackendLoadError(
+            f"backend plug-in {name}: from_settings returned {type(backend).__name__} where "
+            f"{plugin.__name__} is due"
+        )
+    return GuardedBackend(backend, name)
+
+
+class KeySetManager:
+    """The key sets of one plug-in and its settings: what ``hsmwrap keys`` works on."""
+
+    def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Load the plug-in.
+
+        Raises:
+            BackendLoadError: As :func:`load`.
+            UnsupportedOperation: Its key sets are not managed here.
+        """
+        plugin = load(name)
+        if not issubclass(plugin, ManagesKeySets):
+            raise UnsupportedOperation(f"backend plug-in {name} has no key sets to manage here")
+        self._name, self._plugin, self._settings = name, plugin, settings
+
+    @strip_tracebacks
+    def list(self) -> tuple[KeySetInfo, ...]:
+        """All key sets, oldest first."""
+        plugin = self._plugin
+        return checked(self._name, ManagesKeySets.list_keys, plugin.list_keys, self._settings)
+
+    @strip_tracebacks
+    def initialise(self, *, so_pin_file: str | None = None) -> KeySetInfo:
+        """Make the first key set; see :meth:`ManagesKeySets.initialise_keys`."""
+        declared, call = ManagesKeySets.initialise_keys, self._plugin.initialise_keys
+        return checked(self._name, declared, call, self._settings, so_pin_file=so_pin_file)
+
+    @strip_tracebacks
+    def rotate(self, *, so_pin_file: str | None = None) -> KeySetInfo:
+        """Make another key set and make it current."""
+        declared, call = ManagesKeySets.rotate_keys, self._plugin.rotate_keys
+        return checked(self._name, declared, call, self._settings, so_pin_file=so_pin_file)
+
+    @strip_tracebacks
+    def retire(self, key_set: str) -> None:
+        """Destroy a key set that is not current."""
+        declared, call = ManagesKeySets.retire_keys, self._plugin.retire_keys
+        checked(self._name, declared, call, self._settings, key_set)
 
 
 def load_all() -> tuple[dict[str, type[Backend]], dict[str, BackendLoadError]]:

@@ -2,6 +2,7 @@ import gc
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -33,6 +34,10 @@ from hsmwrap.keypool import _pool as pool_module
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)
 SMALL = PoolSettings(high_water=4, low_water=1, max_age=HOUR, initial_backoff=1, max_backoff=8)
+
+
+def number(pair):
+    return pair.public_key.removeprefix(b"public ")
 
 
 @pytest.fixture
@@ -121,15 +126,23 @@ def test_a_refill_waits_for_low_water_and_goes_to_high_water(filled, backend):
 
 
 @pytest.fixture
-def sealed(backend):
+def sealed():
     """A backend whose private wrapping keys are sealed under its key sets."""
-    backend.custody = Custody.HSM_ENCRYPTED_DATABASE
-    return backend
+    return FakeBackend(custody=Custody.HSM_ENCRYPTED_DATABASE)
 
 
-def test_sealed_pairs_of_an_old_key_set_are_not_handed_out(sealed, filled):
-    """The old set may already be retired: their import tokens would be refused."""
-    sealed.key_set = "2"
+@pytest.fixture
+def filled_sealed(pool, sealed):
+    pool.prepare(sealed, [OAEP])
+    pool.work()
+    assert pool.fact().level == 4
+    return pool
+
+
+def test_sealed_pairs_of_an_old_key_set_are_not_handed_out(sealed, filled_sealed):
+    """The old set may be retired by now: their import tokens would be refused."""
+    filled = filled_sealed
+    sealed.rotate()
     filled.time.move(SECOND)
     assert filled.take(sealed).public_key == b"public 4"  # made inline, under the new set
     assert (filled.fact().level, filled.fact().discarded, filled.fact().misses) == (0, 4, 1)
@@ -139,49 +152,59 @@ def test_sealed_pairs_of_an_old_key_set_are_not_handed_out(sealed, filled):
 
 
 def test_a_pair_during_whose_making_the_keys_were_rotated_is_not_handed_out(pool, sealed):
-    generate = sealed.generate_wrapping_key
+    def rotate(pair):
+        sealed.changing.clear()
+        sealed.rotate()
+        return pair
 
-    def rotate(*arguments, **named):
-        sealed.key_set, sealed.generate_wrapping_key = "2", generate
-        return generate(*arguments, **named)
-
-    sealed.generate_wrapping_key = rotate
+    sealed.changing["generate_wrapping_key"] = rotate
     pool.prepare(sealed, [OAEP])
     pool.work()
     assert pool.take(sealed).public_key == b"public 1"
     assert (pool.fact().discarded, pool.fact().hits) == (1, 1)
 
 
-def test_a_backend_is_asked_for_its_key_set_once_a_second(sealed, filled):
-    asked, mac = [], sealed.mac
-    sealed.mac = lambda data: asked.append(data) or mac(data)
+def test_a_backend_is_asked_for_its_key_set_once_a_second(sealed, filled_sealed):
     for moment, times in ((0.9, 0), (0.1, 1), (0.9, 1), (0.1, 2)):
-        filled.time.move(moment * SECOND)
-        assert filled.take(sealed)
-        assert len(asked) == times
+        filled_sealed.time.move(moment * SECOND)
+        assert filled_sealed.take(sealed)
+        assert sealed.calls.count("current_key_set") == times
+    assert "mac" not in sealed.calls
 
 
 def test_resident_pairs_outlive_the_key_set(backend, filled):
-    backend.key_set = "2"
+    backend.rotate()
+    filled.time.move(SECOND)
     assert filled.take(backend).public_key == b"public 0"
     assert filled.fact().discarded == 0
 
 
-def test_sealed_pairs_are_kept_while_the_backend_cannot_say_its_key_set(sealed, filled):
-    sealed.mac_fails = HsmUnavailable("unavailable")
+def test_sealed_pairs_are_kept_while_the_backend_cannot_say_its_key_set(sealed, filled_sealed):
+    filled = filled_sealed
+    sealed.failing["current_key_set"] = HsmUnavailable("unavailable")
     filled.time.move(SECOND)
     assert filled.take(sealed).public_key == b"public 4"
     assert (filled.fact().level, filled.fact().discarded) == (4, 0)
-    sealed.mac_fails = None
+    sealed.failing.clear()
     assert filled.take(sealed).public_key == b"public 0"
 
 
-def test_a_backend_that_cannot_say_its_key_set_makes_no_pairs_ahead(pool, sealed):
-    sealed.mac_fails = HsmUnavailable("unavailable")
+def test_a_backend_that_cannot_say_its_key_set_at_all_gets_its_pairs_inline(pool, sealed):
+    sealed.ability = lambda kind: None
     pool.prepare(sealed, [OAEP])
     pool.work()
-    assert (pool.fact().level, pool.fact().errors) == (0, 1)
-    assert not sealed.asked
+    pool.time.move(SECOND)
+    assert pool.take(sealed).public_key == b"public 4"
+    assert (pool.fact().level, pool.fact().hits) == (4, 0)
+
+
+def test_a_wrapping_key_without_a_key_set_outlives_every_rotation(pool, sealed):
+    sealed.changing["generate_wrapping_key"] = lambda pair: replace(pair, key_set=None)
+    pool.prepare(sealed, [OAEP])
+    pool.work()
+    sealed.rotate()
+    pool.time.move(SECOND)
+    assert pool.take(sealed).public_key == b"public 0"
 
 
 # --- the rest of taking and filling
@@ -418,7 +441,7 @@ def test_logs_name_the_error_and_never_its_text(pool, backend, caplog):
 def test_close_leaves_nothing_behind(filled, backend):
     given = filled.take(backend)
     filled.close()
-    assert backend.alive == {given.private_key.data}
+    assert backend.alive == {number(given)}
     filled.close()
     assert (backend.discards, filled.fact().discarded) == (3, 3)
 
@@ -486,7 +509,7 @@ def test_no_two_callers_get_the_same_pair_and_every_pair_is_accounted_for():
     with KeyPool(PoolSettings(high_water=8, low_water=4, threads=3)) as pool:
 
         def take(_):
-            return pool(backend, *OAEP, datetime.now(UTC)).private_key.data
+            return number(pool(backend, *OAEP, datetime.now(UTC)))
 
         pool.prepare(backend, [OAEP])
         wait_for(pool, lambda p: p.facts()[0].level == 8)

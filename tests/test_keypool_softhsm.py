@@ -12,7 +12,7 @@ import pytest
 from support.keypool.fakes import DAY, OAEP, SM2, Child, wait_for
 
 from hsmwrap import registry
-from hsmwrap.backend import Custody
+from hsmwrap.backend import Custody, ReapsWrappingKeys
 from hsmwrap.catalog import KeySpec, ProtectionLevel
 from hsmwrap.imports import Cmk, ImportService
 from hsmwrap.keypool import KeyPool, PoolSettings
@@ -38,7 +38,7 @@ def backend(settings):
     with registry.open_backend("pkcs11", settings) as backend:
         backend.capabilities()  # the probe's objects have come and gone before anything is counted
         yield backend
-        backend.reap(_now() + 10 * DAY)
+        ReapsWrappingKeys.of(backend).reap(_now() + 10 * DAY)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_sealed_pairs_leave_nothing_and_resident_ones_are_discarded_at_close(
     assert count_objects() == filled - 3  # of four SM2 pairs, the one that was taken stays
     backend.discard_wrapping_key(resident)
     assert count_objects() == filled - 4
-    assert backend.reap(_now() + 10 * DAY).examined == 0
+    assert ReapsWrappingKeys.of(backend).reap(_now() + 10 * DAY).examined == 0
 
 
 @pytest.mark.parametrize("pair", [OAEP, SM2])
@@ -152,7 +152,7 @@ def test_no_pair_twice_in_children_of_a_process_whose_pool_is_being_filled(
     ours = [key.public_key for key in taken]
     assert len({*ours, *theirs}) == len(ours) + len(theirs) == 10 + 24
     for key in taken:  # what the parent had is still there: no child discarded it
-        assert backend.reap(_now()).removed == ()
+        assert ReapsWrappingKeys.of(backend).reap(_now()).removed == ()
         backend.discard_wrapping_key(key.private_key)
     pool.close()
     assert count_objects() <= before
@@ -173,8 +173,8 @@ def test_pairs_of_a_killed_process_are_reaped_when_they_expire(settings, backend
     with other_process(settings, 0) as (process, _):
         process.send_signal(signal.SIGKILL)
     assert count_objects() == before + 4
-    assert backend.reap(started + RESIDENT + GRACE - SECOND).removed == ()
-    assert len(backend.reap(_now() + RESIDENT + GRACE + SECOND).removed) == 4
+    assert ReapsWrappingKeys.of(backend).reap(started + RESIDENT + GRACE - SECOND).removed == ()
+    assert len(ReapsWrappingKeys.of(backend).reap(_now() + RESIDENT + GRACE + SECOND).removed) == 4
     assert count_objects() == before
 
 
@@ -187,7 +187,8 @@ def test_two_processes_never_give_the_same_pair(settings, backend, pool, count_o
         two.stdin.close()
         assert (one.wait(60), two.wait(60)) == (0, 0)
     pool.close()
-    assert backend.reap(_now()).examined == 30  # what was given out; no process left a pooled pair
+    # What was given out; no process left a pooled pair.
+    assert ReapsWrappingKeys.of(backend).reap(_now()).examined == 30
 
 
 def test_close_after_the_backend_leaves_the_pairs_to_the_reaper(settings, count_objects, caplog):

@@ -6,24 +6,25 @@ import subprocess
 import sys
 import threading
 import time
+from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prometheus_client import CollectorRegistry
-from support.keypool.fakes import EVERY_CALL, OAEP, Child, FakeBackend, ManualPool
+from support.keypool.fakes import EVERY_CALL, NOW, OAEP, Child, Echo, FakeBackend, ManualPool
 
 from hsmwrap import metrics, registry
-from hsmwrap.backend import Backend
+from hsmwrap.backend import Ability, Backend, HasKeySets, ReapsWrappingKeys
 from hsmwrap.catalog import KeySpec, ProtectionLevel
+from hsmwrap.composition import Composition
 from hsmwrap.errors import ConfigurationError, HsmUnavailable, InvalidKeyMaterial
 from hsmwrap.imports import Cmk, ImportService
 from hsmwrap.observe import OK, Operation, observed
 from hsmwrap.policy import Deployment
+from hsmwrap.testing import MemoryBackend
 from hsmwrap.testing.clients import openssl_encrypt
 
-QUIET = {"name", "health", "from_settings", "list_keys"} | {
-    f"{verb}_keys" for verb in ("initialise", "rotate", "retire")
-}
+QUIET = {"name", "health", "from_settings", "contract_version", "ability"}
 
 
 @pytest.fixture
@@ -39,15 +40,16 @@ def backend():
 
 def test_every_method_of_the_contract_is_passed_on():
     contract = {name for name in vars(Backend) if not name.startswith("_")}
-    wrapper = type(observed(FakeBackend(), print))
-    missing = contract - QUIET - {"contract_version"} - set(vars(wrapper))
-    assert missing == set()
+    assert contract - {"contract_version"} - set(vars(Composition)) == set()
 
 
 @pytest.mark.parametrize("name", EVERY_CALL)
 def test_every_call_is_passed_on_unchanged_and_told(name, told):
     call = EVERY_CALL[name]
-    assert call(observed(FakeBackend(), told.append)) == call(FakeBackend())
+    direct, watched = Echo(), Echo()
+    assert call(observed(watched, told.append)) == call(direct)
+    assert watched.asked == direct.asked
+    assert direct.asked[0][0] == name
     (operation,) = told
     assert (operation.name, operation.backend, operation.outcome) == (name, "fake", OK)
     assert "secret" not in repr(operation)
@@ -55,14 +57,30 @@ def test_every_call_is_passed_on_unchanged_and_told(name, told):
 
 def test_every_observed_call_is_among_those():
     contract = {name for name in vars(Backend) if not name.startswith("_")}
-    assert contract - QUIET - {"contract_version"} == set(EVERY_CALL)
+    abilities = ReapsWrappingKeys.__abstractmethods__ | HasKeySets.__abstractmethods__
+    assert (contract - QUIET) | abilities == set(EVERY_CALL)
+
+
+def test_an_ability_that_is_new_to_compositions_goes_through_them(told):
+    class Sings(Ability):
+        @abstractmethod
+        def sing(self, song, *, times) -> str: ...
+
+    class Singer(MemoryBackend, Sings):
+        def sing(self, song, *, times) -> str:
+            return song * times
+
+    watched = observed(observed(Singer(), told.append), told.append)
+    assert Sings.of(watched).sing("la", times=2) == "lala"
+    assert [operation.name for operation in told] == ["sing", "sing"]
+    assert Sings.of(observed(MemoryBackend(), told.append)) is None
 
 
 def test_an_observed_backend_is_no_plug_in(backend):
     wrapper = observed(backend, print)
     with pytest.raises(TypeError, match="open the backend itself"):
         type(wrapper).from_settings({})
-    assert repr(wrapper).startswith("<observed <SoftwareBackend")
+    assert repr(wrapper).startswith("<observed <guarded <SoftwareBackend")
 
 
 def test_a_whole_import_is_told_in_order(backend, told):
@@ -123,10 +141,10 @@ def test_operations_are_counted_by_outcome():
     counted = CollectorRegistry()
     fake = FakeBackend()
     watched = observed(fake, metrics.PrometheusObserver(counted))
-    watched.generate_wrapping_key(*OAEP, expires_at=None)
+    watched.generate_wrapping_key(*OAEP, expires_at=NOW)
     fake.fail = HsmUnavailable("unavailable")
     with pytest.raises(HsmUnavailable):
-        watched.generate_wrapping_key(*OAEP, expires_at=None)
+        watched.generate_wrapping_key(*OAEP, expires_at=NOW)
     labels = {
         "backend": "fake",
         "operation": "generate_wrapping_key",
@@ -207,7 +225,7 @@ def test_a_fork_waits_for_the_update_of_another_thread():
             watched.mac(b"data")
 
     def child():
-        watched.reap(None)
+        ReapsWrappingKeys.of(watched).reap(NOW)
         return finished.is_set()
 
     with ThreadPoolExecutor(1) as other:

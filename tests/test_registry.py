@@ -6,7 +6,8 @@ import pytest
 
 from hsmwrap import registry
 from hsmwrap.backend import Backend
-from hsmwrap.errors import BackendLoadError, ConfigurationError
+from hsmwrap.errors import BackendLoadError, ConfigurationError, HsmError, UnsupportedOperation
+from hsmwrap.guard import Guarded
 
 WHOLE = """
     from hsmwrap.backend import Backend
@@ -15,10 +16,11 @@ WHOLE = """
         raise NotImplementedError
 
     class Whole(Backend):
-        contract_version = 1
+        contract_version = 2
+        name = "whole"
         from_settings = classmethod(lambda cls, settings: cls(settings))
-        name = capabilities = generate_wrapping_key = unwrap_material = unused
-        encrypt = decrypt = destroy_key = mac = verify_mac = reap = health = close = unused
+        capabilities = generate_wrapping_key = unwrap_material = unused
+        encrypt = decrypt = mac = verify_mac = health = unused
 
         def __init__(self, settings):
             self.settings = settings
@@ -87,8 +89,8 @@ def test_importing_the_registry_imports_no_backend():
 def test_open_backend_passes_the_settings(site):
     site.plugin("acme", WHOLE)
     backend = registry.open_backend("acme", {"slot": 3})
-    assert type(backend) is registry.load("acme")
-    assert backend.settings == {"slot": 3}
+    assert Guarded.of(backend)
+    assert backend.ability(registry.load("acme")).settings == {"slot": 3}
 
 
 def test_an_unknown_name_lists_those_registered(site):
@@ -105,14 +107,14 @@ BROKEN = {
     "needs": ("import module_of_a_vendor", "No module named 'module_of_a_vendor'"),
     "empty": ("", "has no attribute 'Whole'"),
     "function": ("def Whole(): ...", "is not a subclass of hsmwrap's Backend"),
-    "stranger": ("class Whole: contract_version = 1", "is not a subclass of hsmwrap's Backend"),
+    "stranger": ("class Whole: contract_version = 2", "is not a subclass of hsmwrap's Backend"),
     "silent": (
-        WHOLE.replace("contract_version = 1", "pass"),
-        "declares contract version none; this hsmwrap has contract version 1",
+        WHOLE.replace("contract_version = 2", "pass"),
+        "declares contract version none; this hsmwrap has contract version 2",
     ),
     "newer": (
-        WHOLE.replace("contract_version = 1", "contract_version = 2"),
-        "declares contract version 2; this hsmwrap has contract version 1",
+        WHOLE.replace("contract_version = 2", "contract_version = 3"),
+        "declares contract version 3; this hsmwrap has contract version 2",
     ),
     "unfinished": (WHOLE.replace("mac = verify_mac =", ""), "does not implement mac, verify_mac"),
 }
@@ -155,3 +157,95 @@ def test_a_name_registered_twice_names_both_distributions(site):
     assert "acme" in failed
     assert "software" in loaded
     assert "plugin_acme" not in sys.modules
+
+
+# --- a plug-in that loads, and breaks the contract when it is opened ------------------------------
+
+OPENS_WRONG = {
+    "returns_none": (
+        "lambda cls, settings: None",
+        r"plug-in returns_none: from_settings returned NoneType where Whole is due",
+    ),
+    "raises": (
+        "lambda cls, settings: settings['0123456789abcdef']",
+        r"plug-in raises: from_settings raised KeyError \(plugin_raises\.py:\d+, in <lambda>\)$",
+    ),
+    "is_unnamed": ("lambda cls, settings: vars(cls(settings))['settings']", "returned dict"),
+}
+
+
+@pytest.mark.parametrize("name", OPENS_WRONG)
+def test_a_plugin_that_opens_wrong_is_refused_by_name(site, name):
+    opens, reason = OPENS_WRONG[name]
+    site.plugin(name, WHOLE.replace("lambda cls, settings: cls(settings)", opens))
+    with pytest.raises(BackendLoadError, match=reason) as caught:
+        registry.open_backend(name, {})
+    assert (caught.value.__cause__, caught.value.__context__) == (None, None)
+    assert "0123456789abcdef" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["''", "'x' * 33", "'é'", "7"])
+def test_a_plugin_whose_name_fits_no_import_token_is_refused(site, name):
+    site.plugin("acme", WHOLE.replace('name = "whole"', f"name = {name}"))
+    with pytest.raises(BackendLoadError, match="plug-in acme: its name has to be 1 to 32 ASCII"):
+        registry.open_backend("acme", {})
+
+
+def test_what_a_plugin_raises_of_hsmwrap_s_errors_is_passed_on(site):
+    raises = "raise ConfigurationError('slot: missing')"
+    source = WHOLE.replace(
+        "from_settings = classmethod(lambda cls, settings: cls(settings))",
+        f"@classmethod\n        def from_settings(cls, settings):\n            {raises}",
+    ).replace(
+        "import Backend\n", "import Backend\n    from hsmwrap.errors import ConfigurationError\n"
+    )
+    site.plugin("acme", source)
+    with pytest.raises(ConfigurationError, match=r"^slot: missing$"):
+        registry.open_backend("acme", {})
+
+
+# --- key sets -----------------------------------------------------------------------------------
+
+MANAGES = """
+    from hsmwrap.testing import MemoryBackend
+    from hsmwrap.backend import KeySetInfo
+
+    class Whole(MemoryBackend):
+        pass
+"""
+
+
+def test_key_sets_of_any_plugin_are_managed(site):
+    site.plugin("acme", MANAGES)
+    key_sets = registry.KeySetManager("acme", {"store": {}})
+    assert key_sets.initialise().key_set == "1"
+    assert key_sets.rotate().key_set == "2"
+    key_sets.retire("1")
+    assert [each.key_set for each in key_sets.list()] == ["2"]
+    with pytest.raises(ConfigurationError):
+        key_sets.retire("2")
+
+
+def test_a_plugin_without_key_sets_says_so(site):
+    site.plugin("acme", WHOLE)
+    with pytest.raises(UnsupportedOperation, match="plug-in acme has no key sets"):
+        registry.KeySetManager("acme", {})
+
+
+@pytest.mark.parametrize("call", ["list", "initialise", "rotate", "retire"])
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("return 7", r"plug-in acme: \w+_keys returned int where (tuple|KeySetInfo|None) is due"),
+        ("raise OSError('0123456789abcdef')", r"plug-in acme: \w+_keys raised OSError \(plugin_"),
+    ],
+)
+def test_a_plugin_that_manages_key_sets_wrong_is_named(site, call, body, reason):
+    wrong = f"""        @classmethod
+        def {call}_keys(cls, *args, **kwargs):
+            {body}
+"""
+    site.plugin("acme", MANAGES.replace("        pass\n", wrong))
+    key_sets = registry.KeySetManager("acme", {"store": {}})
+    with pytest.raises(HsmError, match=reason):
+        getattr(key_sets, call)(*(["1"] if call == "retire" else []))

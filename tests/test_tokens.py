@@ -17,7 +17,8 @@ from hsmwrap.errors import (
     InvalidMac,
     InvalidParameter,
 )
-from hsmwrap.software import KeyringFile, SoftwareBackend
+from hsmwrap.registry import open_backend
+from hsmwrap.software import KeyringFile
 from hsmwrap.tokens import MAX_CMK_ID_LENGTH, MAX_TOKEN_LENGTH, ImportTokenClaims
 
 KEY = b"a MAC key that only the tests have"
@@ -306,7 +307,7 @@ def keyring(tmp_path):
 
 @pytest.fixture
 def backend(tmp_path, keyring):
-    with SoftwareBackend.from_settings({"keyring_file": str(tmp_path / "keyring.json")}) as opened:
+    with open_backend("software", {"keyring_file": str(tmp_path / "keyring.json")}) as opened:
         yield opened
 
 

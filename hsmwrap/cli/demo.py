@@ -7,13 +7,19 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import Protocol, cast
+from pathlib import Path
+from typing import Any
 
 from hsmwrap import policy, registry
 from hsmwrap.backend import Backend, Capabilities
 from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.cli import demo_report, tables
-from hsmwrap.cli.arguments import Subparsers, add_json_option
+from hsmwrap.cli.arguments import (
+    Subparsers,
+    add_json_option,
+    add_settings_option,
+    read_settings,
+)
 from hsmwrap.cli.compat import Combination, combinations
 from hsmwrap.cli.demo_runner import DEPLOYMENT, DemoRunner, Row
 from hsmwrap.errors import ConfigurationError
@@ -34,12 +40,12 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--backend",
-        choices=["pkcs11", "software"],
         default="pkcs11",
-        help="of protection level HSM; pkcs11 (default) takes its token from "
+        help="the plug-in of protection level HSM; pkcs11 (default) takes its token from "
         "HSMWRAP_PKCS11_MODULE, HSMWRAP_TOKEN_LABEL, HSMWRAP_PIN_FILE and, for trusted keys, "
-        "HSMWRAP_SO_PIN_FILE",
+        "HSMWRAP_SO_PIN_FILE if no --settings are given",
     )
+    add_settings_option(parser)
     add_json_option(parser)
     parser.set_defaults(run=run)
 
@@ -49,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     for client in (OPENSSL, GMSSL):
         client.require()
     with ExitStack() as stack:
-        backends = _open_backends(args.backend, stack)
+        backends = _open_backends(args.backend, args.settings, stack)
         capabilities = {b.name: b.capabilities() for b in backends.values()}
         for capability in capabilities.values():
             print(demo_report.announcement(capability), file=sys.stderr)
@@ -90,16 +96,20 @@ def _plan() -> Iterator[_PlannedRow]:
             yield combination, verdict, client
 
 
-def _open_backends(kind: str, stack: ExitStack) -> dict[ProtectionLevel, Backend]:
+def _open_backends(
+    plugin: str, file: Path | None, stack: ExitStack
+) -> dict[ProtectionLevel, Backend]:
     """Open the backend of each protection level; ``stack`` closes them."""
-    if kind == "software":
-        both = registry.open_backend("software", {"serve_hsm_level": True})
+    settings = {} if file is None else read_settings(file)
+    if plugin == "software":
+        both = registry.open_backend(plugin, settings | {"serve_hsm_level": True})
         return dict.fromkeys(ProtectionLevel, stack.enter_context(both))
-    settings = _token_settings(os.environ)
-    _ensure_keys(settings, os.environ.get("HSMWRAP_SO_PIN_FILE") or None)
+    if plugin == "pkcs11" and file is None:
+        settings = _token_settings(os.environ)
+    _ensure_keys(plugin, settings, os.environ.get("HSMWRAP_SO_PIN_FILE") or None)
     return {
         ProtectionLevel.SOFTWARE: stack.enter_context(registry.open_backend("software", {})),
-        ProtectionLevel.HSM: stack.enter_context(registry.open_backend("pkcs11", settings)),
+        ProtectionLevel.HSM: stack.enter_context(registry.open_backend(plugin, settings)),
     }
 
 
@@ -117,18 +127,11 @@ def _token_settings(environment: Mapping[str, str]) -> dict[str, str]:
     return {setting: environment[name] for setting, name in variables.items()}
 
 
-class _InitialisesKeys(Protocol):
-    def initialise_keys(
-        self, settings: Mapping[str, str], *, so_pin_file: str | None
-    ) -> object: ...
-
-
-def _ensure_keys(settings: Mapping[str, str], so_pin_file: str | None) -> None:
-    """Make the backend's own keys in a fresh token; the SO's PIN makes them trusted."""
+def _ensure_keys(plugin: str, settings: Mapping[str, Any], so_pin_file: str | None) -> None:
+    """Make the backend's own keys in a fresh HSM token; the SO's PIN makes them trusted."""
     try:
-        with registry.open_backend("pkcs11", settings) as backend:
+        with registry.open_backend(plugin, settings) as backend:
             backend.mac(b"")
     except ConfigurationError:
         # No keys yet. Were something else wrong, initialising would say so again.
-        backend_class = cast("_InitialisesKeys", registry.load("pkcs11"))
-        backend_class.initialise_keys(settings, so_pin_file=so_pin_file)
+        registry.KeySetManager(plugin, settings).initialise(so_pin_file=so_pin_file)

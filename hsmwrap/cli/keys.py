@@ -10,18 +10,26 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hsmwrap import registry
-from hsmwrap.backend import KeySetInfo
+from hsmwrap.backend import KeySetInfo, ReapReport, ReapsWrappingKeys
 from hsmwrap.cli import tables
-from hsmwrap.cli.arguments import Subparsers, add_json_option
+from hsmwrap.cli.arguments import (
+    Subparsers,
+    add_json_option,
+    add_settings_option,
+    read_settings,
+)
+from hsmwrap.errors import ConfigurationError
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.software.settings import SoftwareSettings
 
 _DESCRIPTION = """\
 A backend seals import tokens, wrapping keys and imported keys under keys of its own, which come
 in sets. The newest set is current; older ones open what they sealed until they are retired.
-The settings come from options, or from HSMWRAP_PKCS11_MODULE, HSMWRAP_TOKEN_LABEL,
-HSMWRAP_PIN_FILE and HSMWRAP_SO_PIN_FILE. With the security officer's PIN the key-encryption keys
-of an HSM token become CKA_TRUSTED, and nothing else can wrap what they wrap.
+The settings of any plug-in come from --settings. For pkcs11 and software there are options for the
+usual ones, which outrank the file; without a file the variables HSMWRAP_PKCS11_MODULE,
+HSMWRAP_TOKEN_LABEL, HSMWRAP_PIN_FILE and HSMWRAP_SO_PIN_FILE are read as well. With the security
+officer's PIN the key-encryption keys of an HSM token become CKA_TRUSTED, and nothing else can wrap
+what they wrap.
 
 `retire` destroys a set that is not current; everything that it sealed becomes unusable. After
 `rotate`, wait until no import token needs the old set: the lifetime of a token, plus the max_age of
@@ -71,7 +79,8 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("action", choices=("init", "rotate", "retire", "list", "reap"))
     parser.add_argument("key_set", nargs="?", help="the key set to retire; see above for when")
-    parser.add_argument("--backend", default="pkcs11", help="default: pkcs11")
+    parser.add_argument("--backend", default="pkcs11", help="the plug-in; default: pkcs11")
+    add_settings_option(parser)
     parser.add_argument("--so-pin-file", help="file with the security officer's PIN")
     for row in (*Pkcs11Settings.table(), *SoftwareSettings.table()):
         if any(row.name in names for names in _OPTIONS.values()):
@@ -86,27 +95,28 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what ``args.action`` says and print the key sets that there are afterwards."""
-    backend = registry.load(args.backend)
     settings = _settings(args)
+    if args.action == "reap":
+        return _reap(args, settings)
+    key_sets = registry.KeySetManager(args.backend, settings)
     so_pin_file = args.so_pin_file or os.environ.get(_ENVIRONMENT["so_pin_file"])
     if args.action in {"init", "rotate"} and args.backend == "pkcs11" and not so_pin_file:
         print(_WEAKER, file=sys.stderr)
     if args.action == "init":
-        backend.initialise_keys(settings, so_pin_file=so_pin_file)
+        key_sets.initialise(so_pin_file=so_pin_file)
     elif args.action == "rotate":
-        backend.rotate_keys(settings, so_pin_file=so_pin_file)
+        key_sets.rotate(so_pin_file=so_pin_file)
     elif args.action == "retire":
-        backend.retire_keys(settings, args.key_set or "")
-    elif args.action == "reap":
-        return _reap(args, settings)
-    _print(backend.list_keys(settings), as_json=args.json)
+        key_sets.retire(args.key_set or "")
+    _print(key_sets.list(), as_json=args.json)
     return 0
 
 
 def _reap(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     """Remove expired wrapping keys; the exit code is 1 if one could not be removed."""
     with registry.open_backend(args.backend, settings) as backend:
-        report = backend.reap(datetime.now(UTC))
+        reaper = ReapsWrappingKeys.of(backend)
+        report = reaper.reap(datetime.now(UTC)) if reaper else ReapReport()
     if args.json:
         print(tables.to_json(asdict(report)))
     else:
@@ -118,14 +128,20 @@ def _reap(args: argparse.Namespace, settings: dict[str, Any]) -> int:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = _OPTIONS.get(args.backend, ())
-    given = {name: getattr(args, name) for name in names}
-    if given.get("uri"):
-        return {name: value for name, value in given.items() if value}
-    found = {
-        name: value or os.environ.get(_ENVIRONMENT.get(name, "")) for name, value in given.items()
-    }
-    return {name: value for name, value in found.items() if value}
+    options = {name: getattr(args, name) for names in _OPTIONS.values() for name in names}
+    given = {name: value for name, value in options.items() if value}
+    takes = _OPTIONS.get(args.backend, ())
+    if other := sorted(given.keys() - set(takes)):
+        raise ConfigurationError(
+            f"--{other[0].replace('_', '-')} is an option of another backend; the settings of "
+            f"{args.backend} come from --settings FILE"
+        )
+    if args.settings is not None:
+        return read_settings(args.settings) | given
+    if "uri" in given:
+        return given
+    variables = {name: os.environ.get(_ENVIRONMENT.get(name, "")) for name in takes}
+    return {name: value for name, value in variables.items() if value} | given
 
 
 def _print(sets: tuple[KeySetInfo, ...], *, as_json: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Self
 from weakref import WeakSet
 
 from hsmwrap import forks
-from hsmwrap.backend import Backend, PrivateKeyRef, WrappingKey
+from hsmwrap.backend import Backend, HasKeySets, PrivateKeyRef, WrappingKey
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import (
     BackendClosed,
@@ -151,10 +151,10 @@ class KeyPool(ForkAware):
         usable = backend.health().ready
         with self._changed:
             stock = self._stock(backend, spec, algorithm)
-            sealed = usable and stock.has_sealed
-        key_set = self._known_key_set(backend) if sealed else None
+            depends = usable and stock.needs_key_set
+        key_set = self._known_key_set(backend) if depends else None
         with self._changed:
-            usable = usable and (key_set is not None or not stock.has_sealed)
+            usable = usable and (key_set is not None or not stock.needs_key_set)
             key = stock.take(expires_at if usable else _NEVER, now, key_set)
             self._start_threads()
             if stock.wants_refill or stock.has_discards:
@@ -182,19 +182,21 @@ class KeyPool(ForkAware):
         Another process may have retired the set that sealed a pair. On failure the caller
         generates inline and gets the backend's error from that.
         """
-        key_set, until = self._key_sets.get(id(backend), ("", self._timer()))
-        if self._timer() < until:
+        now = self._timer()
+        key_set, until = self._key_sets.get(id(backend), ("", now))
+        if now < until:
             return key_set
+        key_sets = HasKeySets.of(backend)
         try:
-            return self._ask_key_set(backend)
+            current = None if key_sets is None else key_sets.current_key_set()
         except HsmwrapError:
             return None
+        self._learn_key_set(backend, current, now)
+        return current
 
-    def _ask_key_set(self, backend: Backend) -> str:
-        until = self._timer() + KEY_SET_LIFETIME
-        key_set = backend.mac(_MARK).key_set  # a MAC says it
-        self._key_sets[id(backend)] = key_set, until
-        return key_set
+    def _learn_key_set(self, backend: Backend, key_set: str | None, tick: float) -> None:
+        if key_set is not None:
+            self._key_sets[id(backend)] = key_set, tick + KEY_SET_LIFETIME
 
     def _stock(
         self, backend: Backend, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
@@ -255,15 +257,16 @@ class KeyPool(ForkAware):
         # The label of a resident key holds whole seconds.
         expires_at = (made_at + lifetime).replace(microsecond=0)
         try:
-            key_set = self._ask_key_set(stock.backend)
+            tick = self._timer()
             key = stock.backend.generate_wrapping_key(
                 stock.spec, stock.algorithm, expires_at=expires_at
             )
         except Exception as error:  # noqa: BLE001  # a plug-in may raise anything; the thread has to survive
             self._failed(stock, error, making=1)
             return
+        self._learn_key_set(stock.backend, key.key_set, tick)
         with self._changed:
-            stock.put(ReadyPair(key, made_at, expires_at, key_set))
+            stock.put(ReadyPair(key, made_at, expires_at))
             self._changed.notify_all()
 
     def _discard(self, stock: Stock, private_key: PrivateKeyRef) -> bool:
@@ -326,8 +329,6 @@ class KeyPool(ForkAware):
 
 
 _NEVER = datetime.max.replace(tzinfo=UTC)
-_MARK = b"hsmwrap key-pair pool"
-"""What is authenticated to learn the key set; no import token looks like it."""
 _POOLS: WeakSet[KeyPool] = WeakSet()
 
 

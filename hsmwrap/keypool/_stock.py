@@ -51,19 +51,11 @@ class ReadyPair:
         key: The pair.
         made_at: When it was made.
         expires_at: When its resident private key may be reaped.
-        key_set: The backend's current key set before the pair was made. If the set was rotated
-            meanwhile, the pair counts as sealed by the older set, which is safe.
     """
 
     key: WrappingKey
     made_at: datetime
     expires_at: datetime
-    key_set: str
-
-    @property
-    def sealed(self) -> bool:
-        """Whether the private key can only be used while its key set exists."""
-        return self.key.private_key.custody is Custody.HSM_ENCRYPTED_DATABASE
 
 
 @dataclass(slots=True, eq=False)
@@ -107,9 +99,9 @@ class Stock:
         return bool(self.discards) and not self.stopped
 
     @property
-    def has_sealed(self) -> bool:
-        """Whether its pairs are sealed; all pairs of one kind have the same custody."""
-        return bool(self.ready) and self.ready[0].sealed
+    def needs_key_set(self) -> bool:
+        """Whether its pairs are of use only while their key set exists."""
+        return any(made.key.key_set is not None for made in self.ready)
 
     def take(
         self, expires_at: datetime, now: datetime, key_set: str | None = None
@@ -124,7 +116,7 @@ class Stock:
         """
         self.drop_aged(now)
         if key_set is not None:
-            self._drop_sealed_by_other_sets(key_set)
+            self._drop_of_other_sets(key_set)
         made = next((made for made in self.ready if made.expires_at >= expires_at), None)
         if made is None:
             self.misses += 1
@@ -149,10 +141,10 @@ class Stock:
             self._drop(self.ready.popleft())
         self._start_refill_if_low()
 
-    def _drop_sealed_by_other_sets(self, key_set: str) -> None:
+    def _drop_of_other_sets(self, key_set: str) -> None:
         kept: deque[ReadyPair] = deque()
         for made in self.ready:
-            if made.sealed and made.key_set != key_set:
+            if made.key.key_set not in {None, key_set}:
                 self._drop(made)
             else:
                 kept.append(made)

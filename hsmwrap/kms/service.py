@@ -12,6 +12,7 @@ from typing import Any, Self
 from hsmwrap.backend import Backend, Exposure, Health
 from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
+from hsmwrap.guard import guard_all
 from hsmwrap.imports import TOKEN_LIFETIME, ImportService, generate_inline
 from hsmwrap.keypool import KeyPool
 from hsmwrap.kms import anchors
@@ -95,7 +96,7 @@ class Kms:
         """
         self.access_keys = access_keys
         self._database = database
-        self._backends = dict(backends)
+        self._backends = backends = guard_all(backends)
         self._key_pool = key_pool
         self._audit_log = audit_log
         self._clock = clock

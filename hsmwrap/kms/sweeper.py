@@ -16,6 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.sql.elements import ColumnElement
 
 from hsmwrap import forks
+from hsmwrap.backend import ReapsWrappingKeys
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 from hsmwrap.forks import ForkAware, ForkTurn
 from hsmwrap.kms.core import Core
@@ -39,12 +40,13 @@ class Sweep:
     def __call__(self, now: datetime) -> None:
         """Process what is due at ``now``; failures are logged and retried by the next sweep."""
         backends = {id(backend): backend for backend in self._core.backends.values()}.values()
+        reapers = [ReapsWrappingKeys.of(backend) for backend in backends]
         work: tuple[Callable[[], object], ...] = (
             lambda: self._each(Key.material_expires_at <= now, self._core.expire, now),
             lambda: self._each(Key.deletion_at <= now, self._delete, now),
             lambda: self._core.objects.destroy_due(now),
             lambda: self._once.purge(now),
-            *(lambda backend=backend: backend.reap(now) for backend in backends),
+            *(lambda reaper=reaper: reaper.reap(now) for reaper in reapers if reaper),
             self._anchor,
         )
         for part in work:

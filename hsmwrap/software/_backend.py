@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -12,49 +11,47 @@ from hsmwrap.backend import (
     Capabilities,
     Custody,
     Exposure,
+    HasKeySets,
     Health,
     ImportedKey,
     KeyRef,
     KeySetInfo,
     Mac,
+    ManagesKeySets,
     PrivateKeyRef,
-    ReapReport,
     WrappingKey,
 )
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.checkvalue import check_value, same_check_value
+from hsmwrap.checkvalue import check_value
 from hsmwrap.errors import (
     BackendClosed,
     ConfigurationError,
     InvalidImportToken,
     InvalidKeyMaterial,
     KeyNotFound,
-    UnsupportedOperation,
-    strip_tracebacks,
 )
-from hsmwrap.gate import Gate
 from hsmwrap.locks import LIBCRYPTO
 from hsmwrap.software import _cipher as cipher
 from hsmwrap.software._keyring import Keyring
 from hsmwrap.software._keyring_file import KeyringFile
 from hsmwrap.software._report import NAME, report
 from hsmwrap.software._schemes import Scheme, open_schemes
-from hsmwrap.software._sealing import BlobRejected, Purpose, Sealer
+from hsmwrap.software._sealing import BlobRejected, Purpose, Sealer, key_set_of
 from hsmwrap.software.settings import SoftwareSettings
 
 _MASTER_KEY = "master key"
 
 
-class SoftwareBackend(Backend):
+class SoftwareBackend(Backend, HasKeySets, ManagesKeySets):
     """RSA, AES and SM4 by pyca/cryptography, SM2 by libcrypto; custody is always sealed blobs.
 
-    Keys, material and plaintext are in local variables of the called functions, so every public
-    call is :func:`~hsmwrap.errors.strip_tracebacks`.
+    Open it by :func:`hsmwrap.registry.open_backend`, or put the guard around it
+    (:func:`hsmwrap.guard.guarded`): keys, material and plaintext are in variables of what is called
+    from here, and the guard keeps them out of tracebacks.
     """
 
-    contract_version: ClassVar[int] = 1
+    contract_version: ClassVar[int] = 2
 
-    @strip_tracebacks
     def __init__(self, settings: SoftwareSettings | None = None) -> None:
         """Open the backend: test the SM2 engine and read the keyring.
 
@@ -69,23 +66,19 @@ class SoftwareBackend(Backend):
         self._schemes = open_schemes(self._settings)
         with LIBCRYPTO.read():
             self._capabilities = report(self._settings, self._schemes.values())
-        self._gate = Gate("software backend")
 
     @classmethod
-    @strip_tracebacks
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """Open a backend from plain settings, see :class:`SoftwareSettings`."""
         return cls(SoftwareSettings.from_mapping(settings))
 
     @classmethod
-    @strip_tracebacks
     def list_keys(cls, settings: Mapping[str, Any]) -> tuple[KeySetInfo, ...]:
         """The master keys of the keyring file."""
         keyring = _keyring_file(settings).read()
         return tuple(KeySetInfo(i, i == keyring.current, _MASTER_KEY) for i in keyring.ids)
 
     @classmethod
-    @strip_tracebacks
     def initialise_keys(
         cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
     ) -> KeySetInfo:
@@ -95,7 +88,6 @@ class SoftwareBackend(Backend):
         )
 
     @classmethod
-    @strip_tracebacks
     def rotate_keys(
         cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
     ) -> KeySetInfo:
@@ -105,7 +97,6 @@ class SoftwareBackend(Backend):
         )
 
     @classmethod
-    @strip_tracebacks
     def retire_keys(cls, settings: Mapping[str, Any], key_set: str) -> None:
         """Remove a master key that is not current."""
         try:
@@ -119,24 +110,15 @@ class SoftwareBackend(Backend):
         return NAME
 
     def __repr__(self) -> str:
-        return f"<SoftwareBackend {self._settings} {self._gate}>"
+        return f"<SoftwareBackend {self._settings}>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a backend does not pickle or copy: it holds keys")
 
-    @contextmanager
-    def _inside(self) -> Iterator[None]:
-        # No fork during a call into libcrypto: the child would inherit locked locks.
-        with self._gate.enter(), LIBCRYPTO.read():
-            yield
-
-    @strip_tracebacks
     def capabilities(self) -> Capabilities:
         """Report what this backend can do."""
-        with self._inside():
-            return self._capabilities
+        return self._capabilities
 
-    @strip_tracebacks
     def generate_wrapping_key(
         self,
         spec: WrappingKeySpec,
@@ -144,23 +126,14 @@ class SoftwareBackend(Backend):
         *,
         expires_at: datetime,  # noqa: ARG002  # nothing is resident, so nothing expires
     ) -> WrappingKey:
-        """Generate a pair; the private key is a sealed blob, bound to ``algorithm``."""
-        with self._inside():
-            scheme = self._scheme(algorithm)
-            if scheme.spec is not spec:
-                raise UnsupportedOperation(f"{algorithm} does not go with {spec}")
-            public_key, secret = scheme.generate()
+        """Make a fresh pair; the private key is a blob that opens for ``algorithm`` only."""
+        # No fork during a call into libcrypto: the child would inherit locked locks.
+        with LIBCRYPTO.read():
+            public_key, secret = self._schemes[algorithm].generate()
             blob = self._sealer.seal(Purpose.WRAPPING_KEY, secret, NAME, spec, algorithm)
             private_key = PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, blob)
-            return WrappingKey(spec, algorithm, public_key, private_key)
+            return WrappingKey(spec, algorithm, public_key, private_key, key_set_of(blob))
 
-    @strip_tracebacks
-    def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:  # noqa: ARG002  # as below
-        """Do nothing: the caller has the only copy of the blob."""
-        with self._inside():
-            return
-
-    @strip_tracebacks
     def unwrap_material(
         self,
         private_key: PrivateKeyRef,
@@ -168,82 +141,58 @@ class SoftwareBackend(Backend):
         encrypted_material: bytes,
         *,
         key_spec: KeySpec,
-        expected_check_value: bytes | None = None,
-        object_id: bytes | None = None,  # noqa: ARG002  # keys are blobs, not objects
+        expected_check_value: bytes | None = None,  # noqa: ARG002  # the guard compares
+        object_id: bytes | None = None,  # noqa: ARG002  # no object is made that it could name
     ) -> ImportedKey:
-        """Decrypt key material and seal it as a key."""
-        with self._inside():
-            scheme = self._scheme(algorithm)
+        """Turn encrypted key material into a sealed key."""
+        with LIBCRYPTO.read():
+            scheme = self._schemes[algorithm]
             secret = self._open_wrapping_key(private_key, scheme)
             material = scheme.decrypt(secret, encrypted_material, key_spec.material_length)
-            check_value = _checked_value(key_spec, material, expected_check_value)
+            if len(material) != key_spec.material_length:
+                raise InvalidKeyMaterial
             blob = self._sealer.seal(Purpose.KEY_MATERIAL, material, NAME, key_spec)
             key = KeyRef(NAME, key_spec, Custody.HSM_ENCRYPTED_DATABASE, blob)
-            return ImportedKey(key, check_value, Exposure.HOST)
+            return ImportedKey(key, check_value(material), Exposure.HOST)
 
-    @strip_tracebacks
     def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
         """Encrypt under an imported key, see :mod:`hsmwrap.software._cipher`."""
-        with self._inside():
+        with LIBCRYPTO.read():
             return cipher.encrypt(key.key_spec, self._open_key(key), plaintext, additional_data)
 
-    @strip_tracebacks
     def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
-        """Decrypt a result of :meth:`encrypt`."""
-        with self._inside():
+        """Decrypt what :meth:`encrypt` made."""
+        with LIBCRYPTO.read():
             return cipher.decrypt(key.key_spec, self._open_key(key), ciphertext, additional_data)
 
-    @strip_tracebacks
-    def destroy_key(self, key: KeyRef) -> None:  # noqa: ARG002  # a blob is the caller's to delete
-        """Do nothing: the caller has the only copy of the blob."""
-        with self._inside():
-            return
-
-    @strip_tracebacks
     def mac(self, data: bytes) -> Mac:
         """Authenticate ``data`` under the current master key's import-token key."""
-        with self._inside():
+        with LIBCRYPTO.read():
             return self._sealer.mac(data)
 
-    @strip_tracebacks
     def verify_mac(self, data: bytes, mac: Mac) -> None:
         """Return if ``mac`` is right for ``data``."""
-        with self._inside():
+        with LIBCRYPTO.read():
             self._sealer.verify_mac(data, mac)
 
-    @strip_tracebacks
-    def reap(self, now: datetime) -> ReapReport:  # noqa: ARG002  # nothing resident can expire
-        """Report nothing: no key is resident."""
-        with self._inside():
-            return ReapReport()
+    def current_key_set(self) -> str:
+        """Id of the current master key."""
+        return self._keyring().current
 
-    @strip_tracebacks
     def health(self) -> Health:
-        """Report whether the backend is open and its keyring can be read."""
-        facts = {"in_flight": self._gate.in_flight}
-        if self._gate.closed:
-            return Health(ready=False, detail="closed", facts=facts)
+        """Report whether the keyring can be read."""
         try:
             keyring = self._keyring()
-        except BackendClosed:  # in between
-            return Health(ready=False, detail="closed", facts=facts)
+        except BackendClosed:
+            return Health(ready=False, detail="closed")
         except ConfigurationError as error:
-            return Health(ready=False, detail=str(error), facts=facts)
-        facts["master_keys"] = len(keyring.ids)
-        return Health(ready=True, detail="ready", facts=facts)
+            return Health(ready=False, detail=str(error))
+        return Health(ready=True, detail="ready", facts={"master_keys": len(keyring.ids)})
 
-    @strip_tracebacks
     def close(self) -> None:
-        """Wait for running calls, then release the keys. Safe to call again."""
-        self._gate.close()
+        """Let go of the keys."""
         self._keyring = _closed_keyring
         self._sealer = Sealer(_closed_keyring)
-
-    def _scheme(self, algorithm: WrappingAlgorithm) -> Scheme:
-        try:
-            return self._schemes[algorithm]
-        except KeyError:
-            raise UnsupportedOperation(f"this backend does not serve {algorithm}") from None
 
     def _open_wrapping_key(self, private_key: PrivateKeyRef, scheme: Scheme) -> bytes:
         context = (NAME, scheme.spec, scheme.algorithm)
@@ -256,8 +205,6 @@ class SoftwareBackend(Backend):
             ) from None
 
     def _open_key(self, key: KeyRef) -> bytes:
-        if not cipher.is_usable(key.key_spec):
-            raise UnsupportedOperation(f"{key.key_spec}: pyca's OpenSSL lacks the cipher")
         try:
             return self._sealer.open(Purpose.KEY_MATERIAL, key.data, key.backend, key.key_spec)
         except BlobRejected:
@@ -284,14 +231,4 @@ def _keyring_file(settings: Mapping[str, Any]) -> KeyringFile:
 
 
 def _closed_keyring() -> Keyring:
-    raise BackendClosed("this software backend is closed; open a new one")
-
-
-def _checked_value(key_spec: KeySpec, material: bytes, expected: bytes | None) -> bytes:
-    """The check value (KCV) of the material, after length and expected value were checked."""
-    if len(material) != key_spec.material_length:
-        raise InvalidKeyMaterial
-    value = check_value(material)
-    if expected is not None and not same_check_value(expected, value):
-        raise InvalidKeyMaterial
-    return value
+    raise BackendClosed("this software backend was closed: open a new one")

@@ -92,6 +92,11 @@ class Sealer:
             raise InvalidMac("the MAC is not right for these data")
 
 
+def key_set_of(blob: bytes) -> str:
+    """Id of the master key that a blob of :meth:`Sealer.seal` needs."""
+    return blob[1 : _HEAD.size].hex()
+
+
 def _derive(keyring: Keyring, key_id: str, purpose: Purpose) -> bytes:
     # Takes 3 µs, so derived keys are not cached.
     hkdf = HKDF(algorithm=SHA256(), length=32, salt=None, info=purpose.value)

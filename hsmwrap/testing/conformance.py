@@ -1,28 +1,22 @@
 """The conformance kit: what every backend has to do, as a pytest class.
 
-A plug-in author subclasses it in a test module and says how to open the backend::
+A plug-in author subclasses it in a test module and says what to open::
 
     class TestMyBackend(BackendConformance):
+        plugin = MyBackend
+
         @pytest.fixture
         def settings(self):
             return {...}
 
         @pytest.fixture
-        def backend(self, settings):
-            with MyBackend.from_settings(settings) as backend:
-                yield backend
-
-        @pytest.fixture
-        def reopen(self, settings):
-            return lambda: MyBackend.from_settings(settings)  # a second one, on the same keys
-
-        @pytest.fixture
         def count_objects(self, backend):
             return lambda: ...  # objects in the HSM, session objects too
 
-``backend`` is needed. Without ``settings`` (default: none), an unknown setting is tried alone.
-Without ``reopen``, what two processes share is not tested. ``count_objects`` is needed where any
-custody is HSM_INTERNAL: without it the tests that look for leaks fail.
+The backend is tested behind its guard (:mod:`hsmwrap.guard`), as applications have it. Override
+``backend`` and ``reopen`` (a second instance, on the same keys) where opening takes more than the
+settings; a ``reopen`` of None leaves out what two processes share. ``count_objects`` is needed
+where any custody is HSM_INTERNAL: without it the tests that look for leaks fail.
 
 A registered plug-in that keeps no objects needs no test module::
 
@@ -36,15 +30,15 @@ of every skip starts with ``capability:``. Clients are the openssl command and p
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hsmwrap.backend import Backend
-from hsmwrap.registry import open_backend
-from hsmwrap.testing._conformance.base import PAIRS, Conversation, Reopen, UsableKey
+from hsmwrap.registry import load
+from hsmwrap.testing._conformance.base import PAIRS, Conversation, UsableKey
 from hsmwrap.testing._conformance.imports import ImportConformance
 from hsmwrap.testing._conformance.lifecycle import LifecycleConformance
 from hsmwrap.testing._conformance.tokens import ImportTokenConformance
@@ -62,28 +56,22 @@ class BackendConformance(
     ImportTokenConformance,
     LifecycleConformance,
 ):
-    """Subclass it and override the fixture ``backend``."""
+    """Subclass it, set ``plugin`` and override the fixture ``settings``."""
 
 
 class TestRegisteredBackend(BackendConformance):
     """The kit over the plug-in that ``--hsmwrap-backend`` names."""
 
     @pytest.fixture
+    def plugin_class(self, pytestconfig: pytest.Config) -> type[Backend]:
+        """The class of the plug-in."""
+        name = pytestconfig.getoption("hsmwrap_backend")
+        if name is None:
+            pytest.fail("name the plug-in: --hsmwrap-backend NAME", pytrace=False)
+        return load(name)
+
+    @pytest.fixture
     def settings(self, pytestconfig: pytest.Config) -> Mapping[str, Any]:
         """Settings from the file that ``--hsmwrap-settings`` names."""
         file = pytestconfig.getoption("hsmwrap_settings")
         return tomllib.loads(Path(file).read_text("utf-8")) if file else {}
-
-    @pytest.fixture
-    def backend(self, reopen: Reopen) -> Iterator[Backend]:
-        """The open plug-in."""
-        with reopen() as backend:
-            yield backend
-
-    @pytest.fixture
-    def reopen(self, pytestconfig: pytest.Config, settings: Mapping[str, Any]) -> Reopen:
-        """Opens the plug-in again, on the same keys."""
-        name = pytestconfig.getoption("hsmwrap_backend")
-        if name is None:
-            pytest.fail("name the plug-in: --hsmwrap-backend NAME", pytrace=False)
-        return lambda: open_backend(name, settings)

@@ -19,6 +19,7 @@ from pkcs11.mechanisms import Mechanism
 from benchmarks.timing import Side
 from hsmwrap import checkvalue
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.guard import plugin_ref
 from hsmwrap.pkcs11.binding.gcm import AesGcm
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.module import Module
@@ -147,7 +148,7 @@ class RawSession:
 
     def bring_in(self, claims: ImportTokenClaims, ciphertext: bytes, material: bytes) -> Raw:
         """From the ciphertext to a sealed key; bare: only the unwrapping call."""
-        role, _, data = parse_ref(claims.private_key)
+        role, _, data = parse_ref(plugin_ref(claims.private_key))
         if role is Role.WRAPPING_DERIVE:
             return self._by_derivation(data, ciphertext, material)
         if role is Role.WRAPPING_UNWRAP:

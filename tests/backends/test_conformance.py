@@ -12,6 +12,7 @@ SM2 = (WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE)
 
 
 class TestSoftware(BackendConformance):
+    plugin = SoftwareBackend
     engine = "libcrypto"
 
     @pytest.fixture
@@ -19,15 +20,6 @@ class TestSoftware(BackendConformance):
         settings = {"keyring_file": str(tmp_path / "keyring"), "sm2_engine": self.engine}
         SoftwareBackend.initialise_keys(settings)
         return settings
-
-    @pytest.fixture
-    def backend(self, settings):
-        with registry.open_backend("software", settings) as backend:
-            yield backend
-
-    @pytest.fixture
-    def reopen(self, settings):
-        return lambda: registry.open_backend("software", settings)
 
 
 class TestSoftwareWithGmssl(TestSoftware):

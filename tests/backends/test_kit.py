@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.backends.honest import Sm4Only
-from support.backends.honest_kit import HonestKit
+from support.backends.honest_kit import BareKit, HonestKit
 from support.backends.mutants import MUTANTS
 
 from hsmwrap.backend import Custody
@@ -24,7 +24,7 @@ class TestHonestResident(HonestKit):
 
 
 class TestSm4Only(HonestKit):
-    opens = Sm4Only
+    plugin = Sm4Only
 
 
 class Jury:
@@ -39,7 +39,7 @@ class Jury:
 
     def pytest_runtest_makereport(self, item, call):
         if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
-            self.verdicts[str(item.cls.spoiled)].append(call.excinfo.value)
+            self.verdicts[item.cls.__name__].append(call.excinfo.value)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,13 @@ def verdicts():
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_the_kit_catches(mutant, verdicts):
-    raised = verdicts[str(mutant)]
+    """Behind the guard; one that the guard makes harmless, without it."""
+    kit = BareKit if mutant.repaired else HonestKit
+    raised = verdicts[f"Test{kit.__name__}{mutant.backend.__name__}"]
     assert raised, f"{mutant.test} passed"
     assert [error for error in raised if not isinstance(error, VERDICTS)] == []
+
+
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.repaired], ids=str)
+def test_the_guard_makes_harmless(mutant, verdicts):
+    assert not verdicts[f"TestHonestKit{mutant.backend.__name__}"]

@@ -10,12 +10,13 @@ from typing import ClassVar
 import pytest
 
 from hsmwrap import imports, policy, registry
-from hsmwrap.backend import Exposure, KeyCapability
+from hsmwrap.backend import Exposure, KeyCapability, KeySetInfo
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.cli import main
 from hsmwrap.errors import ConfigurationError, InvalidKeyMaterial, UnsupportedOperation
 from hsmwrap.software import SoftwareBackend
 from hsmwrap.software import _rsa as rsa
+from hsmwrap.testing import MemoryBackend
 from hsmwrap.testing.clients import OPENSSL
 
 KEYS = {
@@ -125,32 +126,21 @@ class TestHonest:
         assert "not for production" in err
 
     def test_nothing_is_left_behind(self, demo, sabotage):
-        alive = []
+        store, closed = {}, []
 
-        class Counting(SoftwareBackend):
-            def generate_wrapping_key(self, *args, **kwargs):
-                key = super().generate_wrapping_key(*args, **kwargs)
-                alive.append(key.private_key)
-                return key
-
-            def discard_wrapping_key(self, private_key):
-                alive.remove(private_key)
-
-            def unwrap_material(self, *args, **kwargs):
-                imported = super().unwrap_material(*args, **kwargs)
-                alive.append(imported.key)
-                return imported
-
-            def destroy_key(self, key):
-                alive.remove(key)
+        class Resident(MemoryBackend):
+            @classmethod
+            def from_settings(cls, _settings):
+                custody = dict.fromkeys(["wrapping_custody", "material_custody"], "HsmInternal")
+                return super().from_settings({"store": store, **custody})
 
             def close(self):
-                super().close()
-                alive.append("closed")
+                closed.append(len(store))
 
-        sabotage(Counting)
+        sabotage(Resident)
         assert demo()[0] == 0
-        assert set(alive) == {"closed"}
+        assert closed == [len(store)]
+        assert set(store) == {"key-set-1"}
 
     def test_a_key_spec_that_can_only_be_stored_is_shown_as_such(self, sabotage, capsys):
         sabotage(StoresSm4)
@@ -350,6 +340,7 @@ class FakeToken(SoftwareBackend):
     def initialise_keys(cls, settings, *, so_pin_file):
         assert cls.initialised is None
         cls.initialised = (dict(settings), so_pin_file)
+        return KeySetInfo("1", current=True, detail="fake")
 
     def mac(self, data):
         if self.initialised is None:
@@ -380,7 +371,7 @@ class TestOnAToken:
             return FakeToken.from_settings({"serve_hsm_level": True})
 
         monkeypatch.setattr(registry, "open_backend", open_backend)
-        monkeypatch.setattr(registry, "load", {"pkcs11": FakeToken}.__getitem__)
+        monkeypatch.setattr(registry, "load", lambda _name: FakeToken)
         monkeypatch.setattr(FakeToken, "initialised", None)
         monkeypatch.delenv("HSMWRAP_SO_PIN_FILE", raising=False)
         for variable, value in self.VARIABLES.items():
@@ -402,6 +393,14 @@ class TestOnAToken:
         FakeToken.initialised = "before"
         assert run_json("demo")[0] == 0
         assert FakeToken.initialised == "before"
+
+    def test_settings_come_from_a_file_for_any_plug_in(self, opened, run_json, tmp_path):
+        file = tmp_path / "acme.toml"
+        file.write_text('slot = 3\nzones = ["a"]\n')
+        status, document = run_json("demo", "--backend", "acme", "--settings", str(file))
+        assert (status, document["ok"]) == (0, True)
+        assert opened == {"software": {}, "acme": {"slot": 3, "zones": ["a"]}}
+        assert FakeToken.initialised == ({"slot": 3, "zones": ["a"]}, None)
 
     @pytest.mark.parametrize("variable", VARIABLES)
     def test_a_missing_variable_is_named(self, opened, variable, monkeypatch, capsys):

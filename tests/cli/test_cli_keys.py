@@ -5,10 +5,12 @@ from datetime import timedelta
 
 import pytest
 
+from hsmwrap import registry
 from hsmwrap.cli import main
 from hsmwrap.imports import TOKEN_LIFETIME
 from hsmwrap.keypool import PoolSettings
 from hsmwrap.pkcs11.keysets.keys import CURRENT_SET_LIFETIME
+from hsmwrap.testing import MemoryBackend
 
 
 @pytest.fixture
@@ -48,6 +50,68 @@ def test_the_life_of_key_sets_in_an_hsm_token(softhsm):
     assert [(each["key_set"], each["current"]) for each in rotated] == [("1", False), ("2", True)]
     left = json.loads(softhsm.run_keys("retire", "cli-keys", "1"))["key_sets"]
     assert [each["key_set"] for each in left] == ["2"]
+
+
+@pytest.fixture
+def acme(tmp_path, monkeypatch):
+    """A plug-in that hsmwrap has no options for, and its settings in a file."""
+    monkeypatch.setattr(registry, "load", lambda _name: MemoryBackend)
+    file = tmp_path / "acme.toml"
+    directory = tmp_path / "objects"
+    file.write_text(f'directory = "{directory}"\nwrapping_custody = "HsmInternal"\n')
+    return ["--backend", "acme", "--settings", str(file)]
+
+
+def test_the_key_sets_of_any_plug_in_are_managed(acme, run_json):
+    assert run_json("keys", "init", *acme)[1]["key_sets"][0]["key_set"] == "1"
+    _, rotated = run_json("keys", "rotate", *acme)
+    assert [(each["key_set"], each["current"]) for each in rotated["key_sets"]] == [
+        ("1", False),
+        ("2", True),
+    ]
+    _, left = run_json("keys", "retire", "1", *acme)
+    assert [each["key_set"] for each in left["key_sets"]] == ["2"]
+    assert run_json("keys", "reap", *acme)[1] == {"examined": 0, "removed": [], "failed": []}
+
+
+def test_options_outrank_the_settings_file(keyring, tmp_path, run_json):
+    file = tmp_path / "settings.toml"
+    file.write_text(f'keyring_file = "{tmp_path / "another"}"\n')
+    run_json("keys", "init", *keyring, "--settings", str(file))
+    assert (tmp_path / "keyring").exists()
+    assert not (tmp_path / "another").exists()
+    run_json("keys", "init", "--backend", "software", "--settings", str(file))
+    assert (tmp_path / "another").exists()
+
+
+def test_a_settings_file_replaces_the_variables(keyring, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HSMWRAP_KEYRING_FILE", str(tmp_path / "keyring"))
+    file = tmp_path / "settings.toml"
+    file.write_text("")
+    assert main(["keys", "init", "--backend", "software", "--settings", str(file)]) == 2
+    assert "keyring_file" in capsys.readouterr().err
+    assert not (tmp_path / "keyring").exists()
+
+
+@pytest.mark.parametrize("content", [b"pin = '0123456789abcdef", b"\xff0123456789abcdef", None])
+def test_a_settings_file_that_does_not_parse_is_named_and_not_quoted(content, tmp_path, capsys):
+    file = tmp_path / "settings.toml"
+    if content is not None:
+        file.write_bytes(content)
+    assert main(["keys", "list", "--backend", "software", "--settings", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"hsmwrap: --settings {file}: ")
+    assert "0123456789abcdef" not in error
+
+
+def test_an_option_of_another_backend_is_refused(acme, capsys):
+    assert main(["keys", "list", *acme, "--token-label", "x"]) == 2
+    assert "--token-label is an option of another backend" in capsys.readouterr().err
+
+
+def test_a_backend_without_resident_keys_has_nothing_to_reap(keyring, run_json):
+    run_json("keys", "init", *keyring)
+    assert run_json("keys", "reap", *keyring) == (0, {"examined": 0, "removed": [], "failed": []})
 
 
 def test_the_help_says_when_a_key_set_may_be_retired(capsys):

@@ -1,7 +1,7 @@
 """Desks over the built-in backends, each opened once for a module."""
 
 import pytest
-from support.backends.spy import SpyBackend
+from support.backends.scripted import Scripted
 from support.importing import Desk, open_pkcs11, open_software, token_objects
 
 
@@ -65,4 +65,4 @@ def any_desk(request, desk_of):
 
 @pytest.fixture
 def spied():
-    return Desk(SpyBackend())
+    return Desk(Scripted())

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
-from support.backends.spy import SpyBackend
+from support.backends.scripted import Scripted
 from support.importing import (
     AES,
     HSM,
@@ -173,11 +173,12 @@ def test_the_lifetime_can_be_set(spied):
 
 
 def test_without_a_clock_the_time_is_now():
-    service = ImportService({HSM: SpyBackend()}, Deployment())
+    service = ImportService({HSM: Scripted()}, Deployment())
     before = datetime.now(UTC).replace(microsecond=0)
     parameters = service.get_parameters_for_import(Cmk("k", AES, HSM), "RSA_2048", OAEP1)
     assert before <= parameters.expires_at - TOKEN_LIFETIME <= datetime.now(UTC)
-    service.import_key_material(Cmk("k", AES, HSM), b"", parameters.import_token)
+    good = wrap(parameters, MATERIAL[AES])
+    service.import_key_material(Cmk("k", AES, HSM), good, parameters.import_token)
 
 
 @pytest.mark.parametrize("ahead", [timedelta(0), timedelta(seconds=-1), timedelta(days=-9)])
@@ -186,10 +187,11 @@ def test_material_cannot_expire_in_the_past(spied, ahead):
     with pytest.raises(InvalidParameter) as caught:
         spied.bring_in(parameters, b"", key_material_expire=spied.clock.now + ahead)
     assert caught.value.name == "KeyMaterialExpireUnix"
-    assert "unwrap" not in spied.backend.calls
+    assert "unwrap_material" not in spied.backend.calls
 
 
 def test_the_material_s_expiry_is_handed_on(spied):
     parameters, later = spied.issue(OAEP1), spied.clock.now + timedelta(seconds=1)
-    assert spied.bring_in(parameters, b"", key_material_expire=later).expires_at == later
-    assert spied.bring_in(parameters, b"").expires_at is None
+    good = wrap(parameters, MATERIAL[AES])
+    assert spied.bring_in(parameters, good, key_material_expire=later).expires_at == later
+    assert spied.bring_in(parameters, good).expires_at is None

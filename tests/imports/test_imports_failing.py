@@ -2,10 +2,11 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
+from support.backends.scripted import Scripted, changed
 from support.importing import AES, MATERIAL, OAEP1, OAEP256, SM2PKE, Clock, wrap
 
 from hsmwrap.backend import Custody, Exposure, PrivateKeyRef
@@ -73,11 +74,11 @@ def test_whatever_made_it_fail_gives_the_token_back(spied):
     service = spied.service(used_tokens=MemoryUsedTokens(spied.clock))
     parameters = spied.issue(OAEP1, service=service)
     for failure in (HsmUnavailable("unavailable"), KeyboardInterrupt()):
-        spied.backend.failing["unwrap"] = failure
+        spied.backend.failing["unwrap_material"] = failure
         with pytest.raises(type(failure)):
-            spied.bring_in(parameters, b"", service=service)
+            spied.bring_in(parameters, bytes(256), service=service)
     spied.backend.failing.clear()
-    spied.bring_in(parameters, b"", service=service)
+    spied.bring_in(parameters, wrap(parameters, MATERIAL[AES]), service=service)
 
 
 def test_a_store_that_is_empty_and_falsy_is_used_all_the_same(spied):
@@ -159,15 +160,15 @@ def test_a_token_that_expires_while_the_hsm_is_awaited_is_not_used(spied):
     for used_tokens in (Waiting(spied.clock), None):
         parameters, service = spied.issue(OAEP1), spied.service(used_tokens=used_tokens)
         if used_tokens is None:
-            spied.backend.capabilities = lambda p=parameters: _at(spied, p.expires_at)
+            spied.backend.changing["capabilities"] = partial(_at, spied, parameters.expires_at)
         with pytest.raises(ExpiredImportToken):
             spied.bring_in(parameters, b"", service=service)
-        assert "unwrap" not in spied.backend.calls
+        assert "unwrap_material" not in spied.backend.calls
 
 
-def _at(desk, when):
+def _at(desk, when, report):
     desk.clock.now = when
-    return desk.backend.report
+    return report
 
 
 def test_a_token_that_expired_before_it_could_be_claimed_is_called_expired(spied):
@@ -204,11 +205,11 @@ def _away(_data):
 def test_the_first_error_is_the_one_that_is_told(spied, caplog):
     spied.backend.failing = {
         "mac": HsmUnavailable("while sealing"),
-        "discard": HsmUnavailable("while discarding"),
+        "discard_wrapping_key": HsmUnavailable("while discarding"),
     }
     with pytest.raises(HsmUnavailable, match="while sealing"):
         spied.issue(OAEP1)
-    assert spied.backend.calls == ["generate", "mac", "discard"]
+    assert spied.backend.calls == ["generate_wrapping_key", "mac", "discard_wrapping_key"]
     assert [r.getMessage() for r in caplog.records] == ["could not discard a wrapping key"]
 
 
@@ -219,7 +220,7 @@ def test_keys_of_a_key_source_are_discarded_as_well(spied):
     spied.backend.failing["mac"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         spied.issue(OAEP1, service=spied.service(key_source=source))
-    assert spied.backend.calls[-1] == "discard"
+    assert spied.backend.calls[-1] == "discard_wrapping_key"
 
 
 # --- backends that return something else than requested ------------------------------------------
@@ -236,10 +237,10 @@ def test_keys_of_a_key_source_are_discarded_as_well(spied):
     ids=str,
 )
 def test_a_pair_that_is_not_what_was_asked_for_is_discarded(spied, differs):
-    spied.backend.pair_differs = differs
+    spied.backend.changing["generate_wrapping_key"] = changed(**differs)
     with pytest.raises(HsmError):
         spied.issue(OAEP1)
-    assert spied.backend.calls == ["generate", "discard"]
+    assert spied.backend.calls == ["generate_wrapping_key", "discard_wrapping_key"]
 
 
 @pytest.mark.parametrize(
@@ -255,40 +256,42 @@ def test_a_pair_that_is_not_what_was_asked_for_is_discarded(spied, differs):
 def test_a_key_that_is_not_as_promised_is_destroyed(spied, differs):
     service = spied.service(used_tokens=MemoryUsedTokens(spied.clock))
     parameters = spied.issue(OAEP1, service=service)
-    spied.backend.key_differs = differs
+    spied.backend.changing["unwrap_material"] = changed(**differs)
+    good = wrap(parameters, MATERIAL[AES])
     with pytest.raises(HsmError, match="its capabilities promise"):
-        spied.bring_in(parameters, b"", service=service)
-    assert spied.backend.calls[-2:] == ["unwrap", "destroy"]
-    spied.backend.key_differs = {}
-    spied.bring_in(parameters, b"", service=service)
+        spied.bring_in(parameters, good, service=service)
+    assert spied.backend.calls[-2:] == ["unwrap_material", "destroy_key"]
+    assert "material" not in str(list(spied.backend.store))
+    spied.backend.changing.clear()
+    spied.bring_in(parameters, good, service=service)
 
 
 def test_material_that_passed_the_host_against_the_promise_is_no_key(spied):
-    spied.backend.report = type(spied.backend)(Exposure.IN_HSM).report
+    spied.backend = Scripted(exposure=Exposure.IN_HSM)
+    spied.backend.changing["unwrap_material"] = changed(exposure=Exposure.HOST)
     service = spied.service(required_exposure=Exposure.IN_HSM)
     parameters = spied.issue(OAEP1, service=service)
     with pytest.raises(HsmError, match=r"host; its capabilities promise .* in_hsm"):
-        spied.bring_in(parameters, b"", service=service)
-    assert spied.backend.calls[-1] == "destroy"
+        spied.bring_in(parameters, wrap(parameters, MATERIAL[AES]), service=service)
+    assert spied.backend.calls[-1] == "destroy_key"
 
 
 def test_a_key_that_cannot_be_destroyed_is_refused_all_the_same(spied, caplog):
     parameters = spied.issue(OAEP1)
-    spied.backend.key_differs = {"backend": "another"}
-    spied.backend.failing["destroy"] = HsmUnavailable("unavailable")
+    spied.backend.changing["unwrap_material"] = changed(backend="another")
+    spied.backend.failing["destroy_key"] = HsmUnavailable("unavailable")
     with pytest.raises(HsmError, match="its capabilities promise"):
-        spied.bring_in(parameters, b"")
+        spied.bring_in(parameters, wrap(parameters, MATERIAL[AES]))
     assert [r.getMessage() for r in caplog.records] == [
         "could not destroy a key that is not as promised"
     ]
 
 
-def test_a_mac_that_fits_no_token_is_typed(spied, monkeypatch):
-    genuine = spied.backend.mac
-    monkeypatch.setattr(spied.backend, "mac", lambda data: replace(genuine(data), key_set="é"))
+def test_a_mac_that_fits_no_token_is_typed(spied):
+    spied.backend.changing["mac"] = changed(key_set="é")
     with pytest.raises(HsmError):
         spied.issue(OAEP1)
-    assert spied.backend.calls[-1] == "discard"
+    assert spied.backend.calls[-1] == "discard_wrapping_key"
 
 
 # --- times without a time zone ------------------------------------------------------------------
@@ -308,11 +311,11 @@ def test_a_clock_without_a_time_zone_is_refused(spied):
     for call in (lambda: spied.issue(OAEP1), lambda: spied.bring_in(parameters, b"")):
         with pytest.raises(ConfigurationError, match="clock"):
             call()
-    assert "unwrap" not in spied.backend.calls
+    assert "unwrap_material" not in spied.backend.calls
 
 
 def test_a_lifetime_that_ends_before_1970_is_refused(spied):
     service = spied.service(token_lifetime=timedelta(days=-365 * 100))
     with pytest.raises(ConfigurationError, match="lifetime"):
         spied.issue(OAEP1, service=service)
-    assert spied.backend.calls[-1] == "discard"
+    assert spied.backend.calls[-1] == "discard_wrapping_key"

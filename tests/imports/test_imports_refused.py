@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
-from support.backends.spy import SpyBackend
+from support.backends.scripted import Scripted, changed
 from support.importing import (
     AES,
     HSM,
@@ -62,7 +62,7 @@ PRODUCT = list(itertools.product(WrappingKeySpec, WrappingAlgorithm, ProtectionL
 @pytest.mark.parametrize("exposure", Exposure)
 def test_nothing_is_generated_for_what_is_refused(deployment, required, exposure):
     for spec, algorithm, level, origin in PRODUCT:
-        desk = Desk(SpyBackend(exposure))
+        desk = Desk(Scripted(exposure=exposure))
         service = desk.service(deployment=deployment, required_exposure=required)
         demand = level is HSM and (required, exposure) == (Exposure.IN_HSM, Exposure.HOST)
         allowed = policy.check(spec, algorithm, level, deployment).allowed
@@ -71,7 +71,7 @@ def test_nothing_is_generated_for_what_is_refused(deployment, required, exposure
         expected = nullcontext() if allowed else pytest.raises(refusal)
         with expected:
             service.get_parameters_for_import(desk.cmk(level=level, origin=origin), spec, algorithm)
-        assert desk.backend.calls == (["generate", "mac"] if allowed else [])
+        assert desk.backend.calls == (["generate_wrapping_key", "mac"] if allowed else [])
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_words_are_taken_as_the_api_spells_them(spied):
 
 @pytest.mark.parametrize("missing", ["wrapping", "keys"])
 def test_what_the_backend_does_not_serve_generates_nothing(spied, missing):
-    spied.backend.report = replace(spied.backend.report, **{missing: ()})
+    spied.backend.changing["capabilities"] = changed(**{missing: ()})
     with pytest.raises(CombinationRefused) as caught:
         spied.issue(OAEP1)
     assert caught.value.rule == "backend-capability"
@@ -123,25 +123,26 @@ def test_imports_need_origin_external(spied):
     parameters = spied.issue(OAEP1)
     with pytest.raises(UnsupportedOrigin):
         spied.bring_in(parameters, b"", spied.cmk(origin=Origin.ALIYUN_KMS))
-    assert "unwrap" not in spied.backend.calls
+    assert "unwrap_material" not in spied.backend.calls
 
 
 # --- the protection level decides the backend ---------------------------------------------------
 
 
 def test_each_level_has_its_own_backend():
-    clock, both = Clock(), {level: SpyBackend(levels=[level]) for level in ProtectionLevel}
+    clock, both = Clock(), {level: Scripted(protection_levels=[level]) for level in ProtectionLevel}
     service = ImportService(both, Deployment(), clock=clock)
     for level, backend in both.items():
         parameters = service.get_parameters_for_import(Cmk("k", AES, level), "RSA_2048", OAEP1)
-        service.import_key_material(Cmk("k", AES, level), b"", parameters.import_token)
-        assert backend.calls == ["generate", "mac", "unwrap"]
+        good = wrap(parameters, MATERIAL[AES])
+        service.import_key_material(Cmk("k", AES, level), good, parameters.import_token)
+        assert backend.calls == ["generate_wrapping_key", "mac", "verify_mac", "unwrap_material"]
         backend.calls.clear()
     assert [backend.calls for backend in both.values()] == [[], []]
 
 
 def test_a_level_without_a_backend_is_refused_and_never_served_by_another():
-    backend = SpyBackend()
+    backend = Scripted()
     service = ImportService({SOFTWARE: backend}, Deployment())
     with pytest.raises(UnsupportedProtectionLevel):
         service.get_parameters_for_import(Cmk("k", AES, HSM), "RSA_2048", OAEP1)
@@ -158,7 +159,7 @@ def test_a_backend_that_may_not_serve_a_level_is_refused_for_it(backends):
 
 
 def test_a_service_starts_while_its_hsm_is_away_and_asks_later():
-    backend = SpyBackend(levels=[SOFTWARE])
+    backend = Scripted(protection_levels=[SOFTWARE])
     backend.failing["capabilities"] = HsmUnavailable("unavailable")
     service = ImportService({HSM: backend}, Deployment())
     cmk = Cmk("k", AES, HSM)
@@ -265,13 +266,13 @@ def test_texts_for_members_meet_every_rule():
     for spec, algorithm, level, managed_hsm in itertools.product(
         WrappingKeySpec, WrappingAlgorithm, ProtectionLevel, ManagedHsm
     ):
-        backend = SpyBackend()
+        backend = Scripted()
         service = ImportService({str(level): backend}, Deployment(str(managed_hsm)))
         cmk = Cmk("k", "Aliyun_AES_256", str(level), "EXTERNAL")
         expected = policy.check(spec, algorithm, level, Deployment(managed_hsm))
         with nullcontext() if expected.allowed else pytest.raises(_BY_POLICY):
             service.get_parameters_for_import(cmk, str(spec), str(algorithm))
-        assert backend.calls == (["generate", "mac"] if expected.allowed else [])
+        assert backend.calls == (["generate_wrapping_key", "mac"] if expected.allowed else [])
 
 
 def test_a_cmk_s_texts_become_members():
@@ -300,7 +301,7 @@ def test_a_cmk_s_unknown_texts_are_refused(position, name):
 
 
 def test_exposure_is_demanded_by_its_text_as_well():
-    desk = Desk(SpyBackend(Exposure.HOST))
+    desk = Desk(Scripted(exposure=Exposure.HOST))
     service = desk.service(required_exposure="in_hsm")
     with pytest.raises(CombinationRefused) as caught:
         desk.issue(OAEP1, service=service)
@@ -322,13 +323,13 @@ def test_exposure_is_demanded_by_its_text_as_well():
 )
 def test_unknown_texts_in_the_configuration_are_refused(options):
     with pytest.raises(ConfigurationError, match=f"{next(iter(options))}: .* is none of"):
-        ImportService({HSM: SpyBackend()}, Deployment(), **options)
+        ImportService({HSM: Scripted()}, Deployment(), **options)
 
 
 @pytest.mark.parametrize("level", ["hsm", "", None, 7])
 def test_an_unknown_level_of_a_backend_is_refused(level):
     with pytest.raises(ConfigurationError, match=r"backends: .* is none of SOFTWARE, HSM"):
-        ImportService({level: SpyBackend()}, Deployment())
+        ImportService({level: Scripted()}, Deployment())
 
 
 # --- allowed when it was issued, and not any more -----------------------------------------------
@@ -347,7 +348,7 @@ def test_the_policy_is_asked_at_import_as_well(spied, algorithm, deployment):
     parameters = spied.issue(algorithm)
     with pytest.raises(_BY_POLICY):
         spied.bring_in(parameters, b"", service=spied.service(deployment=deployment))
-    assert "unwrap" not in spied.backend.calls
+    assert "unwrap_material" not in spied.backend.calls
 
 
 @pytest.mark.parametrize("refused", [{PKCS1}, ["RSAES_PKCS1_V1_5"], frozenset({PKCS1, OAEP1})])
@@ -360,5 +361,6 @@ def test_refused_algorithms_are_neither_issued_nor_imported(spied, refused):
         with pytest.raises(CombinationRefused, match="refused_algorithms") as caught:
             call()
         assert (caught.value.rule, caught.value.name) == ("configuration", "WrappingAlgorithm")
-    assert spied.backend.calls == ["generate", "mac"]
-    assert spied.bring_in(spied.issue(OAEP256, service=service), b"", service=service)
+    assert spied.backend.calls == ["generate_wrapping_key", "mac", "verify_mac"]
+    parameters = spied.issue(OAEP256, service=service)
+    assert spied.bring_in(parameters, wrap(parameters, MATERIAL[AES]), service=service)

@@ -1,7 +1,5 @@
 import pytest
-from support.kms.fakes import Client, Clock, FileObjectsBackend, build_kms
-
-from hsmwrap.software import KeyringFile, SoftwareBackend
+from support.kms.fakes import Client, Clock, DirectoryBackend, build_kms
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -17,27 +15,16 @@ def sqlite_url(tmp_path):
 
 
 @pytest.fixture
-def keyring_file(tmp_path):
-    path = tmp_path / "keyring.json"
-    KeyringFile(path).create()
-    return path
-
-
-@pytest.fixture
 def clock():
     return Clock()
 
 
 @pytest.fixture
-def open_backend(tmp_path, keyring_file):
+def open_backend(tmp_path):
     """Opens a backend of either custody on the same keys, like another process."""
 
     def opened(custody="HsmInternal"):
-        if custody == "HsmInternal":
-            return FileObjectsBackend(keyring_file, tmp_path / "objects")
-        return SoftwareBackend.from_settings(
-            {"keyring_file": str(keyring_file), "serve_hsm_level": True}
-        )
+        return DirectoryBackend(tmp_path / "objects", custody)
 
     return opened
 

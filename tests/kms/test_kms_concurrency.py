@@ -6,7 +6,14 @@ from functools import partial
 
 import pytest
 from sqlalchemy import text
-from support.kms.fakes import AES_MATERIAL, OTHER_MATERIAL, Client, build_kms, import_request
+from support.kms.fakes import (
+    AES_MATERIAL,
+    OTHER_MATERIAL,
+    Client,
+    build_kms,
+    hsm_of,
+    import_request,
+)
 
 from hsmwrap.backend import Custody, KeyRef
 from hsmwrap.catalog import KeySpec
@@ -161,9 +168,9 @@ def given_up(open_kms, clock):
     def give_up(times=1, *, unavailable=False):
         for _ in range(times):
             clock.advance(seconds=LEASE.total_seconds())
-            other.kms._backends["HSM"].unavailable = unavailable
+            hsm_of(other.kms).unavailable = unavailable
             other.kms.sweep()
-        other.kms._backends["HSM"].unavailable = False
+        hsm_of(other.kms).unavailable = False
         other.kms.sweep()
 
     return give_up
@@ -209,11 +216,11 @@ def test_object_made_after_it_was_given_up_by_a_process_that_is_then_killed(
 def test_object_scheduled_again_during_a_sweep_stays_scheduled(stop, open_kms, objects, clock):
     other = Client(open_kms())
     importing = other.kms.operations.material._core.objects
-    backend = other.kms._backends["HSM"]
+    backend = hsm_of(other.kms)
     pending = importing._schedule_pending(backend, KeySpec.ALIYUN_AES_256)
 
     def fail_meanwhile():
-        backend._file(pending.data).touch()
+        backend.put_object(pending.data)
         backend.unavailable = True
         importing._destroy_pending(pending, LeaseLost())
 
@@ -326,9 +333,7 @@ def test_token_that_cannot_be_given_back_hides_no_failure(single_use, monkeypatc
 
 def test_sweeps_do_not_wait_for_the_locks_of_others(postgres_cluster, open_backend, tmp_path):
     kms = build_kms(postgres_cluster.new_database(), open_backend(), tmp_path / "audit.log")
-    keys = [
-        KeyRef("software", KeySpec.ALIYUN_SM4, Custody.HSM_INTERNAL, bytes([i])) for i in (1, 2)
-    ]
+    keys = [KeyRef("hsm", KeySpec.ALIYUN_SM4, Custody.HSM_INTERNAL, bytes([i])) for i in (1, 2)]
     now = datetime.now(UTC)
     with kms._database.write() as transaction:
         for key in keys:
@@ -351,7 +356,7 @@ def test_object_whose_destruction_started_is_not_put_into_a_row(stop, open_kms, 
 
     def others_begin_to_give_it_up():
         clock.advance(seconds=LEASE.total_seconds())
-        other.kms._backends["HSM"].unavailable = True
+        hsm_of(other.kms).unavailable = True
         other.kms.sweep()
         assert (objects(), scheduled(other.kms)) == (1, 1)
 
@@ -421,7 +426,7 @@ def test_use_of_a_key_whose_object_was_lost(client, open_backend):
     client.import_material(key_id)
     backend = open_backend()
     for object_id in backend.objects():
-        backend._file(object_id).unlink()
+        backend.remove_object(object_id)
     backend.close()
     with pytest.raises(HsmError) as caught:
         client.usable(key_id)
@@ -429,7 +434,7 @@ def test_use_of_a_key_whose_object_was_lost(client, open_backend):
 
 
 def test_failed_import_is_cleaned_up_when_the_hsm_is_back(stop, objects, clock):
-    backend = stop.kms._backends["HSM"]
+    backend = hsm_of(stop.kms)
     key_id = stop.create()
 
     def lose_everything():

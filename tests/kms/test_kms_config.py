@@ -247,7 +247,9 @@ def test_check_takes_two_names_or_one_backend(file, capsys):
 
 
 @pytest.fixture
-def real(tmp_path, keyring_file, database_url):
+def real(tmp_path, database_url):
+    keyring_file = tmp_path / "keyring.json"
+    KeyringFile(keyring_file).create()
     access = tmp_path / "access.toml"
     access.write_text('[[access_key]]\nid = "me"\nsecret = "x"\nallow = [{ actions = ["*"] }]\n')
     access.chmod(0o600)
@@ -318,7 +320,7 @@ def test_two_backends_of_one_name_are_refused(real, tmp_path, monkeypatch):
 def test_kms_refuses_two_backends_of_one_name(open_backend, sqlite_url, tmp_path):
     backends = [open_backend(), open_backend()]
     database = Database(sqlite_url)
-    with pytest.raises(ConfigurationError, match="two backends are named 'software'"):
+    with pytest.raises(ConfigurationError, match="two backends are named 'hsm'"):
         Kms(
             database,
             dict(zip(ProtectionLevel, backends, strict=True)),
@@ -376,10 +378,8 @@ def test_start_does_not_wait_for_ever(real, monkeypatch, wait, error, waited):
     unavailable = Unavailable(monkeypatch, Database, "migrate", error, times=1000)
     closed = []
     close = SoftwareBackend.close
-    monkeypatch.setattr(
-        SoftwareBackend, "close", lambda backend: (closed.append(1), close(backend))
-    )
+    monkeypatch.setattr(SoftwareBackend, "close", lambda backend: closed.append(close(backend)))
     with pytest.raises(type(error)):
         open_kms(load_config(real))
     assert waited[0] <= sum(unavailable.pauses) <= waited[1]
-    assert closed == [1]
+    assert len(closed) == 1

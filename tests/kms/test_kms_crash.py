@@ -44,10 +44,10 @@ def prepare(client, scenario):
 
 
 @pytest.fixture
-def crash(database_url, keyring_file, tmp_path):
+def crash(database_url, tmp_path):
     def run(scenario, request, die_at):
         action, parameters = request
-        settings = {"keyring_file": str(keyring_file), "directory": str(tmp_path / "objects")}
+        settings = {"directory": str(tmp_path / "objects")}
         arguments = {
             "url": database_url,
             "backend": ("file", settings),

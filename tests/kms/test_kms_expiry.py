@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 from sqlalchemy import text
-from support.kms.fakes import AES_MATERIAL, OTHER_MATERIAL, Client
+from support.kms.fakes import AES_MATERIAL, OTHER_MATERIAL, Client, hsm_of
 
 from hsmwrap.backend import Custody, KeyRef
 from hsmwrap.catalog import KeySpec
@@ -66,7 +66,7 @@ def test_gone_across_a_restart(client, clock, expiring, objects, open_kms):
 
 
 def test_gone_from_the_row_while_the_hsm_is_unavailable(client, clock, expiring, objects):
-    backend = client.kms._backends["HSM"]
+    backend = hsm_of(client.kms)
     clock.advance(hours=1)
     backend.unavailable = True
     client.kms.sweep()
@@ -169,7 +169,7 @@ def test_sweep_goes_on_whatever_fails(client, expiring, objects, monkeypatch, ca
         raise ZeroDivisionError
 
     monkeypatch.setattr(OnceStore, "purge", fail)
-    monkeypatch.setattr(client.kms._backends["HSM"], "reap", fail)
+    hsm_of(client.kms).failing["reap"] = ZeroDivisionError()
     monkeypatch.setattr(KeyLifecycle, "delete_due", fail)
     monkeypatch.setattr(Core, "expire", fail)
     anchored = []
@@ -185,7 +185,7 @@ def test_sweep_goes_on_whatever_fails(client, expiring, objects, monkeypatch, ca
 @pytest.fixture
 def backlog(client, clock, open_backend):
     """A due object of another backend, and the list of objects that are destroyed."""
-    foreign = KeyRef("software", KeySpec.ALIYUN_SM4, Custody.HSM_INTERNAL, bytes(16))
+    foreign = KeyRef("hsm", KeySpec.ALIYUN_SM4, Custody.HSM_INTERNAL, bytes(16))
     with client.kms._database.write() as transaction:
         schedule_destruction(transaction, foreign, clock())
     backend, destroyed = client.kms._backends["HSM"], []

@@ -7,6 +7,7 @@ from pkcs11 import Attribute
 from support.kms.fakes import AES_MATERIAL, Client, build_kms, import_request, run_elsewhere
 
 from hsmwrap.kms.objects import LEASE
+from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.registry import open_backend
 
 
@@ -49,7 +50,8 @@ def elsewhere(settings, database_url, tmp_path):
 def objects(backend):
     """The number of imported keys that are objects in the token."""
     template = {Attribute.LABEL: "kms:material:Aliyun_AES_256"}
-    return backend._connection.run(lambda pooled: len(list(pooled.session.get_objects(template))))
+    connection = backend.ability(Pkcs11Backend)._connection
+    return connection.run(lambda pooled: len(list(pooled.session.get_objects(template))))
 
 
 def test_parameters_of_one_process_are_honoured_by_another(client, backend, elsewhere):

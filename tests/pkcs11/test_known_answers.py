@@ -24,6 +24,8 @@ from support.importing import (
 from support.vectors import wycheproof
 
 from hsmwrap.errors import InvalidKeyMaterial
+from hsmwrap.guard import bound
+from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
     for_unwrap,
@@ -66,7 +68,7 @@ def backend(softhsm):
 @pytest.fixture
 def session(backend):
     """A session; its objects go with it."""
-    pool = backend._connection._connector.connected.pool
+    pool = backend.ability(Pkcs11Backend)._connection._connector.connected.pool
     pooled = pool.acquire(time.monotonic() + 10)
     yield pooled.session
     pooled.tainted = True
@@ -92,7 +94,7 @@ def resident(session):
     object_id = new_object_id()
     template = stored(UNWRAPPED[Role.WRAPPING_DERIVE], object_id, "known:wrapping:4102444800")
     key = session.create_object(sm2_template(template))
-    yield WrappingKeyStore.resident(Role.WRAPPING_DERIVE, object_id)
+    yield bound(WrappingKeyStore.resident(Role.WRAPPING_DERIVE, object_id), SM2PKE)
     key.destroy()
 
 

@@ -10,6 +10,7 @@ from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.mechanisms import KeyType, Mechanism
 from support.pkcs11.attacker import KWP, OAEP1, WAYS_TO_A_KNOWN_VALUE, Scenes, bring, issue
 
+from hsmwrap.backend import ReapsWrappingKeys
 from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidMac
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.keysets.keys import Role
@@ -206,7 +207,7 @@ def test_labels_of_others_stop_nothing(scenes, attacker, prefix, trusted):
     for junk in (b"\xff", f"{prefix}:wrapping:²".encode(), f"{prefix}:wrapping:{9**30}".encode()):
         attacker.naive_pair(LABEL=junk, TOKEN=True, ID=prefix.encode())
     assert key_sets(scenes.softhsm, prefix) == [("1", True)]
-    assert backend.reap(datetime.now(UTC)).removed == ()
+    assert ReapsWrappingKeys.of(backend).reap(datetime.now(UTC)).removed == ()
     for key in attacker.objects({Attribute.ID: prefix.encode()}):
         key.destroy()
 

@@ -21,6 +21,7 @@ from pkcs11.exceptions import (
 from support.services.softhsm import ROOT
 
 from hsmwrap import registry
+from hsmwrap.backend import ReapsWrappingKeys
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.pkcs11.wrapping.reaper import GRACE, expiry, label, reap
@@ -33,7 +34,7 @@ LONG_AGO = NOW - GRACE - timedelta(seconds=1)
 @pytest.fixture
 def backend(softhsm):
     with registry.open_backend("pkcs11", softhsm.settings("reaper")) as backend:
-        backend.reap(NOW + timedelta(days=9))
+        ReapsWrappingKeys.of(backend).reap(NOW + timedelta(days=9))
         yield backend
 
 
@@ -51,24 +52,24 @@ def test_other_labels_are_left_alone(text):
 def test_only_the_expired_are_removed_and_reported(backend):
     old = backend.generate_wrapping_key(*SM2, expires_at=LONG_AGO)
     backend.generate_wrapping_key(*SM2, expires_at=NOW + timedelta(hours=1))
-    report = backend.reap(NOW)
+    report = ReapsWrappingKeys.of(backend).reap(NOW)
     assert (report.examined, len(report.removed), report.failed) == (2, 1, ())
     assert bytes.fromhex(report.removed[0]) in old.private_key.data
-    assert backend.reap(NOW).examined == 1
+    assert ReapsWrappingKeys.of(backend).reap(NOW).examined == 1
 
 
 def test_a_clock_that_is_a_little_ahead_destroys_no_live_key(backend):
     backend.generate_wrapping_key(*SM2, expires_at=NOW)
-    assert backend.reap(NOW + timedelta(minutes=14)).removed == ()
-    assert backend.reap(NOW + GRACE).removed == ()
-    assert len(backend.reap(NOW + GRACE + timedelta(seconds=1)).removed) == 1
+    assert ReapsWrappingKeys.of(backend).reap(NOW + timedelta(minutes=14)).removed == ()
+    assert ReapsWrappingKeys.of(backend).reap(NOW + GRACE).removed == ()
+    assert len(ReapsWrappingKeys.of(backend).reap(NOW + GRACE + timedelta(seconds=1)).removed) == 1
 
 
 def test_another_prefix_is_another_backend_s_business(backend, softhsm):
     backend.generate_wrapping_key(*SM2, expires_at=LONG_AGO)
     with registry.open_backend("pkcs11", softhsm.settings("reaper-2")) as other:
-        assert other.reap(NOW).examined == 0
-    assert len(backend.reap(NOW).removed) == 1
+        assert ReapsWrappingKeys.of(other).reap(NOW).examined == 0
+    assert len(ReapsWrappingKeys.of(backend).reap(NOW).removed) == 1
 
 
 def test_the_command_removes_what_a_dead_process_left(backend, softhsm):
@@ -185,7 +186,7 @@ def test_two_reapers_share_the_work(softhsm, caplog):
         assert [(err, code) for _, err, code in ended] == [("", 0), ("", 0)]
         removed = [key for out, _, _ in ended for key in json.loads(out)["removed"]]
         assert len(removed) == len(set(removed)) == 40
-        assert backend.reap(NOW).examined == 0
+        assert ReapsWrappingKeys.of(backend).reap(NOW).examined == 0
 
 
 FULL = """

@@ -11,6 +11,7 @@ import pytest
 from pkcs11.exceptions import KeyHandleInvalid
 from support.pkcs11.attacker import AES, OAEP1, SM2, bring, issue
 
+from hsmwrap.backend import ReapsWrappingKeys
 from hsmwrap.errors import KeyNotFound
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.sessions.session import PooledSession
@@ -25,7 +26,7 @@ def backend(softhsm):
     with Pkcs11Backend.from_settings(settings) as backend:
         backend.capabilities()
         yield backend
-        backend.reap(LATER)
+        ReapsWrappingKeys.of(backend).reap(LATER)
 
 
 @pytest.fixture
@@ -57,8 +58,8 @@ def test_a_key_with_two_handles_is_made_used_and_destroyed(backend, attacker, al
 @pytest.mark.usefixtures("twice")
 def test_the_reaper_counts_and_removes_it_once(backend):
     issue(backend, SM2)
-    assert backend.reap(datetime.now(UTC)).examined == 1
-    report = backend.reap(LATER)
+    assert ReapsWrappingKeys.of(backend).reap(datetime.now(UTC)).examined == 1
+    report = ReapsWrappingKeys.of(backend).reap(LATER)
     assert (report.examined, len(report.removed), report.failed) == (1, 1, ())
 
 
@@ -95,4 +96,4 @@ def test_what_is_found_again_was_not_gone(backend, monkeypatch):
 
     monkeypatch.setattr(PooledSession, "find", stale_first)
     backend.discard_wrapping_key(wrapping.private_key)
-    assert backend.reap(datetime.now(UTC)).examined == 0
+    assert ReapsWrappingKeys.of(backend).reap(datetime.now(UTC)).examined == 0

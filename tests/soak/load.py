@@ -15,7 +15,7 @@ from types import MappingProxyType
 from support.clients import encrypt_as_client
 
 from hsmwrap import tokens
-from hsmwrap.backend import Backend, Custody, KeyRef, WrappingCapability
+from hsmwrap.backend import Backend, Custody, KeyRef, ReapsWrappingKeys, WrappingCapability
 from hsmwrap.catalog import KeySpec, ProtectionLevel
 from hsmwrap.checkvalue import check_value
 from hsmwrap.errors import (
@@ -27,6 +27,7 @@ from hsmwrap.errors import (
     InvalidKeyMaterial,
     ServiceUnavailable,
 )
+from hsmwrap.guard import guarded, plugin_ref
 from hsmwrap.imports import Cmk, ImportParameters, ImportService
 from hsmwrap.pkcs11.wrapping.custody import parse_ref
 from hsmwrap.pkcs11.wrapping.reaper import GRACE
@@ -88,14 +89,22 @@ class LoadTarget:
 
     def __init__(self, backend: Backend, level: ProtectionLevel = ProtectionLevel.HSM) -> None:
         """Take an open backend that serves ``level``."""
-        self.backend = backend
+        self.backend = guarded(backend)
         self.level = level
-        self.service = ImportService({level: backend}, Deployment(), token_lifetime=TOKEN_LIFETIME)
+        self.service = ImportService(
+            {level: self.backend}, Deployment(), token_lifetime=TOKEN_LIFETIME
+        )
         self.capabilities = backend.capabilities()
         self.issued: list[Issued] = []
         self.keys: list[HeldKey] = []
         self.unconfirmed: list[HeldKey] = []
         self._lock = threading.Lock()
+
+    def reap(self, now: datetime) -> None:
+        """Have wrapping keys removed that expired before ``now``."""
+        reaper = ReapsWrappingKeys.of(self.backend)
+        assert reaper is not None
+        reaper.reap(now)
 
     def take(self, rng: random.Random) -> HeldKey:
         """Remove a random key from the list; :meth:`keep` puts it back."""
@@ -154,7 +163,7 @@ class LoadTarget:
             if each.resident
         )
         held = (held.key for held in self.keys if held.key.custody is Custody.HSM_INTERNAL)
-        return {parse_ref(key)[2] for key in issued} | {key.data for key in held}
+        return {parse_ref(plugin_ref(key))[2] for key in issued} | {key.data for key in held}
 
     def usable(self, key: KeyRef) -> bool:
         """Whether the backend can encrypt with such keys."""
@@ -247,7 +256,7 @@ def destroy(target: LoadTarget, rng: random.Random) -> None:
 
 def reap(target: LoadTarget, _rng: random.Random) -> None:
     """Remove resident wrapping keys that have expired."""
-    target.backend.reap(_now() + GRACE)
+    target.reap(_now() + GRACE)
 
 
 def require_message(target: LoadTarget, held: HeldKey) -> None:

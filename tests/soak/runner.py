@@ -210,7 +210,7 @@ class Soak:
             target.issued = [
                 issued for issued in target.issued if issued.parameters.expires_at >= now
             ]
-            target.backend.reap(now + GRACE)
+            target.reap(now + GRACE)
             pending = target.backend.health().facts.get("pending_objects", 0)
             if pending:
                 wrong.append(f"{target.backend.name}: {pending} pending objects after reaping")
@@ -235,7 +235,7 @@ class Soak:
                 target.backend.destroy_key(held.key)
             target.keys.clear()
             target.issued.clear()
-            target.backend.reap(later)
+            target.reap(later)
 
     def _fill_in(self, outcome: Outcome) -> None:
         facts = self._facts()

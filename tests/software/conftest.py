@@ -8,7 +8,8 @@ import pytest
 from support.clients import encrypt_as_client
 
 from hsmwrap.catalog import WrappingAlgorithm
-from hsmwrap.software import KeyringFile, SoftwareBackend
+from hsmwrap.registry import open_backend
+from hsmwrap.software import KeyringFile
 
 EXPIRES = datetime(2100, 1, 1, tzinfo=UTC)
 
@@ -61,7 +62,7 @@ def keyring_file(tmp_path):
 
 @pytest.fixture
 def backend():
-    with SoftwareBackend() as opened:
+    with open_backend("software", {}) as opened:
         yield opened
 
 

@@ -8,7 +8,15 @@ from datetime import UTC, datetime
 
 import pytest
 
-from hsmwrap.backend import CONTRACT_VERSION, Custody, Exposure, KeyRef, PrivateKeyRef, ReapReport
+from hsmwrap.backend import (
+    CONTRACT_VERSION,
+    Custody,
+    Exposure,
+    HasKeySets,
+    KeyRef,
+    PrivateKeyRef,
+    ReapsWrappingKeys,
+)
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.checkvalue import METHOD_AES_ECB
 from hsmwrap.errors import (
@@ -22,6 +30,8 @@ from hsmwrap.errors import (
     SelfTestFailed,
     UnsupportedOperation,
 )
+from hsmwrap.guard import plugin_ref
+from hsmwrap.registry import open_backend
 from hsmwrap.software import SoftwareBackend
 from hsmwrap.software import _backend as backend_module
 from hsmwrap.software import _cipher as cipher
@@ -77,7 +87,7 @@ def test_pairs_have_the_documented_form(backend, issue, algorithm):
     assert pair.spec is (WrappingKeySpec.EC_SM2 if is_sm2 else WrappingKeySpec.RSA_2048)
     assert len(pair.public_key) == (91 if is_sm2 else 294)
     assert pair.private_key.custody is Custody.HSM_ENCRYPTED_DATABASE
-    assert len(pair.private_key.data) == 33 + (97 if is_sm2 else 256)
+    assert len(plugin_ref(pair.private_key).data) == 33 + (97 if is_sm2 else 256)
     assert issue(backend, algorithm).public_key != pair.public_key
 
 
@@ -185,7 +195,9 @@ def test_wrapping_key_serves_its_own_algorithm_only(backend, issue, algorithm):
 
 
 def test_blobs_do_not_change_purpose(backend, imported):
+    """By themselves: without what the guard binds and checks."""
     pair, _, outcome = imported()
+    backend = backend.ability(SoftwareBackend)
     material_as_wrapping_key = PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, outcome.key.data)
     for algorithm in WrappingAlgorithm:
         with pytest.raises(InvalidImportToken):
@@ -194,7 +206,7 @@ def test_blobs_do_not_change_purpose(backend, imported):
             )
     for key_spec in KeySpec:
         wrapping_key_as_material = replace(
-            outcome.key, key_spec=key_spec, data=pair.private_key.data
+            outcome.key, key_spec=key_spec, data=plugin_ref(pair.private_key).data
         )
         with pytest.raises(KeyNotFound):
             backend.encrypt(wrapping_key_as_material, b"")
@@ -209,7 +221,7 @@ def test_key_does_not_change_spec_or_backend(backend, imported):
 
 def test_another_process_keyring_opens_nothing(imported):
     key = imported()[2].key
-    with SoftwareBackend() as other, pytest.raises(KeyNotFound):
+    with open_backend("software", {}) as other, pytest.raises(KeyNotFound):
         other.encrypt(key, b"")
 
 
@@ -218,7 +230,7 @@ def test_another_process_keyring_opens_nothing(imported):
 
 @pytest.fixture
 def durable(keyring_file):
-    with SoftwareBackend.from_settings({"keyring_file": str(keyring_file._path)}) as opened:
+    with open_backend("software", {"keyring_file": str(keyring_file._path)}) as opened:
         yield opened
 
 
@@ -226,7 +238,7 @@ def test_keys_outlive_the_backend(durable, keyring_file, issue, wrap):
     pair = issue(durable, OAEP)
     mac = durable.mac(b"claims")
     durable.close()
-    with SoftwareBackend.from_settings({"keyring_file": str(keyring_file._path)}) as again:
+    with open_backend("software", {"keyring_file": str(keyring_file._path)}) as again:
         again.verify_mac(b"claims", mac)
         again.unwrap_material(
             pair.private_key, OAEP, wrap(pair, bytes(32)), key_spec=KeySpec.ALIYUN_AES_256
@@ -270,9 +282,10 @@ def test_exposed_keyring_stops_the_backend(durable, keyring_file):
 
 
 def test_contract(backend):
-    assert SoftwareBackend.contract_version == CONTRACT_VERSION == 1
+    assert SoftwareBackend.contract_version == CONTRACT_VERSION == 2
     assert backend.name == backend.capabilities().backend == "software"
-    assert backend.reap(NOW) == ReapReport()
+    assert HasKeySets.of(backend).current_key_set() == backend.mac(b"").key_set
+    assert ReapsWrappingKeys.of(backend) is None
 
 
 def test_ephemeral_keyring_is_announced(backend, durable):
@@ -288,7 +301,7 @@ def test_ephemeral_keyring_is_announced(backend, durable):
 
 def test_implicit_rejection_is_tried_and_said(monkeypatch):
     def note():
-        with SoftwareBackend() as opened:
+        with open_backend("software", {}) as opened:
             notes = opened.capabilities().notes
         (said,) = (each for each in notes if each.startswith("RSAES_PKCS1_V1_5"))
         assert "refused_algorithms" in said
@@ -304,7 +317,7 @@ def test_implicit_rejection_is_tried_and_said(monkeypatch):
 
 def test_serving_hsm_level_is_announced(keyring_file):
     settings = {"keyring_file": str(keyring_file._path), "serve_hsm_level": True}
-    with SoftwareBackend.from_settings(settings) as opened:
+    with open_backend("software", settings) as opened:
         told = opened.capabilities()
     assert told.protection_levels == set(ProtectionLevel)
     assert not told.production
@@ -314,7 +327,7 @@ def test_serving_hsm_level_is_announced(keyring_file):
 def test_development_engine_is_announced(keyring_file):
     pytest.importorskip("gmssl")
     settings = {"keyring_file": str(keyring_file._path), "sm2_engine": "gmssl"}
-    with SoftwareBackend.from_settings(settings) as opened:
+    with open_backend("software", settings) as opened:
         told = opened.capabilities()
     assert not told.production
     assert any("SM2 by gmssl leaks by timing" in note for note in told.notes)
@@ -332,7 +345,7 @@ def test_libcrypto_without_sm2_leaves_out_sm2_alone(monkeypatch):
         raise ConfigurationError("libcrypto was built without SM2")
 
     monkeypatch.setattr(schemes, "open_engine", no_sm2)
-    with SoftwareBackend() as opened:
+    with open_backend("software", {}) as opened:
         told = opened.capabilities()
         assert {w.spec for w in told.wrapping} == {WrappingKeySpec.RSA_2048}
         assert any("SM2PKE is not served" in note for note in told.notes)
@@ -340,7 +353,7 @@ def test_libcrypto_without_sm2_leaves_out_sm2_alone(monkeypatch):
         with pytest.raises(UnsupportedOperation):
             opened.generate_wrapping_key(spec, sm2, expires_at=NOW)
     with pytest.raises(ConfigurationError, match="without SM2"):
-        SoftwareBackend.from_settings({"sm2_engine": "libcrypto"})
+        open_backend("software", {"sm2_engine": "libcrypto"})
 
 
 def test_an_engine_that_computes_wrongly_stops_the_backend(monkeypatch):
@@ -349,16 +362,16 @@ def test_an_engine_that_computes_wrongly_stops_the_backend(monkeypatch):
 
     monkeypatch.setattr(schemes, "open_engine", broken)
     with pytest.raises(SelfTestFailed):
-        SoftwareBackend()
+        open_backend("software", {})
 
 
 def test_missing_cipher_is_said_and_typed(backend, imported, monkeypatch):
     key = imported(KeySpec.ALIYUN_SM4)[2].key
     monkeypatch.setattr(cipher, "is_usable", lambda spec: spec is not KeySpec.ALIYUN_SM4)
-    with pytest.raises(UnsupportedOperation, match="Aliyun_SM4"):
-        backend.encrypt(key, b"")
-    with SoftwareBackend() as opened:
+    with open_backend("software", {}) as opened:
         assert not opened.capabilities().key_for(KeySpec.ALIYUN_SM4).usable
+        with pytest.raises(UnsupportedOperation, match="Aliyun_SM4"):
+            opened.encrypt(key, b"")
 
 
 # --- life ---------------------------------------------------------------------------------------
@@ -378,7 +391,7 @@ def test_closed_backend_answers_nothing_but_health(backend, imported):
         "destroy": lambda: backend.destroy_key(outcome.key),
         "mac": lambda: backend.mac(b""),
         "verify_mac": lambda: backend.verify_mac(b"", mac),
-        "reap": lambda: backend.reap(NOW),
+        "current_key_set": HasKeySets.of(backend).current_key_set,
     }
     mac = backend.mac(b"")
     backend.destroy_key(outcome.key)
@@ -395,24 +408,21 @@ def test_closed_backend_answers_nothing_but_health(backend, imported):
 def test_close_lets_go_of_the_keys(backend):
     backend.close()
     with pytest.raises(BackendClosed):
-        backend._sealer.mac(b"")
+        backend.ability(SoftwareBackend)._sealer.mac(b"")
 
 
 def test_health_beside_close_says_closed(backend, monkeypatch):
-    class ClosesNow:
-        """Closed between the two checks that health() makes."""
+    bare = backend.ability(SoftwareBackend)
+    health = bare.health
 
-        in_flight = 0
+    def closed_now():
+        answer = health()
+        backend.close()
+        return answer
 
-        @property
-        def closed(self):
-            monkeypatch.undo()
-            backend.close()
-            return False
-
-    monkeypatch.setattr(backend, "_gate", ClosesNow())
-    health = backend.health()
-    assert (health.ready, health.detail) == (False, "closed")
+    monkeypatch.setattr(bare, "health", closed_now)
+    for _ in range(2):
+        assert (backend.health().ready, backend.health().detail) == (False, "closed")
 
 
 def test_close_waits_for_a_running_call(backend, imported, monkeypatch):
@@ -506,7 +516,7 @@ def test_fork_under_load(backend, imported, in_child):
 
 def test_nothing_secret_shows(backend, imported):
     pair, material, outcome = imported()
-    keyring = backend._keyring()
+    keyring = backend.ability(SoftwareBackend)._keyring()
     secrets = [keyring.key(keyring.current), material, outcome.key.data, pair.private_key.data]
     shown = "".join(
         str(thing) + repr(thing)
@@ -527,7 +537,8 @@ def test_forks_wait_for_calls_into_libcrypto(backend, monkeypatch):
     from hsmwrap.locks import LIBCRYPTO
 
     seen = []
-    monkeypatch.setattr(backend._sealer, "mac", lambda data: seen.append(len(LIBCRYPTO.readers)))
-    backend.mac(b"data")
+    bare = backend.ability(SoftwareBackend)
+    monkeypatch.setattr(bare._sealer, "mac", lambda data: seen.append(len(LIBCRYPTO.readers)))
+    bare.mac(b"data")
     assert seen == [1]
     assert not LIBCRYPTO.readers

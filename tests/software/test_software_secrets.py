@@ -13,6 +13,8 @@ from support.frames import assert_no_secret, frames_of
 from hsmwrap.backend import MESSAGE_VERSION, KeyRef
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidKeyMaterial, strip_tracebacks
+from hsmwrap.guard import plugin_ref
+from hsmwrap.registry import open_backend
 from hsmwrap.sm2.engine import open_engine
 from hsmwrap.software import SoftwareBackend
 from hsmwrap.software import _backend as backend_module
@@ -39,15 +41,15 @@ class Case:
         self.key, self.check_value = imported.key, imported.check_value
         self.message = backend.encrypt(self.key, PLAINTEXT, b"context")
         self.mac = backend.mac(b"claims")
-        keyring = backend._keyring()
+        keyring = backend.ability(SoftwareBackend)._keyring()
         self.secrets = {
             "material": self.material,
             "plaintext": PLAINTEXT,
             "master key": keyring.key(keyring.current),
         }
         for algorithm, pair in self.pairs.items():
-            context = (Purpose.WRAPPING_KEY, pair.private_key.data, "software")
-            secret = backend._sealer.open(*context, pair.spec, algorithm)
+            context = (Purpose.WRAPPING_KEY, plugin_ref(pair.private_key).data, "software")
+            secret = backend.ability(SoftwareBackend)._sealer.open(*context, pair.spec, algorithm)
             half = 32 if algorithm is SM2PKE else 128
             self.secrets[f"{algorithm}: d or p"] = secret[:half]
             if algorithm is not SM2PKE:
@@ -73,7 +75,7 @@ class Case:
 @pytest.fixture
 def case(keyring_file, issue, wrap):
     path = keyring_file._path
-    with SoftwareBackend.from_settings({"keyring_file": str(path)}) as backend:
+    with open_backend("software", {"keyring_file": str(path)}) as backend:
         yield Case(backend, issue, wrap, path)
 
 
@@ -229,7 +231,7 @@ def test_a_malformed_keyring_file_stays_out_of_errors(case, spoil):
     for call in (
         lambda: case.backend.mac(b"claims"),
         lambda: case.backend.encrypt(case.key, PLAINTEXT),
-        lambda: SoftwareBackend.from_settings(settings),
+        lambda: open_backend("software", settings),
         lambda: SoftwareBackend.list_keys(settings),
         lambda: SoftwareBackend.initialise_keys(settings),
         lambda: SoftwareBackend.rotate_keys(settings),

@@ -1,8 +1,8 @@
 import pytest
 
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.registry import open_backend
 from hsmwrap.sm2.formats import DEFAULT_LAYOUTS
-from hsmwrap.software import SoftwareBackend
 from hsmwrap.software.settings import SoftwareSettings
 
 
@@ -25,7 +25,7 @@ def test_everything_set():
 
 def test_unknown_settings_are_named_beside_the_known_ones():
     with pytest.raises(ConfigurationError) as caught:
-        SoftwareBackend.from_settings({"keyring": "x", "zone": 1, "sm2_engine": "libcrypto"})
+        open_backend("software", {"keyring": "x", "zone": 1, "sm2_engine": "libcrypto"})
     assert "unknown setting keyring, zone" in str(caught.value)
     for known in ("keyring_file", "sm2_engine", "sm2_layouts", "serve_hsm_level"):
         assert known in str(caught.value)
@@ -61,4 +61,4 @@ def test_wrong_kinds_are_refused(name, value):
 )
 def test_what_cannot_be_used_is_refused_when_opening(settings):
     with pytest.raises(ConfigurationError):
-        SoftwareBackend.from_settings(settings)
+        open_backend("software", settings)

@@ -43,18 +43,7 @@ _VERSION = 1
 _HEAD = struct.Struct(">BBH")
 
 # What a wrapping key is for. Codes on the wire: never reused, never renumbered.
-_USES = (
-    (Role.WRAPPING_UNWRAP, WrappingAlgorithm.RSAES_OAEP_SHA_1),
-    (Role.WRAPPING_DECRYPT, WrappingAlgorithm.RSAES_OAEP_SHA_256),
-    (Role.WRAPPING_DERIVE, WrappingAlgorithm.SM2PKE),
-    (Role.WRAPPING_UNWRAP, WrappingAlgorithm.RSAES_PKCS1_V1_5),
-    (Role.WRAPPING_UNWRAP, WrappingAlgorithm.RSAES_OAEP_SHA_256),
-    (Role.WRAPPING_DECRYPT, WrappingAlgorithm.RSAES_PKCS1_V1_5),
-    (Role.WRAPPING_DECRYPT, WrappingAlgorithm.RSAES_OAEP_SHA_1),
-)
-_CODE = {use: code for code, use in enumerate(_USES)}
-# Until the algorithm is bound, the first use of the role stands for it.
-_CODE_OF_ROLE = {role: code for code, (role, _) in reversed(list(enumerate(_USES)))}
+_ROLES = (Role.WRAPPING_UNWRAP, Role.WRAPPING_DECRYPT, Role.WRAPPING_DERIVE)
 
 _log = logging.getLogger(__name__)
 
@@ -140,13 +129,13 @@ class WrappingKeyStore:
     def _seal(self, pooled: PooledSession, role: Role, private: Any, number: int) -> PrivateKeyRef:
         kek = self.keys.require(pooled, role, number)
         blob = kek.wrap_key(private, mechanism=AES_KEY_WRAP)
-        head = _HEAD.pack(_VERSION, _CODE_OF_ROLE[role], number)
+        head = _HEAD.pack(_VERSION, _ROLES.index(role), number)
         return PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, head + blob)
 
     @staticmethod
     def resident(role: Role, object_id: bytes) -> PrivateKeyRef:
         """Reference to a resident private key."""
-        head = _HEAD.pack(_VERSION, _CODE_OF_ROLE[role], 0)
+        head = _HEAD.pack(_VERSION, _ROLES.index(role), 0)
         return PrivateKeyRef(Custody.HSM_INTERNAL, head + object_id)
 
     @contextmanager
@@ -193,7 +182,7 @@ def parse_ref(ref: PrivateKeyRef) -> tuple[Role, int, bytes]:
     """
     try:
         version, code, number = _HEAD.unpack_from(ref.data)
-        (role, _), data = _USES[code], ref.data[_HEAD.size :]
+        role, data = _ROLES[code], ref.data[_HEAD.size :]
     except (struct.error, IndexError):
         raise InvalidImportToken("the import token's private key does not parse") from None
     if version != _VERSION:
@@ -202,24 +191,6 @@ def parse_ref(ref: PrivateKeyRef) -> tuple[Role, int, bytes]:
     if ref.custody is Custody.HSM_INTERNAL and len(data) != OBJECT_ID_LENGTH:
         raise InvalidImportToken("the import token's private key names no object")
     return role, number, data
-
-
-def bind(ref: PrivateKeyRef, algorithm: WrappingAlgorithm) -> PrivateKeyRef:
-    """The reference to a private key that may be used by this algorithm and no other."""
-    role, number, data = parse_ref(ref)
-    head = _HEAD.pack(_VERSION, _CODE[role, algorithm], number)
-    return PrivateKeyRef(ref.custody, head + data)
-
-
-def require_bound(ref: PrivateKeyRef, algorithm: WrappingAlgorithm) -> None:
-    """Return if the reference is bound to this algorithm.
-
-    Raises:
-        InvalidImportToken: It is bound to another, or does not parse.
-    """
-    parse_ref(ref)
-    if _USES[_HEAD.unpack_from(ref.data)[1]][1] is not algorithm:
-        raise InvalidImportToken("the import token's private key is for another algorithm")
 
 
 def new_object_id() -> bytes:

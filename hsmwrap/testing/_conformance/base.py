@@ -12,13 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from hsmwrap.backend import Backend, Custody, ImportedKey, WrappingCapability, WrappingKey
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial
+from hsmwrap.guard import guarded
 from hsmwrap.testing.clients import openssl_encrypt, pyca_encrypt
 
 Pair = tuple[WrappingKeySpec, WrappingAlgorithm]
@@ -185,10 +186,13 @@ def _report(call: Callable[[], Any], to: Connection) -> None:
 class ConformanceFixtures:
     """The fixtures that a plug-in author overrides, and those that the tests use."""
 
+    plugin: ClassVar[type[Backend]]
+    """The plug-in's class."""
+
     @pytest.fixture
-    def backend(self) -> Backend:
-        """An open backend."""
-        raise NotImplementedError
+    def plugin_class(self) -> type[Backend]:
+        """The plug-in's class, where :attr:`plugin` does not say it."""
+        return self.plugin
 
     @pytest.fixture
     def settings(self) -> Mapping[str, Any]:
@@ -196,9 +200,17 @@ class ConformanceFixtures:
         return {}
 
     @pytest.fixture
-    def reopen(self) -> Reopen | None:
+    def backend(
+        self, plugin_class: type[Backend], settings: Mapping[str, Any]
+    ) -> Iterator[Backend]:
+        """An open backend behind its guard, as an application has it."""
+        with guarded(plugin_class.from_settings(settings)) as backend:
+            yield backend
+
+    @pytest.fixture
+    def reopen(self, plugin_class: type[Backend], settings: Mapping[str, Any]) -> Reopen | None:
         """Opens the backend a second time, on the same keys; None where that is impossible."""
-        return None
+        return lambda: guarded(plugin_class.from_settings(settings))
 
     @pytest.fixture
     def count_objects(self) -> CountObjects | None:

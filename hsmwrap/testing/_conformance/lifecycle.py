@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from hsmwrap.backend import Backend
+from hsmwrap.backend import Backend, Custody, HasKeySets, ReapsWrappingKeys
 from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import BackendClosed, HsmwrapError
 from hsmwrap.testing._conformance.base import (
@@ -64,7 +64,7 @@ class LifecycleConformance(ConformanceFixtures):
         assert again() == imported.check_value
 
     def test_reaping_spares_what_has_not_expired(self, conversation: Conversation) -> None:
-        conversation.backend.reap(datetime.now(UTC))
+        _reap(conversation.backend, datetime.now(UTC))
         key_spec = any_key_spec(conversation.backend)
         material = secrets.token_bytes(key_spec.material_length)
         conversation.import_material(conversation.encrypt(material), key_spec)
@@ -72,11 +72,11 @@ class LifecycleConformance(ConformanceFixtures):
     def test_reaping_removes_expired_resident_keys(
         self, conversation: Conversation, counted: CountObjects
     ) -> None:
-        conversation.backend.reap(datetime.now(UTC) + timedelta(hours=48))
+        _reap(conversation.backend, datetime.now(UTC) + timedelta(hours=48))
         before = counted()
         key = conversation.key
         new_conversation(conversation.backend, key.spec, key.algorithm)
-        conversation.backend.reap(datetime.now(UTC) + timedelta(hours=48))
+        _reap(conversation.backend, datetime.now(UTC) + timedelta(hours=48))
         assert counted() == before
 
     def test_no_secret_in_logs_reprs_and_errors(
@@ -110,8 +110,11 @@ class LifecycleConformance(ConformanceFixtures):
             lambda: backend.destroy_key(imported.key),
             lambda: backend.mac(b"data"),
             lambda: backend.verify_mac(b"data", mac),
-            lambda: backend.reap(datetime.now(UTC)),
         ]
+        if reaper := ReapsWrappingKeys.of(backend):
+            calls.append(lambda: reaper.reap(datetime.now(UTC)))
+        if key_sets := HasKeySets.of(backend):
+            calls.append(key_sets.current_key_set)
         for call in calls:
             with pytest.raises(BackendClosed):
                 call()
@@ -122,6 +125,15 @@ class LifecycleConformance(ConformanceFixtures):
         backend.close()
         with pytest.raises(BackendClosed):
             backend.discard_wrapping_key(key.private_key)
+
+
+def _reap(backend: Backend, now: datetime) -> None:
+    reaper = ReapsWrappingKeys.of(backend)
+    if reaper is None:
+        custodies = {each.custody for each in backend.capabilities().wrapping}
+        assert Custody.HSM_INTERNAL not in custodies, "resident wrapping keys, and no reaping"
+    else:
+        reaper.reap(now)
 
 
 def _unescaped(text: str) -> tuple[str, str]:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from hsmwrap.backend import CONTRACT_VERSION, Backend, Custody
+from hsmwrap.backend import CONTRACT_VERSION, Backend, Custody, HasKeySets
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import ConfigurationError, InvalidImportToken, UnsupportedOperation
+from hsmwrap.guard import plugin_ref
 from hsmwrap.testing._conformance.base import (
     PAIRS,
     ConformanceFixtures,
@@ -36,8 +37,8 @@ NAME_LENGTH = 32
 class WrappingKeyConformance(ConformanceFixtures):
     """The capability report, and wrapping keys."""
 
-    def test_contract_version(self, backend: Backend) -> None:
-        assert type(backend).contract_version == CONTRACT_VERSION
+    def test_contract_version(self, plugin_class: type[Backend]) -> None:
+        assert plugin_class.contract_version == CONTRACT_VERSION
 
     def test_name_fits_import_tokens(self, backend: Backend) -> None:
         assert backend.name.isascii()
@@ -45,10 +46,10 @@ class WrappingKeyConformance(ConformanceFixtures):
         assert backend.capabilities().backend == backend.name
 
     def test_an_unknown_setting_is_refused(
-        self, backend: Backend, settings: Mapping[str, Any]
+        self, plugin_class: type[Backend], settings: Mapping[str, Any]
     ) -> None:
         with pytest.raises(ConfigurationError):
-            type(backend).from_settings({**settings, "no_such_setting": "x"}).close()
+            plugin_class.from_settings({**settings, "no_such_setting": "x"}).close()
 
     def test_capabilities_are_within_the_catalogue(self, backend: Backend) -> None:
         report = backend.capabilities()
@@ -74,7 +75,21 @@ class WrappingKeyConformance(ConformanceFixtures):
         key = conversation.key
         assert (key.spec, key.algorithm) == pair
         assert key.private_key.custody is conversation.capability.custody
-        assert not private_key_in(key.private_key.data, key.spec, key.public_key)
+        # The guard put a byte in front of what the plug-in made.
+        for data in (key.private_key.data, plugin_ref(key.private_key).data):
+            assert not private_key_in(data, key.spec, key.public_key)
+
+    def test_a_sealed_wrapping_key_names_the_current_key_set(
+        self, conversation: Conversation
+    ) -> None:
+        key_set = conversation.key.key_set
+        key_sets = HasKeySets.of(conversation.backend)
+        if key_set is None:
+            sealed = conversation.key.private_key.custody is Custody.HSM_ENCRYPTED_DATABASE
+            assert key_sets is None or not sealed
+        else:
+            assert key_sets is not None, "a wrapping key of a key set, and no HasKeySets"
+            assert key_set == key_sets.current_key_set() == conversation.backend.mac(b"").key_set
 
     def test_no_two_wrapping_keys_are_the_same(self, conversation: Conversation) -> None:
         key = conversation.key

@@ -3,33 +3,41 @@
 import pytest
 
 from hsmwrap.backend import Custody
-from hsmwrap.software import SoftwareBackend
 from hsmwrap.testing.conformance import BackendConformance
+from hsmwrap.testing.memory import DirectoryStore
 from support.backends.honest import HonestBackend
 
 
 class HonestKit(BackendConformance):
-    opens = HonestBackend
+    plugin = HonestBackend
     custody = Custody.HSM_ENCRYPTED_DATABASE
 
     @pytest.fixture
     def settings(self, tmp_path):
-        SoftwareBackend.initialise_keys({"keyring_file": f"{tmp_path}/keyring"})
-        return {"directory": str(tmp_path), "custody": str(self.custody)}
+        custody = str(self.custody)
+        return {
+            "directory": str(tmp_path),
+            "wrapping_custody": custody,
+            "material_custody": custody,
+        }
 
     @pytest.fixture
-    def backend(self, settings):
-        with self.opens.from_settings(settings) as backend:
-            yield backend
-
-    @pytest.fixture
-    def reopen(self, settings):
-        return lambda: self.opens.from_settings(settings)
-
-    @pytest.fixture
-    def count_objects(self, backend):
-        return lambda: len(backend.objects())
+    def count_objects(self, settings):
+        return lambda: len(DirectoryStore(settings["directory"]))
 
     @pytest.fixture
     def cannot_count(self):
         return None
+
+
+class BareKit(HonestKit):
+    """The same without the guard, for what the guard repairs."""
+
+    @pytest.fixture
+    def backend(self, settings):
+        with self.plugin.from_settings(settings) as backend:
+            yield backend
+
+    @pytest.fixture
+    def reopen(self, settings):
+        return lambda: self.plugin.from_settings(settings)

@@ -3,11 +3,14 @@
 import pytest
 
 from hsmwrap import registry
+from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.testing.conformance import BackendConformance
 
 
 class KeptOpen(BackendConformance):
     """A PKCS#11 backend, opened once for the class; the tests that close it get their own."""
+
+    plugin = Pkcs11Backend
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -35,5 +38,5 @@ class KeptOpen(BackendConformance):
     @pytest.fixture
     def count_objects(self, backend):
         backend.capabilities()  # the probe makes session objects of its own
-        connection = backend._connection
+        connection = backend.ability(Pkcs11Backend)._connection
         return lambda: connection.run(lambda pooled: len(list(pooled.session.get_objects())))

@@ -32,11 +32,10 @@ from hsmwrap.oaep import mgf1
 from hsmwrap.sm2 import encode_point, encode_spki, parse, sm2_kdf, sm3
 from hsmwrap.sm2.kdf import xor
 from hsmwrap.software._rsa import RsaScheme, load
-from hsmwrap.software._sealing import Purpose
 from hsmwrap.testing._conformance.points import G, multiples_of, multiply
-from support.backends.honest import INTERNAL, HonestBackend
+from support.backends.honest import HonestBackend
 
-SEALED, RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, INTERNAL
+SEALED, RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, Custody.HSM_INTERNAL
 OAEP1, SM2PKE = WrappingAlgorithm.RSAES_OAEP_SHA_1, WrappingAlgorithm.SM2PKE
 
 AT_FIRST = "test_no_bad_ciphertext_becomes_a_key_at_first"
@@ -47,18 +46,23 @@ ASKED_FOR = "test_a_wrapping_key_is_what_was_asked_for_and_hides_its_private_par
 SECRETS = "test_no_secret_in_logs_reprs_and_errors"
 LENGTHS = "test_only_the_exact_length_is_accepted"
 CLOSED = "test_everything_is_closed_after_close"
+KEY_SET = "test_a_sealed_wrapping_key_names_the_current_key_set"
 DAMAGED = "test_a_damaged_wrapping_key_reference_is_no_import_token"
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A broken backend, the finding that it stands for, and the test that has to fail."""
+    """A broken backend, the finding that it stands for, and the test that has to fail.
+
+    ``repaired``: the guard makes it harmless, so the test has to fail without the guard only.
+    """
 
     finding: str
     backend: type
     test: str
     custody: Custody = SEALED
     counts: bool = True
+    repaired: bool = False
 
     def __str__(self):
         return f"{self.finding}-{self.backend.__name__}"
@@ -67,23 +71,16 @@ class Mutant:
 MUTANTS = []
 
 
-def mutant(finding, test, custody=SEALED, *, counts=True) -> Callable[[type], type]:
+def mutant(finding, test, custody=SEALED, *, counts=True, repaired=False) -> Callable[[type], type]:
     def register(backend):
-        MUTANTS.append(Mutant(finding, backend, test, custody, counts))
+        MUTANTS.append(Mutant(finding, backend, test, custody, counts, repaired))
         return backend
 
     return register
 
 
-def material_of(backend, key):
-    """The material of an imported key, as a broken backend has it at hand."""
-    return backend.inner._sealer.open(
-        Purpose.KEY_MATERIAL, backend.inner_key(key).data, backend.inner.name, key.key_spec
-    )
-
-
 def sealed_material(backend, material, key_spec):
-    return backend.inner._sealer.seal(Purpose.KEY_MATERIAL, material, backend.inner.name, key_spec)
+    return backend.seal(backend.current_key_set(), key_spec, material)
 
 
 # --- B1 and B13: no integrity, no curve ------------------------------------------------------
@@ -102,11 +99,10 @@ class _Scheme:
 class _WithScheme(HonestBackend):
     scheme = None
 
-    def __init__(self, directory, custody):
-        super().__init__(directory, custody)
+    def __init__(self, settings):
+        super().__init__(settings)
         algorithm = self.scheme.algorithm
-        whole = self.inner._schemes[algorithm]
-        self.inner._schemes = {**self.inner._schemes, algorithm: self.scheme(whole)}
+        self.schemes[algorithm] = self.scheme(self.schemes[algorithm])
 
 
 class _Sm2WithoutC3(_Scheme):
@@ -177,7 +173,8 @@ class TakesAnyPoint(_WithScheme):
 
 @mutant("B13", "test_every_sm2_layout_is_read")
 class ReadsDerOnly(HonestBackend):
-    sm2_layouts = ("DER",)
+    def __init__(self, settings):
+        super().__init__(replace(settings, sm2_layouts=("DER",)))
 
 
 # --- B2 and B3: errors that say why ----------------------------------------------------------
@@ -219,7 +216,7 @@ class SaysWrongLengthAtFirst(_Says):
         return HsmError("wrong length")
 
 
-@mutant("B3", ONE_ERROR)
+@mutant("B3", ONE_ERROR, repaired=True)
 class SaysWhyInANote(_Says):
     def error(self):
         error = InvalidKeyMaterial()
@@ -227,7 +224,7 @@ class SaysWhyInANote(_Says):
         return error
 
 
-@mutant("B3", ONE_ERROR)
+@mutant("B3", ONE_ERROR, repaired=True)
 class SaysWhyInAnAttribute(_Says):
     def error(self):
         error = InvalidKeyMaterial()
@@ -235,7 +232,7 @@ class SaysWhyInAnAttribute(_Says):
         return error
 
 
-@mutant("B3", ONE_ERROR)
+@mutant("B3", ONE_ERROR, repaired=True)
 class SaysWhyInTheCause(_Says):
     def cause(self):
         return ValueError("wrong padding")
@@ -245,13 +242,13 @@ class BadPadding(InvalidKeyMaterial):
     pass
 
 
-@mutant("B3", ONE_ERROR)
+@mutant("B3", ONE_ERROR, repaired=True)
 class SaysWhyInTheType(_Says):
     def error(self):
         return BadPadding()
 
 
-@mutant("B3", ONE_ERROR)
+@mutant("B3", ONE_ERROR, repaired=True)
 class SaysWhyInTheContext(HonestBackend):
     def unwrap_material(self, *args, **kwargs):
         try:
@@ -260,6 +257,12 @@ class SaysWhyInTheContext(HonestBackend):
             error.__suppress_context__ = False
             error.__context__ = ValueError("wrong padding")
             raise
+
+
+@mutant("B3", ONE_ERROR)
+class SaysWhyByAnotherError(_Says):
+    def error(self):
+        return InvalidImportToken("wrong padding")
 
 
 # --- B4 and B5: secrets in what is stored ----------------------------------------------------
@@ -283,7 +286,7 @@ class _CheckValueIs(_Imports):
     spelling = staticmethod(bytes)
 
     def spoil(self, imported):
-        spelled = self.spelling(material_of(self, imported.key))
+        spelled = self.spelling(self.material(imported.key))
         return replace(imported, check_value=b"\x07" + spelled)
 
 
@@ -310,14 +313,20 @@ class CheckValueIsHalfTheKey(_CheckValueIs):
 @mutant("B4", "test_check_values_of_method_1_are_the_documented_ones")
 class CheckValueOfAnotherBlock(_Imports):
     def spoil(self, imported):
-        material = material_of(self, imported.key)
+        material = self.material(imported.key)
         return replace(imported, check_value=b"\x01" + check_value(material)[:0:-1])
+
+
+@mutant("B4", "test_other_material_is_refused_on_re_import")
+class CheckValueIsTheSameForAll(_Imports):
+    def spoil(self, imported):
+        return replace(imported, check_value=b"\x80" + bytes(16))
 
 
 @mutant("B5", SHOWN)
 class KeyRefIsHex(_Imports):
     def spoil(self, imported):
-        data = material_of(self, imported.key).hex().encode()
+        data = self.material(imported.key).hex().encode()
         return replace(imported, key=replace(imported.key, data=data))
 
 
@@ -328,7 +337,7 @@ class _PrivateKeyIs(HonestBackend):
         key = super().generate_wrapping_key(spec, algorithm, expires_at=expires_at)
         if algorithm is not self.algorithm:
             return key
-        secret = self.inner._open_wrapping_key(key.private_key, self.inner._schemes[algorithm])
+        secret = self.fetch(key.private_key, algorithm)
         return replace(key, private_key=replace(key.private_key, data=self.spelling(secret)))
 
     spelling = staticmethod(lambda secret: b"honest\x01" + secret)
@@ -358,7 +367,7 @@ class PrivateKeyIsTheScalarInHex(_PrivateKeyIs):
 @mutant("B6", SECRETS)
 class LogsTheMaterial(_Imports):
     def spoil(self, imported):
-        extra = {"material": material_of(self, imported.key).hex()}
+        extra = {"material": self.material(imported.key).hex()}
         logging.getLogger("acme").debug("imported", extra=extra)
         return imported
 
@@ -366,7 +375,7 @@ class LogsTheMaterial(_Imports):
 @mutant("B6", SECRETS)
 class PrintsTheMaterial(_Imports):
     def spoil(self, imported):
-        print(list(material_of(self, imported.key)))
+        print(list(self.material(imported.key)))
         return imported
 
 
@@ -375,20 +384,20 @@ class ShowsTheMaterialInItsRepr(_Imports):
     last = b""
 
     def spoil(self, imported):
-        self.last = material_of(self, imported.key)
+        self.last = self.material(imported.key)
         return imported
 
     def __repr__(self):
         return f"<Acme {self.last!r}>"
 
 
-@mutant("B6", SECRETS)
+@mutant("B6", SECRETS, repaired=True)
 class RaisesWithTheMaterial(HonestBackend):
     def unwrap_material(self, *args, expected_check_value=None, **kwargs):
         imported = super().unwrap_material(*args, **kwargs)
         if expected_check_value not in (None, imported.check_value):
             error = InvalidKeyMaterial()
-            error.__context__ = ValueError(f"not {material_of(self, imported.key)!r}")
+            error.__context__ = ValueError(f"not {self.material(imported.key)!r}")
             raise error from None
         return imported
 
@@ -458,38 +467,33 @@ class LiesAboutTheExposure(_Imports):
 @mutant("B7", "test_a_wrapping_key_is_where_its_custody_says")
 class SealsAndKeepsAnObject(_Pairs):
     def spoil(self, key):
-        self.store(secrets.token_bytes(16), b"")
+        self.store[f"left-{secrets.token_hex(8)}"] = b""
         return key
 
 
-@mutant("B8", "test_what_is_not_served_is_refused")
+@mutant("B8", "test_what_is_not_served_is_refused", repaired=True)
 class ServesWhatItDoesNotList(HonestBackend):
     def generate_wrapping_key(self, spec, algorithm, *, expires_at):
-        return self.inner.generate_wrapping_key(spec, algorithm, expires_at=expires_at)
+        return super().generate_wrapping_key(spec, algorithm, expires_at=expires_at)
 
 
-@mutant("B8", "test_a_key_spec_that_is_not_listed_is_refused")
+@mutant("B8", "test_a_key_spec_that_is_not_listed_is_refused", repaired=True)
 class ImportsWhatItDoesNotList(HonestBackend):
     def capabilities(self):
         report = super().capabilities()
         return replace(report, keys=report.keys[:1])
 
-    def unwrap_material(self, private_key, *args, **kwargs):
-        return self.inner.unwrap_material(private_key, *args, **kwargs)
-
 
 # --- B9 and B10: life and leaks --------------------------------------------------------------
 
 
-@mutant("B9", CLOSED)
+@mutant("B9", CLOSED, repaired=True)
 class GeneratesAfterClose(HonestBackend):
     def generate_wrapping_key(self, spec, algorithm, *, expires_at):
-        if not self.inner._gate.closed:
-            return super().generate_wrapping_key(spec, algorithm, expires_at=expires_at)
-        return WrappingKey(spec, algorithm, b"", PrivateKeyRef(self.custody, b""))
+        return super().generate_wrapping_key(spec, algorithm, expires_at=expires_at)
 
 
-@mutant("B9", "test_discarding_is_closed_after_close")
+@mutant("B9", "test_discarding_is_closed_after_close", repaired=True)
 class DiscardsAfterClose(HonestBackend):
     def discard_wrapping_key(self, private_key):
         pass
@@ -498,29 +502,29 @@ class DiscardsAfterClose(HonestBackend):
 @mutant("B10", "test_a_wrapping_key_is_where_its_custody_says", RESIDENT)
 class DiscardsNothing(HonestBackend):
     def discard_wrapping_key(self, private_key):
-        self.capabilities()
+        pass
 
 
 @mutant("B10", "test_a_discarded_resident_wrapping_key_is_gone", RESIDENT)
 class RemembersWhatIsDiscarded(HonestBackend):
-    def __init__(self, directory, custody):
-        super().__init__(directory, custody)
+    def __init__(self, settings):
+        super().__init__(settings)
         self.copies = {}
 
     def generate_wrapping_key(self, spec, algorithm, *, expires_at):
         key = super().generate_wrapping_key(spec, algorithm, expires_at=expires_at)
-        self.copies[key.private_key.data] = super().fetch(key.private_key)
+        self.copies[key.private_key.data] = super().fetch(key.private_key, algorithm)
         return key
 
-    def fetch(self, private_key):
-        return self.copies.get(private_key.data) or super().fetch(private_key)
+    def fetch(self, private_key, algorithm):
+        return self.copies.get(private_key.data) or super().fetch(private_key, algorithm)
 
 
 @mutant("B10", "test_a_discarded_resident_wrapping_key_is_gone", RESIDENT)
 class AnotherErrorAfterDiscard(HonestBackend):
-    def fetch(self, private_key):
+    def fetch(self, private_key, algorithm):
         try:
-            return super().fetch(private_key)
+            return super().fetch(private_key, algorithm)
         except InvalidImportToken:
             raise KeyNotFound("gone") from None
 
@@ -528,14 +532,14 @@ class AnotherErrorAfterDiscard(HonestBackend):
 @mutant("B10", "test_an_import_leaves_its_key_and_nothing_else", RESIDENT)
 class LeaksOnSuccess(_Imports):
     def spoil(self, imported):
-        self.store(secrets.token_bytes(16), b"")
+        self.store[f"left-{secrets.token_hex(8)}"] = b""
         return imported
 
 
 @mutant("B10", "test_a_destroyed_object_is_not_found", RESIDENT)
 class DestroysNothing(HonestBackend):
     def destroy_key(self, key):
-        self.capabilities()
+        pass
 
 
 @mutant("B12", "test_an_import_leaves_its_key_and_nothing_else", RESIDENT, counts=False)
@@ -549,13 +553,13 @@ class CountsNothing(HonestBackend):
 class _CountedNonces(HonestBackend):
     """Nonces from a counter: unique only where the counter is."""
 
-    def __init__(self, directory, custody):
-        super().__init__(directory, custody)
+    def __init__(self, settings):
+        super().__init__(settings)
         self.counter = itertools.count()
 
     def encrypt(self, key, plaintext, additional_data=b""):
         nonce = self.start() + next(self.counter).to_bytes(4)
-        gcm = AESGCM(material_of(self, key))
+        gcm = AESGCM(self.material(key))
         return b"\x01" + nonce + gcm.encrypt(nonce, plaintext, additional_data)
 
 
@@ -571,8 +575,8 @@ class NoncesRestart(_CountedNonces):
 class NoncesFork(_CountedNonces):
     key_specs = (KeySpec.ALIYUN_AES_256,)
 
-    def __init__(self, directory, custody):
-        super().__init__(directory, custody)
+    def __init__(self, settings):
+        super().__init__(settings)
         self.instance = secrets.token_bytes(8)
 
     def start(self):
@@ -586,14 +590,13 @@ class _TakesLength(HonestBackend):
         try:
             return super().unwrap_material(private_key, algorithm, encrypted_material, **kwargs)
         except InvalidKeyMaterial:
-            scheme = self.inner._schemes[algorithm]
-            secret = self.inner._open_wrapping_key(private_key, scheme)
-            material = scheme.decrypt(secret, encrypted_material, self.length)
+            secret = self.fetch(private_key, algorithm)
+            material = self.schemes[algorithm].decrypt(secret, encrypted_material, self.length)
             if len(material) != self.length:
                 raise
             key_spec = kwargs["key_spec"]
             data = sealed_material(self, material, key_spec)
-            key = KeyRef(self.name, key_spec, self.custody, data)
+            key = KeyRef(self.name, key_spec, SEALED, data)
             return ImportedKey(key, b"\x07", Exposure.HOST)
 
 
@@ -603,8 +606,8 @@ for _length in (0, 20, 30, 48, 100):
 
 @mutant("B11", "test_no_two_wrapping_keys_are_the_same")
 class RecyclesTwoPairs(HonestBackend):
-    def __init__(self, directory, custody):
-        super().__init__(directory, custody)
+    def __init__(self, settings):
+        super().__init__(settings)
         self.made = {}
 
     def generate_wrapping_key(self, spec, algorithm, *, expires_at):
@@ -629,14 +632,46 @@ class ShortTag(HonestBackend):
         return Mac(mac.key_set, mac.tag[:16])
 
 
-@mutant("B11", "test_a_cut_mac_does_not_hold")
+@mutant("B11", "test_a_mac_holds_for_its_data_only")
+class ComparesHalfTheTag(HonestBackend):
+    def verify_mac(self, data, mac):
+        if super().mac(data).tag[:16] != mac.tag[:16]:
+            raise InvalidMac
+
+
+@mutant("B11", "test_a_mac_holds_for_its_data_only")
+class VerifiesByABoolean(HonestBackend):
+    def verify_mac(self, data, mac):
+        return super().mac(data) == mac
+
+
+@mutant("B11", "test_a_mac_of_an_unknown_key_set_does_not_hold")
+class KnowsEveryKeySet(HonestBackend):
+    def verify_mac(self, data, mac):
+        if mac.key_set == self.current_key_set():
+            super().verify_mac(data, mac)
+
+
+@mutant("B11", KEY_SET)
+class NamesAnotherKeySet(_Pairs):
+    def spoil(self, key):
+        return replace(key, key_set="2")
+
+
+@mutant("B11", KEY_SET)
+class NamesNoKeySet(_Pairs):
+    def spoil(self, key):
+        return replace(key, key_set=None)
+
+
+@mutant("B11", "test_a_cut_mac_does_not_hold", repaired=True)
 class TakesTheEmptyTag(HonestBackend):
     def verify_mac(self, data, mac):
         if mac.tag:
             super().verify_mac(data, mac)
 
 
-@mutant("B11", "test_a_cut_mac_does_not_hold")
+@mutant("B11", "test_a_cut_mac_does_not_hold", repaired=True)
 class TakesCutTags(HonestBackend):
     def verify_mac(self, data, mac):
         whole = super().mac(data)
@@ -645,7 +680,7 @@ class TakesCutTags(HonestBackend):
             raise InvalidMac
 
 
-@mutant("B11", "test_a_wrapping_key_serves_its_own_algorithm_only")
+@mutant("B11", "test_a_wrapping_key_serves_its_own_algorithm_only", repaired=True)
 class ServesEveryAlgorithm(HonestBackend):
     algorithms = (OAEP1, WrappingAlgorithm.RSAES_OAEP_SHA_256)
 
@@ -654,11 +689,11 @@ class ServesEveryAlgorithm(HonestBackend):
             return super().unwrap_material(private_key, algorithm, encrypted_material, **kwargs)
         except InvalidImportToken:
             issued_for = next(a for a in self.algorithms if a is not algorithm)
-            secret = self.inner._open_wrapping_key(private_key, RsaScheme(issued_for))
+            secret = self.fetch(private_key, issued_for)
             material = RsaScheme(algorithm).decrypt(secret, encrypted_material, 0)
             key_spec = kwargs["key_spec"]
             data = sealed_material(self, material, key_spec)
-            key = KeyRef(self.name, key_spec, self.custody, data)
+            key = KeyRef(self.name, key_spec, SEALED, data)
             return ImportedKey(key, check_value(material), Exposure.HOST)
 
 
@@ -666,7 +701,8 @@ class ServesEveryAlgorithm(HonestBackend):
 class TakesEverySetting(HonestBackend):
     @classmethod
     def from_settings(cls, settings):
-        return cls(settings["directory"], settings["custody"])
+        known = {name: value for name, value in settings.items() if name != "no_such_setting"}
+        return super().from_settings(known)
 
 
 # --- B14 -------------------------------------------------------------------------------------
@@ -699,8 +735,8 @@ class CallsDamageInvalidKeyMaterial(HonestBackend):
 
 @mutant("B14", "test_another_instance_honours_import_tokens")
 class KnowsItsOwnPairsOnly(HonestBackend):
-    def __init__(self, directory, custody):
-        super().__init__(directory, custody)
+    def __init__(self, settings):
+        super().__init__(settings)
         self.mine = set()
 
     def generate_wrapping_key(self, spec, algorithm, *, expires_at):
@@ -708,16 +744,16 @@ class KnowsItsOwnPairsOnly(HonestBackend):
         self.mine.add(key.private_key.data)
         return key
 
-    def fetch(self, private_key):
+    def fetch(self, private_key, algorithm):
         if private_key.data not in self.mine:
             raise InvalidImportToken("not mine")
-        return super().fetch(private_key)
+        return super().fetch(private_key, algorithm)
 
 
 @mutant("B14", "test_another_instance_honours_import_tokens")
 class HasAMacKeyOfItsOwn(HonestBackend):
-    def __init__(self, directory, custody):
-        super().__init__(directory, custody)
+    def __init__(self, settings):
+        super().__init__(settings)
         self.own = secrets.token_bytes(16)
 
     def mac(self, data):

@@ -9,20 +9,19 @@ import warnings
 from datetime import UTC, datetime, timedelta
 
 from hsmwrap.backend import (
-    Backend,
-    Capabilities,
     Custody,
+    HasKeySets,
     Health,
-    ImportedKey,
     KeyRef,
     Mac,
     PrivateKeyRef,
-    ReapReport,
-    WrappingKey,
+    ReapsWrappingKeys,
 )
-from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.errors import InvalidMac
+from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.composition import Composition
 from hsmwrap.keypool import KeyPool
+from hsmwrap.testing.memory import MemoryBackend, MemorySettings
+from support.backends.scripted import Scripted
 
 NOW = datetime(2030, 1, 1, 12, 0, 0, 250_000, tzinfo=UTC)
 DAY = timedelta(hours=24)
@@ -31,36 +30,43 @@ PKCS1 = (WrappingKeySpec.RSA_2048, WrappingAlgorithm.RSAES_PKCS1_V1_5)
 SM2 = (WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE)
 
 
-class FakeBackend(Backend):
-    """Numbers its pairs; ``fail`` is raised by the next call, ``permits`` limits generation."""
+class _Numbered(MemoryBackend):
+    """Numbers its pairs: the public key is ``public 0``, the private one ``0``."""
 
-    contract_version = 1
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.numbers = itertools.count()
+
+    def make_pair(self, _algorithm):
+        number = b"%d" % next(self.numbers)
+        return b"public " + number, number
+
+
+class FakeBackend(Scripted):
+    """A memory backend with numbered pairs.
+
+    ``fail`` raises next where pairs are generated and discarded, ``permits`` holds generation back.
+    """
+
+    opens = _Numbered
 
     def __init__(self, name="fake", custody=Custody.HSM_INTERNAL):
-        self._name = name
-        self.custody = custody
-        self.numbers = itertools.count()
+        super().__init__(name=name, wrapping_custody=custody)
         self.asked = []
-        self.alive = set()
-        self.discards = 0
         self.fail = None
         self.ready = True
         self.permits = None
-        self.key_set = "1"
-        self.mac_fails = None
         self.entered = threading.Event()
         self.facts = {}
 
-    @classmethod
-    def from_settings(cls, settings):
-        return cls()
+    @property
+    def alive(self):
+        """The resident private keys."""
+        return {each[8:] for name, each in self.store.items() if name.startswith("wrapping-")}
 
     @property
-    def name(self):
-        return self._name
-
-    def capabilities(self):
-        return Capabilities(self._name, frozenset(ProtectionLevel), (), ())
+    def discards(self):
+        return self.calls.count("discard_wrapping_key")
 
     def generate_wrapping_key(self, spec, algorithm, *, expires_at):
         self.asked.append((spec, algorithm, expires_at))
@@ -69,56 +75,36 @@ class FakeBackend(Backend):
             self.permits.acquire()
         if self.fail is not None:
             raise self.fail
-        data = b"%d" % next(self.numbers)
-        self.alive.add(data)
-        return WrappingKey(spec, algorithm, b"public " + data, PrivateKeyRef(self.custody, data))
+        return super().generate_wrapping_key(spec, algorithm, expires_at=expires_at)
 
     def discard_wrapping_key(self, private_key):
-        self.discards += 1
         if self.fail is not None:
-            raise self.fail
-        self.alive.discard(private_key.data)
+            self.failing["discard_wrapping_key"] = self.fail
+        else:
+            self.failing.clear()
+        super().discard_wrapping_key(private_key)
 
-    def unwrap_material(
-        self,
-        private_key,
-        algorithm,
-        encrypted_material,
-        *,
-        key_spec,
-        expected_check_value=None,
-        object_id=None,
-    ):
-        key = KeyRef(self._name, key_spec, Custody.HSM_INTERNAL, object_id or b"object")
-        return ImportedKey(key, expected_check_value or b"\x01check", "host")
-
-    def encrypt(self, key, plaintext, additional_data=b""):
-        return additional_data + plaintext
-
-    def decrypt(self, key, ciphertext, additional_data=b""):
-        return ciphertext.removeprefix(additional_data)
-
-    def destroy_key(self, key):
-        if self.fail is not None:
-            raise self.fail
-
-    def mac(self, data):
-        if self.mac_fails is not None:
-            raise self.mac_fails
-        return Mac(self.key_set, data[:32])
-
-    def verify_mac(self, data, mac):
-        if mac != self.mac(data):
-            raise InvalidMac
-
-    def reap(self, now):
-        return ReapReport(examined=len(self.alive))
+    def rotate(self):
+        MemoryBackend.rotate_keys({"store": self.store})
 
     def health(self):
         return Health(self.ready, "fake", self.facts)
 
     def close(self):
         self.ready = False
+        super().close()
+
+
+class Echo(Composition):
+    """Answers by what it was asked, and keeps that."""
+
+    def __init__(self):
+        super().__init__(MemoryBackend(MemorySettings(name="fake")))
+        self.asked = []
+
+    def _forward(self, _asked, declared, *arguments, **named):
+        self.asked.append((declared.__name__, arguments, named))
+        return self.asked[-1]
 
 
 class ManualClock:
@@ -218,7 +204,8 @@ EVERY_CALL = {
     "destroy_key": lambda b: b.destroy_key(_KEY),
     "mac": lambda b: b.mac(b"d" * 40),
     "verify_mac": lambda b: b.verify_mac(b"d" * 40, Mac("1", b"d" * 32)),
-    "reap": lambda b: b.reap(NOW),
+    "reap": lambda b: ReapsWrappingKeys.of(b).reap(NOW),
+    "current_key_set": lambda b: HasKeySets.of(b).current_key_set(),
     "close": lambda b: b.close(),
 }
 """Each observed call of the contract, with arguments that equal their names."""

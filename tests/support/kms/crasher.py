@@ -7,9 +7,9 @@ import sys
 from functools import partial
 
 from hsmwrap.registry import open_backend
-from support.kms.fakes import ADMIN, Client, Clock, FileObjectsBackend, build_kms
+from support.kms.fakes import ADMIN, Client, Clock, DirectoryBackend, build_kms
 
-OPENERS = {"file": FileObjectsBackend.from_settings, "pkcs11": partial(open_backend, "pkcs11")}
+OPENERS = {"file": DirectoryBackend.from_settings, "pkcs11": partial(open_backend, "pkcs11")}
 
 
 def main(*, url, backend, audit_file, die_at, sweep_days, action, parameters):

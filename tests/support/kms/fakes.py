@@ -1,27 +1,23 @@
-"""A backend whose keys are objects (files), a settable clock, and clients of the KMS."""
+"""A backend in a directory, a clock that is set, and clients of the KMS."""
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, ClassVar, Self
 
-from hsmwrap.backend import Backend, Custody, ImportedKey, KeyRef
 from hsmwrap.catalog import WrappingAlgorithm
-from hsmwrap.errors import HsmUnavailable, KeyNotFound
+from hsmwrap.errors import HsmUnavailable
 from hsmwrap.kms import Caller, Kms, Permissions, StaticAccessKeys
 from hsmwrap.kms.audit import AuditLog
 from hsmwrap.kms.database import Database
 from hsmwrap.policy import Deployment
-from hsmwrap.software import SoftwareBackend
+from hsmwrap.testing import MemoryBackend
 from hsmwrap.testing.clients import pyca_encrypt
+from support.backends.scripted import Scripted
 
 ADMIN = Caller("admin", Permissions.everything())
 AES_MATERIAL = bytes(range(32))
@@ -29,90 +25,48 @@ SM4_MATERIAL = bytes(range(16))
 OTHER_MATERIAL = bytes(32)
 
 
-class FileObjectsBackend(Backend):
-    """The software backend with custody HsmInternal: each key is a file named by its object id."""
+class DirectoryBackend(Scripted):
+    """A memory backend in a directory; imported keys are objects, or sealed."""
 
-    contract_version: ClassVar[int] = 1
+    opens = MemoryBackend
 
-    def __init__(self, keyring_file, directory):
-        self._inner = SoftwareBackend.from_settings(
-            {"keyring_file": str(keyring_file), "serve_hsm_level": True}
+    def __init__(self, directory, custody="HsmInternal"):
+        super().__init__(
+            name="hsm",
+            directory=str(directory),
+            wrapping_custody="HsmEncryptedDatabase",
+            material_custody=custody,
         )
-        self._directory = Path(directory)
-        self._directory.mkdir(exist_ok=True)
         self.unavailable = False
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        return cls(settings["keyring_file"], settings["directory"])
-
-    @property
-    def name(self):
-        return self._inner.name
-
-    def capabilities(self):
-        known = self._inner.capabilities()
-        return replace(
-            known,
-            keys=tuple(replace(key, custody=Custody.HSM_INTERNAL) for key in known.keys),
-        )
-
-    def generate_wrapping_key(self, spec, algorithm, *, expires_at):
-        self._answer()
-        return self._inner.generate_wrapping_key(spec, algorithm, expires_at=expires_at)
-
-    def unwrap_material(self, private_key, algorithm, encrypted_material, *, object_id, **more):
-        self._answer()
-        imported = self._inner.unwrap_material(private_key, algorithm, encrypted_material, **more)
-        object_id = object_id or os.urandom(16)
-        self._file(object_id).write_bytes(imported.key.data)
-        key = replace(imported.key, custody=Custody.HSM_INTERNAL, data=object_id)
-        return ImportedKey(key, imported.check_value, imported.exposure)
-
-    def encrypt(self, key, plaintext, additional_data=b""):
-        return self._inner.encrypt(self._sealed(key), plaintext, additional_data)
-
-    def decrypt(self, key, ciphertext, additional_data=b""):
-        return self._inner.decrypt(self._sealed(key), ciphertext, additional_data)
-
-    def destroy_key(self, key):
-        self._answer()
-        self._file(key.data).unlink(missing_ok=True)
-
-    def mac(self, data):
-        return self._inner.mac(data)
-
-    def verify_mac(self, data, mac):
-        return self._inner.verify_mac(data, mac)
-
-    def reap(self, now):
-        self._answer()
-        return self._inner.reap(now)
-
-    def health(self):
-        return self._inner.health()
-
-    def close(self):
-        self._inner.close()
+    def from_settings(cls, settings):
+        return cls(**settings)
 
     def objects(self):
-        """Ids of the objects that exist."""
-        return {bytes.fromhex(path.name) for path in self._directory.iterdir()}
+        """Ids of the imported keys that are objects."""
+        names = [name for name in self.store if name.startswith("material-")]
+        return {bytes.fromhex(name.removeprefix("material-")) for name in names}
 
-    def _file(self, object_id):
-        return self._directory / object_id.hex()
+    def put_object(self, object_id):
+        self.store[f"material-{object_id.hex()}"] = b""
 
-    def _sealed(self, key):
-        self._answer()
-        try:
-            blob = self._file(key.data).read_bytes()
-        except FileNotFoundError:
-            raise KeyNotFound("no such object") from None
-        return KeyRef(key.backend, key.key_spec, Custody.HSM_ENCRYPTED_DATABASE, blob)
+    def remove_object(self, object_id):
+        del self.store[f"material-{object_id.hex()}"]
 
-    def _answer(self):
-        if self.unavailable:
+    def _forward(self, asked, declared, *arguments, **named):
+        if self.unavailable and declared.__name__ not in QUIET:
             raise HsmUnavailable("unavailable")
+        return super()._forward(asked, declared, *arguments, **named)
+
+
+QUIET = {"capabilities", "mac", "verify_mac", "close"}
+"""What an unavailable backend can do all the same."""
+
+
+def hsm_of(kms):
+    """The backend of level HSM, without its guard."""
+    return kms._backends["HSM"].ability(DirectoryBackend)
 
 
 class Clock:

@@ -27,6 +27,7 @@ from pkcs11.util.ec import encode_named_curve_parameters
 from hsmwrap import registry
 from hsmwrap.backend import Custody, Mac
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.guard import plugin_ref
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.templates import USES, HsmAttributeMapper, for_unwrap
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
@@ -320,13 +321,13 @@ class Scene:
         """A sealed blob that this role's key-encryption key opens."""
         for algorithm, of in _WRAPPING_ROLE.items():
             if of is role:
-                return parse_ref(self.wrapping[algorithm].private_key)[2]
+                return parse_ref(plugin_ref(self.wrapping[algorithm].private_key))[2]
         spec = next(spec for spec, of in _MATERIAL_ROLE.items() if of is role)
         return _data(self.imported[spec].key)
 
     def wrapping_key(self, algorithm):
         """The private wrapping key: the resident object, or unsealed as the backend does it."""
-        role, number, data = parse_ref(self.wrapping[algorithm].private_key)
+        role, number, data = parse_ref(plugin_ref(self.wrapping[algorithm].private_key))
         if self.wrapping[algorithm].private_key.custody is Custody.HSM_INTERNAL:
             return self.attacker.ours(CLASS=ObjectClass.PRIVATE_KEY, ID=data)
         return self.attacker.unwrap(self.kek(role, number), data, UNWRAPPED[role])

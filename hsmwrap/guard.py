@@ -1,0 +1,476 @@
+"""The guard: what is the same for every backend, done once around a plug-in's calls.
+
+:func:`guarded` puts it there; :func:`hsmwrap.registry.open_backend` and the import service do so by
+themselves. A plug-in is foreign code: its answers are checked, and one that breaks the contract is
+a :class:`hsmwrap.errors.HsmError` that names the plug-in.
+
+A private key's reference is bound to its algorithm by its first byte. Clients cannot change that
+byte: the import token's MAC covers the reference.
+
+Every failure of a client's ciphertext is the same error. One of a length that no honest client
+sends does not reach the plug-in and fails sooner, which tells the client the length of its own
+message and nothing else.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import NoReturn, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+
+from hsmwrap.backend import (
+    MESSAGE_VERSION,
+    NONCE_LENGTH,
+    TAG_LENGTH,
+    Ability,
+    Backend,
+    Capabilities,
+    Custody,
+    Health,
+    ImportedKey,
+    KeyCapability,
+    KeyRef,
+    Mac,
+    PrivateKeyRef,
+    WrappingCapability,
+    WrappingKey,
+)
+from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.composition import Composition, Declared
+from hsmwrap.errors import (
+    BackendLoadError,
+    HsmError,
+    HsmwrapError,
+    InvalidCiphertext,
+    InvalidImportToken,
+    InvalidKeyMaterial,
+    InvalidMac,
+    KeyNotFound,
+    UnsupportedOperation,
+    strip_tracebacks,
+)
+from hsmwrap.gate import Gate
+
+OBJECT_ID_LENGTH = 16
+MAX_NAME_LENGTH = 32
+"""Most characters of a backend's name, and of a key set's id."""
+MAC_LENGTH = 32
+
+_SPKI_LENGTH = {WrappingKeySpec.RSA_2048: 294, WrappingKeySpec.EC_SM2: 91}
+_MESSAGE_OVERHEAD = 1 + NONCE_LENGTH + TAG_LENGTH
+_RSA_LENGTH = 256
+# DER is both the shortest and the longest layout: head of the SEQUENCE, INTEGERs of 1 to 33 bytes,
+# the hash, head of the OCTET STRING with C2.
+_SM2_OVERHEAD = range(2 + 2 * (2 + 1) + (2 + 32) + 2, 3 + 2 * (2 + 33) + (2 + 32) + 2 + 1)
+
+# Codes in references to private keys: never reused, never renumbered.
+_ALGORITHMS = (
+    WrappingAlgorithm.RSAES_PKCS1_V1_5,
+    WrappingAlgorithm.RSAES_OAEP_SHA_1,
+    WrappingAlgorithm.RSAES_OAEP_SHA_256,
+    WrappingAlgorithm.SM2PKE,
+)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_K = TypeVar("_K")
+
+_log = logging.getLogger(__name__)
+
+
+class Guarded(Ability):
+    """What :class:`GuardedBackend` is, whatever is around it."""
+
+
+def guarded(backend: Backend) -> Backend:
+    """``backend`` with a guard around it; ``backend`` itself if there is one already.
+
+    Raises:
+        BackendLoadError: Its name does not fit import tokens.
+    """
+    return backend if Guarded.of(backend) else GuardedBackend(backend)
+
+
+def guard_all(backends: Mapping[_K, Backend]) -> dict[_K, Backend]:
+    """Each backend with a guard around it; one that occurs twice has one guard."""
+    guards = {id(backend): guarded(backend) for backend in backends.values()}
+    return {key: guards[id(backend)] for key, backend in backends.items()}
+
+
+class GuardedBackend(Composition, Guarded):
+    """A backend that keeps the contract, or says by which call the plug-in broke it."""
+
+    def __init__(self, backend: Backend, plugin: str | None = None) -> None:
+        """Guard ``backend``; ``plugin`` is what errors call it (default: its name).
+
+        Raises:
+            BackendLoadError: Its name does not fit import tokens.
+        """
+        super().__init__(backend)
+        self._name = backend.name
+        if not _is_id(self._name):
+            raise BackendLoadError(
+                f"backend plug-in {plugin or type(backend).__name__}: its name has to be 1 to "
+                f"{MAX_NAME_LENGTH} ASCII characters, for import tokens and key references"
+            )
+        self._plugin = plugin or self._name
+        self._gate = Gate(f"{self._name} backend")
+        self._unclosed = [backend]
+
+    def __repr__(self) -> str:
+        return f"<guarded {self._backend!r} {self._gate}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a backend does not pickle or copy: it holds keys")
+
+    @property
+    def name(self) -> str:
+        """The backend's name, as it was when the backend was opened."""
+        return self._name
+
+    @strip_tracebacks
+    def _forward(
+        self, asked: object, declared: Declared[_P, _T], *arguments: _P.args, **named: _P.kwargs
+    ) -> _T:
+        with self._gate.enter():
+            return self._answer(asked, declared, *arguments, **named)
+
+    def _answer(
+        self, asked: object, declared: Declared[_P, _T], *arguments: _P.args, **named: _P.kwargs
+    ) -> _T:
+        """What the plug-in answers; the caller is inside the gate and strips tracebacks."""
+        call = getattr(asked, declared.__name__)
+        return checked(self._plugin, declared, call, *arguments, **named)
+
+    def _broken(self, declared: Callable[..., object], how: str) -> HsmError:
+        return _broken(self._plugin, declared, how)
+
+    # --- capabilities ------------------------------------------------------------------------
+
+    @strip_tracebacks
+    def capabilities(self) -> Capabilities:
+        """The plug-in's report."""
+        with self._gate.enter():
+            return self._report()
+
+    def _report(self) -> Capabilities:
+        report = self._answer(self._backend, Backend.capabilities)
+        if report.backend != self._name:
+            raise self._broken(Backend.capabilities, f"speaks of a backend {report.backend[:32]!r}")
+        return report
+
+    def _can_import(self, key_spec: KeySpec) -> KeyCapability:
+        capability = self._report().key_for(key_spec)
+        if capability is None:
+            raise UnsupportedOperation(f"backend {self._name} does not import {key_spec} keys")
+        return capability
+
+    def _require_usable(self, key: KeyRef) -> None:
+        self._require_ours(key)
+        capability = self._report().key_for(key.key_spec)
+        if capability is None or not capability.usable:
+            raise UnsupportedOperation(
+                f"backend {self._name} keeps {key.key_spec} keys but cannot encrypt with them"
+            )
+
+    def _require_ours(self, key: KeyRef) -> None:
+        if key.backend != self._name:
+            raise KeyNotFound(f"the key is one of backend {key.backend!r}, not of {self._name!r}")
+
+    # --- wrapping keys -----------------------------------------------------------------------
+
+    @strip_tracebacks
+    def generate_wrapping_key(
+        self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm, *, expires_at: datetime
+    ) -> WrappingKey:
+        """A wrapping key that is what was asked for, bound to its algorithm."""
+        with self._gate.enter():
+            capability = self._report().wrapping_for(spec, algorithm)
+            if capability is None:
+                raise UnsupportedOperation(
+                    f"backend {self._name} does not serve {algorithm} with {spec}"
+                )
+            declared = Backend.generate_wrapping_key
+            key = self._answer(self._backend, declared, spec, algorithm, expires_at=expires_at)
+            if wrong := _wrong_with_pair(key, capability):
+                self._undo(Backend.discard_wrapping_key, key.private_key, "discard a wrapping key")
+                raise self._broken(declared, f"{wrong}; the key pair was discarded")
+            return replace(key, private_key=bound(key.private_key, algorithm))
+
+    @strip_tracebacks
+    def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:
+        """Have a resident wrapping key destroyed."""
+        with self._gate.enter():
+            if private_key.custody == Custody.HSM_INTERNAL:
+                inner = plugin_ref(private_key)
+                self._answer(self._backend, Backend.discard_wrapping_key, inner)
+
+    # --- import ------------------------------------------------------------------------------
+
+    @strip_tracebacks
+    def unwrap_material(
+        self,
+        private_key: PrivateKeyRef,
+        algorithm: WrappingAlgorithm,
+        encrypted_material: bytes,
+        *,
+        key_spec: KeySpec,
+        expected_check_value: bytes | None = None,
+        object_id: bytes | None = None,
+    ) -> ImportedKey:
+        """The imported key, if it is what the capabilities promise and the one expected."""
+        if object_id is not None and len(object_id) != OBJECT_ID_LENGTH:
+            raise ValueError(f"object_id takes {OBJECT_ID_LENGTH} bytes")
+        with self._gate.enter():
+            served = [w for w in self._report().wrapping if w.algorithm == algorithm]
+            if not served:
+                raise UnsupportedOperation(f"backend {self._name} does not serve {algorithm}")
+            promised = self._can_import(key_spec)
+            inner = _unbound(private_key, algorithm)
+            if not _is_possible(algorithm, len(encrypted_material), key_spec.material_length):
+                raise InvalidKeyMaterial
+            object_id = object_id or secrets.token_bytes(OBJECT_ID_LENGTH)
+            try:
+                imported = self._answer(
+                    self._backend,
+                    Backend.unwrap_material,
+                    inner,
+                    algorithm,
+                    encrypted_material,
+                    key_spec=key_spec,
+                    expected_check_value=expected_check_value,
+                    object_id=object_id,
+                )
+            except InvalidKeyMaterial:
+                # A new one: the plug-in's may have a type, an attribute or a note that says why.
+                raise InvalidKeyMaterial from None
+            if wrong := self._wrong_with_key(imported, promised, served[0], object_id):
+                self._undo(
+                    Backend.destroy_key, imported.key, "destroy a key that is not as promised"
+                )
+                raise self._broken(Backend.unwrap_material, f"{wrong}; the key was destroyed")
+            if expected_check_value is not None and not hmac.compare_digest(
+                expected_check_value, imported.check_value
+            ):
+                self._undo(Backend.destroy_key, imported.key, "destroy a key that is not the same")
+                raise InvalidKeyMaterial
+            return imported
+
+    def _wrong_with_key(
+        self,
+        imported: ImportedKey,
+        promised: KeyCapability,
+        path: WrappingCapability,
+        object_id: bytes,
+    ) -> str | None:
+        key = imported.key
+        made = key.backend, key.key_spec, key.custody, imported.exposure
+        due = self._name, promised.key_spec, promised.custody, path.exposure
+        if made != due:
+            return (
+                f"made a key of {', '.join(map(str, made))}; its capabilities promise "
+                f"{', '.join(map(str, due))}"
+            )
+        if promised.custody is Custody.HSM_INTERNAL and key.data != object_id:
+            return "made a key object under another id than the one that it was given"
+        if not _are_bytes(key.data, imported.check_value):
+            return "made a key whose data or check value are not bytes"
+        return None
+
+    def _undo(self, declared: Declared[[_T], None], made: _T, what: str) -> None:
+        try:
+            self._answer(self._backend, declared, made)
+        except HsmwrapError as error:
+            extra = {"backend": self._name, "error": type(error).__name__}
+            _log.warning("could not %s", what, extra=extra)
+
+    # --- use ---------------------------------------------------------------------------------
+
+    @strip_tracebacks
+    def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
+        """A message in the contract's format."""
+        with self._gate.enter():
+            self._require_usable(key)
+            declared = Backend.encrypt
+            message = self._answer(self._backend, declared, key, plaintext, additional_data)
+            if len(message) != len(plaintext) + _MESSAGE_OVERHEAD or message[0] != MESSAGE_VERSION:
+                raise self._broken(declared, "returned what is not version ‖ nonce ‖ GCM output")
+            return message
+
+    @strip_tracebacks
+    def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
+        """The plaintext of a message."""
+        with self._gate.enter():
+            self._require_usable(key)
+            if len(ciphertext) < _MESSAGE_OVERHEAD or ciphertext[0] != MESSAGE_VERSION:
+                raise InvalidCiphertext
+            declared = Backend.decrypt
+            return self._answer(self._backend, declared, key, ciphertext, additional_data)
+
+    @strip_tracebacks
+    def destroy_key(self, key: KeyRef) -> None:
+        """Have an imported key's object destroyed."""
+        with self._gate.enter():
+            self._require_ours(key)
+            if key.custody == Custody.HSM_INTERNAL:
+                self._answer(self._backend, Backend.destroy_key, key)
+
+    # --- import tokens -----------------------------------------------------------------------
+
+    @strip_tracebacks
+    def mac(self, data: bytes) -> Mac:
+        """A MAC in the contract's form."""
+        with self._gate.enter():
+            mac = self._answer(self._backend, Backend.mac, data)
+            if not _is_mac(mac):
+                raise self._broken(
+                    Backend.mac,
+                    f"returned what is not {MAC_LENGTH} bytes and the id of a key set, of 1 to "
+                    f"{MAX_NAME_LENGTH} ASCII characters",
+                )
+            return mac
+
+    @strip_tracebacks
+    def verify_mac(self, data: bytes, mac: Mac) -> None:
+        """Return if ``mac`` is right for ``data``."""
+        with self._gate.enter():
+            if not _is_mac(mac):
+                raise InvalidMac(f"a MAC has {MAC_LENGTH} bytes, and names its key set")
+            self._answer(self._backend, Backend.verify_mac, data, mac)
+
+    # --- life --------------------------------------------------------------------------------
+
+    @strip_tracebacks
+    def health(self) -> Health:
+        """The plug-in's state, not ready where it does not tell or is closed."""
+        try:
+            health = self._answer(self._backend, Backend.health)
+        except HsmwrapError as error:
+            return Health(ready=False, detail=str(error))
+        facts = {**health.facts, "in_flight": self._gate.in_flight}
+        if health.ready and self._gate.closed:
+            return Health(ready=False, detail="closed", facts=facts)
+        return replace(health, facts=facts)
+
+    @strip_tracebacks
+    def close(self) -> None:
+        """Wait for running calls, then have everything freed. Safe to call again."""
+        self._gate.close()
+        with suppress(IndexError):  # closed before, or now by another thread
+            self._answer(self._unclosed.pop(), Backend.close)
+
+
+def checked(
+    plugin: str,
+    declared: Callable[..., _T],
+    call: Callable[..., object],
+    *arguments: object,
+    **named: object,
+) -> _T:
+    """Call a method of a plug-in; what is wrong with its answer is an error that names it.
+
+    Args:
+        plugin: What errors call the plug-in.
+        declared: The method as the contract declares it; its annotation says what is returned.
+        call: The plug-in's method.
+        arguments: Its arguments.
+        named: Its arguments by name.
+
+    Raises:
+        HsmwrapError: The plug-in raised it.
+        HsmError: The plug-in raised something else, or returned what is not due.
+    """
+    try:
+        answer = call(*arguments, **named)
+    except HsmwrapError:
+        raise
+    except Exception as error:  # noqa: BLE001  # foreign code
+        raise _broken(plugin, declared, f"raised {foreign(error)}") from None
+    expected = _returns(declared)
+    if not isinstance(answer, expected):
+        # The type alone: the value may be a secret.
+        due = " or ".join("None" if t is NoneType else t.__name__ for t in expected)
+        got = "None" if answer is None else type(answer).__name__
+        raise _broken(plugin, declared, f"returned {got} where {due} is due")
+    fitting: _T = answer  # type: ignore[assignment]
+    return fitting
+
+
+def foreign(error: BaseException) -> str:
+    """Type and place of an exception. Not its text, which may hold a secret."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno}, in {place.name}"
+    return f"{type(error).__name__} ({where})"
+
+
+@cache
+def _returns(declared: Callable[..., object]) -> tuple[type, ...]:
+    hint = get_type_hints(declared)["return"]
+    alternatives = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return tuple(get_origin(each) or each for each in alternatives)
+
+
+def _broken(plugin: str, declared: Callable[..., object], how: str) -> HsmError:
+    return HsmError(f"backend plug-in {plugin}: {declared.__name__} {how}")
+
+
+def _is_id(text: object) -> bool:
+    return isinstance(text, str) and text.isascii() and 0 < len(text) <= MAX_NAME_LENGTH
+
+
+def _are_bytes(*values: object) -> bool:
+    return all(isinstance(value, bytes) for value in values)
+
+
+def _is_mac(mac: Mac) -> bool:
+    return _is_id(mac.key_set) and _are_bytes(mac.tag) and len(mac.tag) == MAC_LENGTH
+
+
+def _wrong_with_pair(key: WrappingKey, asked: WrappingCapability) -> str | None:
+    ref = key.private_key
+    if (key.spec, key.algorithm) != (asked.spec, asked.algorithm):
+        return (
+            f"made a wrapping key pair for {key.algorithm} with {key.spec} where {asked.algorithm} "
+            f"with {asked.spec} was asked for"
+        )
+    if ref.custody != asked.custody:
+        return f"made a private key of {ref.custody}; its capabilities promise {asked.custody}"
+    if not _are_bytes(ref.data, key.public_key):
+        return "made a wrapping key pair whose public key or reference are not bytes"
+    if len(key.public_key) != _SPKI_LENGTH[key.spec]:
+        return f"made a public key that is not a SubjectPublicKeyInfo of {key.spec}"
+    if key.key_set is not None and not _is_id(key.key_set):
+        return "named a key set by what is not 1 to 32 ASCII characters"
+    return None
+
+
+def plugin_ref(ref: PrivateKeyRef) -> PrivateKeyRef:
+    """A guarded backend's reference as the plug-in made it."""
+    return replace(ref, data=ref.data[1:])
+
+
+def bound(ref: PrivateKeyRef, algorithm: WrappingAlgorithm) -> PrivateKeyRef:
+    """A plug-in's reference as the caller gets it: bound to the algorithm."""
+    return replace(ref, data=bytes([_ALGORITHMS.index(algorithm)]) + ref.data)
+
+
+def _unbound(ref: PrivateKeyRef, algorithm: WrappingAlgorithm) -> PrivateKeyRef:
+    if ref.data[:1] != bytes([_ALGORITHMS.index(algorithm)]):
+        raise InvalidImportToken("the import token's private key is for another algorithm")
+    return plugin_ref(ref)
+
+
+def _is_possible(algorithm: WrappingAlgorithm, length: int, material_length: int) -> bool:
+    """Whether a ciphertext of this length can hold material of that length."""
+    if algorithm is not WrappingAlgorithm.SM2PKE:
+        return length == _RSA_LENGTH
+    return length - material_length in _SM2_OVERHEAD

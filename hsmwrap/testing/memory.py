@@ -1,0 +1,450 @@
+"""A complete backend without an HSM, for the tests of a KMS and as a model for plug-ins.
+
+:class:`MemoryBackend` keeps its "HSM" in this process's memory, or in a directory that several
+processes share, and does all that the contract has: both protection levels, both custodies, every
+wrapping algorithm, key sets, reaping. It passes the conformance kit. It protects nothing and is not
+registered as a plug-in: a test opens it by its class.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+import secrets
+import struct
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from hsmwrap.backend import (
+    CONTRACT_VERSION,
+    NONCE_LENGTH,
+    Backend,
+    Capabilities,
+    Custody,
+    Exposure,
+    HasKeySets,
+    Health,
+    ImportedKey,
+    KeyCapability,
+    KeyRef,
+    KeySetInfo,
+    Mac,
+    ManagesKeySets,
+    PrivateKeyRef,
+    ReapReport,
+    ReapsWrappingKeys,
+    WrappingCapability,
+    WrappingKey,
+)
+from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec, configured
+from hsmwrap.checkvalue import check_value
+from hsmwrap.errors import (
+    ConfigurationError,
+    HsmError,
+    InvalidImportToken,
+    InvalidKeyMaterial,
+    InvalidMac,
+    KeyNotFound,
+)
+from hsmwrap.sm2.engine import open_engine
+from hsmwrap.sm2.formats import DEFAULT_LAYOUTS
+from hsmwrap.software import _cipher as cipher
+from hsmwrap.software._rsa import RsaScheme
+from hsmwrap.software._schemes import Scheme
+from hsmwrap.software._sm2 import Sm2Scheme
+
+GRACE = timedelta(minutes=15)
+"""How long after its expiry a wrapping key is reaped: another machine's clock may be behind."""
+
+_EXPIRY = struct.Struct(">d")
+
+Store = MutableMapping[str, bytes]
+"""The "HSM": objects by name. A test may look into it, and share it between backends."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySettings:
+    """Settings of a :class:`MemoryBackend`; enums may be given as the texts that spell them.
+
+    Attributes:
+        name: Name of the backend.
+        directory: Directory of the objects, for several processes; None: ``store``.
+        store: The objects; None: a new dictionary.
+        wrapping_custody: How private wrapping keys are kept.
+        material_custody: How imported keys are kept.
+        protection_levels: Levels of the CMKs that it serves.
+        algorithms: Wrapping algorithms that it serves.
+        key_specs: Key specs that it imports.
+        usable: Key specs that it encrypts with.
+        exposure: What it says of where material is in plaintext.
+        sm2_layouts: SM2 ciphertext layouts that it reads.
+    """
+
+    name: str = "memory"
+    directory: str | None = None
+    store: Store | None = field(default=None, repr=False)
+    wrapping_custody: Custody = Custody.HSM_ENCRYPTED_DATABASE
+    material_custody: Custody = Custody.HSM_ENCRYPTED_DATABASE
+    protection_levels: tuple[ProtectionLevel, ...] = tuple(ProtectionLevel)
+    algorithms: tuple[WrappingAlgorithm, ...] = tuple(WrappingAlgorithm)
+    key_specs: tuple[KeySpec, ...] = tuple(KeySpec)
+    usable: tuple[KeySpec, ...] = tuple(KeySpec)
+    exposure: Exposure = Exposure.HOST
+    sm2_layouts: tuple[str, ...] = tuple(DEFAULT_LAYOUTS)
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> Self:
+        """Check plain settings.
+
+        Raises:
+            ConfigurationError: A setting is unknown, or not one of the words that it takes.
+        """
+        known = [each.name for each in fields(cls)]
+        if unknown := settings.keys() - set(known):
+            raise ConfigurationError(
+                f"memory backend: unknown setting {', '.join(sorted(unknown))}; there are "
+                f"{', '.join(known)}"
+            )
+        return cls(**{name: _read(name, value) for name, value in settings.items()})
+
+    def open_store(self) -> Store:
+        """The objects."""
+        if self.directory is not None:
+            return DirectoryStore(self.directory)
+        return {} if self.store is None else self.store
+
+
+class MemoryBackend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
+    """The smallest backend that keeps the whole contract; makes its first key set when opened."""
+
+    contract_version: ClassVar[int] = CONTRACT_VERSION
+
+    def __init__(self, settings: MemorySettings | None = None) -> None:
+        """Open it on its objects."""
+        self.settings = settings or MemorySettings()
+        self.store = self.settings.open_store()
+        self.store.setdefault(_key_set(1), secrets.token_bytes(32))
+        sm2 = Sm2Scheme(open_engine("libcrypto"), self.settings.sm2_layouts)
+        schemes: list[Scheme] = [*map(RsaScheme, RsaScheme.ALGORITHMS), sm2]
+        self.schemes = {each.algorithm: each for each in schemes}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        """Open it from plain settings, see :class:`MemorySettings`."""
+        return cls(MemorySettings.from_mapping(settings))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.settings}>"
+
+    @property
+    def name(self) -> str:
+        """As the settings say."""
+        return self.settings.name
+
+    def capabilities(self) -> Capabilities:
+        """What the settings leave of everything."""
+        s = self.settings
+        return Capabilities(
+            backend=self.name,
+            protection_levels=frozenset(s.protection_levels),
+            wrapping=tuple(
+                WrappingCapability(
+                    each.spec, each.algorithm, s.exposure, s.wrapping_custody, "memory"
+                )
+                for each in self.schemes.values()
+                if each.algorithm in s.algorithms
+            ),
+            keys=tuple(
+                KeyCapability(spec, spec in s.usable and cipher.is_usable(spec), s.material_custody)
+                for spec in s.key_specs
+            ),
+            production=False,
+            notes=("A backend for tests: it protects nothing.",),
+        )
+
+    # --- wrapping keys -----------------------------------------------------------------------
+
+    def generate_wrapping_key(
+        self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm, *, expires_at: datetime
+    ) -> WrappingKey:
+        """Make a pair; the private key is sealed, or an object that knows when it expires."""
+        public_key, secret = self.make_pair(algorithm)
+        custody = self.settings.wrapping_custody
+        if custody is Custody.HSM_INTERNAL:
+            object_id = secrets.token_bytes(16)
+            self.store[_wrapping(object_id)] = _EXPIRY.pack(expires_at.timestamp()) + secret
+            return WrappingKey(spec, algorithm, public_key, PrivateKeyRef(custody, object_id))
+        key_set = self.current_key_set()
+        blob = self.seal(key_set, algorithm, secret)
+        return WrappingKey(spec, algorithm, public_key, PrivateKeyRef(custody, blob), key_set)
+
+    def make_pair(self, algorithm: WrappingAlgorithm) -> tuple[bytes, bytes]:
+        """Public key (DER SubjectPublicKeyInfo) and secret of a new pair; RSA takes 50 ms."""
+        return self.schemes[algorithm].generate()
+
+    def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:
+        """Remove the object."""
+        self.store.pop(_wrapping(private_key.data), None)
+
+    def unwrap_material(
+        self,
+        private_key: PrivateKeyRef,
+        algorithm: WrappingAlgorithm,
+        encrypted_material: bytes,
+        *,
+        key_spec: KeySpec,
+        expected_check_value: bytes | None = None,  # noqa: ARG002  # the guard compares
+        object_id: bytes | None = None,
+    ) -> ImportedKey:
+        """Decrypt, look at the length, keep."""
+        secret = self.fetch(private_key, algorithm)
+        length = key_spec.material_length
+        material = self.schemes[algorithm].decrypt(secret, encrypted_material, length)
+        if len(material) != length:
+            raise InvalidKeyMaterial
+        data = self.keep(material, key_spec, object_id or secrets.token_bytes(16))
+        key = KeyRef(self.name, key_spec, self.settings.material_custody, data)
+        return ImportedKey(key, check_value(material), self.settings.exposure)
+
+    def fetch(self, private_key: PrivateKeyRef, algorithm: WrappingAlgorithm) -> bytes:
+        """The secret of a wrapping key.
+
+        Raises:
+            InvalidImportToken: It is not there (any more), or does not open.
+        """
+        try:
+            if private_key.custody is Custody.HSM_INTERNAL:
+                return self.store[_wrapping(private_key.data)][_EXPIRY.size :]
+            return self.open(algorithm, private_key.data)
+        except KeyError:
+            raise InvalidImportToken("the wrapping key of this import token is gone") from None
+
+    def keep(self, material: bytes, key_spec: KeySpec, object_id: bytes) -> bytes:
+        """Keep material as an object or sealed; returns the reference's data."""
+        if self.settings.material_custody is Custody.HSM_ENCRYPTED_DATABASE:
+            return self.seal(self.current_key_set(), key_spec, material)
+        if self.store.setdefault(_material(object_id), material) is not material:
+            raise HsmError("there is an object with this object_id")
+        return object_id
+
+    # --- use ---------------------------------------------------------------------------------
+
+    def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
+        """AES-256-GCM or SM4-GCM."""
+        return cipher.encrypt(key.key_spec, self.material(key), plaintext, additional_data)
+
+    def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
+        """The same backwards."""
+        return cipher.decrypt(key.key_spec, self.material(key), ciphertext, additional_data)
+
+    def destroy_key(self, key: KeyRef) -> None:
+        """Remove the object."""
+        self.store.pop(_material(key.data), None)
+
+    def material(self, key: KeyRef) -> bytes:
+        """The material of an imported key.
+
+        Raises:
+            KeyNotFound: It is not there (any more), or does not open.
+        """
+        try:
+            if key.custody is Custody.HSM_INTERNAL:
+                return self.store[_material(key.data)]
+            return self.open(key.key_spec, key.data)
+        except KeyError:
+            raise KeyNotFound("the key is not in this backend (any more)") from None
+
+    # --- import tokens -----------------------------------------------------------------------
+
+    def mac(self, data: bytes) -> Mac:
+        """HMAC-SHA-256 under the current key set."""
+        key_set = self.current_key_set()
+        return Mac(key_set, hmac.digest(self._key(key_set, "mac"), data, "sha256"))
+
+    def verify_mac(self, data: bytes, mac: Mac) -> None:
+        """Compute it again and compare."""
+        try:
+            key = self._key(mac.key_set, "mac")
+        except KeyError:
+            raise InvalidMac(f"key set {mac.key_set} does not exist") from None
+        if not hmac.compare_digest(hmac.digest(key, data, "sha256"), mac.tag):
+            raise InvalidMac("the MAC is not right for these data")
+
+    # --- upkeep ------------------------------------------------------------------------------
+
+    def reap(self, now: datetime) -> ReapReport:
+        """Remove wrapping keys that expired :data:`GRACE` ago."""
+        resident = [name for name in self.store if name.startswith(_wrapping(b""))]
+        over = (now - GRACE).timestamp()
+        expired = [name for name in resident if _EXPIRY.unpack_from(self.store[name])[0] < over]
+        for name in expired:
+            self.store.pop(name, None)
+        ids = tuple(name.removeprefix(_wrapping(b"")) for name in expired)
+        return ReapReport(len(resident), ids)
+
+    def health(self) -> Health:
+        """Ready."""
+        return Health(ready=True, detail="ready")
+
+    # --- key sets ----------------------------------------------------------------------------
+
+    def current_key_set(self) -> str:
+        """The one with the highest number."""
+        return str(_key_sets(self.store)[-1])
+
+    @classmethod
+    def list_keys(cls, settings: Mapping[str, Any]) -> tuple[KeySetInfo, ...]:
+        """All key sets, oldest first."""
+        numbers = _key_sets(MemorySettings.from_mapping(settings).open_store())
+        return tuple(KeySetInfo(str(n), n == numbers[-1], "a key in memory") for n in numbers)
+
+    @classmethod
+    def initialise_keys(
+        cls,
+        settings: Mapping[str, Any],
+        *,
+        so_pin_file: str | None = None,  # noqa: ARG003  # a key set here has no officer
+    ) -> KeySetInfo:
+        """Make key set 1; opening the backend makes it as well."""
+        return _make_key_set(MemorySettings.from_mapping(settings).open_store(), 1)
+
+    @classmethod
+    def rotate_keys(
+        cls,
+        settings: Mapping[str, Any],
+        *,
+        so_pin_file: str | None = None,  # noqa: ARG003  # a key set here has no officer
+    ) -> KeySetInfo:
+        """Make a key set with the next number."""
+        store = MemorySettings.from_mapping(settings).open_store()
+        numbers = _key_sets(store)
+        if not numbers:
+            raise ConfigurationError("memory backend: no key set yet; initialise one")
+        return _make_key_set(store, numbers[-1] + 1)
+
+    @classmethod
+    def retire_keys(cls, settings: Mapping[str, Any], key_set: str) -> None:
+        """Destroy a key set that is not current."""
+        store = MemorySettings.from_mapping(settings).open_store()
+        if key_set not in map(str, _key_sets(store)[:-1]):
+            raise ConfigurationError(f"memory backend: no key set {key_set}, or it is current")
+        del store[_key_set(key_set)]
+
+    def seal(self, key_set: str, purpose: str, secret: bytes) -> bytes:
+        """Encrypt under a key set, for one purpose: two bytes for its number, nonce, GCM output."""
+        nonce = secrets.token_bytes(NONCE_LENGTH)
+        sealed = AESGCM(self._key(key_set, purpose)).encrypt(nonce, secret, None)
+        return int(key_set).to_bytes(2, "big") + nonce + sealed
+
+    def open(self, purpose: str, blob: bytes) -> bytes:
+        """Decrypt what :meth:`seal` made.
+
+        Raises:
+            KeyError: It does not open, or its key set is gone.
+        """
+        key = self._key(str(int.from_bytes(blob[:2], "big")), purpose)
+        nonce, sealed = blob[2 : 2 + NONCE_LENGTH], blob[2 + NONCE_LENGTH :]
+        try:
+            return AESGCM(key).decrypt(nonce, sealed, None)
+        except (InvalidTag, ValueError):
+            raise KeyError from None
+
+    def _key(self, key_set: str, purpose: str) -> bytes:
+        return hmac.digest(self.store[_key_set(key_set)], purpose.encode(), "sha256")
+
+
+class DirectoryStore(MutableMapping[str, bytes]):
+    """Objects as files: every process on the same directory has the same ones."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Take the directory, which is made if it is not there."""
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+
+    def __getitem__(self, name: str) -> bytes:
+        try:
+            return (self._directory / name).read_bytes()
+        except OSError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: bytes) -> None:
+        whole = self._write(value)
+        whole.replace(self._directory / name)
+
+    def setdefault(self, name: str, default: bytes) -> bytes:
+        """The object; ``default``, which becomes it, if there is none: one process wins."""
+        whole = self._write(default)
+        try:
+            os.link(whole, self._directory / name)
+        except FileExistsError:
+            return self[name]
+        finally:
+            whole.unlink()
+        return default
+
+    def __delitem__(self, name: str) -> None:
+        try:
+            (self._directory / name).unlink()
+        except OSError:
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.name for path in self._directory.iterdir() if path.name[0] != ".")
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _write(self, value: bytes) -> Path:
+        # Under another name first: a reader sees the whole object or none.
+        path = self._directory / f".{secrets.token_hex(8)}"
+        path.write_bytes(value)
+        return path
+
+
+def _key_set(number: int | str) -> str:
+    return f"key-set-{number}"
+
+
+def _wrapping(object_id: bytes) -> str:
+    return f"wrapping-{object_id.hex()}"
+
+
+def _material(object_id: bytes) -> str:
+    return f"material-{object_id.hex()}"
+
+
+def _key_sets(store: Store) -> list[int]:
+    found = (re.fullmatch(r"key-set-(\d+)", name) for name in store)
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _make_key_set(store: Store, number: int) -> KeySetInfo:
+    made = secrets.token_bytes(32)
+    if store.setdefault(_key_set(number), made) is not made:
+        raise ConfigurationError(f"memory backend: there is a key set {number}")
+    return KeySetInfo(str(number), current=True, detail="a key in memory")
+
+
+_ENUMS = {
+    "wrapping_custody": Custody,
+    "material_custody": Custody,
+    "protection_levels": ProtectionLevel,
+    "algorithms": WrappingAlgorithm,
+    "key_specs": KeySpec,
+    "usable": KeySpec,
+    "exposure": Exposure,
+}
+
+
+def _read(name: str, value: Any) -> Any:
+    enum = _ENUMS.get(name)
+    if isinstance(value, list | tuple | frozenset | set):
+        return tuple(configured(enum, name, each) if enum else each for each in value)
+    return configured(enum, name, value) if enum else value

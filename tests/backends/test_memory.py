@@ -1,0 +1,27 @@
+"""The backend that ships for tests keeps the whole contract, in both custodies."""
+
+from typing import ClassVar
+
+import pytest
+
+from hsmwrap.testing import MemoryBackend
+from hsmwrap.testing.conformance import BackendConformance
+
+CUSTODIES = ("wrapping_custody", "material_custody")
+
+
+class TestSealed(BackendConformance):
+    plugin = MemoryBackend
+    custody: ClassVar = "HsmEncryptedDatabase"
+
+    @pytest.fixture
+    def settings(self, tmp_path):
+        return dict.fromkeys(CUSTODIES, self.custody) | {"directory": str(tmp_path)}
+
+    @pytest.fixture
+    def count_objects(self, backend):
+        return lambda: len(backend.ability(MemoryBackend).store)
+
+
+class TestResident(TestSealed):
+    custody: ClassVar = "HsmInternal"
