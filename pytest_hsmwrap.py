@@ -130,3 +130,16 @@ def hsmwrap_import_service(
         ProtectionLevel.SOFTWARE: hsmwrap_open_backends.get("software", {}),
     }
     return ImportService(backends, Deployment())
+
+
+@pytest.fixture
+def hsmwrap_memory_backend() -> Iterator[Backend]:
+    """An open ``hsmwrap.testing.MemoryBackend`` with keys of its own: both levels, no HSM.
+
+    It is guarded, as ``open_backend`` guards a plug-in.
+    """
+    from hsmwrap.guard import GuardedBackend
+    from hsmwrap.testing import MemoryBackend
+
+    with GuardedBackend(MemoryBackend()) as backend:
+        yield backend

@@ -106,13 +106,14 @@ def test_the_kit_without_the_right_keys_fails(run_pytest):
 
 
 def test_a_failure_of_the_kit_shows_its_values(run_pytest):
-    long_name = """
+    never_ready = """
+from hsmwrap import Health
 from hsmwrap.software import SoftwareBackend
-SoftwareBackend.name = property(lambda self: 40 * "n")
+SoftwareBackend.health = lambda self: Health(ready=False, detail="broken here")
 """
-    options = ("--hsmwrap-backend", "software", "-k", "test_name_fits")
-    done = run_pytest(*KIT, *options, conftest=long_name)
-    assert "40 = len(" in done.stdout
+    options = ("--hsmwrap-backend", "software", "-k", "test_health_of_an_open_backend")
+    done = run_pytest(*KIT, *options, conftest=never_ready)
+    assert "where False = Health(ready=False, detail='broken here'" in done.stdout
 
 
 def test_the_kit_needs_the_name_of_a_plug_in(run_pytest):
@@ -136,6 +137,25 @@ def test_without_softhsm_it_fails_where_that_is_required(run_pytest):
     done = run_pytest(conftest=NOT_INSTALLED, test_it=IMPORTS_ONE_KEY, environment=environment)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
     assert "HSMWRAP_REQUIRE_SOFTHSM is 1, but there is no libsofthsm2.so" in done.stdout
+
+
+def test_without_softhsm_the_memory_backend_is_there(run_pytest):
+    test = """
+import pytest
+from hsmwrap import BackendClosed
+
+seen = []
+
+@pytest.mark.parametrize("run", range(2))
+def test_it(hsmwrap_memory_backend, run):
+    mac = hsmwrap_memory_backend.mac(b"data")
+    assert mac not in seen
+    seen.append(mac)
+    hsmwrap_memory_backend.close()
+    with pytest.raises(BackendClosed):
+        hsmwrap_memory_backend.verify_mac(b"data", mac)
+"""
+    assert passed(run_pytest(conftest=NOT_INSTALLED, test_it=test)) == 2
 
 
 # --- with SoftHSM ---------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_the_test_passes_by_the_command(hsmwrap_softhsm, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    assert " 1 passed" in done.stdout
+    assert " 2 passed" in done.stdout
 
 
 def test_the_table_lists_all_fixtures():
