@@ -142,8 +142,22 @@ def test_a_search_that_never_ends_well_is_given_up():
 
 
 def test_a_key_that_may_not_be_destroyed_is_reported():
-    report = reap_in([Key(1, destroying=GeneralError()), Key(2)])
+    refused = Key(1, destroying=GeneralError())
+    report = reap_in([refused, Key(2)], [refused], [refused])
     assert (report.removed, report.failed) == (("02",), ("01",))
+
+
+@pytest.mark.parametrize(
+    "answer", [FunctionFailed(), GeneralError()], ids=lambda e: type(e).__name__
+)
+def test_a_key_that_another_removes_at_the_same_time_is_in_no_list(answer):
+    report = reap_in([Key(1, destroying=answer), Key(2)], [], [])
+    assert (report.removed, report.failed) == (("02",), ())
+
+
+def test_a_key_that_was_in_the_way_of_another_s_write_is_removed_at_the_second_try():
+    report = reap_in([Key(1, destroying=GeneralError())], [Key(1)])
+    assert (report.removed, report.failed) == (("01",), ())
 
 
 @pytest.mark.parametrize("where", ["reading", "destroying"])

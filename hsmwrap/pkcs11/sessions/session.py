@@ -9,6 +9,8 @@ from typing import Any
 
 from pkcs11.constants import Attribute
 from pkcs11.exceptions import (
+    FunctionFailed,
+    GeneralError,
     KeyHandleInvalid,
     ObjectHandleInvalid,
     PKCS11Error,
@@ -25,6 +27,10 @@ SEARCHES = 10
 
 HANDLE_INVALID = (KeyHandleInvalid, ObjectHandleInvalid)
 """What a module answers to the handle of an object that is not there any more."""
+
+_DESTROYED_ELSEWHERE = (*HANDLE_INVALID, FunctionFailed, GeneralError)
+"""What SoftHSM answers if another process destroys the object during the call (field note 34).
+FUNCTION_FAILED and GENERAL_ERROR may mean more, so the object is looked for again."""
 
 
 @dataclass(slots=True)
@@ -110,7 +116,7 @@ class PooledSession:
         destroyed = 0
         with self.token_writes:
             for each in (found := self.find(template)):
-                with suppress(*HANDLE_INVALID):
+                with suppress(*_DESTROYED_ELSEWHERE):
                     each.destroy()
                     destroyed += 1
             if destroyed < len(found):

@@ -63,7 +63,7 @@ def reap(pooled: PooledSession, prefix: str, now: datetime) -> ReapReport:
             continue
         examined.add(object_id)
         if expires_at + GRACE < now:
-            outcome = _destroy(pooled, key)
+            outcome = _destroy(pooled, key, object_id)
             if outcome is not None:
                 (removed if outcome else failed).append(object_id.hex())
     _log.info("reaped", extra={"examined": len(examined), "removed": removed, "failed": failed})
@@ -107,7 +107,7 @@ def _described(pooled: PooledSession, prefix: str, key: Any) -> tuple[datetime |
     return expires_at, attributes.get(Attribute.ID, b"")
 
 
-def _destroy(pooled: PooledSession, key: Any) -> bool | None:
+def _destroy(pooled: PooledSession, key: Any, object_id: bytes) -> bool | None:
     """Whether it could be destroyed; None if another was faster."""
     try:
         with pooled.token_writes:
@@ -118,5 +118,12 @@ def _destroy(pooled: PooledSession, key: Any) -> bool | None:
     except PKCS11Error as error:
         if recovery_of(error) is not None:
             raise
-        return False  # may not
-    return True
+    else:
+        return True
+    # The token refuses, or another process destroys the key at the same time (field note 34).
+    try:
+        return pooled.destroy(_RESIDENT | {Attribute.ID: object_id}) > 0 or None
+    except PKCS11Error as error:
+        if recovery_of(error) is not None:
+            raise
+        return False
