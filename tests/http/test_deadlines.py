@@ -139,7 +139,8 @@ def test_stalled_requests_delay_no_other(patient, connect, first, many):
 
 
 def test_pages_are_answered_while_all_threads_are_busy(tmp_path, connect):
-    with running([*FAKE, "1", str(tmp_path)], tmp_path / "log") as process:
+    with running([*FAKE, "1", str(tmp_path)], tmp_path / "log") as process, ExitStack() as end:
+        end.callback((tmp_path / "release").touch)
         busy = [connect(get(signed("Wait")), process.port) for _ in range(2 * THREADS)]
         wait_for(tmp_path / "started")
         for _ in range(3):
@@ -148,5 +149,5 @@ def test_pages_are_answered_while_all_threads_are_busy(tmp_path, connect):
             assert parse(process.exchange(get("", "/readyz")))[0] == 500
             assert b"200 OK" in process.exchange(get("", "/metrics"), process.metrics_port)
         assert select.select(busy, [], [], 0)[0] == []
-        (tmp_path / "release").touch()
+        end.close()
         assert {parse(read_all(connection))[0] for connection in busy} == {200}
