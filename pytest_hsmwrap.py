@@ -1,7 +1,7 @@
 """pytest fixtures of hsmwrap: a private SoftHSM2 token, backends and an import service.
 
 pytest finds this module by its entry point where ``hsmwrap[testing]`` is installed. It is outside
-the package ``hsmwrap`` and imports it only in fixtures: who uses none of them pays nothing, and
+the package ``hsmwrap`` and imports it only in fixtures: without use of them nothing is loaded, and
 coverage of hsmwrap can still be measured. ``-p no:hsmwrap`` turns it off.
 
 Fixtures of the token skip where SoftHSM2 is not installed. They fail instead where the environment

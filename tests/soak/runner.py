@@ -22,6 +22,8 @@ from soak.load import REAPER_MIX, HeldKey, LoadTarget, Results, Worker, require_
 SAMPLE = 200
 """Keys per backend that are tried at the end."""
 WINDOWS = 5
+LEAST_ANSWERS = 10
+"""Right answers in each window, so that a busy machine does not decide the speed by chance."""
 TICK = 0.05
 REPORT_EVERY = 5.0
 
@@ -47,7 +49,7 @@ class Plan:
 
     @property
     def quiet(self) -> float:
-        """Seconds of each of the three phases without faults: warm-up, measurement, end."""
+        """Least seconds of each phase without faults: warm-up, measurement, end."""
         return min(10.0, self.seconds / 8)
 
 
@@ -118,7 +120,7 @@ class Soak:
         outcome = Outcome(plan.seed, plan.seconds)
         try:
             with self.load():
-                self.watch(plan.quiet)
+                self.speed(plan.quiet)  # warm-up
                 outcome.speed_before = self.speed(plan.quiet)
                 end = time.monotonic() + plan.seconds - 3 * plan.quiet
                 while time.monotonic() < end:
@@ -178,8 +180,13 @@ class Soak:
         return statistics.median(self._window(seconds / WINDOWS) for _ in range(WINDOWS))
 
     def _window(self, seconds: float) -> float:
+        """Answers per second in a window; it lasts longer where there are few."""
         done, started = self.results.done, time.monotonic()
         self.watch(seconds)
+        while self.results.done - done < LEAST_ANSWERS:
+            if time.monotonic() - started > self.plan.patience:
+                raise Stuck(f"{self.results.done - done} right answers in {self.plan.patience} s")
+            self.watch(TICK)
         return (self.results.done - done) / (time.monotonic() - started)
 
     def wait_until_ready(self) -> None:
