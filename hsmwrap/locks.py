@@ -208,9 +208,10 @@ class ReadWriteLock(ForkAware):
 
     def after_fork_in_parent(self) -> None:
         """Let threads in again."""
-        with self._changed:
-            self._closed_for_fork = False
-            self._changed.notify_all()
+        if self.fork_turn < ForkTurn.STATE:
+            with self._changed:
+                self._closed_for_fork = False
+                self._changed.notify_all()
 
     def after_fork_in_child(self) -> None:
         """Be free."""

@@ -94,17 +94,18 @@ def test_child_of_a_process_that_held_the_lock(gate, in_child):
     def hold():
         with gate._calls._changed:
             held.set()
-            let_go.wait(60)
+            return let_go.wait(60)
 
     def use():
         with gate.enter():
             return gate.in_flight
 
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(hold)
+        holding = pool.submit(hold)
         assert held.wait(60)
         assert in_child(use) == 1
         let_go.set()
+        assert holding.result(), "the fork waited for the lock"
 
 
 def test_call_that_forks_leaves_in_the_child_without_being_counted(gate, in_child):
