@@ -328,9 +328,9 @@ def wrong_pin(tmp_path, connect):
 
 def test_a_wrong_pin_is_tried_once(softhsm, wrong_pin, tmp_path):
     """The next backend sees USER_PIN_COUNT_LOW and does not even try."""
-    from hsmwrap.testing.faults import FaultShim
+    from support.faults.shim import fault_shim
 
-    shim = FaultShim(softhsm.module, tmp_path / "shim")
+    shim = fault_shim(softhsm.module, tmp_path / "shim")
     settings = softhsm.settings("connection", module=str(shim.path), pin_file=wrong_pin)
     first, second = try_to_open(settings | {"lazy": True}, 2)
     assert "PIN_INCORRECT" in first

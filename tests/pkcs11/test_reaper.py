@@ -209,9 +209,10 @@ from datetime import UTC, datetime, timedelta
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import HsmResourceExhausted
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.testing.faults import CKR, FaultShim
+from hsmwrap.testing.faults import CKR
+from support.faults.shim import fault_shim
 settings = json.loads(sys.argv[1])
-shim = FaultShim(settings["module"], sys.argv[2])
+shim = fault_shim(settings["module"], sys.argv[2])
 backend = Pkcs11Backend.from_settings(settings | {"module": str(shim.path)})
 sm2 = WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE
 backend.generate_wrapping_key(*sm2, expires_at=datetime.now(UTC) - timedelta(hours=1))

@@ -1,15 +1,14 @@
 """Runs operations of the backend against every fault, in a process of its own.
 
 Usage: python -m support.faults.matrix_worker
-           SHIM_DIRECTORY SETTINGS_JSON SO_PIN_FILE SHARE SHARES OPERATION...
+           SHIM_DIRECTORY SETTINGS_JSON SO_PIN_FILE OPERATION CODE...
 
-Prints one JSON object a line: every SHARES-th case, from number SHARE on. It is a process of its
-own because the shim and a backend that loads SoftHSM directly would share one SoftHSM.
+Prints one JSON object a line: the cases of one operation with these return codes. It is a process
+of its own because the shim and a backend that loads SoftHSM directly would share one SoftHSM.
 
 If an operation calls a function many times, different codes are injected at different calls.
 """
 
-import itertools
 import json
 import secrets
 import sys
@@ -23,8 +22,9 @@ from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.returncodes import RECOVERY
 from hsmwrap.pkcs11.keysets import admin
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.testing.faults import CKR, FaultShim
+from hsmwrap.testing.faults import CKR
 from support.clients import encrypt_as_client
+from support.faults.shim import fault_shim
 
 AES = KeySpec.ALIYUN_AES_256
 # Functions that may make an object although they answer an error. Not C_OpenSession: a session
@@ -330,10 +330,12 @@ class FaultedBackend:
         return {name: called[name] for name in sorted(set(called) - NOT_OURS)}
 
 
-def rules(operation, calls):
-    """Every function by every code."""
+def rules(operation, calls, codes):
+    """Every function by each of the codes."""
     for function, count in calls.items():
         for index, code in enumerate(RECOVERY):
+            if code.name not in codes:
+                continue
             for after in (False, True) if function in CREATORS else (False,):
                 nth = 1 + index * count // len(RECOVERY) if operation in MANY_CALLS else 1
                 yield code.name, {"function": function, "code": code, "nth": nth, "after": after}
@@ -341,17 +343,14 @@ def rules(operation, calls):
 
 def main():
     directory, settings, so_pin_file = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-    share, shares, operations = int(sys.argv[4]), int(sys.argv[5]), sys.argv[6:]
-    shim = FaultShim(settings["module"], directory)
+    operation, *codes = sys.argv[4:]
+    shim = fault_shim(settings["module"], directory)
     faulted = FaultedBackend(shim, settings | {"module": str(shim.path)}, so_pin_file)
-    for operation in operations:
-        cases = rules(operation, faulted.calls_of(operation))
-        for code, rule in itertools.islice(cases, share, None, shares):
-            case = {"operation": operation, **rule, "code": code}
-            case |= faulted.case(operation, rule)
-            print(json.dumps(case), flush=True)
+    for code, rule in rules(operation, faulted.calls_of(operation), codes):
+        case = {**rule, "code": code} | faulted.case(operation, rule)
+        print(json.dumps(case), flush=True)
     faulted.backend.close()
-    print(json.dumps({"operation": "close", "held": shim.counters().held}), flush=True)
+    print(json.dumps({"held_after_close": shim.counters().held}), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.module import Module, _InitializeArgs, shared_function_list
 from hsmwrap.pkcs11.keysets import hardening
 from hsmwrap.testing.clients import pyca_encrypt
-from hsmwrap.testing.faults import CKR, FaultShim
+from hsmwrap.testing.faults import CKR
+from support.faults.shim import fault_shim
 from support.frames import assert_no_secret
 
 AES = KeySpec.ALIYUN_AES_256
@@ -426,6 +427,6 @@ def what_an_error_carries(shim, settings):
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[3])
-    shim = FaultShim(settings["module"], sys.argv[2])
+    shim = fault_shim(settings["module"], sys.argv[2])
     with contextlib.suppress(BrokenPipeError):
         globals()[sys.argv[1]](shim, settings | {"module": str(shim.path)})

@@ -15,7 +15,8 @@ from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.keysets.keys import Role
 from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.testing.faults import CKR, FaultShim
+from hsmwrap.testing.faults import CKR
+from support.faults.shim import fault_shim
 
 RSA = WrappingKeySpec.RSA_2048, WrappingAlgorithm.RSAES_OAEP_SHA_1
 
@@ -146,5 +147,5 @@ def faults_while_reading(shim, settings, _so_pin_file):
 
 if __name__ == "__main__":
     directory, arguments = sys.argv[2], json.loads(sys.argv[3])
-    shim = FaultShim(arguments["module"], directory)
+    shim = fault_shim(arguments["module"], directory)
     globals()[sys.argv[1]](shim, arguments | {"module": str(shim.path)}, sys.argv[4])

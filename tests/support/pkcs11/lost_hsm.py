@@ -13,7 +13,8 @@ from datetime import UTC, datetime, timedelta
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import HsmUnavailable, TokenSelectionError
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.testing.faults import CKR, FaultShim
+from hsmwrap.testing.faults import CKR
+from support.faults.shim import fault_shim
 
 
 def unavailable(backend):
@@ -123,5 +124,5 @@ def log_out(pooled):
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[3])
-    shim = FaultShim(settings["module"], sys.argv[2])
+    shim = fault_shim(settings["module"], sys.argv[2])
     globals()[sys.argv[1]](shim, settings | {"module": str(shim.path)})
