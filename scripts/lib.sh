@@ -4,18 +4,18 @@
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV=$ROOT/.venv
 
-# package | what shows that it is there | the script that needs it, or all | what for
+# package | what shows that it is there | the scripts that need it, or all | what for
 debian_packages() {
   cat <<'TABLE'
-python3-venv    | module  ensurepip                           | all  | makes the virtual environment
-softhsm2        | command softhsm2-util                       | all  | the token
-openssl         | command openssl                             | all  | a client that is not ours
-libnss3         | file    /usr/lib/*/libsoftokn3.so           | test | a second token
-p11-kit         | file    /usr/libexec/p11-kit/p11-kit-server | test | a token in another process
-p11-kit-modules | file    /usr/lib/*/pkcs11/p11-kit-client.so | test | the client of that token
-gcc             | command gcc                                 | test | compiles the fault shim
-libc6-dev       | file    /usr/include/stdio.h                | test | headers for the fault shim
-postgresql      | file    /usr/lib/postgresql/*/bin/initdb    | test | a second database
+python3-venv    | module  ensurepip                           | all                   | makes the virtual environment
+softhsm2        | command softhsm2-util                       | demo,serve,bench,test | the token
+openssl         | command openssl                             | all                   | a client that is not ours
+libnss3         | file    /usr/lib/*/libsoftokn3.so           | test                  | a second token
+p11-kit         | file    /usr/libexec/p11-kit/p11-kit-server | test                  | a token in another process
+p11-kit-modules | file    /usr/lib/*/pkcs11/p11-kit-client.so | test                  | the client of that token
+gcc             | command gcc                                 | test                  | compiles the fault shim
+libc6-dev       | file    /usr/include/stdio.h                | test                  | headers for the fault shim
+postgresql      | file    /usr/lib/postgresql/*/bin/initdb    | test                  | a second database
 TABLE
 }
 
@@ -30,7 +30,7 @@ die() {
 }
 
 # Makes the machine and the clone ready.
-# Usage: prepare demo|test EXTRA, where EXTRA is one of the package's
+# Usage: prepare demo|serve|bench|test|fast EXTRA, where EXTRA is one of the package's
 prepare() {
   [[ -e /dev/fd/0 ]] || exec </dev/null
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -54,7 +54,7 @@ is_there() {
 missing_packages() {
   local package kind what script purpose
   while IFS=' |' read -r package kind what script purpose; do
-    [[ $script == all || $script == "$1" ]] || continue
+    [[ $script == all || ,$script, == *,"$1",* ]] || continue
     is_there "$kind" "$what" || printf '%s (%s)\n' "$package" "$purpose"
   done < <(debian_packages)
 }

@@ -1,25 +1,48 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
-from support import skips
+from support import fast, skips
+
+# What may name a token or a server outside of the tests.
+OUTSIDE = ("SOFTHSM2_", "P11_KIT_", "HSMWRAP_PKCS11_", "HSMWRAP_TOKEN_", "HSMWRAP_PIN_",
+           "HSMWRAP_SO_PIN_", "HSMWRAP_SERVER_", "HSMWRAP_KEYRING_", "HSMWRAP_CONFIG")  # fmt: skip
+
+
+def pytest_addoption(parser):
+    fast.add_option(parser)
 
 
 def pytest_configure(config):
+    for name in [name for name in os.environ if name.startswith(OUTSIDE)]:
+        del os.environ[name]
+    os.environ["SOFTHSM2_CONF"] = "/nonexistent"  # otherwise SoftHSM reads the machine's
     # Workers are modules of support that run as processes of their own.
     paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    # The time that one example takes says how busy the machine is.
+    hypothesis.settings.register_profile("patient", deadline=None)
+    hypothesis.settings.load_profile("patient")
+    fast.configure(config)
     skips.register(config)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    fast.select(config, items)
+
+
 @pytest.fixture(scope="session")
-def softhsm(hsmwrap_softhsm):
-    """The private token of this session, by the fixture that embedders use."""
-    return hsmwrap_softhsm
+def softhsm(request):
+    """The private token of this process, by the fixture that embedders use."""
+    fast.needs_service()
+    return request.getfixturevalue("hsmwrap_softhsm")
 
 
 @pytest.fixture(scope="session")
 def postgres_cluster():
+    fast.needs_service()
     pytest.importorskip("psycopg", reason="capability: psycopg is not installed")
     from support.services.postgres import PrivateCluster, binaries
 

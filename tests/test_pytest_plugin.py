@@ -15,6 +15,8 @@ from support.services.softhsm import ROOT
 from hsmwrap import KeySpec
 from hsmwrap.software import SoftwareBackend
 
+pytestmark = pytest.mark.slow
+
 IMPORTS_ONE_KEY = """
 import os
 import pytest

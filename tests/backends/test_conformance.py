@@ -22,6 +22,7 @@ class TestSoftware(BackendConformance):
         return settings
 
 
+@pytest.mark.slow
 class TestSoftwareWithGmssl(TestSoftware):
     engine = "gmssl"
 

@@ -15,10 +15,12 @@ from hsmwrap.errors import HsmwrapError
 VERDICTS = (AssertionError, pytest.fail.Exception, HsmwrapError, ValueError)
 
 
+@pytest.mark.slow
 class TestHonestSealed(HonestKit):
     pass
 
 
+@pytest.mark.slow
 class TestHonestResident(HonestKit):
     custody = Custody.HSM_INTERNAL
 
@@ -52,6 +54,7 @@ def verdicts():
     return jury.verdicts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_the_kit_catches(mutant, verdicts):
     """Behind the guard; one that the guard makes harmless, without it."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "PLUGINS.md").read_text("utf-8")
 FILES = dict(re.findall(r"^```\w+\n# (\S+\.\w+)\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL))

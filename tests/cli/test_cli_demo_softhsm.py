@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def demo(tmp_path):
+def demo(softhsm, tmp_path):
     """Run ``hsmwrap demo --json`` on the token in ``tmp_path``: (exit code, document)."""
 
     def run():

@@ -18,6 +18,8 @@ from support.faults.shimclient import CKA_CLASS, CKA_TOKEN, PIN, Client, fresh_p
 from hsmwrap.testing import _control, _shimbuild
 from hsmwrap.testing.faults import CKR, FUNCTIONS, FaultControl, FaultShim, build, main
 
+pytestmark = pytest.mark.slow
+
 SOFTHSM = "/usr/lib/softhsm/libsofthsm2.so"
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "tests/support/faults/smoke.c"

@@ -236,6 +236,7 @@ def _append(path, name):
         log.append(AuditEntry(f"{name}-{number}", name, "Encrypt", None, "ok"))
 
 
+@pytest.mark.slow
 def test_processes_and_threads_append_to_one_file(tmp_path):
     path = tmp_path / "shared.log"
     context = multiprocessing.get_context("spawn")

@@ -9,6 +9,8 @@ from support.kms.fakes import AES_MATERIAL, Client, import_request, run_elsewher
 
 from hsmwrap.kms.objects import LEASE
 
+pytestmark = pytest.mark.slow
+
 SCHEDULED, IMPORTED, COMMITTED = "destruction scheduled", "material imported", "row committed"
 STARTED, DESTROYED = "destruction started", "object destroyed"
 

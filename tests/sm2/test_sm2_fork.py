@@ -149,6 +149,7 @@ def test_calls_hold_the_lock(libcrypto):
     assert not LIBCRYPTO.readers
 
 
+@pytest.mark.slow
 def test_forks_under_load(libcrypto):
     stop = threading.Event()
 

@@ -62,7 +62,7 @@ def test_every_other_length_is_rejected(sealer, blob):
     assert rejected(sealer, Purpose.WRAPPING_KEY, blob + b"\0", *CONTEXT)
 
 
-@pytest.mark.parametrize("purpose", set(Purpose) - {Purpose.WRAPPING_KEY})
+@pytest.mark.parametrize("purpose", [p for p in Purpose if p is not Purpose.WRAPPING_KEY])
 def test_another_purpose_is_rejected(sealer, blob, purpose):
     assert rejected(sealer, purpose, blob, *CONTEXT)
 

@@ -111,7 +111,7 @@ def test_length_is_exact(backend, issue, wrap, algorithm, key_spec):
             backend.unwrap_material(pair.private_key, algorithm, ciphertext, key_spec=key_spec)
 
 
-@pytest.mark.parametrize("algorithm", set(WrappingAlgorithm) - {WrappingAlgorithm.SM2PKE})
+@pytest.mark.parametrize("algorithm", sorted(set(WrappingAlgorithm) - {WrappingAlgorithm.SM2PKE}))
 def test_empty_material_is_refused(backend, issue, wrap, algorithm):
     pair = issue(backend, algorithm)
     ciphertext = wrap(pair, b"")
@@ -120,7 +120,9 @@ def test_empty_material_is_refused(backend, issue, wrap, algorithm):
             backend.unwrap_material(pair.private_key, algorithm, ciphertext, key_spec=key_spec)
 
 
-@pytest.mark.parametrize("algorithm", set(WrappingAlgorithm) - {WrappingAlgorithm.RSAES_PKCS1_V1_5})
+@pytest.mark.parametrize(
+    "algorithm", sorted(set(WrappingAlgorithm) - {WrappingAlgorithm.RSAES_PKCS1_V1_5})
+)
 def test_changed_ciphertexts_are_refused_alike(backend, issue, wrap, algorithm):
     key_spec = KeySpec.ALIYUN_AES_256
     pair = issue(backend, algorithm)

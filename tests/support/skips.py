@@ -3,6 +3,8 @@
 The list is tests/expected_skips.toml. A skip is expected if its test and its reason match an entry
 (shell patterns). ``always = true``: the skip happens on every machine that the tests run on, so a
 whole run without it fails too: the capability is there now.
+
+The workers of pytest-xdist send their reports to the controller, and only that one counts.
 """
 
 import tomllib
@@ -11,6 +13,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+
+from support import fast
 
 LIST = Path(__file__).parents[1] / "expected_skips.toml"
 
@@ -36,7 +40,8 @@ class SkipList:
     def pytest_runtest_logreport(self, report):
         if report.skipped and not hasattr(report, "wasxfail"):
             reason = report.longrepr[2].removeprefix("Skipped: ")
-            self.skipped.append((report.nodeid, reason))
+            if reason != fast.LEFT_OUT:
+                self.skipped.append((report.nodeid, reason))
 
     def unexpected(self):
         return [skip for skip in self.skipped if not any(e.matches(*skip) for e in self.expected)]
@@ -73,8 +78,10 @@ def expected_skips():
 
 def register(config):
     """Watch this run; a run of a selection cannot tell what is lost."""
-    selected = (
-        config.option.keyword or config.option.markexpr or config.getoption("lf", default=False)
-    )
+    if hasattr(config, "workerinput"):
+        return
+    option = config.option
+    selected = option.keyword or option.markexpr or option.collectonly or option.fast
+    selected = selected or config.getoption("lf", default=False)
     whole = not selected and config.args_source is not config.ArgsSource.ARGS
     config.pluginmanager.register(SkipList(expected_skips(), whole_run=whole), "skip-list")

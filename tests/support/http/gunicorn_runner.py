@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from support.fast import needs_service
+
 DEADLINE = 60
 READY = re.compile(r"ready http://127\.0\.0\.1:(\d+)\n")
 
@@ -78,6 +80,7 @@ def running(arguments: list[str], log: Path) -> Iterator[Process]:
 def running_command(
     command: list[str], log: Path, environment: dict[str, str]
 ) -> Iterator[Process]:
+    needs_service()
     process = Process(command, log, environment)
     try:
         yield process

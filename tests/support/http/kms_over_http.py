@@ -20,6 +20,7 @@ from hsmwrap.kms.audit import AuditLog
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.service import Kms
 from hsmwrap.policy import Deployment
+from support.fast import needs_service
 from support.http.sdk_clients import Credentials
 
 ACCESS_KEYS = (
@@ -76,6 +77,7 @@ class RunningKms:
 def running_kms(
     directory: Path, backend: Backend, deployment: Deployment | None = None
 ) -> Iterator[RunningKms]:
+    needs_service()
     kms_clock, http_clock = ShiftedClock(), ShiftedClock()
     database = Database(f"sqlite:///{directory}/kms.db")
     database.migrate()

@@ -8,6 +8,7 @@ from pkcs11.exceptions import PKCS11Error
 
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.host import ModuleHost
+from support.fast import needs_service
 
 LABEL = "NSS Certificate DB"
 NO_NSS = "capability: NSS softokn is not installed"
@@ -49,6 +50,7 @@ def find_module():
 
 def make_nss(directory: Path) -> Nss:
     """A fresh token in ``directory``; skips without NSS."""
+    needs_service()
     module = find_module()
     if module is None:
         pytest.skip(NO_NSS)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hsmwrap.pkcs11 import Pkcs11Backend
+from support.fast import needs_service
 from support.services.softhsm import SoftHsm
 
 NO_P11_KIT = "capability: p11-kit's server and client module are not installed"
@@ -69,6 +70,7 @@ class P11KitServer:
 @contextmanager
 def p11kit_server(token: SoftHsm, directory: Path):
     """A running server, which this process's environment points to."""
+    needs_service()
     server = P11KitServer(token, directory / "socket")
     server.start()
     before = os.environ.get(ADDRESS)

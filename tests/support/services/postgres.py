@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psycopg
 
+from support.fast import needs_service
+
 _CANDIDATES = ("postgres", "nobody")
 
 
@@ -29,6 +31,7 @@ class PrivateCluster:
     """Runs for the length of a ``with`` block."""
 
     def __init__(self):
+        needs_service()
         self._bin = binaries()
         # Not pytest's own: a socket's path is at most 107 bytes, and the user has to reach it.
         self._home = Path(tempfile.mkdtemp(prefix="hsmwrap-pg-"))

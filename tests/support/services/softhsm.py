@@ -6,12 +6,14 @@ import pytest
 
 from hsmwrap.testing.softhsm import SoftHsm, SoftHsmNotInstalledError
 from pytest_hsmwrap import NOT_INSTALLED
+from support.fast import needs_service
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def make_softhsm(directory: Path, label="hsmwrap-tests") -> SoftHsm:
     """A fresh token in ``directory``; skips without SoftHSM2."""
+    needs_service()
     try:
         return SoftHsm.make(directory, label)
     except SoftHsmNotInstalledError:
