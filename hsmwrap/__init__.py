@@ -42,9 +42,11 @@ from hsmwrap.errors import (
 )
 from hsmwrap.imports import (
     Cmk,
+    FailedImports,
     ImportParameters,
     ImportResult,
     ImportService,
+    MemoryFailedImports,
     MemoryUsedTokens,
     UsedTokens,
 )
@@ -64,6 +66,7 @@ __all__ = [
     "Deployment",
     "ExpiredImportToken",
     "Exposure",
+    "FailedImports",
     "Health",
     "HsmError",
     "HsmResourceExhausted",
@@ -82,6 +85,7 @@ __all__ = [
     "KeyRef",
     "KeySpec",
     "ManagedHsm",
+    "MemoryFailedImports",
     "MemoryUsedTokens",
     "MissingParameter",
     "Origin",

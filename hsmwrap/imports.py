@@ -39,6 +39,7 @@ from hsmwrap.errors import (
     ExpiredImportToken,
     HsmwrapError,
     InvalidImportToken,
+    InvalidKeyMaterial,
     InvalidParameter,
     ServiceUnavailable,
     UnsupportedOrigin,
@@ -49,6 +50,8 @@ from hsmwrap.policy import Deployment
 
 TOKEN_LIFETIME = timedelta(hours=24)
 """How long an import token is valid (Alibaba's rule)."""
+MAX_FAILED_IMPORTS = 20
+"""How many imports under one token may fail before the token is refused."""
 MARK_MARGIN = timedelta(hours=1)
 """How much longer than the token its mark of single use is kept, for clocks that are set back."""
 
@@ -178,40 +181,76 @@ def generate_inline(
     return backend.generate_wrapping_key(spec, algorithm, expires_at=expires_at)
 
 
-class MemoryUsedTokens:
-    """:class:`UsedTokens` for one process; forgets an id :data:`MARK_MARGIN` after its token."""
+class FailedImports(Protocol):
+    """Where the failed imports of each token are counted; share it between processes.
+
+    A captured ciphertext belongs to one wrapping key and so to one import token. An attack that
+    decrypts it by trying (Bleichenbacher 1998, Manger 2001) needs thousands of imports at least,
+    whatever an answer or its time tells. So a token takes a bounded number of failed ones.
+    """
+
+    def count(self, token_id: bytes) -> int:
+        """The number of failed imports under this token."""
+
+    def record(self, token_id: bytes, expires_at: datetime) -> int:
+        """Count one more, atomically; returns the number.
+
+        A count has to outlast its token by more than clocks differ or are set back.
+        """
+
+
+class _ByToken:
+    """A number for each token id; forgotten :data:`MARK_MARGIN` after its token."""
 
     def __init__(self, clock: Callable[[], datetime] | None = None) -> None:
         """Take the clock that says which tokens are over."""
         self._clock = clock or _utc_now
         self._lock = threading.Lock()
-        # A released id stays until its time, unmarked: however often an import fails and is tried
-        # again, a token takes up one place.
-        self._marked: dict[bytes, bool] = {}
+        self._numbers: dict[bytes, int] = {}
         self._by_expiry: list[tuple[datetime, bytes]] = []
+
+    def _put(self, token_id: bytes, expires_at: datetime, number: int) -> None:
+        """Set a number, in the one place of its token; the caller holds the lock."""
+        over = self._clock() - MARK_MARGIN
+        while self._by_expiry and self._by_expiry[0][0] <= over:
+            del self._numbers[heapq.heappop(self._by_expiry)[1]]
+        if token_id not in self._numbers:
+            heapq.heappush(self._by_expiry, (expires_at, token_id))
+        self._numbers[token_id] = number
+
+
+class MemoryUsedTokens(_ByToken):
+    """:class:`UsedTokens` for one process; forgets an id :data:`MARK_MARGIN` after its token."""
 
     def claim(self, token_id: bytes, expires_at: datetime) -> bool:
         """Mark the id as used; False if it was already, or if its token is over."""
         with self._lock:
-            now = self._clock()
-            self._forget_before(now - MARK_MARGIN)
-            marked = self._marked.get(token_id)
-            if marked or expires_at <= now:
+            if self._numbers.get(token_id) or expires_at <= self._clock():
                 return False
-            self._marked[token_id] = True
-            if marked is None:
-                heapq.heappush(self._by_expiry, (expires_at, token_id))
+            self._put(token_id, expires_at, 1)
             return True
 
     def release(self, token_id: bytes) -> None:
         """Take a claim back after a failed import."""
         with self._lock:
-            if token_id in self._marked:
-                self._marked[token_id] = False
+            if token_id in self._numbers:
+                self._numbers[token_id] = 0
 
-    def _forget_before(self, over: datetime) -> None:
-        while self._by_expiry and self._by_expiry[0][0] <= over:
-            del self._marked[heapq.heappop(self._by_expiry)[1]]
+
+class MemoryFailedImports(_ByToken):
+    """:class:`FailedImports` for one process; forgets as :class:`MemoryUsedTokens` does."""
+
+    def count(self, token_id: bytes) -> int:
+        """The number of failed imports under this token."""
+        with self._lock:
+            return self._numbers.get(token_id, 0)
+
+    def record(self, token_id: bytes, expires_at: datetime) -> int:
+        """Count one more; returns the number."""
+        with self._lock:
+            number = self._numbers.get(token_id, 0) + 1
+            self._put(token_id, expires_at, number)
+            return number
 
 
 def _utc_now() -> datetime:
@@ -231,6 +270,8 @@ class ImportService:
         required_exposure: Exposure | None = None,
         refused_algorithms: Collection[WrappingAlgorithm] = frozenset(),
         used_tokens: UsedTokens | None = None,
+        failed_imports: FailedImports | None = None,
+        max_failed_imports: int = MAX_FAILED_IMPORTS,
         key_source: KeySource = generate_inline,
     ) -> None:
         """Put the service together. Members of enums may be given as the texts that spell them.
@@ -249,10 +290,14 @@ class ImportService:
             refused_algorithms: Refused whatever the compatibility table says, for tokens that
                 were issued before as well; ``RSAES_PKCS1_V1_5`` is a candidate.
             used_tokens: Makes import tokens single-use; None: reusable within their lifetime.
+            failed_imports: Where failed imports are counted; None: in this process.
+            max_failed_imports: How many imports under one token may fail before it is refused.
+                Those that run at the same time can exceed it, by as many as run.
             key_source: Where wrapping keys come from.
 
         Raises:
-            ConfigurationError: A level, the exposure or an algorithm has an unknown spelling.
+            ConfigurationError: A level, the exposure or an algorithm has an unknown spelling, or
+                ``max_failed_imports`` is less than 1.
             UnsupportedProtectionLevel: A backend may not serve the level that it is given for.
         """
         self._backends = {
@@ -275,7 +320,11 @@ class ImportService:
             configured(WrappingAlgorithm, "refused_algorithms", algorithm)
             for algorithm in refused_algorithms
         )
+        if max_failed_imports < 1:
+            raise ConfigurationError("max_failed_imports: takes a whole number, 1 or more")
         self._used_tokens = used_tokens
+        self._failed_imports = failed_imports or MemoryFailedImports(clock)
+        self._max_failed_imports = max_failed_imports
         self._key_source = key_source
 
     def get_parameters_for_import(
@@ -327,7 +376,8 @@ class ImportService:
         Raises:
             UnsupportedOrigin: The CMK does not take imports.
             InvalidParameter: The expiry is not in the future, or has no time zone.
-            InvalidImportToken: Changed, of another CMK or backend, or used up.
+            InvalidImportToken: Changed, of another CMK or backend, used up, or too many imports
+                under it failed.
             ExpiredImportToken: Authentic, but too old.
             UnsupportedProtectionLevel: No HSM in this region, or no backend for this level.
             CombinationRefused: The token's algorithm is not allowed or not served here any more, or
@@ -345,14 +395,19 @@ class ImportService:
         with _SingleUse(self._used_tokens, claims, self._require_unexpired):
             # Again: the calls in between may have waited for an unavailable HSM.
             self._require_unexpired(claims)
-            imported = backend.unwrap_material(
-                claims.private_key,
-                claims.algorithm,
-                encrypted_key_material,
-                key_spec=cmk.key_spec,
-                expected_check_value=cmk.check_value,
-                object_id=object_id,
-            )
+            self._require_few_failures(claims)
+            try:
+                imported = backend.unwrap_material(
+                    claims.private_key,
+                    claims.algorithm,
+                    encrypted_key_material,
+                    key_spec=cmk.key_spec,
+                    expected_check_value=cmk.check_value,
+                    object_id=object_id,
+                )
+            except InvalidKeyMaterial:
+                self._record_failure(cmk, backend, claims)
+                raise
         _log_event("imported key material", cmk, backend, claims.token_id, imported.exposure)
         return ImportResult(imported, claims.token_id, key_material_expire)
 
@@ -400,6 +455,19 @@ class ImportService:
                 f"the import token expired at {claims.expires_at:%Y-%m-%dT%H:%M:%SZ}; "
                 "call GetParametersForImport again"
             )
+
+    def _require_few_failures(self, claims: tokens.ImportTokenClaims) -> None:
+        if self._failed_imports.count(claims.token_id) >= self._max_failed_imports:
+            raise InvalidImportToken(
+                f"{self._max_failed_imports} imports under this import token failed, and it takes "
+                "no more; call GetParametersForImport again"
+            )
+
+    def _record_failure(self, cmk: Cmk, backend: Backend, claims: tokens.ImportTokenClaims) -> None:
+        failures = self._failed_imports.record(claims.token_id, claims.expires_at)
+        if failures == self._max_failed_imports:
+            event = "import token refused from now on: too many failed imports"
+            _log.warning(event, extra=_described(cmk, backend, claims.token_id))
 
     def _require_capability(
         self, backend: Backend, cmk: Cmk, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
@@ -517,12 +585,8 @@ def _claims(
 def _log_event(
     event: str, cmk: Cmk, backend: Backend, token_id: bytes, exposure: Exposure | None = None
 ) -> None:
-    _log.info(
-        event,
-        extra={
-            "cmk_id": cmk.key_id,
-            "backend": backend.name,
-            "token_id": token_id.hex(),
-            "exposure": exposure,
-        },
-    )
+    _log.info(event, extra={**_described(cmk, backend, token_id), "exposure": exposure})
+
+
+def _described(cmk: Cmk, backend: Backend, token_id: bytes) -> dict[str, str]:
+    return {"cmk_id": cmk.key_id, "backend": backend.name, "token_id": token_id.hex()}

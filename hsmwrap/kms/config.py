@@ -30,6 +30,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.imports import MAX_FAILED_IMPORTS
 from hsmwrap.kms.schema import LOG_ID_LENGTH
 from hsmwrap.policy import Deployment
 from hsmwrap.settings import REQUIRED, Setting, did_you_mean
@@ -119,6 +120,8 @@ class ServerConfig(BaseSettings):
     """Validity of import tokens."""
     single_use: bool = False
     """Whether an import token is for one import only."""
+    max_failed_imports: int = Field(default=MAX_FAILED_IMPORTS, ge=1)
+    """How many imports under one import token may fail before it is refused."""
     required_exposure: Exposure | None = None
     """`in_hsm` refuses HSM-level imports whose material passes the host."""
     refused_algorithms: frozenset[WrappingAlgorithm] = frozenset()

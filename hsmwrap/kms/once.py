@@ -1,4 +1,4 @@
-"""Things that may be used once: signature nonces, and import tokens if they are single-use.
+"""Things that may be used once, or a few times: nonces, single-use tokens, failed imports.
 
 The database decides, so this holds for all threads, processes and machines that share it.
 """
@@ -13,7 +13,7 @@ from sqlalchemy import delete
 
 from hsmwrap.imports import MARK_MARGIN
 from hsmwrap.kms.database import Database
-from hsmwrap.kms.schema import UsedOnce
+from hsmwrap.kms.schema import FailedImport, UsedOnce
 
 
 class OnceStore:
@@ -45,9 +45,10 @@ class OnceStore:
             transaction.execute(delete(UsedOnce).where(UsedOnce.digest == digest))
 
     def purge(self, now: datetime) -> None:
-        """Delete the expired marks."""
+        """Delete the expired marks and counts."""
         with self._database.write() as transaction:
-            transaction.execute(delete(UsedOnce).where(UsedOnce.expires_at <= now))
+            for table in (UsedOnce, FailedImport):
+                transaction.execute(delete(table).where(table.expires_at <= now))
 
 
 class NonceStore:
@@ -87,6 +88,37 @@ class UsedImportTokens:
     def release(self, token_id: bytes) -> None:
         """Release a claim after a failed import."""
         self._once.release(_digest("import token", token_id))
+
+
+class FailedImportTokens:
+    """:class:`hsmwrap.imports.FailedImports` in the database."""
+
+    def __init__(self, database: Database) -> None:
+        """Take the database."""
+        self._database = database
+
+    def count(self, token_id: bytes) -> int:
+        """The number of failed imports under this token, on all processes."""
+        with self._database.read() as transaction:
+            row = transaction.get(FailedImport, _digest("failed import", token_id))
+            return 0 if row is None else row.failures
+
+    def record(self, token_id: bytes, expires_at: datetime) -> int:
+        """Count one more, atomically; returns the number.
+
+        It is kept longer than the token is valid, by :data:`hsmwrap.imports.MARK_MARGIN`.
+        """
+        first = self._database.insert(FailedImport).values(
+            digest=_digest("failed import", token_id),
+            failures=1,
+            expires_at=expires_at + MARK_MARGIN,
+        )
+        one_more = first.on_conflict_do_update(
+            index_elements=[FailedImport.digest], set_={"failures": FailedImport.failures + 1}
+        ).returning(FailedImport.failures)
+        with self._database.write() as transaction:
+            failures: int = transaction.execute(one_more).scalar_one()
+            return failures
 
 
 def _digest(purpose: str, *parts: bytes) -> bytes:

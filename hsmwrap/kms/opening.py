@@ -76,6 +76,7 @@ def open_kms(
             arn_prefix=f"acs:kms:{config.region}:{config.account_id}:key/",
             token_lifetime=config.token_lifetime,
             single_use=config.single_use,
+            max_failed_imports=config.max_failed_imports,
             required_exposure=config.required_exposure,
             refused_algorithms=config.refused_algorithms,
             key_pool=key_pool,

@@ -113,6 +113,16 @@ class UsedOnce(Row):
     expires_at: Mapped[datetime] = mapped_column(Instant, index=True)
 
 
+class FailedImport(Row):
+    """How many imports under an import token failed."""
+
+    __tablename__ = "failed_imports"
+
+    digest: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
+    failures: Mapped[int]
+    expires_at: Mapped[datetime] = mapped_column(Instant, index=True)
+
+
 class AuditAnchor(Row):
     """A line that an audit log had at some time, and must still have."""
 

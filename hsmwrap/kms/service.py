@@ -13,7 +13,7 @@ from hsmwrap.backend import Backend, Exposure, Health
 from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 from hsmwrap.guard import guard_all
-from hsmwrap.imports import TOKEN_LIFETIME, ImportService, generate_inline
+from hsmwrap.imports import MAX_FAILED_IMPORTS, TOKEN_LIFETIME, ImportService, generate_inline
 from hsmwrap.keypool import KeyPool
 from hsmwrap.kms import anchors
 from hsmwrap.kms.access import AccessKeys, Caller
@@ -23,7 +23,7 @@ from hsmwrap.kms.core import Core, by_name, no_step
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.errors import InvalidAction, NoPermission
 from hsmwrap.kms.objects import LEASE, Objects
-from hsmwrap.kms.once import NonceStore, OnceStore, UsedImportTokens
+from hsmwrap.kms.once import FailedImportTokens, NonceStore, OnceStore, UsedImportTokens
 from hsmwrap.kms.parameters import parse
 from hsmwrap.kms.sweeper import Sweep, Sweeper
 from hsmwrap.policy import Deployment
@@ -63,6 +63,7 @@ class Kms:
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         token_lifetime: timedelta = TOKEN_LIFETIME,
         single_use: bool = False,
+        max_failed_imports: int = MAX_FAILED_IMPORTS,
         required_exposure: Exposure | None = None,
         refused_algorithms: Collection[WrappingAlgorithm] = (),
         key_pool: KeyPool | None = None,
@@ -82,6 +83,8 @@ class Kms:
             clock: Returns the current aware time.
             token_lifetime: Validity of import tokens.
             single_use: True makes import tokens single-use, in all processes on the database.
+            max_failed_imports: How many imports under one import token may fail before it is
+                refused, in all processes on the database.
             required_exposure: ``Exposure.IN_HSM`` refuses HSM-level imports through the host.
             refused_algorithms: Wrapping algorithms that are turned off.
             key_pool: Makes wrapping key pairs ahead; None: generate at each call. The KMS closes
@@ -112,6 +115,8 @@ class Kms:
             required_exposure=required_exposure,
             refused_algorithms=refused_algorithms,
             used_tokens=used_tokens,
+            failed_imports=FailedImportTokens(database),
+            max_failed_imports=max_failed_imports,
             key_source=key_pool or generate_inline,
         )
         objects = Objects(database, by_name(backends.values()), clock, import_lease, step)

@@ -101,7 +101,7 @@ def test_used_tokens_are_forgotten_once_expired():
     assert used.claim(b"a", soon)
     clock.now = soon + MARK_MARGIN
     assert used.claim(b"b", clock.now + timedelta(hours=1))
-    assert list(used._marked) == [b"b"]
+    assert list(used._numbers) == [b"b"]
     assert len(used._by_expiry) == 1
 
 
@@ -124,7 +124,7 @@ def test_a_token_that_fails_again_and_again_takes_one_place():
     for _ in range(100):
         assert used.claim(b"a", soon)
         used.release(b"a")
-    assert (len(used._marked), len(used._by_expiry)) == (1, 1)
+    assert (len(used._numbers), len(used._by_expiry)) == (1, 1)
 
 
 def test_claims_do_not_slow_down_with_the_number_of_marks():

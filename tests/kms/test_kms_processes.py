@@ -138,3 +138,24 @@ def test_children_after_fork_use_what_they_inherit(open_kms):
     assert [answers.get() for _ in children] == ["aGVsbG8="] * 4
     assert [child.exitcode for child in children] == [0] * 4
     client.usable(key_id)
+
+
+def test_failed_imports_are_counted_across_and_forgotten_after_the_token(open_kms, clock):
+    one, other = (Client(open_kms(max_failed_imports=3)) for _ in range(2))
+    key_id = one.create()
+    parameters = one.parameters(key_id)
+    for client in (one, other, one):
+        with pytest.raises(InvalidKeyMaterial):
+            client.import_material(key_id, AES_MATERIAL[:-1], parameters=parameters)
+    for client in (one, other):
+        with pytest.raises(InvalidImportToken, match="call GetParametersForImport again"):
+            client.import_material(key_id, parameters=parameters)
+    other.import_material(key_id)
+    for hours, rows in ((24.5, 1), (0.6, 0)):
+        clock.advance(hours=hours)
+        one.kms.sweep()
+        with one.kms._database.read() as transaction:
+            counted = transaction.connection().exec_driver_sql(
+                "SELECT failures FROM failed_imports"
+            )
+            assert [each.failures for each in counted] == [3] * rows

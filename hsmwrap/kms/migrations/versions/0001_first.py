@@ -29,6 +29,14 @@ def upgrade() -> None:
     )
     op.create_index("ix_used_once_expires_at", "used_once", ["expires_at"])
     op.create_table(
+        "failed_imports",
+        sa.Column("digest", sa.LargeBinary(32), nullable=False),
+        sa.Column("failures", sa.Integer(), nullable=False),
+        sa.Column("expires_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("digest"),
+    )
+    op.create_index("ix_failed_imports_expires_at", "failed_imports", ["expires_at"])
+    op.create_table(
         "audit_anchors",
         sa.Column("log", sa.String(512), nullable=False),
         sa.Column("sequence", sa.BigInteger(), nullable=False),
@@ -40,7 +48,8 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Drop the tables."""
-    for table in ("audit_anchors", "used_once", "scheduled_destructions", "keys"):
+    tables = ("audit_anchors", "failed_imports", "used_once", "scheduled_destructions", "keys")
+    for table in tables:
         op.drop_table(table)
 
 
