@@ -31,12 +31,12 @@ from hsmwrap.errors import (
     KeyNotFound,
 )
 from hsmwrap.locks import LIBCRYPTO
-from hsmwrap.software import _cipher as cipher
+from hsmwrap.software import cipher
 from hsmwrap.software._keyring import Keyring
 from hsmwrap.software._keyring_file import KeyringFile
 from hsmwrap.software._report import NAME, report
-from hsmwrap.software._schemes import Scheme, open_schemes
 from hsmwrap.software._sealing import BlobRejected, Purpose, Sealer, key_set_of
+from hsmwrap.software.schemes import Scheme, open_schemes
 from hsmwrap.software.settings import SoftwareSettings
 
 _MASTER_KEY = "master key"
@@ -156,7 +156,7 @@ class SoftwareBackend(Backend, HasKeySets, ManagesKeySets):
             return ImportedKey(key, check_value(material), Exposure.HOST)
 
     def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
-        """Encrypt under an imported key, see :mod:`hsmwrap.software._cipher`."""
+        """Encrypt under an imported key, see :mod:`hsmwrap.software.cipher`."""
         with LIBCRYPTO.read():
             return cipher.encrypt(key.key_spec, self._open_key(key), plaintext, additional_data)
 

@@ -6,9 +6,8 @@ from collections.abc import Collection, Iterator
 
 from hsmwrap.backend import Capabilities, Custody, Exposure, KeyCapability, WrappingCapability
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingKeySpec
-from hsmwrap.software import _cipher as cipher
-from hsmwrap.software import _rsa as rsa
-from hsmwrap.software._schemes import Scheme
+from hsmwrap.software import cipher, rsa
+from hsmwrap.software.schemes import Scheme
 from hsmwrap.software.settings import SoftwareSettings
 
 NAME = "software"

@@ -55,10 +55,10 @@ from hsmwrap.errors import (
 )
 from hsmwrap.sm2.engine import open_engine
 from hsmwrap.sm2.formats import DEFAULT_LAYOUTS
-from hsmwrap.software import _cipher as cipher
-from hsmwrap.software._rsa import RsaScheme
-from hsmwrap.software._schemes import Scheme
-from hsmwrap.software._sm2 import Sm2Scheme
+from hsmwrap.software import cipher
+from hsmwrap.software.rsa import RsaScheme
+from hsmwrap.software.schemes import Scheme
+from hsmwrap.software.sm2 import Sm2Scheme
 
 GRACE = timedelta(minutes=15)
 """How long after its expiry a wrapping key is reaped: another machine's clock may be behind."""

@@ -14,8 +14,7 @@ from hsmwrap.backend import Exposure, KeyCapability, KeySetInfo
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.cli import main
 from hsmwrap.errors import ConfigurationError, InvalidKeyMaterial, UnsupportedOperation
-from hsmwrap.software import SoftwareBackend
-from hsmwrap.software import _rsa as rsa
+from hsmwrap.software import SoftwareBackend, rsa
 from hsmwrap.testing import MemoryBackend
 from hsmwrap.testing.clients import OPENSSL
 

@@ -32,11 +32,8 @@ from hsmwrap.errors import (
 )
 from hsmwrap.guard import plugin_ref
 from hsmwrap.registry import open_backend
-from hsmwrap.software import SoftwareBackend
+from hsmwrap.software import SoftwareBackend, cipher, rsa, schemes
 from hsmwrap.software import _backend as backend_module
-from hsmwrap.software import _cipher as cipher
-from hsmwrap.software import _rsa as rsa
-from hsmwrap.software import _schemes as schemes
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 OAEP = WrappingAlgorithm.RSAES_OAEP_SHA_256

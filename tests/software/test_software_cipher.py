@@ -6,7 +6,7 @@ from support.vectors import wycheproof
 
 from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import InvalidCiphertext
-from hsmwrap.software import _cipher as cipher
+from hsmwrap.software import cipher
 
 USABLE = [spec for spec in KeySpec if cipher.is_usable(spec)]
 each_spec = pytest.mark.parametrize("spec", USABLE)

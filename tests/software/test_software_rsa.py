@@ -6,7 +6,7 @@ from support.vectors import wycheproof
 
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidKeyMaterial
-from hsmwrap.software import _rsa as rsa
+from hsmwrap.software import rsa
 
 OAEP = {
     WrappingAlgorithm.RSAES_OAEP_SHA_1: "rsa_oaep_2048_sha1_mgf1sha1_test",

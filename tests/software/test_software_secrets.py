@@ -16,9 +16,8 @@ from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidKeyMaterial,
 from hsmwrap.guard import plugin_ref
 from hsmwrap.registry import open_backend
 from hsmwrap.sm2.engine import open_engine
-from hsmwrap.software import SoftwareBackend
+from hsmwrap.software import SoftwareBackend, cipher
 from hsmwrap.software import _backend as backend_module
-from hsmwrap.software import _cipher as cipher
 from hsmwrap.software import _sealing as sealing
 from hsmwrap.software._keyring import Keyring
 from hsmwrap.software._sealing import Purpose, Sealer

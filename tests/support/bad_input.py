@@ -5,6 +5,7 @@ prepares is imported once, so that only the one thing that the row names is wron
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -260,6 +261,16 @@ def _(scene):
     parameters, ciphertext = good(desk, OAEP1)
     service = desk.service(used_tokens=MemoryUsedTokens(desk.clock))
     desk.bring_in(parameters, ciphertext, service=service)
+    yield partial(desk.bring_in, parameters, ciphertext, service=service)
+
+
+@bad("token under which too many imports failed", InvalidImportToken)
+def _(scene):
+    desk = scene.desk
+    parameters, ciphertext = good(desk, OAEP1)
+    service = desk.service(max_failed_imports=1)
+    with suppress(InvalidKeyMaterial):
+        desk.bring_in(parameters, bytes(len(ciphertext)), service=service)
     yield partial(desk.bring_in, parameters, ciphertext, service=service)
 
 

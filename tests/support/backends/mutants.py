@@ -31,7 +31,7 @@ from hsmwrap.errors import (
 from hsmwrap.oaep import mgf1
 from hsmwrap.sm2 import encode_point, encode_spki, parse, sm2_kdf, sm3
 from hsmwrap.sm2.kdf import xor
-from hsmwrap.software._rsa import RsaScheme, load
+from hsmwrap.software.rsa import RsaScheme, load
 from hsmwrap.testing._conformance.points import G, multiples_of, multiply
 from support.backends.honest import HonestBackend
 

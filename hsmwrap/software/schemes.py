@@ -9,9 +9,9 @@ from typing import Protocol
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.sm2.engine import Sm2Engine, open_engine
-from hsmwrap.software._rsa import RsaScheme
-from hsmwrap.software._sm2 import Sm2Scheme
+from hsmwrap.software.rsa import RsaScheme
 from hsmwrap.software.settings import SoftwareSettings
+from hsmwrap.software.sm2 import Sm2Scheme
 
 
 class Scheme(Protocol):
