@@ -282,7 +282,7 @@ FAILURES = [
     "Rejected.StateModifiedFailed",
     "InvalidKeyMaterial",
     "lease lost",
-    "database unavailable",
+    "no database",
 ]
 
 
