@@ -36,6 +36,7 @@ from support.pkcs11.attacker import (
 from hsmwrap import oaep, tokens
 from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.catalog import Origin, ProtectionLevel, WrappingKeySpec
+from hsmwrap.guard import bound, plugin_ref
 from hsmwrap.imports import Cmk, ImportService
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
 from hsmwrap.pkcs11.wrapping import material as material_module
@@ -106,7 +107,7 @@ def test_known_limit_sealed_blobs_open_until_their_key_set_is_retired(scenes, at
     deleted = bring(backend, issue(backend, OAEP1), secrets.token_bytes(32)).key
     backend.destroy_key(deleted)
     for role, blob in (
-        (Role.WRAPPING_UNWRAP, expired.private_key.data[4:]),
+        (Role.WRAPPING_UNWRAP, plugin_ref(expired.private_key).data[4:]),
         (Role.MATERIAL_AES, deleted.data[3:]),
     ):
         attacker.unwrap(attacker.ours(LABEL=f"{prefix}:{role}:1"), blob, UNWRAPPED[role])
@@ -152,7 +153,9 @@ def test_known_limit_the_pin_can_substitute_keys(scenes, attacker, prefix):
         backend=backend.name,
         public_key_sha256=hashlib.sha256(public).digest(),
         expires_at=(datetime.now(UTC) + timedelta(days=1)).replace(microsecond=0),
-        private_key=PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, b"\x01\x00\x00\x01" + blob),
+        private_key=bound(
+            PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, b"\x01\x00\x00\x01" + blob), OAEP1
+        ),
     )
     token = tokens.encode(claims, backend.mac)  # C_Sign with the MAC key, as the PIN allows
     service = ImportService({ProtectionLevel.HSM: backend}, Deployment())

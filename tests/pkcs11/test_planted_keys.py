@@ -10,10 +10,11 @@ from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.mechanisms import KeyType, Mechanism
 from support.pkcs11.attacker import KWP, OAEP1, WAYS_TO_A_KNOWN_VALUE, Scenes, bring, issue
 
-from hsmwrap.backend import ReapsWrappingKeys
+from hsmwrap.backend import HasKeySets, ReapsWrappingKeys
 from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidMac
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.keysets.keys import Role
+from hsmwrap.pkcs11.wrapping.custody import parse_ref
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,12 @@ def key_sets(softhsm, prefix):
 
 def sets_used(backend):
     """Numbers of the key sets that seal what is made now: wrapping key, material, import token."""
+    backend = backend.ability(Pkcs11Backend)
     key = issue(backend, OAEP1)
     imported = bring(backend, key, secrets.token_bytes(32))
-    numbers = {key.private_key.data[2:4], imported.key.data[1:3]}
-    return {int.from_bytes(number, "big") for number in numbers} | {int(backend.mac(b"").key_set)}
+    sealed = {parse_ref(key.private_key)[1], int.from_bytes(imported.key.data[1:3], "big")}
+    assert key.key_set == HasKeySets.of(backend).current_key_set()
+    return sealed | {int(key.key_set), int(backend.mac(b"").key_set)}
 
 
 def test_a_set_of_known_keys_is_ignored(scenes, attacker, prefix, trusted):
