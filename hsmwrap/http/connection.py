@@ -76,10 +76,11 @@ class Connection(asyncio.Protocol):
         """The connection is open."""
         self._transport = cast("asyncio.Transport", transport)
         # pause_writing then means: the client has not taken the whole answer yet.
-        self._transport.set_write_buffer_limits(high=0)
+        # (asyncio's TLS would say so of each answer at a limit of 0.)
+        tls = transport.get_extra_info("ssl_object") is not None
+        self._transport.set_write_buffer_limits(high=1 if tls else 0, low=0)
         server = transport.get_extra_info("sockname")
         host, port = server[:2] if isinstance(server, tuple) else ("", 0)
-        tls = transport.get_extra_info("ssl_object") is not None
         self._peers = Peers(*self._client, host, port, "https" if tls else "http")
         self._phase = Phase.IDLE
         self._set_timer(deadline.IDLE_SECONDS, self._close)
@@ -137,7 +138,7 @@ class Connection(asyncio.Protocol):
             self._state = _State.ENDING
             error = TooManyConnections("too many connections")
             self._transport.write(failure(error).encoded(keep_alive=False))
-        if self._transport.get_write_buffer_size():
+        if self._transport.is_closing() or self._transport.get_write_buffer_size():
             self._transport.abort()
         else:
             self._transport.close()
@@ -212,10 +213,13 @@ class Connection(asyncio.Protocol):
             early, self._early = self._early, b""
             self._parser.feed(early)
         self._advance()
-        self._transport.resume_reading()
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def _close(self) -> None:
         self._state = _State.ENDING
+        if self._transport.is_closing():
+            return
         if self._at_end or not self._parser.unread or not self._transport.can_write_eof():
             self._transport.close()
             return

@@ -295,6 +295,7 @@ class Gateway:
                 client,
                 ssl=tls,
                 ssl_handshake_timeout=None if tls is None else deadline.HEAD_SECONDS,
+                ssl_shutdown_timeout=None if tls is None else deadline.REST_SECONDS,
             )
         )
         opening.add_done_callback(partial(self._opened, client, connection))

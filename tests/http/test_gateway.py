@@ -5,11 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import socket
+import ssl
 import threading
 import time
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from support.http.gateway_runner import DEADLINE, ends, get, is_silent, read_answer, serving
 
 from hsmwrap.http import deadline
@@ -316,6 +323,72 @@ def test_closing_waits_for_no_client(app, monkeypatch):
         with suppress(OSError):
             until(lambda: not client.sendall(b"0" * 1000) and False)
         until(lambda: len(list(running.gateway.connections)) == 1)
+
+
+# --- TLS
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory):
+    """Contexts of a server and of a client that trusts it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+        .public_bytes(Encoding.PEM)
+    )
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    file = tmp_path_factory.mktemp("tls") / "pem"
+    file.write_bytes(secret + certificate)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(file)
+    return server, ssl.create_default_context(cadata=certificate.decode())
+
+
+def over_tls(tls, client):
+    return tls[1].wrap_socket(client, server_hostname="localhost")
+
+
+def test_requests_over_tls(app, tls):
+    with serving(app, tls=tls[0]) as running, over_tls(tls, running.connect()) as client:
+        received = b""
+        for path in ("/one", "/big", "/two"):
+            client.sendall(get(path))
+            while b"HTTP/1.1 200 OK" not in received:
+                received += client.recv(65536)
+            length = int(received.partition(b"Content-Length: ")[2].split(b"\r\n")[0])
+            body = received.partition(b"\r\n\r\n")[2]
+            while len(body) < length:
+                body += client.recv(65536)
+            assert path == "/big" or json.loads(body)["wsgi.url_scheme"] == "https"
+            received = b""
+        client.sendall(get("/three", "Connection: close"))
+        assert b"/three" in ends(client)
+        with over_tls(tls, running.connect(source="127.0.0.2")) as refused:
+            refused.sendall(b"SECRET\r\n\r\n")
+            assert b" 400 " in ends(refused).split(b"\r\n")[0]
+
+
+def test_a_tls_handshake_has_a_deadline(app, tls, monkeypatch):
+    monkeypatch.setattr(deadline, "HEAD_SECONDS", 0.2)
+    with serving(app, tls=tls[0]) as running:
+        assert ends(running.connect()) == b""
+        assert ends(running.connect(get())) == b""
+
+
+def test_a_tls_handshake_makes_room(app, tls):
+    with serving(app, tls=tls[0], limits=Limits(connections_per_address=1)) as running:
+        silent = running.connect()
+        until(lambda: list(running.gateway.connections))
+        with over_tls(tls, running.connect()) as client:
+            client.sendall(get("/", "Connection: close"))
+            assert b" 200 " in ends(client).split(b"\r\n")[0]
+        assert ends(silent) == b""
 
 
 # --- the end

@@ -17,12 +17,12 @@ EVERY_BODY = frozenset((method, path) for method in ("GET", "POST") for path in 
 
 
 class Running:
-    def __init__(self, site: Site, threads: int, limits: Limits) -> None:
+    def __init__(self, site: Site, threads: int, limits: Limits, tls) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port = self.listener.getsockname()[1]
         self.loop = asyncio.new_event_loop()
         self.gateway = Gateway(threads=threads, limits=limits, loop=self.loop)
-        self.gateway.listen(self.listener, site)
+        self.gateway.listen(self.listener, site, tls)
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
         self._clients = contextlib.ExitStack()
@@ -50,8 +50,11 @@ class Running:
 
 
 @contextmanager
-def serving(app, *, threads=2, limits=Limits(), max_body=1000, places=None) -> Iterator[Running]:  # noqa: B008
-    running = Running(Site(app, max_body, EVERY_BODY, places or {}), threads, limits)
+def serving(
+    app, *, threads=2, limits=None, max_body=1000, places=None, tls=None
+) -> Iterator[Running]:
+    site = Site(app, max_body, EVERY_BODY, places or {})
+    running = Running(site, threads, limits or Limits(), tls)
     try:
         yield running
     finally:
