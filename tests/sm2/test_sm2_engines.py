@@ -263,7 +263,7 @@ def refuse(self, private, public, ciphertext):
 )
 def test_self_test_catches(monkeypatch, method, replacement):
     monkeypatch.setattr(Broken, method, replacement)
-    monkeypatch.setattr(engine_module, "_ENGINES", {"broken": (__name__, "Broken")})
+    monkeypatch.setattr(engine_module, "ENGINES", {"broken": (__name__, "Broken")})
     with pytest.raises(SelfTestFailed, match="broken"):
         open_engine("broken")
 

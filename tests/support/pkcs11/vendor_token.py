@@ -119,7 +119,10 @@ class VendorToken:
         asked = packed(wanted).items()
         return [key for key in self.objects if asked <= key.told.items()]
 
-    def generate_key(self, key_type, _bits, *, id, label, store, capabilities, template):  # noqa: A002
+    def generate_key(self, key_type, _bits, *, capabilities, store=False, **more):
+        if not store:
+            raise MechanismInvalid  # keys that only show what the token says of a key's origin
+        id, label, template = (more[name] for name in ("id", "label", "template"))  # noqa: A001
         uses = {use: bool(MechanismFlag[use.name] & capabilities) for use in ALL_CAPABILITIES}
         named = {Attribute.ID: id, Attribute.LABEL: label, Attribute.TOKEN: store}
         made = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.KEY_TYPE: key_type}
