@@ -17,14 +17,14 @@ from hsmwrap.sm2.formats import DEFAULT_LAYOUTS, LAYOUTS, Layout
 
 
 class WrappingCustody(StrEnum):
-    """How private wrapping keys are kept: sealed in the import token, resident in the HSM token.
+    """How private wrapping keys are kept: a :class:`hsmwrap.backend.Custody`, or AUTO.
 
-    AUTO: sealed where the HSM token can, as probed; resident otherwise.
+    AUTO: HSM_ENCRYPTED_DATABASE where the HSM token can, as probed; HSM_INTERNAL otherwise.
     """
 
     AUTO = "auto"
-    SEALED = "sealed"
-    RESIDENT = "resident"
+    HSM_INTERNAL = Custody.HSM_INTERNAL.value
+    HSM_ENCRYPTED_DATABASE = Custody.HSM_ENCRYPTED_DATABASE.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +82,14 @@ class Pkcs11Settings(Settings):
     max_backoff: float = setting(seconds(), "Longest wait between two tries.", 30.0)
     wrapping_custody: WrappingCustody = setting(
         choice(WrappingCustody),
-        "Private wrapping keys: sealed in the import token, or resident in the HSM token; auto: "
-        "sealed where the HSM token can.",
+        "Private wrapping keys: encrypted in the import token (HsmEncryptedDatabase), or objects "
+        "in the HSM token (HsmInternal); auto: HsmEncryptedDatabase where the HSM token can.",
         WrappingCustody.AUTO,
     )
     material_custody: Custody = setting(
         choice(Custody),
-        "Imported keys: sealed blobs that the caller keeps, or objects in the HSM token.",
+        "Imported keys: encrypted blobs that the caller keeps (HsmEncryptedDatabase), or objects "
+        "in the HSM token (HsmInternal).",
         Custody.HSM_ENCRYPTED_DATABASE,
     )
     sm2_layouts: tuple[Layout, ...] = setting(

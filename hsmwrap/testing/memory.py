@@ -14,10 +14,11 @@ import re
 import secrets
 import struct
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -43,7 +44,7 @@ from hsmwrap.backend import (
     WrappingCapability,
     WrappingKey,
 )
-from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec, configured
+from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.checkvalue import check_value
 from hsmwrap.errors import (
     ConfigurationError,
@@ -53,8 +54,9 @@ from hsmwrap.errors import (
     InvalidMac,
     KeyNotFound,
 )
+from hsmwrap.settings import NAME, TEXT, Kind, Settings, choice, setting, typed
 from hsmwrap.sm2.engine import open_engine
-from hsmwrap.sm2.formats import DEFAULT_LAYOUTS
+from hsmwrap.sm2.formats import DEFAULT_LAYOUTS, LAYOUTS, Layout
 from hsmwrap.software import cipher
 from hsmwrap.software.rsa import RsaScheme
 from hsmwrap.software.schemes import Scheme
@@ -64,55 +66,57 @@ GRACE = timedelta(minutes=15)
 """How long after its expiry a wrapping key is reaped: another machine's clock may be behind."""
 
 _EXPIRY = struct.Struct(">d")
+_E = TypeVar("_E", bound=StrEnum)
 
 Store = MutableMapping[str, bytes]
 """The "HSM": objects by name. A test may look into it, and share it between backends."""
 
 
+def _some_of(members: type[_E]) -> Kind:
+    one = choice(members)
+    return Kind(
+        f"a list of {', '.join(members)}",
+        lambda value: tuple(one.read(each) for each in typed(value, list, tuple)),
+    )
+
+
 @dataclass(frozen=True, slots=True)
-class MemorySettings:
-    """Settings of a :class:`MemoryBackend`; enums may be given as the texts that spell them.
+class MemorySettings(Settings):
+    """The checked settings of a :class:`MemoryBackend`."""
 
-    Attributes:
-        name: Name of the backend.
-        directory: Directory of the objects, for several processes; None: ``store``.
-        store: The objects; None: a new dictionary.
-        wrapping_custody: How private wrapping keys are kept.
-        material_custody: How imported keys are kept.
-        protection_levels: Levels of the CMKs that it serves.
-        algorithms: Wrapping algorithms that it serves.
-        key_specs: Key specs that it imports.
-        usable: Key specs that it encrypts with.
-        exposure: What it says of where material is in plaintext.
-        sm2_layouts: SM2 ciphertext layouts that it reads.
-    """
+    component: ClassVar[str] = "memory backend"
 
-    name: str = "memory"
-    directory: str | None = None
-    store: Store | None = field(default=None, repr=False)
-    wrapping_custody: Custody = Custody.HSM_ENCRYPTED_DATABASE
-    material_custody: Custody = Custody.HSM_ENCRYPTED_DATABASE
-    protection_levels: tuple[ProtectionLevel, ...] = tuple(ProtectionLevel)
-    algorithms: tuple[WrappingAlgorithm, ...] = tuple(WrappingAlgorithm)
-    key_specs: tuple[KeySpec, ...] = tuple(KeySpec)
-    usable: tuple[KeySpec, ...] = tuple(KeySpec)
-    exposure: Exposure = Exposure.HOST
-    sm2_layouts: tuple[str, ...] = tuple(DEFAULT_LAYOUTS)
-
-    @classmethod
-    def from_mapping(cls, settings: Mapping[str, Any]) -> Self:
-        """Check plain settings.
-
-        Raises:
-            ConfigurationError: A setting is unknown, or not one of the words that it takes.
-        """
-        known = [each.name for each in fields(cls)]
-        if unknown := settings.keys() - set(known):
-            raise ConfigurationError(
-                f"memory backend: unknown setting {', '.join(sorted(unknown))}; there are "
-                f"{', '.join(known)}"
-            )
-        return cls(**{name: _read(name, value) for name, value in settings.items()})
+    name: str = setting(NAME, "Name of the backend in import tokens and keys.", "memory")
+    directory: str | None = setting(TEXT, "Directory of the objects, for several processes.")
+    store: Store | None = setting(
+        Kind("a dictionary", lambda value: typed(value, MutableMapping)),
+        "The objects, for backends that share them in one process.",
+        show=False,
+    )
+    wrapping_custody: Custody = setting(
+        choice(Custody), "Private wrapping keys.", Custody.HSM_ENCRYPTED_DATABASE
+    )
+    material_custody: Custody = setting(
+        choice(Custody), "Imported keys.", Custody.HSM_ENCRYPTED_DATABASE
+    )
+    protection_levels: tuple[ProtectionLevel, ...] = setting(
+        _some_of(ProtectionLevel), "Levels of the CMKs that it serves.", tuple(ProtectionLevel)
+    )
+    algorithms: tuple[WrappingAlgorithm, ...] = setting(
+        _some_of(WrappingAlgorithm), "Wrapping algorithms that it serves.", tuple(WrappingAlgorithm)
+    )
+    key_specs: tuple[KeySpec, ...] = setting(
+        _some_of(KeySpec), "Key specs that it imports.", tuple(KeySpec)
+    )
+    usable: tuple[KeySpec, ...] = setting(
+        _some_of(KeySpec), "Key specs that it encrypts with.", tuple(KeySpec)
+    )
+    exposure: Exposure = setting(
+        choice(Exposure), "What it says of where material is in plaintext.", Exposure.HOST
+    )
+    sm2_layouts: tuple[Layout, ...] = setting(
+        LAYOUTS, "SM2 ciphertext layouts that it reads.", DEFAULT_LAYOUTS
+    )
 
     def open_store(self) -> Store:
         """The objects."""
@@ -430,21 +434,3 @@ def _make_key_set(store: Store, number: int) -> KeySetInfo:
     if store.setdefault(_key_set(number), made) is not made:
         raise ConfigurationError(f"memory backend: there is a key set {number}")
     return KeySetInfo(str(number), current=True, detail="a key in memory")
-
-
-_ENUMS = {
-    "wrapping_custody": Custody,
-    "material_custody": Custody,
-    "protection_levels": ProtectionLevel,
-    "algorithms": WrappingAlgorithm,
-    "key_specs": KeySpec,
-    "usable": KeySpec,
-    "exposure": Exposure,
-}
-
-
-def _read(name: str, value: Any) -> Any:
-    enum = _ENUMS.get(name)
-    if isinstance(value, list | tuple | frozenset | set):
-        return tuple(configured(enum, name, each) if enum else each for each in value)
-    return configured(enum, name, value) if enum else value

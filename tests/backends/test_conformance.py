@@ -51,7 +51,7 @@ class TestSoftHsmResident(_SoftHsm):
     @classmethod
     def settings(cls, softhsm):
         return softhsm.settings(
-            "resident", wrapping_custody="resident", material_custody="HsmInternal"
+            "resident", wrapping_custody="HsmInternal", material_custody="HsmInternal"
         )
 
 

@@ -55,7 +55,7 @@ class TestNssResident(_Nss):
     @classmethod
     def settings(cls, nss):
         return nss.settings_with_keys(
-            "resident", wrapping_custody="resident", material_custody="HsmInternal"
+            "resident", wrapping_custody="HsmInternal", material_custody="HsmInternal"
         )
 
     def test_material_never_leaves_the_token(self, backend):

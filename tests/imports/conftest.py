@@ -28,7 +28,7 @@ _OPEN = {
     "software": lambda request: open_software(),
     "pkcs11": _on_softhsm("imports"),
     "resident": _on_softhsm(
-        "imports-resident", wrapping_custody="resident", material_custody="HsmInternal"
+        "imports-resident", wrapping_custody="HsmInternal", material_custody="HsmInternal"
     ),
     "other name": _on_softhsm("imports", name="elsewhere"),
     "other prefix": _on_softhsm("imports-other"),

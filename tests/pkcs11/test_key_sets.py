@@ -235,7 +235,7 @@ def test_a_session_that_knows_the_mac_key_alone_goes_on_after_a_retirement(softh
 
 def test_an_import_goes_on_after_a_retirement(softhsm, prefix):
     """Of a resident wrapping key, which no key set seals; its material is sealed under the new."""
-    settings = softhsm.settings(prefix, wrapping_custody="resident")
+    settings = softhsm.settings(prefix, wrapping_custody="HsmInternal")
     with Pkcs11Backend.from_settings(settings) as backend:
         key = issue(backend, OAEP1)
         bring(backend, key, secrets.token_bytes(32))

@@ -152,14 +152,14 @@ class TestSettings:
         settings = settings_of(
             token_label="one",
             pin_env="PIN",
-            wrapping_custody="resident",
+            wrapping_custody="HsmInternal",
             material_custody="HsmInternal",
             sm2_layouts=["DER", "C1C2C3"],
             session_wait=3,
         )
         assert settings.selector == TokenSelector(label="one")
         assert settings.pin == PinEnvironment("PIN")
-        assert settings.wrapping_custody is WrappingCustody.RESIDENT
+        assert settings.wrapping_custody is WrappingCustody.HSM_INTERNAL
         assert settings.material_custody is Custody.HSM_INTERNAL
         assert settings.sm2_layouts == (Layout.DER, Layout.C1C2C3)
         assert isinstance(settings.session_wait, float)
@@ -210,7 +210,7 @@ class TestSettings:
             ({"max_backoff": float("inf")}, "max_backoff: takes a number of seconds"),
             ({"lazy": "yes"}, "lazy: takes true or false"),
             ({"force_login": 1}, "force_login: takes true or false"),
-            ({"wrapping_custody": "Auto"}, "takes one of auto, sealed, resident"),
+            ({"wrapping_custody": "Auto"}, "takes one of auto, HsmInternal, HsmEncryptedDatabase"),
             ({"material_custody": []}, "takes one of HsmInternal, HsmEncryptedDatabase"),
             ({"sm2_layouts": "DER"}, "sm2_layouts: takes a list of C1C3C2"),
             ({"sm2_layouts": [{}]}, "sm2_layouts: takes a list of C1C3C2"),

@@ -46,7 +46,7 @@ def _settings(environment: Mapping[str, str], module: str) -> list[dict[str, Any
         "initial_backoff": 0.05,
         "max_backoff": 0.5,
     }
-    kept: dict[str, Any] = {"material_custody": "HsmInternal", "wrapping_custody": "resident"}
+    kept: dict[str, Any] = {"material_custody": "HsmInternal", "wrapping_custody": "HsmInternal"}
     return [
         common | {"name": "soak-sealed", "key_prefix": "soak-sealed"},
         common | {"name": "soak-kept", "key_prefix": "soak-kept"} | kept,

@@ -93,11 +93,11 @@ def _wrapping(
 def _wrapping_custody(settings: Pkcs11Settings, *, can_seal: bool) -> Custody | None:
     """Sealed, resident, or None where the configuration asks for what the token cannot do."""
     wanted = settings.wrapping_custody
-    if wanted is WrappingCustody.RESIDENT:
+    if wanted is WrappingCustody.HSM_INTERNAL:
         return Custody.HSM_INTERNAL
     if can_seal:
         return Custody.HSM_ENCRYPTED_DATABASE
-    return None if wanted is WrappingCustody.SEALED else Custody.HSM_INTERNAL
+    return None if wanted is WrappingCustody.HSM_ENCRYPTED_DATABASE else Custody.HSM_INTERNAL
 
 
 def _notes(
@@ -125,5 +125,8 @@ def _notes(
     if not features.sm2:
         yield "The HSM token serves no SM2: no key pairs on its curve, or no ECDH with them."
     yield "Aliyun_SM4 keys are kept as generic secrets and cannot encrypt on this HSM token."
-    if settings.wrapping_custody is WrappingCustody.SEALED and not features.wraps_sm2:
+    if (
+        settings.wrapping_custody is WrappingCustody.HSM_ENCRYPTED_DATABASE
+        and not features.wraps_sm2
+    ):
         yield "The HSM token cannot seal SM2 keys and the configuration forbids resident ones."

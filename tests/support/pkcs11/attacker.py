@@ -488,7 +488,7 @@ class Scenes:
 
     def open(self, prefix, *, trusted, custody=SEALED):
         """A backend; its keys are made at the first time."""
-        keeps = {"wrapping_custody": "resident", "material_custody": "HsmInternal"}
+        keeps = {"wrapping_custody": "HsmInternal", "material_custody": "HsmInternal"}
         more = keeps if custody == RESIDENT else {}
         settings = self.softhsm.settings(prefix, trusted=trusted, **more)
         self._backends.append(registry.open_backend("pkcs11", settings))
