@@ -45,6 +45,7 @@ def run(directory, *arguments):
 
 def test_it_is_found_by_its_entry_point(installed):
     (installed / "key").write_bytes(bytes(32))
+    (installed / "key").chmod(0o400)
     script = (
         "from hsmwrap.registry import open_backend\n"
         "with open_backend('acme', {'key_file': 'key'}) as backend:\n"
@@ -52,6 +53,32 @@ def test_it_is_found_by_its_entry_point(installed):
     )
     done = run(installed, "-c", script)
     assert (done.stdout, done.stderr) == ("acme\n", "")
+
+
+def test_it_passes_mypy_strict(installed):
+    done = run(installed, "-m", "mypy", "--strict", "--config-file=", "acme_hsm.py")
+    assert done.returncode == 0, done.stdout
+
+
+def test_it_serves_keys_of_level_hsm(installed):
+    (installed / "key").write_bytes(bytes(32))
+    (installed / "key").chmod(0o400)
+    done = run(installed, "-c", IMPORT)
+    assert (done.stdout, done.stderr) == ("b'message' host\n", "")
+
+
+IMPORT = """
+from hsmwrap import Cmk, Deployment, ImportService, KeySpec, ProtectionLevel, open_backend
+from hsmwrap.testing.clients import pyca_encrypt
+
+with open_backend("acme", {"key_file": "key"}) as acme:
+    service = ImportService({ProtectionLevel.HSM: acme}, Deployment())
+    cmk = Cmk("key-1", KeySpec.ALIYUN_AES_256, ProtectionLevel.HSM)
+    issued = service.get_parameters_for_import(cmk, "RSA_2048", "RSAES_OAEP_SHA_256")
+    ciphertext = pyca_encrypt(issued.algorithm, issued.public_key, bytes(range(32)))
+    imported = service.import_key_material(cmk, ciphertext, issued.import_token).imported
+    print(acme.decrypt(imported.key, acme.encrypt(imported.key, b"message")), imported.exposure)
+"""
 
 
 def test_it_passes_the_kit(installed):
