@@ -1,4 +1,4 @@
-"""The kit itself: an honest plug-in passes all of it, and each that breaks a promise is caught."""
+"""The kit itself: each plug-in that breaks a promise is caught; test_memory.py has an honest one."""
 
 from collections import defaultdict
 from pathlib import Path
