@@ -1,4 +1,4 @@
-"""The kit itself: each plug-in that breaks a promise is caught; test_memory.py has an honest one."""
+"""The kit itself: each plug-in that breaks a promise is caught. The honest one: test_memory.py."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -8,21 +8,10 @@ from support.backends.honest import Sm4Only
 from support.backends.honest_kit import BareKit, HonestKit
 from support.backends.mutants import MUTANTS
 
-from hsmwrap.backend import Custody
 from hsmwrap.errors import HsmwrapError
 
 # What a test of the kit fails with; anything else is a mutant that does not work as meant.
 VERDICTS = (AssertionError, pytest.fail.Exception, HsmwrapError, ValueError)
-
-
-@pytest.mark.slow
-class TestHonestSealed(HonestKit):
-    pass
-
-
-@pytest.mark.slow
-class TestHonestResident(HonestKit):
-    custody = Custody.HSM_INTERNAL
 
 
 class TestSm4Only(HonestKit):

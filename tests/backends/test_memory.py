@@ -10,6 +10,7 @@ from hsmwrap.testing.conformance import BackendConformance
 CUSTODIES = ("wrapping_custody", "material_custody")
 
 
+@pytest.mark.slow
 class TestSealed(BackendConformance):
     plugin = MemoryBackend
     custody: ClassVar = "HsmEncryptedDatabase"
@@ -23,5 +24,6 @@ class TestSealed(BackendConformance):
         return lambda: len(backend.ability(MemoryBackend).store)
 
 
+@pytest.mark.slow
 class TestResident(TestSealed):
     custody: ClassVar = "HsmInternal"
