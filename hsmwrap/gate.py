@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Self
 
 from hsmwrap.errors import BackendClosed
 from hsmwrap.locks import ReadWriteLock
@@ -44,17 +43,24 @@ class Gate:
         if self._closed:
             raise BackendClosed(f"this {self._what} was closed: open a new one")
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
+    def enter(self) -> Self:
         """Be inside for the length of a ``with`` block.
 
         Raises:
-            BackendClosed: The gate is closed.
+            BackendClosed: The gate is closed; where ``with`` begins.
         """
+        return self
+
+    def __enter__(self) -> Self:
         self.require_open()
-        with self._calls.read():
-            self.require_open()  # it may have been closed between the two lines above
-            yield
+        self._calls.acquire_read()
+        if self._closed:  # between the two lines above
+            self._calls.release_read()
+            self.require_open()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._calls.release_read()
 
     def close(self, timeout: float | None = None) -> bool:
         """Let no call in any more and wait for those inside; must not be called from inside.

@@ -142,14 +142,8 @@ class GuardedBackend(Composition, Guarded):
         self, asked: object, declared: Declared[_P, _T], *arguments: _P.args, **named: _P.kwargs
     ) -> _T:
         with self._gate.enter():
-            return self._answer(asked, declared, *arguments, **named)
-
-    def _answer(
-        self, asked: object, declared: Declared[_P, _T], *arguments: _P.args, **named: _P.kwargs
-    ) -> _T:
-        """What the plug-in answers; the caller is inside the gate and strips tracebacks."""
-        call = getattr(asked, declared.__name__)
-        return checked(self._plugin, declared, call, *arguments, **named)
+            call = getattr(asked, declared.__name__)
+            return checked(self._plugin, declared, call, *arguments, **named)
 
     def _broken(self, declared: Callable[..., object], how: str) -> HsmError:
         return _broken(self._plugin, declared, how)
@@ -163,7 +157,7 @@ class GuardedBackend(Composition, Guarded):
             return self._report()
 
     def _report(self) -> Capabilities:
-        report = self._answer(self._backend, Backend.capabilities)
+        report = checked(self._plugin, Backend.capabilities, self._backend.capabilities)
         if report.backend != self._name:
             raise self._broken(Backend.capabilities, f"speaks of a backend {report.backend[:32]!r}")
         return report
@@ -200,7 +194,14 @@ class GuardedBackend(Composition, Guarded):
                     f"backend {self._name} does not serve {algorithm} with {spec}"
                 )
             declared = Backend.generate_wrapping_key
-            key = self._answer(self._backend, declared, spec, algorithm, expires_at=expires_at)
+            key = checked(
+                self._plugin,
+                declared,
+                self._backend.generate_wrapping_key,
+                spec,
+                algorithm,
+                expires_at=expires_at,
+            )
             if wrong := _wrong_with_pair(key, capability):
                 self._undo(Backend.discard_wrapping_key, key.private_key, "discard a wrapping key")
                 raise self._broken(declared, f"{wrong}; the key pair was discarded")
@@ -212,7 +213,12 @@ class GuardedBackend(Composition, Guarded):
         with self._gate.enter():
             if private_key.custody == Custody.HSM_INTERNAL:
                 inner = plugin_ref(private_key)
-                self._answer(self._backend, Backend.discard_wrapping_key, inner)
+                checked(
+                    self._plugin,
+                    Backend.discard_wrapping_key,
+                    self._backend.discard_wrapping_key,
+                    inner,
+                )
 
     # --- import ------------------------------------------------------------------------------
 
@@ -240,9 +246,10 @@ class GuardedBackend(Composition, Guarded):
                 raise InvalidKeyMaterial
             object_id = object_id or secrets.token_bytes(OBJECT_ID_LENGTH)
             try:
-                imported = self._answer(
-                    self._backend,
+                imported = checked(
+                    self._plugin,
                     Backend.unwrap_material,
+                    self._backend.unwrap_material,
                     inner,
                     algorithm,
                     encrypted_material,
@@ -288,7 +295,7 @@ class GuardedBackend(Composition, Guarded):
 
     def _undo(self, declared: Declared[[_T], None], made: _T, what: str) -> None:
         try:
-            self._answer(self._backend, declared, made)
+            checked(self._plugin, declared, getattr(self._backend, declared.__name__), made)
         except HsmwrapError as error:
             extra = {"backend": self._name, "error": type(error).__name__}
             _log.warning("could not %s", what, extra=extra)
@@ -301,7 +308,8 @@ class GuardedBackend(Composition, Guarded):
         with self._gate.enter():
             self._require_usable(key)
             declared = Backend.encrypt
-            message = self._answer(self._backend, declared, key, plaintext, additional_data)
+            encrypt = self._backend.encrypt
+            message = checked(self._plugin, declared, encrypt, key, plaintext, additional_data)
             if len(message) != len(plaintext) + _MESSAGE_OVERHEAD or message[0] != MESSAGE_VERSION:
                 raise self._broken(declared, "returned what is not version ‖ nonce ‖ GCM output")
             return message
@@ -314,7 +322,8 @@ class GuardedBackend(Composition, Guarded):
             if len(ciphertext) < _MESSAGE_OVERHEAD or ciphertext[0] != MESSAGE_VERSION:
                 raise InvalidCiphertext
             declared = Backend.decrypt
-            return self._answer(self._backend, declared, key, ciphertext, additional_data)
+            decrypt = self._backend.decrypt
+            return checked(self._plugin, declared, decrypt, key, ciphertext, additional_data)
 
     @strip_tracebacks
     def destroy_key(self, key: KeyRef) -> None:
@@ -322,7 +331,7 @@ class GuardedBackend(Composition, Guarded):
         with self._gate.enter():
             self._require_ours(key)
             if key.custody == Custody.HSM_INTERNAL:
-                self._answer(self._backend, Backend.destroy_key, key)
+                checked(self._plugin, Backend.destroy_key, self._backend.destroy_key, key)
 
     # --- import tokens -----------------------------------------------------------------------
 
@@ -330,7 +339,7 @@ class GuardedBackend(Composition, Guarded):
     def mac(self, data: bytes) -> Mac:
         """A MAC in the contract's form."""
         with self._gate.enter():
-            mac = self._answer(self._backend, Backend.mac, data)
+            mac = checked(self._plugin, Backend.mac, self._backend.mac, data)
             if not _is_mac(mac):
                 raise self._broken(
                     Backend.mac,
@@ -345,7 +354,7 @@ class GuardedBackend(Composition, Guarded):
         with self._gate.enter():
             if not _is_mac(mac):
                 raise InvalidMac(f"a MAC has {MAC_LENGTH} bytes, and names its key set")
-            self._answer(self._backend, Backend.verify_mac, data, mac)
+            checked(self._plugin, Backend.verify_mac, self._backend.verify_mac, data, mac)
 
     # --- life --------------------------------------------------------------------------------
 
@@ -353,7 +362,7 @@ class GuardedBackend(Composition, Guarded):
     def health(self) -> Health:
         """The plug-in's state, not ready where it does not tell or is closed."""
         try:
-            health = self._answer(self._backend, Backend.health)
+            health = checked(self._plugin, Backend.health, self._backend.health)
         except HsmwrapError as error:
             return Health(ready=False, detail=str(error))
         facts = {**health.facts, "in_flight": self._gate.in_flight}
@@ -366,7 +375,7 @@ class GuardedBackend(Composition, Guarded):
         """Wait for running calls, then have everything freed. Safe to call again."""
         self._gate.close()
         with suppress(IndexError):  # closed before, or now by another thread
-            self._answer(self._unclosed.pop(), Backend.close)
+            checked(self._plugin, Backend.close, self._unclosed.pop().close)
 
 
 def checked(
