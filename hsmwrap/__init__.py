@@ -40,6 +40,7 @@ from hsmwrap.errors import (
     UnsupportedOrigin,
     UnsupportedProtectionLevel,
 )
+from hsmwrap.guard import guarded
 from hsmwrap.imports import (
     Cmk,
     FailedImports,
@@ -102,5 +103,6 @@ __all__ = [
     "WrappingAlgorithm",
     "WrappingKeySpec",
     "__version__",
+    "guarded",
     "open_backend",
 ]

@@ -108,6 +108,7 @@ class MaterialStore:
             return self._make_object(pooled, source, key_spec, expected, pending)
         number = self.keys.current(pooled)
         blob, check = self._wrap(pooled, source, key_spec, number)
+        # The guard compares too, but could only destroy a token object that others have seen.
         _require_same(expected, check)
         if self.custody is Custody.HSM_ENCRYPTED_DATABASE:
             data = _HEAD.pack(_VERSION, number) + blob
