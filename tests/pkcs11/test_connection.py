@@ -416,7 +416,10 @@ def test_a_module_that_cannot_lock_is_called_by_one_thread_at_a_time(softhsm, tm
 
 
 def play(softhsm, tmp_path, scenario):
-    settings = softhsm.settings("connection", initial_backoff=0.05, max_backoff=0.1)
+    # Trusted keys are public objects, which are found without a login.
+    trusted = scenario != "logged_out"
+    prefix = "connection" if trusted else "connection-untrusted"
+    settings = softhsm.settings(prefix, trusted=trusted, initial_backoff=0.05, max_backoff=0.1)
     command = [sys.executable, "-m", SCENARIOS, scenario, tmp_path / "shim", json.dumps(settings)]
     subprocess.run(command, check=True, timeout=DEADLINE)
 
