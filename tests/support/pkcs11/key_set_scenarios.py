@@ -113,7 +113,7 @@ def partial_retirement(shim, settings, _so_pin_file):
     Pkcs11Backend.initialise_keys(settings)
     Pkcs11Backend.rotate_keys(settings)
     for nth in RETIRING:
-        shim.fail("C_DestroyObject", CKR.FUNCTION_FAILED, nth=nth)
+        shim.fail("C_DestroyObject", CKR.TEMPLATE_INCONSISTENT, nth=nth)
         error = outcome(Pkcs11Backend.retire_keys, settings, "1")
         if not shim.pending():
             assert error is HsmError, (nth, error)
