@@ -18,13 +18,20 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["no-such-command"], ["demo", "--backend", "x"], ["compat", "--managed-hsm", "X"]]
+    "argv", [[], ["no-such-command"], ["demo", "--backend"], ["compat", "--managed-hsm", "X"]]
 )
 def test_wrong_usage_is_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
     assert "usage: hsmwrap" in capsys.readouterr().err
+
+
+def test_an_unknown_backend_is_exit_code_2_and_lists_those_registered(capsys):
+    assert main(["demo", "--backend", "x"]) == 2
+    assert capsys.readouterr().err == (
+        "hsmwrap: no backend plug-in is called 'x'; registered: pkcs11, software\n"
+    )
 
 
 @pytest.mark.parametrize(
