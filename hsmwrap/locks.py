@@ -1,8 +1,11 @@
-"""The one lock for many that read, or one that writes; and the lock of libcrypto."""
+"""The one lock for many that read, or one that writes; the lock of libcrypto; locks of files."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -232,3 +235,30 @@ A child inherits libcrypto's locks as they were, also those that other threads h
 hang in its first key generation (field note 37). This covers the calls that hold it, not those of
 other users of the same library.
 """
+
+
+FILE_LOCK_SECONDS = 10.0
+"""How long a call waits for the lock of a file."""
+# flock has no deadline. What is done under these locks takes well under a millisecond.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.01
+
+
+def lock_file(descriptor: int, seconds: float = FILE_LOCK_SECONDS) -> None:
+    """Take the lock (flock) of an open file; it excludes processes, and other openings of it.
+
+    Raises:
+        TimeoutError: Others held it for so many seconds.
+    """
+    deadline, pause = time.monotonic() + seconds, _FIRST_PAUSE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            left = deadline - time.monotonic()
+        else:
+            return
+        if left <= 0:
+            held = f"its lock was held by others for {seconds:g} seconds; fuser names who has it"
+            raise TimeoutError(errno.ETIMEDOUT, held)
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, _LONGEST_PAUSE)

@@ -24,7 +24,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hsmwrap.errors import HsmwrapError
+from hsmwrap.errors import HsmwrapError, ServiceUnavailable
+from hsmwrap.locks import FILE_LOCK_SECONDS, lock_file
 
 FIRST = hashlib.sha256(b"hsmwrap audit log").hexdigest()
 """The digest that the first line is chained to."""
@@ -38,6 +39,10 @@ _log = logging.getLogger(__name__)
 
 class AuditFailed(HsmwrapError):
     """The audit log cannot be written, so operations are refused."""
+
+
+class AuditLocked(AuditFailed, ServiceUnavailable):
+    """Another process holds the lock of the audit log for too long; the text says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,7 @@ class AuditLog:
         key: HMAC key of the chain; None: SHA-256.
         sync: True flushes each line to the disk.
         log_id: Id of the log in the database; None: host and path.
+        lock_seconds: How long a call waits while others hold the log's lock.
     """
 
     path: Path
@@ -116,37 +122,35 @@ class AuditLog:
     key: bytes | None = field(default=None, repr=False)
     sync: bool = False
     log_id: str | None = None
+    lock_seconds: float = FILE_LOCK_SECONDS
 
     def append(self, entry: AuditEntry) -> None:
         """Write one line.
 
         Raises:
             AuditFailed: It cannot be written, or the file does not end with a line of an audit log.
+            AuditLocked: Others held the log's lock for ``lock_seconds``.
         """
-        try:
-            with self._locked() as file:
-                last = _last_line(file)
-                self._write(file, _line(entry, self.clock(), last, self.key))
-        except (OSError, ValueError) as error:
-            raise AuditFailed(f"audit log {self.path}: {error}") from error
+        with self._locked() as file:
+            last = _last_line(file)
+            self._write(file, _line(entry, self.clock(), last, self.key))
 
     def head(self) -> Anchor:
         """The last line.
 
         Raises:
             AuditFailed: The file cannot be read, or does not end with a line of an audit log.
+            AuditLocked: As :meth:`append`.
         """
-        try:
-            with self._locked() as file:
-                return _last_line(file)
-        except (OSError, ValueError) as error:
-            raise AuditFailed(f"audit log {self.path}: {error}") from error
+        with self._locked() as file:
+            return _last_line(file)
 
     def check(self) -> None:
         """Check that a line can be written now; free space on the disk is not checked.
 
         Raises:
             AuditFailed: It cannot.
+            AuditLocked: As :meth:`append`.
         """
         self.head()
 
@@ -155,27 +159,30 @@ class AuditLog:
 
         Raises:
             AuditFailed: The file cannot be read.
+            AuditLocked: As :meth:`append`.
         """
-        try:
-            with self._locked() as file:
-                return line == _NOTHING or _line_from(file, line) == line
-        except OSError as error:
-            raise AuditFailed(f"audit log {self.path}: {error}") from error
+        with self._locked() as file:
+            return line == _NOTHING or _line_from(file, line) == line
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        # flock locks the open file, so it excludes threads as well as processes.
-        file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                yield file
+                # It locks the open file, so it excludes threads as well as processes.
+                lock_file(file, self.lock_seconds)
+                try:
+                    yield file
+                finally:
+                    # Explicitly: a child forked meanwhile has the file open too, so closing does
+                    # not unlock it.
+                    fcntl.flock(file, fcntl.LOCK_UN)
             finally:
-                # Explicitly: a child forked meanwhile has the file open too, so closing does not
-                # unlock it.
-                fcntl.flock(file, fcntl.LOCK_UN)
-        finally:
-            os.close(file)
+                os.close(file)
+        except TimeoutError as error:
+            raise AuditLocked(f"audit log {self.path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            raise AuditFailed(f"audit log {self.path}: {error}") from error
 
     def _write(self, file: int, line: bytes) -> None:
         end = os.fstat(file).st_size

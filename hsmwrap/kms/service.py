@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
@@ -30,6 +30,7 @@ from hsmwrap.policy import Deployment
 
 SYSTEM = "system"
 """The access key id of the KMS itself in the audit log."""
+_HEALTH_LOCK_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ class Kms:
         Raises:
             AuditFailed: The audit log cannot be written. The operation was not run, unless the log
                 failed after the check at the start.
+            AuditLocked: Another process held the audit log's lock for too long; as AuditFailed.
             HsmwrapError: ``code``, ``http_status`` and ``api_message`` are the answer.
         """
         self._audit_log.check()
@@ -192,7 +194,7 @@ class Kms:
                 failed.append(f"backend {level}")
         for part, check in (
             ("database", self._database.ping),
-            ("audit log", self._audit_log.check),
+            ("audit log", replace(self._audit_log, lock_seconds=_HEALTH_LOCK_SECONDS).check),
         ):
             try:
                 check()

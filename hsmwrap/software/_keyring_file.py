@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.locks import lock_file
 from hsmwrap.privatefile import ParsedFile, PrivateFile
 from hsmwrap.software._keyring import Keyring
 
@@ -76,7 +76,7 @@ class KeyringFile:
         try:
             directory = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                fcntl.flock(directory, fcntl.LOCK_EX)
+                lock_file(directory)
                 yield
                 os.fsync(directory)
             finally:

@@ -18,12 +18,21 @@ from support.kms.fakes import AES_MATERIAL, Client
 from hsmwrap.cli import audit as audit_command
 from hsmwrap.errors import HsmwrapError
 from hsmwrap.kms import Caller, Permissions, anchors, audit
-from hsmwrap.kms.audit import FIRST, Anchor, AuditEntry, AuditFailed, AuditLog, verify
+from hsmwrap.kms.audit import (
+    FIRST,
+    Anchor,
+    AuditEntry,
+    AuditFailed,
+    AuditLocked,
+    AuditLog,
+    verify,
+)
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.schema import AuditAnchor
 
 KEY = bytes(range(32))
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
+A_LINE = Anchor(1, "x")
 
 
 def entry(number):
@@ -553,3 +562,45 @@ class TestCommand:
         assert self.run(capsys, "--config", config)[0] == 1
         anchors.remember(kms._database, replace(kms._audit_log, log_id="main"))
         assert self.run(capsys, "--config", config)[0] == 0
+
+
+class TestLockHeldByOthers:
+    @pytest.fixture
+    def held(self, tmp_path):
+        """Another opening of the file, as another process has it, holds its lock."""
+        with (tmp_path / "audit.log").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def test_a_call_ends_by_its_deadline(self, tmp_path, held):
+        log = AuditLog(tmp_path / "audit.log", lambda: NOW, lock_seconds=0.2)
+        for call in (log.check, log.head, lambda: log.append(entry(1)), lambda: log.holds(A_LINE)):
+            started = time.monotonic()
+            with pytest.raises(AuditLocked, match="fuser") as raised:
+                call()
+            assert 0.2 <= time.monotonic() - started < 5
+            assert (raised.value.code, raised.value.http_status) == (
+                "ServiceUnavailableTemporary",
+                503,
+            )
+        assert (tmp_path / "audit.log").read_bytes() == b""
+
+    def test_the_lock_is_taken_once_it_is_free(self, tmp_path):
+        log = AuditLog(tmp_path / "audit.log", lambda: NOW)
+        with ThreadPoolExecutor(1) as thread:
+            with log._locked():
+                waiting = thread.submit(log.append, entry(1))
+                time.sleep(0.1)
+                assert not waiting.done()
+            waiting.result(5)
+        assert verify(log.path).lines == 1
+
+    def test_requests_are_refused_and_health_says_so_soon(self, kms, held):
+        kms._audit_log = replace(kms._audit_log, lock_seconds=0.2)
+        with pytest.raises(AuditLocked):
+            Client(kms)("ListKeys")
+        started = time.monotonic()
+        health = kms.health()
+        assert not health.ready
+        assert "fuser" in health.facts["audit log"]
+        assert time.monotonic() - started < 5  # the deadline of /readyz
