@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,9 @@ def add_parser(subparsers: Subparsers) -> None:
         "verify",
         help="find lines that were changed, removed or reordered",
         description="Check the chain of an audit log. With --config, path and key come from the "
-        "server's configuration, and the database tells one line that the log must have, so that "
-        "a cut-off end is found. Exit code 1 if the log has a problem, or if the database stores "
-        "no line of a log that has lines.",
+        "server's configuration, and the database tells one line that the log must have (its "
+        "anchor), so that a cut-off end is found. Exit code 1 if the log has a problem, or if the "
+        "database stores no line of it.",
     )
     where = verify.add_mutually_exclusive_group(required=True)
     where.add_argument("--config", type=Path, metavar="FILE", help="the server's TOML file")
@@ -51,10 +52,11 @@ def run(args: argparse.Namespace) -> int:
         report = verify(log.path, log.key, log.anchors)
     except OSError as error:
         raise ConfigurationError(f"{log.path}: {error.strerror}") from None
-    # Renaming the log or the host must not skip the check of the log's end.
-    missing = bool(args.config and report.lines and not log.anchors)
+    # Renaming the log or the host, or emptying both, must not skip the check of the log's end. The
+    # start of the chain is not an anchor: every log has it, also an emptied one.
+    missing = bool(args.config and not report.anchor)
     whole = report.ok and (args.without_anchor or not missing)
-    print(_json(log, report, whole=whole) if args.json else _text(log, report, missing=missing))
+    print(_json(report, whole=whole) if args.json else _text(log, report, missing=missing))
     return 0 if whole else 1
 
 
@@ -91,22 +93,35 @@ def _from_config(file: Path) -> _Log:
         database.close()
 
 
-def _json(log: _Log, report: AuditReport, *, whole: bool) -> str:
+def _json(report: AuditReport, *, whole: bool) -> str:
+    anchor = report.anchor
     return tables.to_json(
         {
             "ok": whole,
-            "anchored": bool(log.anchors),
+            "anchored": anchor is not None,
+            "anchor": anchor and {"line": anchor.sequence, "age_seconds": _age(anchor)},
+            "behind": report.behind,
             "lines": report.lines,
             "problems": [{"line": p.line, "problem": p.problem} for p in report.problems],
         }
     )
 
 
+def _age(anchor: Anchor) -> int | None:
+    """Seconds since the database stored it."""
+    return anchor.set_at and round((datetime.now(UTC) - anchor.set_at).total_seconds())
+
+
 def _text(log: _Log, report: AuditReport, *, missing: bool) -> str:
     found = [f"{log.path}: {problem}" for problem in report.problems]
     verdict = "damaged" if found else "complete"
     end = "" if log.name else "; only --config can check that the end was not cut off"
-    if missing:
+    if report.anchor:
+        end = (
+            f"; anchored at line {report.anchor.sequence} ({_age(report.anchor)} seconds ago), "
+            f"{report.behind} lines after it"
+        )
+    elif missing:
         end = (
             "; cannot check that the end was not cut off: the database stores no line of a log "
             f"with the id {log.name!r}. If the host was renamed or the log moved, set "

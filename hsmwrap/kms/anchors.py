@@ -2,7 +2,7 @@
 
 An anchor moves to the log's last line as long as the log still has the previously stored line. If
 that line is missing, the anchor stays where it is, so that lines appended later cannot hide the
-cut.
+cut. It moves with each sweep, after a number of lines (:class:`AnchoredLog`), and at the end.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ import socket
 
 from sqlalchemy.orm import Session
 
-from hsmwrap.kms.audit import FIRST, Anchor, AuditLog
+from hsmwrap.errors import HsmwrapError
+from hsmwrap.kms.audit import FIRST, Anchor, AuditEntry, AuditLog
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.schema import LOG_ID_LENGTH, AuditAnchor
+
+ANCHOR_LINES = 32
+"""How many lines an audit log may grow by before its anchor moves, by default."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +39,11 @@ def remembered(database: Database, log: AuditLog) -> tuple[Anchor, ...]:
         return () if row is None else (_anchor(row),)
 
 
-def remember(database: Database, log: AuditLog) -> None:
+def remember(database: Database, log: AuditLog) -> int | None:
     """Store the log's last line in the database, unless the previously stored line is missing.
+
+    Returns:
+        The number of the line that is stored now; None if the previous one is missing.
 
     Raises:
         AuditFailed: The log cannot be read.
@@ -49,16 +56,58 @@ def remember(database: Database, log: AuditLog) -> None:
         if not log.holds(_anchor(row)):
             facts = {"log": str(log.path), "sequence": row.sequence}
             _log.error("a line of the audit log is missing: run hsmwrap audit verify", extra=facts)
-            return
+            return None
         row.sequence, row.digest, row.position = head.sequence, head.digest, head.position
+        row.set_at = log.clock()
+    return head.sequence
+
+
+class AnchoredLog:
+    """An audit log whose anchor follows its end: fewer than ``lines`` lines stay behind it.
+
+    Each process counts from the anchor that it set last; others may have set a later one. Where
+    the database is unavailable, more lines stay behind: of operations that failed for that reason.
+    """
+
+    def __init__(self, database: Database, log: AuditLog, lines: int) -> None:
+        """Take the log, where anchors are stored, and the bound."""
+        self.log = log
+        self._database = database
+        self._lines = lines
+        self._anchored = 0
+
+    def append(self, entry: AuditEntry) -> None:
+        """Write one line, and move the anchor where it is due. The first line is anchored at once.
+
+        Raises:
+            AuditFailed: The line cannot be written.
+        """
+        sequence = self.log.append(entry)
+        # A number below the anchor's: other lines stand there now.
+        if not (self._anchored and 0 <= sequence - self._anchored < self._lines):
+            self.try_to_anchor()
+            self._anchored = sequence  # if it failed, not again with each line
+
+    def anchor(self) -> None:
+        """Move the anchor to the last line; raises as :func:`remember` does."""
+        self._anchored = remember(self._database, self.log) or self._anchored
+
+    def try_to_anchor(self) -> None:
+        """:meth:`anchor`; a failure is logged only, and repaired by the next one."""
+        try:
+            self.anchor()
+        except HsmwrapError as error:
+            facts = {"code": error.code, "why": str(error)}
+            _log.warning("the end of the audit log could not be anchored", extra=facts)
 
 
 def _locked_row(database: Database, transaction: Session, log: AuditLog) -> AuditAnchor:
     first = {"log": log_id(log), "sequence": 0, "digest": FIRST, "position": 0}
+    first["set_at"] = log.clock()
     # Two processes that start at the same time may both insert.
     transaction.execute(database.insert(AuditAnchor).values(**first).on_conflict_do_nothing())
     return transaction.get_one(AuditAnchor, log_id(log), with_for_update=True)
 
 
 def _anchor(row: AuditAnchor) -> Anchor:
-    return Anchor(row.sequence, row.digest, row.position)
+    return Anchor(row.sequence, row.digest, row.position, row.set_at)

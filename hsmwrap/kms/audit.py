@@ -3,7 +3,8 @@
 A line holds the event, its sequence number (from 1), and a digest over these and the previous
 line's digest: SHA-256, or HMAC-SHA-256 if a key is configured. Changing, removing or reordering
 lines breaks the chain. Without a key an attacker can write a new chain. Cutting lines off the end
-leaves a valid chain, so the database stores one line (:mod:`hsmwrap.kms.anchors`).
+leaves a valid chain, so the database stores one line, the anchor (:mod:`hsmwrap.kms.anchors`). The
+lines behind the anchor are those that can be cut off unnoticed.
 
 Several processes append to one file: each holds its lock, reads the last line and chains to it.
 Do not rotate the file; to start a new one, configure another path.
@@ -17,12 +18,13 @@ import hmac
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 from hsmwrap.locks import FILE_LOCK_SECONDS, lock_file
@@ -32,6 +34,8 @@ FIRST = hashlib.sha256(b"hsmwrap audit log").hexdigest()
 _MAX_TEXT = 256
 # Longest line: five texts; each character may take two escapes of six characters.
 _MAX_LINE = 5 * 12 * _MAX_TEXT + 512
+_MAX_SEQUENCE = 2**53
+_DIGEST = re.compile("[0-9a-f]{64}")
 _BEGIN = b'{"sequence":'
 
 _log = logging.getLogger(__name__)
@@ -72,11 +76,13 @@ class Anchor:
         sequence: Its number, from 1; 0 is the start of the chain.
         digest: Its digest.
         position: Byte offset of the line, or of any line before it.
+        set_at: Where it is an anchor: aware time when it was seen last to be the log's last line.
     """
 
     sequence: int
     digest: str
     position: int = field(default=0, compare=False)
+    set_at: datetime | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +98,22 @@ class AuditProblem:
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """The result of :func:`verify`; ``head`` is the last line."""
+    """The result of :func:`verify`.
+
+    Attributes:
+        lines: How many lines the file has.
+        problems: What is wrong.
+        head: The last line.
+        anchor: The last of the given anchors that the log has; None: none, or only the start of
+            the chain, which every log has.
+        behind: How many lines follow the anchor; all of them where there is none.
+    """
 
     lines: int
     problems: tuple[AuditProblem, ...]
     head: Anchor
+    anchor: Anchor | None
+    behind: int
 
     @property
     def ok(self) -> bool:
@@ -124,8 +141,8 @@ class AuditLog:
     log_id: str | None = None
     lock_seconds: float = FILE_LOCK_SECONDS
 
-    def append(self, entry: AuditEntry) -> None:
-        """Write one line.
+    def append(self, entry: AuditEntry) -> int:
+        """Write one line and return its number.
 
         Raises:
             AuditFailed: It cannot be written, or the file does not end with a line of an audit log.
@@ -134,6 +151,7 @@ class AuditLog:
         with self._locked() as file:
             last = _last_line(file)
             self._write(file, _line(entry, self.clock(), last, self.key))
+            return last.sequence + 1
 
     def head(self) -> Anchor:
         """The last line.
@@ -208,24 +226,33 @@ def verify(path: Path, key: bytes | None = None, anchors: tuple[Anchor, ...] = (
         OSError: The file cannot be read.
     """
     problems: list[AuditProblem] = []
-    missing = {anchor.sequence: anchor.digest for anchor in anchors if anchor != _NOTHING}
-    last, number = _NOTHING, 0
+    missing = {anchor.sequence: anchor for anchor in anchors if anchor != _NOTHING}
+    last, number, anchored, behind = _NOTHING, 0, None, 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file), start=1):
+            behind += 1
             try:
-                anchor, content = _parse(line)
+                found, content = _parse(line)
             except ValueError:
                 problems.append(AuditProblem(number, "is not a line of an audit log"))
                 continue
-            problems += (AuditProblem(number, text) for text in _faults(anchor, content, last, key))
-            last = anchor
-            if missing.get(anchor.sequence) == anchor.digest:
-                del missing[anchor.sequence]
+            problems += (AuditProblem(number, text) for text in _faults(found, content, last, key))
+            last = found
+            if missing.get(found.sequence) == found:
+                anchored, behind = missing.pop(found.sequence), 0
     problems += (
         AuditProblem(number, f"the log ends without line {sequence}, which it had")
         for sequence in sorted(missing)
     )
-    return AuditReport(number, tuple(problems), last)
+    return AuditReport(number, tuple(problems), last, anchored, behind)
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Each line; of one that is longer than any of an audit log, only the beginning."""
+    while line := file.readline(_MAX_LINE):
+        yield line
+        while len(line) == _MAX_LINE and not line.endswith(b"\n"):
+            line = file.readline(_MAX_LINE)
 
 
 def _faults(
@@ -258,8 +285,11 @@ def _parse(line: bytes) -> tuple[Anchor, dict[str, Any]]:
     if not isinstance(content, dict) or _json(content) + b"\n" != line:
         raise ValueError("not in canonical form")
     digest, sequence = content.pop("digest", None), content.get("sequence")
-    if not isinstance(digest, str) or not isinstance(sequence, int):
-        raise ValueError("not chained")  # noqa: TRY004 (the line is damaged; types are a detail)
+    # type: true counts as an int. The limit: the anchor's number has to fit into the database.
+    if type(sequence) is not int or not 0 < sequence < _MAX_SEQUENCE:
+        raise ValueError("not numbered")
+    if not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+        raise ValueError("not chained")
     return Anchor(sequence, digest), content
 
 
@@ -291,7 +321,7 @@ def _line_from(file: int, sought: Anchor) -> Anchor | None:
     with os.fdopen(os.dup(file), "rb") as lines:
         lines.seek(sought.position)
         try:
-            found = (_parse(line)[0] for line in lines)
+            found = (_parse(line)[0] for line in _lines(lines))
             return next((line for line in found if line.sequence >= sought.sequence), None)
         except ValueError:
             return None

@@ -31,6 +31,7 @@ from hsmwrap.backend import Exposure
 from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.imports import MAX_FAILED_IMPORTS
+from hsmwrap.kms.anchors import ANCHOR_LINES
 from hsmwrap.kms.schema import LOG_ID_LENGTH
 from hsmwrap.policy import Deployment
 from hsmwrap.settings import REQUIRED, Setting, did_you_mean
@@ -136,10 +137,15 @@ class ServerConfig(BaseSettings):
     audit_key_file: Path | None = None
     """Private file with the HMAC key of the audit log's chain, at least 32 bytes. Without it the
     chain is of SHA-256."""
+    audit_anchor_lines: int = Field(default=ANCHOR_LINES, ge=1)
+    """How many lines of the audit log may be written before the database stores its end again, and
+    so how many an attacker can cut off unnoticed; 1 stores it before each answer. Each sweep and
+    the end of the server store it too."""
     audit_sync: bool = False
     """Wait for the disk with each line of the audit log."""
     sweep_interval: Seconds = Field(default=timedelta(seconds=60), ge=timedelta(0))
-    """Pause between sweeps; 0 switches the sweeper off."""
+    """Pause between sweeps, and so how long the end of the audit log may stay unstored; 0 switches
+    the sweeper off."""
     startup_wait: Seconds = Field(default=timedelta(seconds=60), ge=timedelta(0))
     """How long the start waits for an HSM or a database that is unavailable."""
     key_pool: int = Field(default=0, ge=0, le=10_000)

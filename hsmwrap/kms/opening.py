@@ -73,6 +73,7 @@ def open_kms(
             config.deployment(),
             access_keys=access_keys or _access_keys(config),
             audit_log=open_audit_log(config),
+            anchor_lines=config.audit_anchor_lines,
             arn_prefix=f"acs:kms:{config.region}:{config.account_id}:key/",
             token_lifetime=config.token_lifetime,
             single_use=config.single_use,

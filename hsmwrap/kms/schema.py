@@ -124,7 +124,11 @@ class FailedImport(Row):
 
 
 class AuditAnchor(Row):
-    """A line that an audit log had at some time, and must still have."""
+    """A line that an audit log had at some time, and must still have.
+
+    Attributes:
+        set_at: When it was the last line.
+    """
 
     __tablename__ = "audit_anchors"
 
@@ -132,3 +136,4 @@ class AuditAnchor(Row):
     sequence: Mapped[int] = mapped_column(BigInteger)
     digest: Mapped[str] = mapped_column(String(64))
     position: Mapped[int] = mapped_column(BigInteger)
+    set_at: Mapped[datetime] = mapped_column(Instant)

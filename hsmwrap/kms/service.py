@@ -15,8 +15,8 @@ from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 from hsmwrap.guard import guard_all
 from hsmwrap.imports import MAX_FAILED_IMPORTS, TOKEN_LIFETIME, ImportService, generate_inline
 from hsmwrap.keypool import KeyPool
-from hsmwrap.kms import anchors
 from hsmwrap.kms.access import AccessKeys, Caller
+from hsmwrap.kms.anchors import ANCHOR_LINES, AnchoredLog
 from hsmwrap.kms.api import OPERATIONS, Operations, Request
 from hsmwrap.kms.audit import AuditEntry, AuditFailed, AuditLog
 from hsmwrap.kms.core import Core, by_name, no_step
@@ -60,6 +60,7 @@ class Kms:
         *,
         access_keys: AccessKeys,
         audit_log: AuditLog,
+        anchor_lines: int = ANCHOR_LINES,
         arn_prefix: str = "acs:kms:cn-hangzhou:1000000000000000:key/",
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         token_lifetime: timedelta = TOKEN_LIFETIME,
@@ -80,6 +81,8 @@ class Kms:
             deployment: Where this runs, for the policy.
             access_keys: The access keys, for the protocol layer.
             audit_log: Gets a line for each operation.
+            anchor_lines: How many lines of it may be behind its anchor; 1: each line is anchored
+                before its operation is answered.
             arn_prefix: The part of an ARN before the key id.
             clock: Returns the current aware time.
             token_lifetime: Validity of import tokens.
@@ -102,7 +105,7 @@ class Kms:
         self._database = database
         self._backends = backends = guard_all(backends)
         self._key_pool = key_pool
-        self._audit_log = audit_log
+        self._audit = AnchoredLog(database, audit_log, anchor_lines)
         self._clock = clock
         self._arn_prefix = arn_prefix
         once = OnceStore(database, clock)
@@ -134,7 +137,7 @@ class Kms:
             step,
         )
         self.operations = Operations(core)
-        self._sweep = Sweep(core, once, self._anchor)
+        self._sweep = Sweep(core, once, self._audit.anchor)
         self.sweep()
         self._sweeper = Sweeper(self.sweep, sweep_seconds) if sweep_seconds else None
 
@@ -159,7 +162,7 @@ class Kms:
             AuditLocked: Another process held the audit log's lock for too long; as AuditFailed.
             HsmwrapError: ``code``, ``http_status`` and ``api_message`` are the answer.
         """
-        self._audit_log.check()
+        self._audit.log.check()
         named = self._without_arn(parameters)
         with self._audited(action, named.get("KeyId"), caller, request_id) as audited:
             operation = OPERATIONS.get(action)
@@ -175,7 +178,7 @@ class Kms:
 
     def record_refusal(self, action: str, access_key_id: str, request_id: str, code: str) -> None:
         """Audit a request that the protocol refused (bad signature, unknown access key)."""
-        self._audit_log.append(AuditEntry(request_id, access_key_id, action, None, code))
+        self._audit.append(AuditEntry(request_id, access_key_id, action, None, code))
 
     def sweep(self, now: datetime | None = None) -> None:
         """Process due work: expired material, key deletions, orphaned objects, old nonces."""
@@ -194,7 +197,7 @@ class Kms:
                 failed.append(f"backend {level}")
         for part, check in (
             ("database", self._database.ping),
-            ("audit log", replace(self._audit_log, lock_seconds=_HEALTH_LOCK_SECONDS).check),
+            ("audit log", replace(self._audit.log, lock_seconds=_HEALTH_LOCK_SECONDS).check),
         ):
             try:
                 check()
@@ -211,13 +214,17 @@ class Kms:
         return tuple(self._backends.values()), pools
 
     def close(self) -> None:
-        """Stop sweeper and key-pair pool, close backends and database. Safe to call again."""
+        """Stop sweeper and key-pair pool, anchor the audit log, close backends and database.
+
+        Safe to call again.
+        """
         if self._sweeper is not None:
             self._sweeper.stop()
         if self._key_pool is not None:
             self._key_pool.close()
         for backend in self._backends.values():
             backend.close()
+        self._audit.try_to_anchor()
         self._database.close()
 
     def __enter__(self) -> Self:
@@ -246,14 +253,11 @@ class Kms:
             audited.outcome = HsmwrapError.code
             raise
         finally:
-            self._audit_log.append(
+            self._audit.append(
                 AuditEntry(
                     request_id, caller.access_key_id, action, audited.key_id, audited.outcome
                 )
             )
 
     def _audit_system(self, action: str, key_id: str) -> None:
-        self._audit_log.append(AuditEntry("", SYSTEM, action, key_id, "ok"))
-
-    def _anchor(self) -> None:
-        anchors.remember(self._database, self._audit_log)
+        self._audit.append(AuditEntry("", SYSTEM, action, key_id, "ok"))

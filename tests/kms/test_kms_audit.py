@@ -4,19 +4,20 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import text
 from support.kms.fakes import AES_MATERIAL, Client
 
 from hsmwrap.cli import audit as audit_command
-from hsmwrap.errors import HsmwrapError
+from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 from hsmwrap.kms import Caller, Permissions, anchors, audit
 from hsmwrap.kms.audit import (
     FIRST,
@@ -121,6 +122,39 @@ def test_inserted_line(log, key):
 def test_line_of_another_form(log, key, other_form):
     rewrite(log, lambda lines: [other_form, *lines[1:]])
     assert lines_at_fault(verify(log.path, key))[0] == 1
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+HOSTILE = {
+    "deep": DEEP + b"\n",
+    "endless": b"x" * 1_000_000 + b"\n",
+    "endless, no line end": b"x" * 1_000_000,
+    "digest that is no hex": b'{"sequence":7,"digest":"\\u00e9"}\n',
+    "number beyond the database": b'{"sequence":%d,"digest":"%s"}\n' % (2**70, b"0" * 64),
+    "negative number": b'{"sequence":-1,"digest":"%s"}\n' % (b"0" * 64),
+    "true as a number": b'{"sequence":true,"digest":"%s"}\n' % (b"0" * 64),
+    "surrogates": b'{"sequence":"\\ud800","digest":"\\ud800"}\n',
+    "NaN": b'{"sequence":NaN,"digest":"%s"}\n' % (b"0" * 64),
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("at", [0, 3, 6])
+def test_hostile_line_is_a_finding(log, key, hostile, at):
+    rewrite(log, lambda lines: [*lines[:at], hostile, *lines[at:]])
+    report = verify(log.path, key)
+    assert str(report.problems[0]) == f"line {at + 1}: is not a line of an audit log"
+    if hostile.endswith(b"\n"):
+        assert (report.lines, len(report.problems)) == (7, 1)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
+def test_no_line_is_chained_to_a_hostile_one(log, hostile):
+    log.path.write_bytes(log.path.read_bytes() + hostile)
+    before = log.path.read_bytes()
+    with pytest.raises(AuditFailed):
+        log.append(entry(7))
+    assert log.path.read_bytes() == before
 
 
 def test_end_cut_off_shows_only_by_an_anchor(log, key):
@@ -465,7 +499,9 @@ class TestAnchors:
 
     def test_first_boot_of_two_processes(self, database, log, overtaken):
         def insert(transaction):
-            transaction.add(AuditAnchor(log=anchors.log_id(log), sequence=0, digest="", position=0))
+            transaction.add(
+                AuditAnchor(log=anchors.log_id(log), sequence=0, digest="", position=0, set_at=NOW)
+            )
             transaction.flush()
 
         overtaken(insert)
@@ -477,6 +513,15 @@ class TestAnchors:
         overtaken(lambda transaction: transaction.execute(lock))
         assert anchors.remembered(database, log) == (log.head(),)
         assert "is missing" not in caplog.text
+
+    def test_time_is_that_of_the_last_look(self, database, log):
+        anchors.remember(database, log)
+        later = replace(log, clock=lambda: NOW + timedelta(hours=1))
+        anchors.remember(database, later)
+        (anchor,) = anchors.remembered(database, log)
+        assert anchor.set_at == NOW + timedelta(hours=1)
+        report = verify(log.path, log.key, (anchor,))
+        assert (report.anchor.set_at, report.behind) == (anchor.set_at, 0)
 
     def test_log_id_outlives_the_name_of_the_host(self, database, log, monkeypatch):
         named = replace(log, log_id="main")
@@ -493,13 +538,69 @@ def test_sweeps_remember_the_end(open_kms, tmp_path, caplog):
     for _ in range(4):
         client("ListKeys")
     kms.sweep()
-    (anchor,) = anchors.remembered(kms._database, kms._audit_log)
-    assert anchor == kms._audit_log.head()
-    rewrite(kms._audit_log, lambda lines: lines[:2])
+    (anchor,) = anchors.remembered(kms._database, kms._audit.log)
+    assert anchor == kms._audit.log.head()
+    rewrite(kms._audit.log, lambda lines: lines[:2])
     kms.sweep()
     assert "a line of the audit log is missing" in caplog.text
-    assert anchors.remembered(kms._database, kms._audit_log) == (anchor,)
+    assert anchors.remembered(kms._database, kms._audit.log) == (anchor,)
     assert not verify(tmp_path / "audit.log", None, (anchor,)).ok
+
+
+def test_the_first_line_is_anchored_at_once_and_then_one_in_so_many(open_kms, clock):
+    kms = open_kms(anchor_lines=4)
+    anchored = []
+    for _ in range(10):
+        Client(kms)("ListKeys")
+        anchored += [anchors.remembered(kms._database, kms._audit.log)[0].sequence]
+    assert anchored == [1, 1, 1, 1, 5, 5, 5, 5, 9, 9]
+
+
+def test_each_line_is_anchored_before_its_answer(open_kms):
+    kms = open_kms(anchor_lines=1)
+    for number in range(1, 4):
+        Client(kms)("ListKeys")
+        assert anchors.remembered(kms._database, kms._audit.log)[0].sequence == number
+
+
+def test_the_end_is_anchored_when_the_kms_closes(open_kms):
+    kms = open_kms()
+    for _ in range(5):
+        Client(kms)("ListKeys")
+    kms.close()
+    assert anchors.remembered(kms._database, kms._audit.log)[0].sequence == 5
+    kms.close()
+
+
+def test_a_kms_closes_without_its_database_or_log(open_kms, broken_log, caplog):
+    kms = open_kms()
+    Client(kms)("ListKeys")
+    broken_log()
+    kms.close()
+    assert "the end of the audit log could not be anchored" in caplog.text
+
+
+def test_a_request_is_answered_though_its_line_cannot_be_anchored(open_kms, monkeypatch, caplog):
+    kms = open_kms(anchor_lines=1)
+
+    def unavailable(*_):
+        raise ServiceUnavailable("no database")
+
+    monkeypatch.setattr(anchors, "remember", unavailable)
+    assert Client(kms)("ListKeys")["TotalCount"] == 0
+    assert "could not be anchored" in caplog.text
+
+
+def test_a_cut_is_noticed_by_the_next_request(open_kms, caplog):
+    kms = open_kms(anchor_lines=4)
+    for _ in range(5):
+        Client(kms)("ListKeys")
+    rewrite(kms._audit.log, lambda lines: lines[:3])
+    Client(kms)("ListKeys")
+    assert "a line of the audit log is missing" in caplog.text
+    (anchor,) = anchors.remembered(kms._database, kms._audit.log)
+    assert anchor.sequence == 5
+    assert not verify(kms._audit.log.path, None, (anchor,)).ok
 
 
 class TestCommand:
@@ -534,21 +635,20 @@ class TestCommand:
         return config
 
     def test_config(self, open_kms, config, tmp_path, capsys):
-        kms = open_kms()
+        kms = open_kms(clock=lambda: datetime.now(UTC))
         Client(kms)("ListKeys")
         Client(kms)("ListKeys")
         kms.sweep()
         code, out = self.run(capsys, "--config", config)
-        assert (code, out) == (0, f"{tmp_path}/audit.log: 2 lines, complete\n")
-        rewrite(kms._audit_log, lambda lines: lines[:1])
+        end = "; anchored at line 2 (0 seconds ago), 0 lines after it\n"
+        assert (code, out) == (0, f"{tmp_path}/audit.log: 2 lines, complete{end}")
+        rewrite(kms._audit.log, lambda lines: lines[:1])
         code, out = self.run(capsys, "--config", config)
         assert code == 1
         assert "ends without line 2" in out
 
     def test_no_anchor_is_no_proof(self, open_kms, config, capsys, monkeypatch):
         kms = open_kms()
-        (config.parent / "audit.log").touch()
-        assert self.run(capsys, "--config", config)[0] == 0
         Client(kms)("ListKeys")
         kms.sweep()
         monkeypatch.setattr(anchors.socket, "gethostname", lambda: "another")
@@ -560,8 +660,50 @@ class TestCommand:
         assert self.run(capsys, "--config", config, "--without-anchor")[0] == 0
         monkeypatch.setenv("HSMWRAP_SERVER_AUDIT_LOG_ID", "main")
         assert self.run(capsys, "--config", config)[0] == 1
-        anchors.remember(kms._database, replace(kms._audit_log, log_id="main"))
+        anchors.remember(kms._database, replace(kms._audit.log, log_id="main"))
         assert self.run(capsys, "--config", config)[0] == 0
+
+    def test_an_emptied_log_is_not_whole(self, open_kms, config, capsys):
+        kms = open_kms()
+        for _ in range(3):
+            Client(kms)("ListKeys")
+        rewrite(kms._audit.log, lambda lines: [])
+        code, out = self.run(capsys, "--config", config, "--without-anchor")
+        assert (code, "the log ends without line 1, which it had" in out) == (1, True)
+
+    def test_the_start_of_the_chain_is_no_anchor(self, open_kms, config, capsys):
+        """A log and its anchor before the first line: an emptied log looks the same."""
+        kms = open_kms()
+        kms.sweep()
+        assert anchors.remembered(kms._database, kms._audit.log) == (Anchor(0, FIRST),)
+        code, out = self.run(capsys, "--config", config)
+        assert (code, "cannot check that the end was not cut off" in out) == (1, True)
+        code, out = self.run(capsys, "--config", config, "--json")
+        assert json.loads(out) == {
+            "ok": False,
+            "anchored": False,
+            "anchor": None,
+            "behind": 0,
+            "lines": 0,
+            "problems": [],
+        }
+        assert self.run(capsys, "--config", config, "--without-anchor")[0] == 0
+
+    def test_lines_behind_the_anchor_are_counted_and_its_age_is_said(
+        self, open_kms, config, capsys
+    ):
+        kms = open_kms(clock=lambda: datetime.now(UTC) - timedelta(seconds=100))
+        for _ in range(4):
+            Client(kms)("ListKeys")
+        code, out = self.run(capsys, "--config", config, "--json")
+        found = json.loads(out)
+        assert (code, found["ok"], found["anchored"], found["behind"]) == (0, True, True, 3)
+        assert found["anchor"]["line"] == 1
+        assert 100 <= found["anchor"]["age_seconds"] < 130
+        out = self.run(capsys, "--config", config)[1]
+        assert re.search(
+            r"4 lines, complete; anchored at line 1 \(1\d\d seconds ago\), 3 lines", out
+        )
 
 
 class TestLockHeldByOthers:
@@ -596,7 +738,7 @@ class TestLockHeldByOthers:
         assert verify(log.path).lines == 1
 
     def test_requests_are_refused_and_health_says_so_soon(self, kms, held):
-        kms._audit_log = replace(kms._audit_log, lock_seconds=0.2)
+        kms._audit.log = replace(kms._audit.log, lock_seconds=0.2)
         with pytest.raises(AuditLocked):
             Client(kms)("ListKeys")
         started = time.monotonic()

@@ -210,7 +210,7 @@ def test_sqlite_writers_take_turns(sqlite_url):
     database = Database(sqlite_url, sync=False)
     database.migrate()
     with database.write() as transaction:
-        transaction.execute(text("INSERT INTO audit_anchors VALUES ('a', 0, 'd', 0)"))
+        transaction.execute(text("INSERT INTO audit_anchors VALUES ('a', 0, 'd', 0, 0)"))
 
     def count_up():
         for _ in range(25):
