@@ -1,9 +1,11 @@
-"""``hsmwrap audit verify``: check that an audit log is complete and unchanged."""
+"""``hsmwrap audit verify`` checks an audit log; ``new-segment`` goes on after a damaged one."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +16,13 @@ from hsmwrap.cli.extras import require_server
 from hsmwrap.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from hsmwrap.kms.audit import Anchor, AuditReport
+    from hsmwrap.kms.audit import Anchor, AuditLog, AuditReport
+    from hsmwrap.kms.database import Database
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("audit", help="check an audit log")
+    parser = subparsers.add_parser("audit", help="check an audit log, or begin a new segment")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     verify = actions.add_parser(
         "verify",
@@ -40,6 +43,18 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add_json_option(verify)
     verify.set_defaults(run=run)
+    segment = actions.add_parser(
+        "new-segment",
+        help="go on after a damaged log",
+        description="End the audit log's segment, damaged or not, and begin a new one. The file is "
+        "kept beside it with a number after its name; the first line of the new one has that "
+        "name, the SHA-256 of its content and its first problem, and becomes the log's anchor. "
+        "Servers go on with the new segment, without a restart. Look into the damage before.",
+    )
+    segment.add_argument(
+        "--config", type=Path, metavar="FILE", required=True, help="the server's TOML file"
+    )
+    segment.set_defaults(run=run_new_segment)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,6 +73,17 @@ def run(args: argparse.Namespace) -> int:
     whole = report.ok and (args.without_anchor or not missing)
     print(_json(report, whole=whole) if args.json else _text(log, report, missing=missing))
     return 0 if whole else 1
+
+
+def run_new_segment(args: argparse.Namespace) -> int:
+    """Begin a new segment and print what the old one was."""
+    require_server()
+    from hsmwrap.kms.anchors import begin_segment  # noqa: PLC0415 (the extra may be absent)
+
+    with _opened(args.config) as (log, database):
+        segment = begin_segment(database, log)
+    print(f"{log.path}: new segment; before it {segment}")
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +107,13 @@ def _from_arguments(args: argparse.Namespace) -> _Log:
 
 def _from_config(file: Path) -> _Log:
     from hsmwrap.kms.anchors import log_id, remembered  # noqa: PLC0415 (the extra may be absent)
+
+    with _opened(file) as (log, database):
+        return _Log(log.path, log.key, remembered(database, log), log_id(log))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[AuditLog, Database]]:
     from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
     from hsmwrap.kms.opening import open_audit_log, open_database  # noqa: PLC0415 (the extra may be absent)
 
@@ -88,7 +121,7 @@ def _from_config(file: Path) -> _Log:
     log = open_audit_log(config)
     database = open_database(config)
     try:
-        return _Log(log.path, log.key, remembered(database, log), log_id(log))
+        yield log, database
     finally:
         database.close()
 
@@ -101,6 +134,7 @@ def _json(report: AuditReport, *, whole: bool) -> str:
             "anchored": anchor is not None,
             "anchor": anchor and {"line": anchor.sequence, "age_seconds": _age(anchor)},
             "behind": report.behind,
+            "before": report.before and asdict(report.before),
             "lines": report.lines,
             "problems": [{"line": p.line, "problem": p.problem} for p in report.problems],
         }
@@ -109,7 +143,9 @@ def _json(report: AuditReport, *, whole: bool) -> str:
 
 def _age(anchor: Anchor) -> int | None:
     """Seconds since the database stored it."""
-    return anchor.set_at and round((datetime.now(UTC) - anchor.set_at).total_seconds())
+    if anchor.set_at is None:
+        return None
+    return round((datetime.now(UTC) - anchor.set_at).total_seconds())
 
 
 def _text(log: _Log, report: AuditReport, *, missing: bool) -> str:
@@ -128,4 +164,6 @@ def _text(log: _Log, report: AuditReport, *, missing: bool) -> str:
             "audit_log_id; if no server has used this log with this database yet, use "
             "--without-anchor"
         )
+    if report.before:
+        found.append(f"{log.path}: began after {report.before}")
     return "\n".join([*found, f"{log.path}: {report.lines} lines, {verdict}{end}"])

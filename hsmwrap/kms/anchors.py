@@ -2,7 +2,8 @@
 
 An anchor moves to the log's last line as long as the log still has the previously stored line. If
 that line is missing, the anchor stays where it is, so that lines appended later cannot hide the
-cut. It moves with each sweep, after a number of lines (:class:`AnchoredLog`), and at the end.
+cut. It moves with the first line, with each sweep, after a number of lines (:class:`AnchoredLog`)
+and when the KMS closes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import socket
 from sqlalchemy.orm import Session
 
 from hsmwrap.errors import HsmwrapError
-from hsmwrap.kms.audit import FIRST, Anchor, AuditEntry, AuditLog
+from hsmwrap.kms.audit import FIRST, Anchor, AuditEntry, AuditLog, Segment
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.schema import LOG_ID_LENGTH, AuditAnchor
 
@@ -60,6 +61,26 @@ def remember(database: Database, log: AuditLog) -> int | None:
         row.sequence, row.digest, row.position = head.sequence, head.digest, head.position
         row.set_at = log.clock()
     return head.sequence
+
+
+def begin_segment(database: Database, log: AuditLog) -> Segment:
+    """Begin a new segment of the log, and make its first line the anchor.
+
+    Returns:
+        What the new segment says of the one before.
+
+    Raises:
+        AuditFailed: The files cannot be read or written; nothing has changed then.
+        ServiceUnavailable: The database is unavailable.
+        CommitUnknown: The new segment has begun, but the anchor may still be a line of the old one:
+            begin another one.
+    """
+    with database.write() as transaction:
+        row = _locked_row(database, transaction, log)
+        first, segment = log.begin_segment((_anchor(row),))
+        row.sequence, row.digest, row.position = first.sequence, first.digest, 0
+        row.set_at = log.clock()
+    return segment
 
 
 class AnchoredLog:

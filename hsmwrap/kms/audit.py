@@ -7,7 +7,11 @@ leaves a valid chain, so the database stores one line, the anchor (:mod:`hsmwrap
 lines behind the anchor are those that can be cut off unnoticed.
 
 Several processes append to one file: each holds its lock, reads the last line and chains to it.
-Do not rotate the file; to start a new one, configure another path.
+
+A log is a row of segments. Where its last line is damaged nothing can be chained to it, and nothing
+is written until a command begins a new segment (:meth:`AuditLog.begin_segment`): the file gets
+another name, and the first line of the new one has that name, the SHA-256 of its content, and what
+was wrong with it. Do not rotate the file in another way.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import hmac
+import itertools
 import json
 import logging
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +37,10 @@ from hsmwrap.locks import FILE_LOCK_SECONDS, lock_file
 
 FIRST = hashlib.sha256(b"hsmwrap audit log").hexdigest()
 """The digest that the first line is chained to."""
+SYSTEM = "system"
+"""The access key id of the KMS itself in the audit log."""
+BEGIN_SEGMENT = "BeginAuditSegment"
+"""The action of the first line of a later segment."""
 _MAX_TEXT = 256
 # Longest line: five texts; each character may take two escapes of six characters.
 _MAX_LINE = 5 * 12 * _MAX_TEXT + 512
@@ -97,6 +107,26 @@ class AuditProblem:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """An ended segment of an audit log, as the first line of the next one describes it.
+
+    Attributes:
+        file: Its name, in the log's directory.
+        sha256: SHA-256 of its content, in hex.
+        lines: How many lines it has.
+        finding: The first problem, and how many more there are; empty where it was whole.
+    """
+
+    file: str
+    sha256: str
+    lines: int
+    finding: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.lines} lines, {self.finding or 'complete'}"
+
+
+@dataclass(frozen=True, slots=True)
 class AuditReport:
     """The result of :func:`verify`.
 
@@ -107,6 +137,7 @@ class AuditReport:
         anchor: The last of the given anchors that the log has; None: none, or only the start of
             the chain, which every log has.
         behind: How many lines follow the anchor; all of them where there is none.
+        before: The segment before, if this is not the first.
     """
 
     lines: int
@@ -114,6 +145,7 @@ class AuditReport:
     head: Anchor
     anchor: Anchor | None
     behind: int
+    before: Segment | None = None
 
     @property
     def ok(self) -> bool:
@@ -172,6 +204,50 @@ class AuditLog:
         """
         self.head()
 
+    def begin_segment(self, anchors: tuple[Anchor, ...] = ()) -> tuple[Anchor, Segment]:
+        """End this segment, whole or damaged, and begin another one under the log's name.
+
+        Processes that append to the log go on with the new one. Its first line is chained to the
+        start of the chain.
+
+        Args:
+            anchors: Lines that the segment must have.
+
+        Returns:
+            The first line of the new segment, and what it says of the one that was ended.
+
+        Raises:
+            AuditFailed: The file cannot be read, or the directory cannot be written.
+            AuditLocked: As :meth:`append`.
+        """
+        with self._locked() as file:
+            path = self.path.resolve()  # the file itself, not a link to it
+            old = _next_name(path)
+            report = verify(path, self.key, anchors)
+            segment = Segment(old.name, _sha256(path), report.lines, _finding(report))
+            new = path.with_name(f".{path.name}.new")
+            new.unlink(missing_ok=True)  # left by a command that was killed
+            begin = AuditEntry("", SYSTEM, BEGIN_SEGMENT, None, "ok")
+            line = _line(begin, self.clock(), _NOTHING, self.key, before=asdict(segment))
+            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with open(descriptor, "wb") as created:  # noqa: PTH123 (a descriptor has no path)
+                if os.geteuid() == 0:  # the service still has to write it
+                    status = os.fstat(file)
+                    os.fchown(descriptor, status.st_uid, status.st_gid)
+                created.write(line)
+                created.flush()
+                os.fsync(descriptor)
+            # In this order the log's name always leads to a file: another process that finds none
+            # would make an empty one.
+            old.hardlink_to(path)
+            new.rename(path)
+            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        return _parse(line)[0], segment
+
     def holds(self, line: Anchor) -> bool:
         """Whether the log still has this line; reads the file from the line's position.
 
@@ -185,22 +261,35 @@ class AuditLog:
     @contextmanager
     def _locked(self) -> Iterator[int]:
         try:
+            file = self._open_locked()
+            try:
+                yield file
+            finally:
+                # Explicitly: a child forked meanwhile has the file open too, so closing does not
+                # unlock it.
+                fcntl.flock(file, fcntl.LOCK_UN)
+                os.close(file)
+        except TimeoutError as error:
+            raise AuditLocked(f"audit log {self.path}: {error.strerror}") from error
+        except OSError as error:
+            raise AuditFailed(f"audit log {self.path}: {error}") from error
+        except ValueError as error:
+            advice = "look into it with hsmwrap audit verify, go on with hsmwrap audit new-segment"
+            raise AuditFailed(f"audit log {self.path}: {error}; {advice}") from error
+
+    def _open_locked(self) -> int:
+        while True:
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 # It locks the open file, so it excludes threads as well as processes.
                 lock_file(file, self.lock_seconds)
-                try:
-                    yield file
-                finally:
-                    # Explicitly: a child forked meanwhile has the file open too, so closing does
-                    # not unlock it.
-                    fcntl.flock(file, fcntl.LOCK_UN)
-            finally:
+                is_the_log = os.path.samestat(os.fstat(file), self.path.stat())
+            except BaseException:
                 os.close(file)
-        except TimeoutError as error:
-            raise AuditLocked(f"audit log {self.path}: {error.strerror}") from error
-        except (OSError, ValueError) as error:
-            raise AuditFailed(f"audit log {self.path}: {error}") from error
+                raise
+            if is_the_log:
+                return file
+            os.close(file)  # a new segment has begun meanwhile
 
     def _write(self, file: int, line: bytes) -> None:
         end = os.fstat(file).st_size
@@ -227,7 +316,7 @@ def verify(path: Path, key: bytes | None = None, anchors: tuple[Anchor, ...] = (
     """
     problems: list[AuditProblem] = []
     missing = {anchor.sequence: anchor for anchor in anchors if anchor != _NOTHING}
-    last, number, anchored, behind = _NOTHING, 0, None, 0
+    last, number, anchored, behind, before = _NOTHING, 0, None, 0, None
     with path.open("rb") as file:
         for number, line in enumerate(_lines(file), start=1):
             behind += 1
@@ -238,13 +327,59 @@ def verify(path: Path, key: bytes | None = None, anchors: tuple[Anchor, ...] = (
                 continue
             problems += (AuditProblem(number, text) for text in _faults(found, content, last, key))
             last = found
+            if number == 1:
+                before = _segment_before(content)
             if missing.get(found.sequence) == found:
                 anchored, behind = missing.pop(found.sequence), 0
     problems += (
         AuditProblem(number, f"the log ends without line {sequence}, which it had")
         for sequence in sorted(missing)
     )
-    return AuditReport(number, tuple(problems), last, anchored, behind)
+    if before:
+        problems += _problems_of_segments(path, before)
+    return AuditReport(number, tuple(problems), last, anchored, behind, before)
+
+
+def _segment_before(content: dict[str, Any]) -> Segment | None:
+    match content.get("before"):
+        case {"file": str(file), "sha256": str(sha256), "lines": int(lines), "finding": str(text)}:
+            return Segment(file, sha256, lines, text)
+    return None
+
+
+def _problems_of_segments(path: Path, segment: Segment) -> Iterator[AuditProblem]:
+    """Whether the segments before are there, unchanged since they ended; the latest first."""
+    directory = path.resolve().parent
+    while True:
+        file = directory / Path(segment.file).name
+        if not file.is_file() or _sha256(file) != segment.sha256:
+            yield AuditProblem(1, f"the segment before, {file.name}, is missing or was changed")
+            return
+        with file.open("rb") as lines:
+            try:
+                before = _segment_before(_parse(next(_lines(lines), b""))[1])
+            except ValueError:
+                return
+        if before is None:
+            return
+        segment = before
+
+
+def _finding(report: AuditReport) -> str:
+    if not report.problems:
+        return ""
+    more = len(report.problems) - 1
+    return f"{report.problems[0]}{f', and {more} more problems' if more else ''}"[:_MAX_TEXT]
+
+
+def _next_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
@@ -264,7 +399,9 @@ def _faults(
         yield "does not chain to the line before: a line was changed, removed or reordered"
 
 
-def _line(entry: AuditEntry, now: datetime, last: Anchor, key: bytes | None) -> bytes:
+def _line(
+    entry: AuditEntry, now: datetime, last: Anchor, key: bytes | None, **more: object
+) -> bytes:
     content = {
         "sequence": last.sequence + 1,
         "time": now.isoformat(timespec="milliseconds"),
@@ -273,6 +410,7 @@ def _line(entry: AuditEntry, now: datetime, last: Anchor, key: bytes | None) -> 
         "action": entry.action[:_MAX_TEXT],
         "key_id": entry.key_id and entry.key_id[:_MAX_TEXT],
         "outcome": entry.outcome[:_MAX_TEXT],
+        **more,
     }
     return _json(content | {"digest": _digest(content, last.digest, key)}) + b"\n"
 
@@ -298,7 +436,10 @@ def _last_line(file: int) -> Anchor:
 
     A crash can leave the beginning of a line, zero bytes, or both. Its operation was not answered.
     """
-    size = os.fstat(file).st_size
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("is not a regular file")
+    size = status.st_size
     written = _without_zeros(file, size)
     start = max(0, written - _MAX_LINE)
     tail = os.pread(file, written - start, start)

@@ -18,7 +18,7 @@ from hsmwrap.keypool import KeyPool
 from hsmwrap.kms.access import AccessKeys, Caller
 from hsmwrap.kms.anchors import ANCHOR_LINES, AnchoredLog
 from hsmwrap.kms.api import OPERATIONS, Operations, Request
-from hsmwrap.kms.audit import AuditEntry, AuditFailed, AuditLog
+from hsmwrap.kms.audit import SYSTEM, AuditEntry, AuditFailed, AuditLog
 from hsmwrap.kms.core import Core, by_name, no_step
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.errors import InvalidAction, NoPermission
@@ -28,8 +28,6 @@ from hsmwrap.kms.parameters import parse
 from hsmwrap.kms.sweeper import Sweep, Sweeper
 from hsmwrap.policy import Deployment
 
-SYSTEM = "system"
-"""The access key id of the KMS itself in the audit log."""
 _HEALTH_LOCK_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
 """The audit log: one chained line per operation, and the problems that verify finds."""
 
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -9,8 +10,9 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy import text
@@ -26,6 +28,7 @@ from hsmwrap.kms.audit import (
     AuditFailed,
     AuditLocked,
     AuditLog,
+    Segment,
     verify,
 )
 from hsmwrap.kms.database import Database
@@ -129,7 +132,7 @@ HOSTILE = {
     "deep": DEEP + b"\n",
     "endless": b"x" * 1_000_000 + b"\n",
     "endless, no line end": b"x" * 1_000_000,
-    "digest that is no hex": b'{"sequence":7,"digest":"\\u00e9"}\n',
+    "digest that is not hex": b'{"sequence":7,"digest":"\\u00e9"}\n',
     "number beyond the database": b'{"sequence":%d,"digest":"%s"}\n' % (2**70, b"0" * 64),
     "negative number": b'{"sequence":-1,"digest":"%s"}\n' % (b"0" * 64),
     "true as a number": b'{"sequence":true,"digest":"%s"}\n' % (b"0" * 64),
@@ -603,14 +606,172 @@ def test_a_cut_is_noticed_by_the_next_request(open_kms, caplog):
     assert not verify(kms._audit.log.path, None, (anchor,)).ok
 
 
+class TestSegments:
+    """A damaged log is ended by a command; the next segment names it."""
+
+    def test_names_the_damaged_one_and_keeps_it(self, log, key):
+        rewrite(log, lambda lines: [*lines, DEEP + b"\n", b"x\n"])
+        damaged = log.path.read_bytes()
+        with pytest.raises(AuditFailed, match="new-segment"):
+            log.append(entry(7))
+        first, segment = log.begin_segment()
+        assert log.head() == first
+        old = log.path.with_name("a.log.1")
+        assert old.read_bytes() == damaged
+        finding = "line 7: is not a line of an audit log, and 1 more problems"
+        assert segment == Segment("a.log.1", hashlib.sha256(damaged).hexdigest(), 8, finding)
+        assert json.loads(log.path.read_text())["before"] == asdict(segment)
+        log.append(entry(8))
+        report = verify(log.path, key, (first,))
+        assert (report.ok, report.lines, report.before) == (True, 2, segment)
+        assert (log.path.stat().st_mode & 0o777, log.path.stat().st_nlink) == (0o600, 1)
+        assert {path.name for path in log.path.parent.iterdir()} == {"a.log", "a.log.1"}
+
+    def test_of_a_whole_log(self, log, key):
+        segment = log.begin_segment()[1]
+        assert (segment.lines, segment.finding) == (6, "")
+        assert verify(log.path.with_name(segment.file), key).ok
+        assert verify(log.path, key).ok
+
+    def test_a_cut_end_is_a_finding(self, log):
+        anchor = log.head()
+        rewrite(log, lambda lines: lines[:2])
+        finding = log.begin_segment((anchor,))[1].finding
+        assert finding == "line 2: the log ends without line 6, which it had"
+
+    @pytest.mark.parametrize("file", ["a.log.1", "a.log.2"])
+    @pytest.mark.parametrize(
+        "change", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])]
+    )
+    def test_a_change_of_an_ended_segment_is_found(self, log, key, file, change):
+        log.begin_segment()
+        log.append(entry(1))
+        log.begin_segment()
+        assert verify(log.path, key).ok
+        change(log.path.with_name(file))
+        assert [str(problem) for problem in verify(log.path, key).problems] == [
+            f"line 1: the segment before, {file}, is missing or was changed"
+        ]
+
+    def test_what_the_first_line_says_is_chained(self, log, key):
+        rewrite(log, lambda lines: [*lines, b"x\n"])
+        log.begin_segment()
+        rewrite(log, lambda lines: [lines[0].replace(b"is not a line", b"is well")])
+        assert lines_at_fault(verify(log.path, key)) == [1]
+
+    @pytest.mark.parametrize(
+        "before",
+        [
+            1,
+            {},
+            {"file": 1, "sha256": "0", "lines": 1, "finding": ""},
+            {"file": "../a.log", "sha256": "0", "lines": 1, "finding": ""},
+            {"file": "\0\ud800", "sha256": "0", "lines": 1, "finding": ""},
+            {"file": "", "sha256": "0", "lines": 1, "finding": ""},
+        ],
+    )
+    def test_hostile_names(self, log, key, before):
+        line = audit._line(entry(1), NOW, audit._NOTHING, bytes(32), before=before)
+        log.path.write_bytes(line)
+        assert set(lines_at_fault(verify(log.path, key))) == {1}
+
+    def test_processes_that_wait_go_on_with_the_new_segment(self, log, key):
+        with ThreadPoolExecutor(1) as thread:
+            with log._locked():
+                waiting = thread.submit(log.append, entry(1))
+                time.sleep(0.1)
+                # As begin_segment does, under this lock.
+                old = log.path.with_name("a.log.1")
+                old.hardlink_to(log.path)
+                new = log.path.with_name("new")
+                new.touch()
+                new.rename(log.path)
+            assert waiting.result(5) == 1
+        assert (verify(log.path, key).lines, verify(old, key).lines) == (1, 6)
+
+    def test_under_load_no_line_is_lost(self, tmp_path):
+        path = tmp_path / "shared.log"
+        threads = [threading.Thread(target=_append, args=(path, f"t{i}")) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        log = AuditLog(path, lambda: NOW)
+        for _ in range(3):
+            log.begin_segment()
+        for thread in threads:
+            thread.join()
+        files = [path, *(tmp_path / f"shared.log.{number}" for number in (1, 2, 3))]
+        reports = [verify(file) for file in files]
+        assert all(report.ok for report in reports)
+        assert sum(report.lines for report in reports) == 150 + 3
+
+    def test_after_a_command_that_was_killed(self, log, key):
+        log.path.with_name("a.log.1").hardlink_to(log.path)
+        log.path.with_name(".a.log.new").write_bytes(b"part")
+        assert log.begin_segment()[1].file == "a.log.2"
+        assert verify(log.path, key).ok
+
+    def test_a_link_stays_a_link(self, log, tmp_path):
+        (tmp_path / "elsewhere").mkdir()
+        link = tmp_path / "elsewhere" / "link.log"
+        link.symlink_to(log.path)
+        replace(log, path=link).begin_segment()
+        assert link.is_symlink()
+        assert log.path.with_name("a.log.1").exists()
+
+    @pytest.mark.parametrize("kind", [os.mkfifo, lambda path: path.symlink_to("/dev/null")])
+    def test_what_is_not_a_regular_file_is_refused(self, tmp_path, kind):
+        kind(tmp_path / "a.log")
+        with pytest.raises(AuditFailed, match="not a regular file"):
+            AuditLog(tmp_path / "a.log", lambda: NOW).append(entry(1))
+
+    def test_the_kms_goes_on_without_a_restart(self, open_kms, caplog):
+        kms = open_kms(anchor_lines=4)
+        client = Client(kms)
+        for _ in range(6):
+            client("ListKeys")
+        log = kms._audit.log
+        rewrite(log, lambda lines: [*lines[:3], DEEP + b"\n"])
+        with pytest.raises(AuditFailed):
+            client("ListKeys")
+        assert "new-segment" in kms.health().facts["audit log"]
+        segment = anchors.begin_segment(kms._database, log)
+        assert segment.finding.startswith("line 4: is not a line of an audit log")
+        assert kms.health().ready
+        caplog.clear()
+        for _ in range(6):
+            client("ListKeys")
+        kms.sweep()
+        (anchor,) = anchors.remembered(kms._database, log)
+        report = verify(log.path, None, (anchor,))
+        assert (report.ok, report.lines, report.behind) == (True, 7, 0)
+        assert not caplog.records
+
+
 class TestCommand:
-    def run(self, capsys, *arguments):
+    def run(self, capsys, *arguments, action="verify"):
         import argparse
 
         parser = argparse.ArgumentParser()
         audit_command.add_parser(parser.add_subparsers())
-        args = parser.parse_args(["audit", "verify", *map(str, arguments)])
+        args = parser.parse_args(["audit", action, *map(str, arguments)])
         return args.run(args), capsys.readouterr().out
+
+    def test_new_segment(self, open_kms, config, tmp_path, capsys):
+        kms = open_kms()
+        Client(kms)("ListKeys")
+        rewrite(kms._audit.log, lambda lines: [*lines, b"x\n"])
+        assert self.run(capsys, "--config", config)[0] == 1
+        code, out = self.run(capsys, "--config", config, action="new-segment")
+        before = "audit.log.1, 2 lines, line 2: is not a line of an audit log"
+        assert (code, out) == (0, f"{tmp_path}/audit.log: new segment; before it {before}\n")
+        code, out = self.run(capsys, "--config", config)
+        assert (code, f"audit.log: began after {before}\n" in out) == (0, True)
+        assert "1 lines, complete; anchored at line 1" in out
+        code, out = self.run(capsys, "--config", config, "--json")
+        assert json.loads(out)["before"]["file"] == "audit.log.1"
+        (tmp_path / "audit.log.1").unlink()
+        code, out = self.run(capsys, "--config", config)
+        assert (code, "audit.log.1, is missing or was changed" in out) == (1, True)
 
     def test_file(self, log, key, tmp_path, capsys):
         key_file = tmp_path / "audit.key"
@@ -684,6 +845,7 @@ class TestCommand:
             "anchored": False,
             "anchor": None,
             "behind": 0,
+            "before": None,
             "lines": 0,
             "problems": [],
         }
