@@ -31,7 +31,7 @@ class Grant:
     """
 
     actions: tuple[str, ...]
-    keys: tuple[str, ...] = ("*",)
+    keys: tuple[str, ...]
 
     def allows(self, action: str, key_id: str | None) -> bool:
         """Whether this grant covers ``action`` on ``key_id`` (None: an action without a key)."""
@@ -51,7 +51,7 @@ class Permissions:
     @classmethod
     def everything(cls) -> Permissions:
         """Each action on each key."""
-        return cls((Grant(("*",)),))
+        return cls((Grant(("*",), ("*",)),))
 
     def allows(self, action: str, key_id: str | None) -> bool:
         """Whether some grant covers ``action`` on ``key_id`` (None: an action without a key)."""
@@ -171,7 +171,11 @@ def _access_key(entry: Mapping[str, Any]) -> AccessKey:
 
 def _grant(entry: Mapping[str, Any]) -> Grant:
     _only(entry, "actions", "keys")
-    return Grant(_texts(entry["actions"]), _texts(entry.get("keys", ["*"])))
+    if "keys" not in entry:
+        raise ConfigurationError(
+            'access keys: a grant names its keys; keys = ["*"] stands for every key'
+        )
+    return Grant(_texts(entry["actions"]), _texts(entry["keys"]))
 
 
 def _only(entry: Mapping[str, Any], *known: str) -> None:

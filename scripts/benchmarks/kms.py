@@ -226,7 +226,7 @@ def _configuration(directory: Path, settings: Mapping[str, Any], pool: int) -> d
         access_keys.touch(0o600)
         key = {"id": _ACCESS_KEY.access_key_id, "secret": _ACCESS_KEY.secret}
         lines = [f"{name} = {json.dumps(value)}" for name, value in key.items()]
-        allow = 'allow = [{ actions = ["*"] }]'
+        allow = 'allow = [{ actions = ["*"], keys = ["*"] }]'
         access_keys.write_text("\n".join(["[[access_key]]", *lines, allow, ""]), encoding="utf-8")
     return {
         "metrics_address": "127.0.0.1:0",

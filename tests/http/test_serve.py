@@ -37,7 +37,7 @@ ACCESS_KEYS = """\
 [[access_key]]
 id = "testid"
 secret = "testsecret"
-allow = [{ actions = ["*"] }]
+allow = [{ actions = ["*"], keys = ["*"] }]
 """
 
 

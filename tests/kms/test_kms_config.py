@@ -251,7 +251,8 @@ def real(tmp_path, database_url):
     keyring_file = tmp_path / "keyring.json"
     KeyringFile(keyring_file).create()
     access = tmp_path / "access.toml"
-    access.write_text('[[access_key]]\nid = "me"\nsecret = "x"\nallow = [{ actions = ["*"] }]\n')
+    allow = '[{ actions = ["*"], keys = ["*"] }]'
+    access.write_text(f'[[access_key]]\nid = "me"\nsecret = "x"\nallow = {allow}\n')
     access.chmod(0o600)
     path = tmp_path / "server.toml"
     path.write_text(

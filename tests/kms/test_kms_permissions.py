@@ -59,12 +59,13 @@ def answers(kms, who, key_id, blob):
     "grants",
     [
         (),
-        (Grant(()),),
+        (Grant((), ("*",)),),
         (Grant(("*",), ()),),
         (Grant(("*",), (UNKNOWN_KEY,)),),
         (
             Grant(
                 ("describekey", "KMS:*"),
+                ("*",),
             ),
         ),
     ],
@@ -79,7 +80,7 @@ def test_everything_is_allowed(kms, key):
 
 def test_some_actions_on_some_keys(kms, key):
     key_id, _ = key
-    grants = (Grant(("Encrypt", "De*"), (f"{key_id[:8]}*",)), Grant(("ListKeys",)))
+    grants = (Grant(("Encrypt", "De*"), (f"{key_id[:8]}*",)), Grant(("ListKeys",), ("*",)))
     allowed = {action for action, yes in answers(kms, caller(*grants), *key).items() if yes}
     assert allowed == {"Encrypt", "Decrypt", "DescribeKey", "DeleteKeyMaterial", "ListKeys"}
 
@@ -113,7 +114,7 @@ FILE = """
 [[access_key]]
 id = "backup"
 secret = "s3cret-value"
-allow = [{ actions = ["Encrypt"], keys = ["8a*"] }, { actions = ["ListKeys"] }]
+allow = [{ actions = ["Encrypt"], keys = ["8a*"] }, { actions = ["ListKeys"], keys = ["*"] }]
 
 [[access_key]]
 id = "unprivileged"
@@ -172,6 +173,7 @@ def test_access_key_file_must_be_private(access_file, mode):
         '[[access_key]]\nid = "a"\nsecret = "hush-hush"\nallow = [{ actions = "*" }]\n',
         '[[access_key]]\nid = "a"\nsecret = "hush-hush"\ndeny = []\n',
         'access_key = "hush-hush"\n',
+        'access_key = ["hush-hush"]\n',
         '[[access_key]]\nid = "a"\nsecret = "hush-hush"\n' * 2,
     ],
 )
@@ -197,3 +199,12 @@ def test_id_that_is_too_long_for_a_row_is_refused():
     with pytest.raises(ConfigurationError):
         AccessKey(longest + "i", "x", Permissions())
     assert Key.creator.type.length >= MAX_ID_LENGTH
+
+
+def test_a_grant_without_keys_is_refused():
+    """It would be for every key, also for one whose list of keys was forgotten."""
+    entry = {"id": "a", "secret": "x", "allow": [{"actions": ["Encrypt"]}]}
+    with pytest.raises(ConfigurationError, match=r'keys = \["\*"\] stands for every key'):
+        parse_access_keys({"access_key": [entry]})
+    with pytest.raises(TypeError):
+        Grant(("Encrypt",))

@@ -25,7 +25,7 @@ from support.http.sdk_clients import Credentials
 
 ACCESS_KEYS = (
     AccessKey("testid", "testsecret", Permissions.everything()),
-    AccessKey("reader", "readersecret", Permissions((Grant(("DescribeKey",)),))),
+    AccessKey("reader", "readersecret", Permissions((Grant(("DescribeKey",), ("*",)),))),
 )
 
 
