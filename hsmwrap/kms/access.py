@@ -6,6 +6,7 @@ allows is forbidden.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,10 +16,14 @@ from typing import Any, Protocol
 
 from hsmwrap.catalog import loggable
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.kms.audit import SYSTEM
 from hsmwrap.privatefile import ParsedFile, PrivateFile
 
 MAX_ID_LENGTH = 128
 """Longest id of an access key: keys remember their creator, and logs name who asked."""
+_ID = re.compile(r"[!-~]+")
+# Letters of ids that a reader of the audit log may take for the KMS itself.
+_OWN = frozenset({SYSTEM, "kms", "hsmwrap", f"kms{SYSTEM}", f"hsmwrap{SYSTEM}", "hsmwrapkms"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,8 @@ class AccessKey:
     """An access key: its id, the secret that signs requests, and what it may do.
 
     Raises:
-        ConfigurationError: The id is longer than :data:`MAX_ID_LENGTH`.
+        ConfigurationError: The id is longer than :data:`MAX_ID_LENGTH`, has characters other than
+            printable ASCII without blanks, or looks like the KMS itself in the audit log.
     """
 
     access_key_id: str
@@ -87,6 +93,16 @@ class AccessKey:
         if len(self.access_key_id) > MAX_ID_LENGTH:
             raise ConfigurationError(
                 f"access keys: an id has more than {MAX_ID_LENGTH} characters; take a shorter one"
+            )
+        # Others look like these ones: a Cyrillic s, a blank at the end.
+        if not _ID.fullmatch(self.access_key_id):
+            raise ConfigurationError(
+                "access keys: an id takes printable characters of ASCII without blanks"
+            )
+        if re.sub("[^a-z]", "", self.access_key_id.lower()) in _OWN:
+            raise ConfigurationError(
+                f"access keys: the id {self.access_key_id} looks like the KMS itself in the audit "
+                "log; take another one"
             )
 
     def caller(self) -> Caller:

@@ -7,6 +7,7 @@ from hsmwrap.errors import ConfigurationError, HsmwrapError
 from hsmwrap.kms import AccessKey, Caller, Grant, NoPermission, Permissions
 from hsmwrap.kms.access import MAX_ID_LENGTH, FileAccessKeys, parse_access_keys
 from hsmwrap.kms.api import OPERATIONS
+from hsmwrap.kms.audit import SYSTEM
 from hsmwrap.kms.schema import Key
 
 UNKNOWN_KEY = "8a8e3a5f-0000-4000-8000-000000000000"
@@ -208,3 +209,28 @@ def test_a_grant_without_keys_is_refused():
         parse_access_keys({"access_key": [entry]})
     with pytest.raises(TypeError):
         Grant(("Encrypt",))
+
+
+@pytest.mark.parametrize(
+    "access_key_id", [SYSTEM, "System", "SYSTEM-1", "_system_", "kms", "hsmwrap", "KMS.system"]
+)
+def test_an_id_that_looks_like_the_kms_itself_is_refused(access_key_id):
+    entry = {"id": access_key_id, "secret": "x"}
+    with pytest.raises(ConfigurationError, match="looks like the KMS itself"):
+        parse_access_keys({"access_key": [entry]})
+    with pytest.raises(ConfigurationError):
+        AccessKey(access_key_id, "x", Permissions())
+
+
+@pytest.mark.parametrize(
+    "access_key_id", ["system ", " a", "a\tb", "\u0455ystem", "syste\u200bm", "a\n", "caf\u00e9"]
+)
+def test_an_id_is_printable_ascii(access_key_id):
+    """A Cyrillic letter and an invisible blank look like nothing or like another letter."""
+    with pytest.raises(ConfigurationError, match="printable characters of ASCII"):
+        parse_access_keys({"access_key": [{"id": access_key_id, "secret": "x"}]})
+
+
+def test_ids_of_the_cloud_are_taken():
+    for access_key_id in ("LTAI5tExample", "STS.NUgExample", "kms-importer", "ecosystem"):
+        parse_access_keys({"access_key": [{"id": access_key_id, "secret": "x"}]})
