@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -158,7 +158,12 @@ _POOL_COUNTERS: Mapping[str, str] = MappingProxyType(
 class FactsCollector(Collector):
     """Reads the health of backends and the stocks of pools at each scrape."""
 
-    def __init__(self, backends: Iterable[Backend], pools: Iterable[KeyPool] = ()) -> None:
+    def __init__(
+        self,
+        backends: Iterable[Backend],
+        pools: Iterable[KeyPool] = (),
+        access_keys_current: Callable[[], bool] | None = None,
+    ) -> None:
         """Take what to read; a backend that is given twice is read once.
 
         Raises:
@@ -166,6 +171,7 @@ class FactsCollector(Collector):
         """
         self._backends = tuple({id(backend): backend for backend in backends}.values())
         self._pools = tuple(pools)
+        self._access_keys_current = access_keys_current
         names = [backend.name for backend in self._backends]
         if len(set(names)) < len(names):
             raise ConfigurationError(f"backends with the same name cannot be told apart: {names}")
@@ -174,6 +180,11 @@ class FactsCollector(Collector):
         """The metrics now."""
         yield from self._of_backends()
         yield from self._of_pools()
+        text = "1 where the access keys are those of their file as it is now."
+        current = _gauge("hsmwrap_access_keys_current", text)
+        if self._access_keys_current:
+            _add(current, self._access_keys_current())
+        yield current
 
     def describe(self) -> list[Metric]:
         """Nothing: a registry that asks at registration must not read the health yet."""

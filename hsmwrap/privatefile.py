@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import logging
 import os
 import stat
 import struct
@@ -26,6 +27,8 @@ MAX_BYTES = 1024 * 1024
 
 _T = TypeVar("_T")
 _Stamp = tuple[int, ...]
+
+_log = logging.getLogger(__name__)
 
 _ACL_HEAD = struct.Struct("<I")
 _ACL_ENTRY = struct.Struct("<HHI")
@@ -92,17 +95,31 @@ class ParsedFile(Generic[_T]):
     """What a private text file holds, parsed again when it was replaced or changed.
 
     Safe from any thread and across forks.
+
+    Attributes:
+        fault: Why the value is an earlier one than the file's, with ``keep``; None: it is not.
     """
 
-    def __init__(self, file: PrivateFile, parse: Callable[[str], _T]) -> None:
-        """Take the file, which is opened at the first use, and what makes a value of its text."""
+    def __init__(
+        self, file: PrivateFile, parse: Callable[[str], _T], *, keep: bool = False
+    ) -> None:
+        """Take the file, which is opened at the first use, and what makes a value of its text.
+
+        Args:
+            file: The file.
+            parse: Makes the value, or raises ``ConfigurationError``.
+            keep: True: a changed text that does not parse (the file may be half written) leaves the
+                value as it was. A file that is not private any more is refused regardless.
+        """
         self._file = file
         self._parse = parse
+        self._keep = keep
         self._cached: tuple[_Stamp, _T] | None = None
+        self.fault: str | None = None
 
     @strip_tracebacks
     def read(self) -> _T:
-        """Return what the file holds now.
+        """Return what the file holds now, or with ``keep`` what it held when it parsed last.
 
         Raises:
             ConfigurationError: As for :meth:`PrivateFile.read_text`, or it does not parse.
@@ -114,13 +131,23 @@ class ParsedFile(Generic[_T]):
         except OSError as error:
             raise ConfigurationError(f"{self._file}: {error.strerror}") from None
         content, stamp = self._file._read()  # noqa: SLF001 (of this module)
+        try:
+            value, fault = self._parsed(content), None
+        except ConfigurationError as error:
+            if cached is None or not self._keep:
+                raise
+            value, fault = cached[1], str(error)
+            event = "a changed file does not parse: what it held before stays in use"
+            _log.error(event, extra={"why": fault})
+        self._cached, self.fault = (stamp, value), fault
+        return value
+
+    def _parsed(self, content: bytes) -> _T:
         text = decode(content, str(self._file))
         try:
-            value = self._parse(text)
+            return self._parse(text)
         except ConfigurationError as error:
             raise ConfigurationError(f"{self._file}: {error}") from None
-        self._cached = stamp, value
-        return value
 
 
 @strip_tracebacks
@@ -191,12 +218,14 @@ def _access_acl(descriptor: int) -> bytes:
 
 
 def _stamp(status: os.stat_result) -> _Stamp:
-    # ctime and mode: a chmod alone has to reach the check as well.
+    # ctime, mode and owner: a chmod or chown alone has to reach the check as well.
     return (
         status.st_dev,
         status.st_ino,
         status.st_mtime_ns,
         status.st_ctime_ns,
         status.st_mode,
+        status.st_uid,
+        status.st_gid,
         status.st_size,
     )

@@ -237,15 +237,19 @@ class App(_Pages):
         return answer.page({"Status": "not ready", "RequestId": request_id}, 503)
 
 
-def _render(backends: Iterable[Backend] = (), pools: Iterable[KeyPool] = ()) -> bytes:
-    """All metrics: of requests, and of these backends and key-pair pools.
+def _render(
+    backends: Iterable[Backend] = (),
+    pools: Iterable[KeyPool] = (),
+    access_keys_current: Callable[[], bool] | None = None,
+) -> bytes:
+    """All metrics: of requests, and of these backends, key-pair pools and access keys.
 
     Raises:
         MetricsUnavailable: prometheus_client is not installed.
     """
     if not _METRICS:
         raise MetricsUnavailable("prometheus_client is not installed")
-    text: bytes = _METRICS.render(_METRICS.FactsCollector(backends, pools))
+    text: bytes = _METRICS.render(_METRICS.FactsCollector(backends, pools, access_keys_current))
     return text
 
 
@@ -295,7 +299,7 @@ def from_config(path: Path | None) -> App:
         kms.nonces,
         max_body=config.limits.max_request_bytes,
         limits=Limits(config.limits.max_connections, config.limits.max_connections_per_address),
-        collect=lambda: _render(*kms.watched()),
+        collect=lambda: _render(*kms.watched(), kms.access_keys_current),
     )
 
 

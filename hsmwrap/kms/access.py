@@ -130,7 +130,11 @@ class StaticAccessKeys:
 
 
 class FileAccessKeys:
-    """Access keys in a private TOML file; read again when it changes.
+    """Access keys in a private TOML file; read again when it, its mode or its owner changes.
+
+    A change that does not parse, or has no access key at all, is not taken: the file may be half
+    written. The keys stay those of before, :meth:`fault` says why. A file that is open to others,
+    belongs to another user or is gone is refused, and with it every request.
 
     ::
 
@@ -146,8 +150,17 @@ class FileAccessKeys:
         Raises:
             ConfigurationError: It does not parse, or is not private (:mod:`hsmwrap.privatefile`).
         """
-        self._parsed = ParsedFile(PrivateFile(path, "access_key_file"), _parse)
+        self._parsed = ParsedFile(PrivateFile(path, "access_key_file"), _parse, keep=True)
         self._parsed.read()
+
+    def fault(self) -> str | None:
+        """Why the keys are not those of the file as it is now; None where they are.
+
+        Raises:
+            ConfigurationError: The file is refused, and so is every request.
+        """
+        self._parsed.read()
+        return self._parsed.fault
 
     def lookup(self, access_key_id: str) -> AccessKey | None:
         """Return the access key of this id, or None."""
@@ -172,6 +185,10 @@ def parse_access_keys(document: Mapping[str, Any]) -> list[AccessKey]:
     try:
         _only(document, "access_key")
         keys = [_access_key(entry) for entry in document.get("access_key", [])]
+        if not keys:
+            raise ConfigurationError(
+                "access keys: there is none; an access key without allow may do nothing"
+            )
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"access keys: wrong or missing entry: {error}") from None
     if len({key.access_key_id for key in keys}) != len(keys):

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 from hsmwrap.backend import Backend, Exposure, Health
 from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm
-from hsmwrap.errors import HsmwrapError, ServiceUnavailable
+from hsmwrap.errors import ConfigurationError, HsmwrapError, ServiceUnavailable
 from hsmwrap.guard import guard_all
 from hsmwrap.imports import MAX_FAILED_IMPORTS, TOKEN_LIFETIME, ImportService, generate_inline
 from hsmwrap.keypool import KeyPool
-from hsmwrap.kms.access import AccessKeys, Caller
+from hsmwrap.kms.access import AccessKeys, Caller, FileAccessKeys
 from hsmwrap.kms.anchors import ANCHOR_LINES, AnchoredLog
 from hsmwrap.kms.api import OPERATIONS, Operations, Request
 from hsmwrap.kms.audit import SYSTEM, AuditEntry, AuditFailed, AuditLog
@@ -194,17 +194,29 @@ class Kms:
             if not health.ready:
                 failed.append(f"backend {level}")
         for part, check in (
+            ("access keys", self._check_access_keys),
             ("database", self._database.ping),
             ("audit log", replace(self._audit.log, lock_seconds=_HEALTH_LOCK_SECONDS).check),
         ):
             try:
-                check()
-                parts[part] = "ready"
-            except (ServiceUnavailable, AuditFailed) as error:
+                parts[part] = check() or "ready"
+            except (ServiceUnavailable, AuditFailed, ConfigurationError) as error:
                 parts[part] = str(error)
                 failed.append(part)
         detail = f"not ready: {', '.join(failed)}" if failed else "ready"
         return Health(not failed, detail, parts)
+
+    def _check_access_keys(self) -> str | None:
+        keys = self.access_keys
+        fault = keys.fault() if isinstance(keys, FileAccessKeys) else None
+        return fault and f"ready with the keys of before, not with those of the file: {fault}"
+
+    def access_keys_current(self) -> bool:
+        """Whether the access keys are those of their file as it is now, for metrics."""
+        try:
+            return self._check_access_keys() is None
+        except ConfigurationError:
+            return False
 
     def watched(self) -> tuple[tuple[Backend, ...], tuple[KeyPool, ...]]:
         """Backends and key-pair pools, for metrics."""

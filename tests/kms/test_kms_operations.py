@@ -395,6 +395,7 @@ def test_health_and_close(open_kms):
     assert health.facts == {
         "backend SOFTWARE": "ready",
         "backend HSM": "ready",
+        "access keys": "ready",
         "database": "ready",
         "audit log": "ready",
     }
