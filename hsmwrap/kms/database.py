@@ -4,13 +4,18 @@ SQLite runs in WAL mode; a writer takes its lock at the start (``BEGIN IMMEDIATE
 upgrade from read to write can fail. On PostgreSQL a writer locks the rows it read (``SELECT … FOR
 UPDATE``). No transaction is open during an HSM call. Every wait has a limit: for a connection, for
 a lock, and for a stopped process with an open transaction.
+
+SQLite's files are for this process's user only, mode 0600: the rows name keys and callers, and
+hold sealed keys and used nonces.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +45,7 @@ from hsmwrap.kms.errors import CommitUnknown
 from hsmwrap.kms.schema import Row
 
 _BUSY_MILLISECONDS = 10_000
+_SQLITE_ENDS = ("-wal", "-shm", "-journal")
 _SQLITE_PRAGMAS = (
     f"PRAGMA busy_timeout={_BUSY_MILLISECONDS}",
     "PRAGMA journal_mode=WAL",
@@ -77,7 +83,9 @@ class Database(ForkAware):
                 of the process) may then lose committed transactions.
 
         Raises:
-            ConfigurationError: The URL is neither SQLite nor PostgreSQL with psycopg.
+            ConfigurationError: The URL is neither SQLite nor PostgreSQL with psycopg. With SQLite
+                also when it connects: the file or its directory belongs to another user, or every
+                user can write the directory.
         """
         self.engine = _engine(url, pool_size, sync=sync)
         self._writing = self.engine.execution_options(writing=True)
@@ -169,7 +177,11 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
         options: dict[str, Any] = {"pool_pre_ping": True, "pool_size": pool_size}
         if "connect_timeout" not in parsed.query:
             options["connect_args"] = {"connect_timeout": _CONNECT_SECONDS}
-    elif parsed.drivername == "sqlite" and parsed.database not in (None, "", ":memory:"):
+    elif (
+        parsed.drivername == "sqlite"
+        and parsed.database not in (None, "", ":memory:")
+        and "uri" not in parsed.query
+    ):
         options = {"pool_size": pool_size}
     else:
         raise ConfigurationError("database_url has to be sqlite:///FILE or postgresql+psycopg://…")
@@ -178,11 +190,58 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
     except (ImportError, NoSuchModuleError) as error:
         raise ConfigurationError(f"database_url: {error}") from None
     if engine.dialect.name == "sqlite":
+        file = Path(str(parsed.database))
+        event.listen(engine, "do_connect", lambda *_: _make_private(file))
         event.listen(engine, "connect", partial(_prepare_sqlite, sync=sync))
         event.listen(engine, "begin", _begin_sqlite)
     else:
         event.listen(engine, "connect", partial(_prepare_postgresql, url=parsed))
     return engine
+
+
+def _make_private(file: Path) -> None:
+    """Make SQLite's files, or keep them, closed to others; SQLite makes them as ``umask`` says.
+
+    The directory matters as much: who can write it can put other files in their place.
+    """
+    with suppress(OSError):  # SQLite fails at it too, and that is an outage
+        directory = file.resolve().parent
+        status = directory.stat()
+        _require_own(directory, status)
+        if status.st_mode & stat.S_IWOTH:
+            raise ConfigurationError(
+                f"database_url: every user can write the directory {directory}; take another one, "
+                "or chmod 0700 it"
+            )
+        with suppress(FileExistsError):
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        # SQLite makes the others with the mode of the file.
+        for each in (file, *(file.with_name(file.name + end) for end in _SQLITE_ENDS)):
+            with suppress(FileNotFoundError):
+                _close_to_others(each)
+
+
+def _close_to_others(file: Path) -> None:
+    status = file.stat()
+    _require_own(file, status)
+    if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        try:
+            file.chmod(0o600)
+        except PermissionError:
+            raise ConfigurationError(
+                f"database_url: {file} is open to others: chmod 0600 it"
+            ) from None
+        was = f"{stat.S_IMODE(status.st_mode):04o}"
+        facts = {"file": str(file), "was": was}
+        _log.warning("a database file was open to others: now it has mode 0600", extra=facts)
+
+
+def _require_own(path: Path, status: os.stat_result) -> None:
+    if status.st_uid not in {os.geteuid(), 0}:
+        raise ConfigurationError(
+            f"database_url: {path} belongs to uid {status.st_uid}; it has to belong to uid "
+            f"{os.geteuid()} or to root"
+        )
 
 
 def _prepare_sqlite(connection: Any, _record: object, *, sync: bool) -> None:

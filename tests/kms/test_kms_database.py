@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import threading
 import time
 
@@ -12,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from support.kms.fakes import AES_MATERIAL, Client
 
-from hsmwrap.errors import ServiceUnavailable
+from hsmwrap.errors import ConfigurationError, ServiceUnavailable
 from hsmwrap.kms import database as database_module
 from hsmwrap.kms.blobs import CiphertextBlob
 from hsmwrap.kms.database import Database, surely_rolled_back
@@ -60,7 +61,7 @@ def test_processes_migrate_at_once(database_url):
 
 def test_write_is_whole_or_nothing(database):
     database.migrate()
-    insert = text("INSERT INTO audit_anchors VALUES ('a', 1, 'd', 0)")
+    insert = text("INSERT INTO audit_anchors VALUES ('a', 1, 'd', 0, 0)")
 
     def fail():
         with database.write() as transaction:
@@ -275,3 +276,60 @@ def test_blob_round_trip():
     raw = blob.to_bytes()
     assert raw[0] == 1
     assert CiphertextBlob.from_bytes(raw) == blob
+
+
+class TestSqliteFiles:
+    @pytest.fixture(autouse=True)
+    def open_umask(self):
+        before = os.umask(0)
+        yield
+        os.umask(before)
+
+    def modes(self, directory):
+        return {path.name: path.stat().st_mode & 0o777 for path in directory.glob("kms.db*")}
+
+    def test_are_for_this_user_only(self, sqlite_url, tmp_path):
+        database = Database(sqlite_url, sync=False)
+        database.migrate()
+        with database.write() as transaction:
+            transaction.execute(text("INSERT INTO used_once VALUES ('a', 1)"))
+            names = ("kms.db", "kms.db-wal", "kms.db-shm")
+            assert self.modes(tmp_path) == dict.fromkeys(names, 0o600)
+        database.close()
+
+    def test_of_an_older_release_are_closed(self, sqlite_url, tmp_path, caplog):
+        database = Database(sqlite_url, sync=False)
+        database.migrate()
+        for path in tmp_path.glob("kms.db*"):
+            path.chmod(0o644)
+        again = Database(sqlite_url, sync=False)
+        again.ping()
+        assert set(self.modes(tmp_path).values()) == {0o600}
+        assert caplog.text.count("a database file was open to others") == 3
+        database.close()
+        again.close()
+
+    def test_in_a_directory_that_everyone_can_write_are_refused(self, sqlite_url, tmp_path):
+        for mode in (0o777, 0o1777):
+            tmp_path.chmod(mode)
+            with pytest.raises(ConfigurationError, match="every user can write the directory"):
+                Database(sqlite_url).ping()
+        assert self.modes(tmp_path) == {}
+        tmp_path.chmod(0o770)
+        database = Database(sqlite_url)
+        database.ping()
+        database.close()
+
+    @pytest.mark.skipif(
+        os.geteuid() != 0, reason="capability: only root can change the owner of files"
+    )
+    @pytest.mark.parametrize("what", ["kms.db", "."])
+    def test_of_another_user_are_refused(self, sqlite_url, tmp_path, what):
+        (tmp_path / "kms.db").touch(0o600)
+        os.chown(tmp_path / what, 12345, -1)
+        with pytest.raises(ConfigurationError, match="belongs to uid 12345"):
+            Database(sqlite_url).ping()
+
+    def test_named_by_a_uri_are_refused(self, tmp_path):
+        with pytest.raises(ConfigurationError, match="has to be sqlite:///FILE"):
+            Database(f"sqlite:///file:{tmp_path}/kms.db?mode=rwc&uri=true")
