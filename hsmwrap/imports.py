@@ -376,8 +376,8 @@ class ImportService:
         Raises:
             UnsupportedOrigin: The CMK does not take imports.
             InvalidParameter: The expiry is not in the future, or has no time zone.
-            InvalidImportToken: Changed, of another CMK or backend, used up, or too many imports
-                under it failed.
+            InvalidImportToken: Changed, of another CMK, key spec or backend, used up, or too many
+                imports under it failed.
             ExpiredImportToken: Authentic, but too old.
             UnsupportedProtectionLevel: No HSM in this region, or no backend for this level.
             CombinationRefused: The token's algorithm is not allowed or not served here any more, or
@@ -511,6 +511,10 @@ class ImportService:
         claims = tokens.decode(import_token, backend.verify_mac)
         if claims.cmk_id != cmk.key_id:
             raise InvalidImportToken("the import token belongs to another CMK")
+        if claims.key_spec != cmk.key_spec:
+            raise InvalidImportToken(
+                f"the import token is for {claims.key_spec}, and the CMK is {cmk.key_spec}"
+            )
         if (claims.backend, claims.protection_level) != (backend.name, cmk.protection_level):
             raise InvalidImportToken("the import token belongs to another backend")
         self._require_unexpired(claims)
@@ -572,6 +576,7 @@ def _claims(
     return tokens.ImportTokenClaims(
         token_id=secrets.token_bytes(tokens.TOKEN_ID_LENGTH),
         cmk_id=cmk.key_id,
+        key_spec=cmk.key_spec,
         spec=key.spec,
         algorithm=key.algorithm,
         protection_level=cmk.protection_level,

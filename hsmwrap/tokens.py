@@ -5,7 +5,7 @@ Layout, all integers big-endian::
     version (1) | key set id: length (1), ASCII | body | HMAC-SHA-256 (32)
 
     body: token id (16) | expiry, Unix seconds (8) | spec (1) | algorithm (1) | level (1) |
-          custody (1) | SHA-256 of the public key (32) |
+          custody (1) | key spec (1) | SHA-256 of the public key (32) |
           CMK id: length (1), UTF-8 | backend: length (1), ASCII |
           private key reference: length (2), bytes
 
@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from hsmwrap.backend import Custody, Mac, PrivateKeyRef
-from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import (
     ConfigurationError,
     HsmError,
@@ -43,7 +43,7 @@ _DIGEST_LENGTH = 32
 _MAX_ASCII_LENGTH = 255
 _EPOCH = datetime.fromtimestamp(0, UTC)
 _HEAD = struct.Struct(">BB")
-_FIXED = struct.Struct(f">{TOKEN_ID_LENGTH}sQBBBB{_DIGEST_LENGTH}s")
+_FIXED = struct.Struct(f">{TOKEN_ID_LENGTH}sQBBBBB{_DIGEST_LENGTH}s")
 _LENGTH1 = struct.Struct(">B")
 _LENGTH2 = struct.Struct(">H")
 
@@ -57,6 +57,7 @@ _ALGORITHMS = (
 )
 _LEVELS = (ProtectionLevel.SOFTWARE, ProtectionLevel.HSM)
 _CUSTODIES = (Custody.HSM_INTERNAL, Custody.HSM_ENCRYPTED_DATABASE)
+_KEY_SPECS = (KeySpec.ALIYUN_AES_256, KeySpec.ALIYUN_SM4)
 
 _T = TypeVar("_T")
 
@@ -68,6 +69,7 @@ class ImportTokenClaims:
     Attributes:
         token_id: 16 random bytes, the token's name in logs and for single use.
         cmk_id: Id of the CMK that the token was issued for.
+        key_spec: Key spec of that CMK.
         spec: Wrapping key spec.
         algorithm: Wrapping algorithm.
         protection_level: Protection level of the CMK.
@@ -79,6 +81,7 @@ class ImportTokenClaims:
 
     token_id: bytes
     cmk_id: str
+    key_spec: KeySpec
     spec: WrappingKeySpec
     algorithm: WrappingAlgorithm
     protection_level: ProtectionLevel
@@ -155,11 +158,14 @@ def _encode_body(claims: ImportTokenClaims) -> bytes:
             _ALGORITHMS.index(claims.algorithm),
             _LEVELS.index(claims.protection_level),
             _CUSTODIES.index(claims.private_key.custody),
+            _KEY_SPECS.index(claims.key_spec),
             claims.public_key_sha256,
         )
         private_key = _prefixed(_LENGTH2, claims.private_key.data)
     except (struct.error, ValueError):
-        raise _unfit("a wrapping key of no known kind, or with too large a reference") from None
+        raise _unfit(
+            "a wrapping key or key spec of no known kind, or too large a reference"
+        ) from None
     backend = _ascii(claims.backend, "its name")
     return fixed + _cmk_id(claims.cmk_id) + _prefixed(_LENGTH1, backend) + private_key
 
@@ -202,7 +208,9 @@ def _unfit(reason: str) -> HsmError:
 def _decode_body(body: bytes) -> ImportTokenClaims:
     # An authentic body that does not parse was made by a newer or broken hsmwrap: same answer.
     try:
-        token_id, expiry, spec, algorithm, level, custody, digest = _FIXED.unpack_from(body)
+        token_id, expiry, spec, algorithm, level, custody, key_spec, digest = _FIXED.unpack_from(
+            body
+        )
         cmk_id, at = _take(_LENGTH1, body, _FIXED.size)
         backend, at = _take(_LENGTH1, body, at)
         private_key, at = _take(_LENGTH2, body, at)
@@ -211,6 +219,7 @@ def _decode_body(body: bytes) -> ImportTokenClaims:
         return ImportTokenClaims(
             token_id=token_id,
             cmk_id=cmk_id.decode(),
+            key_spec=_member(_KEY_SPECS, key_spec),
             spec=_member(_SPECS, spec),
             algorithm=_member(_ALGORITHMS, algorithm),
             protection_level=_member(_LEVELS, level),

@@ -26,6 +26,7 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 EXAMPLE = ImportTokenClaims(
     token_id=bytes(range(16)),
     cmk_id="cmk-1",
+    key_spec=KeySpec.ALIYUN_SM4,
     spec=WrappingKeySpec.RSA_2048,
     algorithm=WrappingAlgorithm.RSAES_OAEP_SHA_256,
     protection_level=ProtectionLevel.HSM,
@@ -48,6 +49,7 @@ any_claims = st.builds(
     ImportTokenClaims,
     token_id=st.binary(min_size=16, max_size=16),
     cmk_id=sized_text(unicode, MAX_CMK_ID_LENGTH),
+    key_spec=st.sampled_from(KeySpec),
     spec=st.sampled_from(WrappingKeySpec),
     algorithm=st.sampled_from(WrappingAlgorithm),
     protection_level=st.sampled_from(ProtectionLevel),
@@ -106,7 +108,7 @@ def test_the_documented_layout():
     body = (
         bytes(range(16))
         + int(NOW.timestamp()).to_bytes(8)
-        + bytes([0, 2, 1, 1])
+        + bytes([0, 2, 1, 1, 1])
         + bytes(range(32))
         + b"\x05cmk-1"
         + b"\x06pkcs11"
@@ -122,6 +124,7 @@ def test_a_claim_that_does_not_fit_is_refused_and_not_cut():
         "cmk_id": (InvalidParameter, ["x" * 256, "é" * 128, "\ud800"]),
         "backend": (HsmError, ["x" * 256, "é"]),
         "spec": (HsmError, ["RSA_4096"]),
+        "key_spec": (HsmError, ["Aliyun_AES_128"]),
         "expires_at": (
             ConfigurationError,
             [
@@ -256,7 +259,8 @@ def test_authentic_changes_are_refused_or_other_claims(claims, data):
 
 
 @pytest.mark.parametrize(
-    ("position", "name"), [(24, "spec"), (25, "algorithm"), (26, "level"), (27, "custody")]
+    ("position", "name"),
+    [(24, "spec"), (25, "algorithm"), (26, "level"), (27, "custody"), (28, "key spec")],
 )
 def test_unknown_codes_are_refused(position, name):
     body = bytearray(tokens.encode(EXAMPLE, mac)[3:-32])
@@ -284,7 +288,7 @@ def test_the_private_key_does_not_show():
     hidden = replace(EXAMPLE, private_key=PrivateKeyRef(Custody.HSM_INTERNAL, b"SECRET-BLOB"))
     assert "SECRET-BLOB" not in repr(hidden) + repr(hidden.private_key)
     assert "PrivateKeyRef" not in repr(hidden)
-    assert len(fields(hidden)) == 9
+    assert len(fields(hidden)) == 10
 
 
 # --- rotation of the MAC key -------------------------------------------------------------------

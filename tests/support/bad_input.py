@@ -220,6 +220,17 @@ def _(scene):
         yield partial(scene.desk.bring_in, parameters, ciphertext, scene.desk.cmk("cmk-2"))
 
 
+@bad("token of another key spec", InvalidImportToken)
+def _(scene):
+    """Also where the ciphertext fits the key spec that the CMK has now."""
+    for spec, other in product(KeySpec, KeySpec):
+        if spec != other:
+            parameters, ciphertext = good(scene.desk, OAEP1, scene.desk.cmk(key_spec=spec))
+            now = scene.desk.cmk(key_spec=other)
+            yield partial(scene.desk.bring_in, parameters, ciphertext, now)
+            yield partial(scene.desk.bring_in, parameters, wrap(parameters, MATERIAL[other]), now)
+
+
 @bad("token of another protection level", InvalidImportToken)
 def _(scene):
     desk = scene.desk_of("software")

@@ -116,6 +116,7 @@ def _token(conversation: Conversation, cmk_id: str) -> bytes:
     claims = tokens.ImportTokenClaims(
         token_id=secrets.token_bytes(tokens.TOKEN_ID_LENGTH),
         cmk_id=cmk_id,
+        key_spec=KeySpec.ALIYUN_AES_256,
         spec=key.spec,
         algorithm=key.algorithm,
         protection_level=min(backend.capabilities().protection_levels),
