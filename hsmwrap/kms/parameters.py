@@ -87,11 +87,18 @@ def key_id(_name: str, text: str) -> str:
 
 
 def binary(name: str, text: str) -> bytes:
-    """Bytes in base64 (RFC 4648, section 4)."""
+    """Bytes in base64 (RFC 4648, section 4), in the one text that encoders make of them.
+
+    No line ends, no URL-safe alphabet, all padding, and no bits set that decoding ignores (section
+    3.5): two texts never mean the same token or ciphertext.
+    """
     try:
-        return binascii.a2b_base64(text, strict_mode=True)
+        value = binascii.a2b_base64(text, strict_mode=True)
     except ValueError:
-        raise InvalidParameter(name, "is not base64") from None
+        raise InvalidParameter(name, "is not base64 (RFC 4648, section 4)") from None
+    if binascii.b2a_base64(value, newline=False) != text.encode():
+        raise InvalidParameter(name, "is not canonical base64: ignored bits are set at its end")
+    return value
 
 
 def plaintext(name: str, text: str) -> bytes:

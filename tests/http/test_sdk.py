@@ -132,3 +132,34 @@ def test_the_longest_plaintext(call):
         call("Encrypt", KeyId=key_id, Plaintext=b64(b"\xff" * 6144))
     with pytest.raises(SdkError, match=r"^InvalidParameter$"):
         call("Encrypt", KeyId=key_id, Plaintext=b64(b"\xff" * 6145))
+
+
+def test_other_texts_of_the_same_base64_are_refused(call):
+    """SDKs send what they are given; a refused import leaves the import token usable."""
+    key_id = call("CreateKey", Origin="EXTERNAL", ProtectionLevel="HSM")["KeyMetadata"]["KeyId"]
+    issued = call(
+        "GetParametersForImport",
+        KeyId=key_id,
+        WrappingKeySpec="RSA_2048",
+        WrappingAlgorithm="RSAES_OAEP_SHA_256",
+    )
+    token = issued["ImportToken"]
+    encrypted = b64(clients.pyca_oaep_sha256(base64.b64decode(issued["PublicKey"]), bytes(32)))
+    assert encrypted.endswith("==")
+
+    def bring_in(encrypted, token):
+        call("ImportKeyMaterial", KeyId=key_id, EncryptedKeyMaterial=encrypted, ImportToken=token)
+
+    last = chr(ord(encrypted[-3]) + 1)
+    for other in (
+        encrypted[:-3] + last + "==",
+        encrypted.rstrip("="),
+        encrypted + "\n",
+        encrypted[:64] + "\n" + encrypted[64:],
+    ):
+        with pytest.raises(SdkError, match=r"^InvalidParameter$"):
+            bring_in(other, token)
+    for other in (token + "\n", token.rstrip("=") + "====", "=" + token):
+        with pytest.raises(SdkError, match=r"^InvalidImportToken$"):
+            bring_in(encrypted, other)
+    bring_in(encrypted, token)
