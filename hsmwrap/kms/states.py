@@ -1,7 +1,7 @@
 """Key states, and which operations they allow, as a table.
 
-Source: Alibaba Cloud KMS, "Impact of CMK states on API operations". One decision
-is ours: importing material into a Disabled key leaves it Disabled.
+docs/key-states.md has the same table, the states afterwards, the sources, and what the
+documentation leaves to us.
 """
 
 from __future__ import annotations

@@ -1,53 +1,27 @@
-"""The state matrix: every operation in every state, against a second, independent listing."""
+"""The state matrix: every operation in every state, against the documented table."""
+
+import re
+from itertools import product
 
 import pytest
+from support.documents import ROOT, text_of
 from support.kms.fakes import AES_MATERIAL
 
 from hsmwrap.errors import HsmwrapError
 from hsmwrap.kms.api import OPERATIONS
 from hsmwrap.kms.states import STATE_MATRIX, KeyState
 
-# E: Enabled, D: Disabled, X: PendingDeletion, I: PendingImport.
-LISTING = """
-DescribeKey             E ok   D ok  X ok   I ok
-GetParametersForImport  E ok   D ok  X ok   I ok
-ImportKeyMaterial       E ok   D ok  X SMF  I ok
-DeleteKeyMaterial       E ok   D ok  X ok   I ok
-Encrypt                 E ok   D RD  X RX   I RI
-Decrypt                 E ok   D RD  X RX   I RI
-GenerateDataKey         E ok   D RD  X RX   I RI
-EnableKey               E ok   D ok  X SMF  I SMF
-DisableKey              E ok   D ok  X SMF  I SMF
-ScheduleKeyDeletion     E ok   D ok  X SMF  I ok
-CancelKeyDeletion       E SMF  D SMF X ok   I SMF
-"""
-STATES = {"E": "Enabled", "D": "Disabled", "X": "PendingDeletion", "I": "PendingImport"}
-CODES = {
-    "ok": "ok",
-    "SMF": "Rejected.StateModifiedFailed",
-    "RD": "Rejected.Disabled",
-    "RX": "Rejected.PendingDeletion",
-    "RI": "Rejected.PendingImport",
-}
-# The state afterwards, if it changes; from the text of the API's pages.
-AFTERWARDS = {
-    ("ImportKeyMaterial", "PendingImport"): "Enabled",
-    ("DeleteKeyMaterial", "Enabled"): "PendingImport",
-    ("DeleteKeyMaterial", "Disabled"): "PendingImport",
-    ("EnableKey", "Disabled"): "Enabled",
-    ("DisableKey", "Enabled"): "Disabled",
-    ("ScheduleKeyDeletion", "Enabled"): "PendingDeletion",
-    ("ScheduleKeyDeletion", "Disabled"): "PendingDeletion",
-    ("ScheduleKeyDeletion", "PendingImport"): "PendingDeletion",
-    ("CancelKeyDeletion", "PendingDeletion"): "Enabled",
-}
+DOCUMENT = ROOT / "docs" / "key-states.md"
+ROW = re.compile(r"^\| ([A-Z]\w+) \| (.+) \|$", re.MULTILINE)
 
 
 def cells():
-    for line in LISTING.split("\n")[1:-1]:
-        operation, *pairs = line.split()
-        for letter, code in zip(pairs[::2], pairs[1::2], strict=True):
-            yield operation, STATES[letter], CODES[code]
+    """(operation, state, answer, state afterwards) of each cell of the documented table."""
+    states = [state.value for state in KeyState]
+    for operation, row in ROW.findall(text_of(DOCUMENT)):
+        for state, cell in zip(states, row.split(" | "), strict=True):
+            answer, _, afterwards = cell.partition(" → ")
+            yield operation, state, answer, afterwards or state
 
 
 def key_in(client, state):
@@ -79,8 +53,8 @@ def call(client, operation, key_id, parameters, blob):
     return arguments.get(operation, lambda: client(operation, KeyId=key_id))()
 
 
-@pytest.mark.parametrize(("operation", "state", "code"), list(cells()))
-def test_operation_in_state(client, operation, state, code):
+@pytest.mark.parametrize(("operation", "state", "code", "afterwards"), list(cells()))
+def test_operation_in_state(client, operation, state, code, afterwards):
     key_id, parameters, blob = key_in(client, state)
     answer, status = "ok", 409
     try:
@@ -88,13 +62,14 @@ def test_operation_in_state(client, operation, state, code):
     except HsmwrapError as error:
         answer, status = error.code, error.http_status
     assert (answer, status) == (code, 409)
-    expected = AFTERWARDS.get((operation, state), state) if code == "ok" else state
-    assert client.state(key_id) == expected
+    assert client.state(key_id) == afterwards
 
 
-def test_listing_covers_everything():
-    listed = {(operation, state) for operation, state, _ in cells()}
-    assert listed == {(operation, state) for operation in STATE_MATRIX for state in KeyState}
+def test_the_table_covers_everything():
+    listed = [(operation, state) for operation, state, *_ in cells()]
+    assert sorted(listed) == sorted(product(STATE_MATRIX, KeyState))
+    header = f"| operation | {' | '.join(KeyState)} |"
+    assert header in text_of(DOCUMENT)
     assert set(OPERATIONS) - set(STATE_MATRIX) == {"CreateKey", "ListKeys"}
 
 
@@ -103,6 +78,26 @@ def test_import_after_deletion_was_cancelled_without_material(client):
     client("ScheduleKeyDeletion", KeyId=key_id, PendingWindowInDays="7")
     client("CancelKeyDeletion", KeyId=key_id)
     assert client.state(key_id) == "PendingImport"
+
+
+def test_the_matrix_is_the_table():
+    for operation, state, answer, _ in cells():
+        error = STATE_MATRIX[operation].get(KeyState(state))
+        assert answer == (error.code if error else "ok"), (operation, state)
+
+
+def test_what_the_document_decides(client):
+    """Deletion and import enable a disabled key, an import alone does not."""
+    key_id, parameters, _ = key_in(client, "Disabled")
+    client.import_material(key_id, AES_MATERIAL, parameters)
+    assert client.state(key_id) == "Disabled"
+    client("DeleteKeyMaterial", KeyId=key_id)
+    client.import_material(key_id, AES_MATERIAL, parameters)
+    assert client.state(key_id) == "Enabled"
+    client("DisableKey", KeyId=key_id)
+    client("ScheduleKeyDeletion", KeyId=key_id, PendingWindowInDays="7")
+    client("CancelKeyDeletion", KeyId=key_id)
+    assert client.state(key_id) == "Enabled"
 
 
 def test_material_deleted_while_pending_deletion(client, objects):
