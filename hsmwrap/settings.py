@@ -25,7 +25,7 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, strip_tracebacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,7 @@ class Settings:
         )
 
     @classmethod
+    @strip_tracebacks
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
         """Check plain settings. None counts as absent where that is the default.
 
@@ -97,6 +98,7 @@ class Settings:
                 raise ConfigurationError(f"{cls.component}: {each.name}: required; {each.help}")
         return cls(**mapping)
 
+    @strip_tracebacks
     def __post_init__(self) -> None:
         """Check every value.
 

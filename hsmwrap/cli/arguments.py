@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, strip_tracebacks
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 (no public name)
 """The type of ``add_subparsers()``; argparse has no public name for it."""
@@ -29,6 +29,7 @@ def add_settings_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@strip_tracebacks
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a TOML file.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hsmwrap.catalog import loggable
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, strip_tracebacks
 from hsmwrap.kms.audit import SYSTEM
 from hsmwrap.privatefile import ParsedFile, PrivateFile
 
@@ -175,6 +175,7 @@ def _parse(text: str) -> StaticAccessKeys:
     return StaticAccessKeys(parse_access_keys(document))
 
 
+@strip_tracebacks
 def parse_access_keys(document: Mapping[str, Any]) -> list[AccessKey]:
     """Read the access keys of a parsed file.
 
@@ -211,7 +212,9 @@ def _grant(entry: Mapping[str, Any]) -> Grant:
     return Grant(_texts(entry["actions"]), _texts(entry["keys"]))
 
 
-def _only(entry: Mapping[str, Any], *known: str) -> None:
+def _only(entry: Any, *known: str) -> None:
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"a table of {', '.join(known)} is due")
     unknown = sorted(set(entry) - set(known))
     if unknown:
         name = loggable(unknown[0])

@@ -7,6 +7,7 @@ A variable is named ``HSMWRAP_SERVER_`` and the key in capitals, with ``__`` bet
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -25,11 +26,16 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, strip_tracebacks
 from hsmwrap.imports import MAX_FAILED_IMPORTS
 from hsmwrap.kms.anchors import ANCHOR_LINES
 from hsmwrap.kms.schema import LOG_ID_LENGTH
@@ -62,7 +68,7 @@ class BackendConfig(BaseModel):
 
     plugin: str
     """The backend's plug-in, as `hsmwrap backends` names it."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default={}, repr=False)  # a PIN may be in it
     """The settings of the backend itself."""
 
 
@@ -207,6 +213,7 @@ def same_name(name: str) -> ConfigurationError:
     )
 
 
+@strip_tracebacks
 def load_config(path: Path | None = None) -> ServerConfig:
     """Read the file, then the environment.
 
@@ -220,6 +227,9 @@ def load_config(path: Path | None = None) -> ServerConfig:
         raise ConfigurationError(
             "configuration: " + "; ".join(map(_fault, error.errors()))
         ) from None
+    except SettingsError as error:
+        # Its text names the field; the JSON error behind it has the value.
+        raise ConfigurationError(f"configuration: {error}; it takes JSON") from None
 
 
 def _fault(error: ErrorDetails) -> str:
@@ -293,18 +303,25 @@ def _merged(below: Any, above: Any) -> Any:
     return below | {key: _merged(below.get(key), value) for key, value in above.items()}
 
 
+@strip_tracebacks
 def read_file(path: Path | None) -> dict[str, Any]:
     """The parsed TOML file; empty without one.
 
     Raises:
-        ConfigurationError: It cannot be read or does not parse.
+        ConfigurationError: It cannot be read or does not parse; the text says where, and quotes
+            nothing.
     """
     if path is None:
         return {}
     try:
         return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"configuration: {path}: {error}") from None
+    except OSError as error:
+        why = error.strerror
+    except UnicodeDecodeError:
+        why = "is not UTF-8"
+    except tomllib.TOMLDecodeError as error:
+        why = " ".join(["is not TOML", *re.findall(r"\(at [^()]*\)$", str(error))])
+    raise ConfigurationError(f"configuration: {path}: {why}")
 
 
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:

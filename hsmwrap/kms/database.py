@@ -39,7 +39,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
 from hsmwrap import forks
-from hsmwrap.errors import ConfigurationError, ServiceUnavailable
+from hsmwrap.errors import ConfigurationError, ServiceUnavailable, strip_tracebacks
 from hsmwrap.forks import ForkAware
 from hsmwrap.kms.errors import CommitUnknown
 from hsmwrap.kms.schema import Row
@@ -73,6 +73,7 @@ _log = logging.getLogger(__name__)
 class Database(ForkAware):
     """Transactions on one database. Safe to share between threads and after ``fork()``."""
 
+    @strip_tracebacks
     def __init__(self, url: str, *, pool_size: int = 16, sync: bool = True) -> None:
         """Take an SQLAlchemy URL; does not connect.
 
@@ -97,7 +98,7 @@ class Database(ForkAware):
         self.engine.dispose(close=False)
 
     def __repr__(self) -> str:
-        return f"<Database {self.engine.url!r}>"
+        return f"<Database {shown_url(self.engine.url)}>"
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -167,10 +168,15 @@ def migration_config(connection: Connection) -> Config:
     return config
 
 
+def shown_url(url: URL) -> str:
+    """The URL without its password and without its options, one of which may be a password."""
+    return url.set(query={}).render_as_string(hide_password=True)
+
+
 def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # ValueError: the port
         raise ConfigurationError("database_url is not an SQLAlchemy URL") from None
     if parsed.drivername in ("postgresql", "postgresql+psycopg"):
         parsed = parsed.set(drivername="postgresql+psycopg")

@@ -14,6 +14,7 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
 from hsmwrap.kms.config import ENV_PREFIX, ServerConfig, read_file
+from hsmwrap.kms.database import shown_url
 
 MASK = "(set, not shown)"
 # Names of settings that may hold a secret. Those that say where a secret is (file, variable) may be
@@ -83,8 +84,8 @@ def _is_secret(key: str) -> bool:
 
 def _url(url: str) -> str:
     try:
-        return make_url(url).set(query={}).render_as_string(hide_password=True)
-    except ArgumentError:
+        return shown_url(make_url(url))
+    except (ArgumentError, ValueError):
         return MASK
 
 

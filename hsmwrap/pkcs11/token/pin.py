@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn, Self
 from urllib.parse import unquote_to_bytes
 
-from hsmwrap.errors import ConfigurationError, HsmwrapError
+from hsmwrap.errors import ConfigurationError, HsmwrapError, strip_tracebacks
 from hsmwrap.privatefile import PrivateFile, decode
 from hsmwrap.settings import Kind, typed
 
@@ -258,6 +258,7 @@ def from_pin_source(value: str) -> PinSource:
     return PinFile(os.fsdecode(unquote_to_bytes(match[1])))
 
 
+@strip_tracebacks
 def from_settings(settings: Mapping[str, Any]) -> PinSource:
     """The one PIN source that ``settings`` name; other keys are not looked at.
 

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, strip_tracebacks
 from hsmwrap.pkcs11.token.pin import Pin, checked_pin
 
 _SCHEME = "pkcs11:"
@@ -87,6 +87,7 @@ class Pkcs11Uri:
         return {name: value for name, value in given.items() if value is not None}
 
 
+@strip_tracebacks
 def parse(uri: str, *, allow_pin_value: bool = False) -> Pkcs11Uri:
     """Read a ``pkcs11:`` URI.
 
