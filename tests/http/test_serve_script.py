@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,34 @@ def test_without_one_nothing_is_left_and_the_access_key_may_be_given(serve, tmp_
         assert len(list(tmp_path.glob("tmp/hsmwrap.*"))) == 1
         assert process.stop() == 0
     assert list(tmp_path.glob("tmp/hsmwrap*")) == []
+
+
+def environments():
+    """(pid, command line, environment) of each process that we may look at."""
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with suppress(OSError):
+                yield (
+                    process.name,
+                    (process / "cmdline").read_bytes(),
+                    (process / "environ").read_bytes(),
+                )
+
+
+def test_the_given_access_key_is_in_no_environment_and_no_command_line(serve, tmp_path):
+    """Of the script, its children, the server and its workers, for as long as they run."""
+    with serve(HSMWRAP_DEV_ACCESS_KEY="testid:t0p-s3cret", HSMWRAP_TEST_MARK="marked") as process:
+        call = caller(DEFAULT_SDKS[0], process, "testid", "t0p-s3cret")
+        call("ListKeys")
+        ours = [
+            (name, command, environment)
+            for name, command, environment in environments()
+            if b"HSMWRAP_TEST_MARK=marked" in environment.split(b"\0")
+        ]
+        commands = b" ".join(command for _, command, _ in ours)
+        assert b"scripts/serve" in commands
+        assert commands.count(b"hsmwrap\0serve") >= 2  # gunicorn's parent and a worker
+        for name, command, environment in ours:
+            assert b"t0p-s3cret" not in environment + command, name
+            assert b"HSMWRAP_DEV_ACCESS_KEY=" not in environment, name
+        assert process.stop() == 0
