@@ -158,6 +158,14 @@ class UnsupportedOperation(HsmwrapError):
     _api_message = "This operation is not supported for this key."
 
 
+class TooManyWrappingKeys(HsmwrapError):
+    """Too many wrapping keys are objects in the HSM already; they go when their tokens expire."""
+
+    code = "Throttling.WrappingKeys"
+    http_status = 429
+    _api_message = "There are too many import tokens; wait until some have expired."
+
+
 class KeyNotFound(HsmwrapError):
     """The key that this reference names is not in the backend (any more)."""
 

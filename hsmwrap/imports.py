@@ -24,7 +24,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 from hsmwrap import policy, tokens
-from hsmwrap.backend import Backend, Exposure, ImportedKey, WrappingKey
+from hsmwrap.backend import (
+    Backend,
+    Custody,
+    Exposure,
+    ImportedKey,
+    WrappingCapability,
+    WrappingKey,
+)
 from hsmwrap.catalog import (
     KeySpec,
     Origin,
@@ -42,6 +49,7 @@ from hsmwrap.errors import (
     InvalidKeyMaterial,
     InvalidParameter,
     ServiceUnavailable,
+    TooManyWrappingKeys,
     UnsupportedOrigin,
     UnsupportedProtectionLevel,
 )
@@ -52,6 +60,10 @@ TOKEN_LIFETIME = timedelta(hours=24)
 """How long an import token is valid (Alibaba's rule)."""
 MAX_FAILED_IMPORTS = 20
 """How many imports under one token may fail before the token is refused."""
+MAX_RESIDENT_KEYS_OF_CMK = 100
+"""How many resident wrapping keys one CMK may have outstanding."""
+MAX_RESIDENT_KEYS = 10_000
+"""How many resident wrapping keys may be outstanding for all CMKs together."""
 MARK_MARGIN = timedelta(hours=1)
 """How much longer than the token its mark of single use is kept, for clocks that are set back."""
 
@@ -199,6 +211,63 @@ class FailedImports(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class ResidentBounds:
+    """How many resident wrapping keys may be outstanding.
+
+    Attributes:
+        of_cmk: For one CMK.
+        in_all: For all CMKs together.
+
+    Raises:
+        ConfigurationError: A bound is less than 1.
+    """
+
+    of_cmk: int = MAX_RESIDENT_KEYS_OF_CMK
+    in_all: int = MAX_RESIDENT_KEYS
+
+    def __post_init__(self) -> None:
+        for name, bound in (("_of_cmk", self.of_cmk), ("", self.in_all)):
+            if bound < 1:
+                raise ConfigurationError(
+                    f"max_resident_keys{name}: takes a whole number, 1 or more"
+                )
+
+    def require(self, of_cmk: int, in_all: int) -> None:
+        """Return if one more is allowed beside so many.
+
+        Raises:
+            TooManyWrappingKeys: It is not.
+        """
+        for there, bound, whose in (
+            (of_cmk, self.of_cmk, "this CMK has"),
+            (in_all, self.in_all, "all CMKs together have"),
+        ):
+            if there >= bound:
+                raise TooManyWrappingKeys(
+                    f"{whose} {there} wrapping keys in the HSM, of at most {bound}; each goes when "
+                    "its import token expires"
+                )
+
+
+class ResidentKeys(Protocol):
+    """Where outstanding resident wrapping keys are counted; share it between processes.
+
+    A resident wrapping key is an object in the HSM until its import token expires, and each one
+    makes the searches of all calls slower. So a client gets a bounded number of them.
+    """
+
+    def claim(self, cmk_id: str, expires_at: datetime, bounds: ResidentBounds) -> bytes:
+        """Count one more until ``expires_at``; returns what :meth:`release` takes.
+
+        Raises:
+            TooManyWrappingKeys: A bound is reached.
+        """
+
+    def release(self, claim: bytes) -> None:
+        """Take a claim back: its key was not made, or was destroyed."""
+
+
 class _ByToken:
     """A number for each token id; forgotten :data:`MARK_MARGIN` after its token."""
 
@@ -253,6 +322,32 @@ class MemoryFailedImports(_ByToken):
             return number
 
 
+class MemoryResidentKeys:
+    """:class:`ResidentKeys` for one process."""
+
+    def __init__(self, clock: Callable[[], datetime] | None = None) -> None:
+        """Take the clock that says which keys have expired."""
+        self._clock = clock or _utc_now
+        self._lock = threading.Lock()
+        self._claims: dict[bytes, tuple[str, datetime]] = {}
+
+    def claim(self, cmk_id: str, expires_at: datetime, bounds: ResidentBounds) -> bytes:
+        """Count one more until ``expires_at``; returns what :meth:`release` takes."""
+        with self._lock:
+            now = self._clock()
+            self._claims = {one: its for one, its in self._claims.items() if its[1] > now}
+            of_cmk = sum(its[0] == cmk_id for its in self._claims.values())
+            bounds.require(of_cmk, len(self._claims))
+            claim = secrets.token_bytes(tokens.TOKEN_ID_LENGTH)
+            self._claims[claim] = cmk_id, expires_at
+            return claim
+
+    def release(self, claim: bytes) -> None:
+        """Take a claim back."""
+        with self._lock:
+            self._claims.pop(claim, None)
+
+
 def _utc_now() -> datetime:
     return datetime.now(UTC)
 
@@ -272,6 +367,8 @@ class ImportService:
         used_tokens: UsedTokens | None = None,
         failed_imports: FailedImports | None = None,
         max_failed_imports: int = MAX_FAILED_IMPORTS,
+        resident_keys: ResidentKeys | None = None,
+        resident_bounds: ResidentBounds | None = None,
         key_source: KeySource = generate_inline,
     ) -> None:
         """Put the service together. Members of enums may be given as the texts that spell them.
@@ -293,6 +390,10 @@ class ImportService:
             failed_imports: Where failed imports are counted; None: in this process.
             max_failed_imports: How many imports under one token may fail before it is refused.
                 Those that run at the same time can exceed it, by as many as run.
+            resident_keys: Where outstanding resident wrapping keys are counted; None: in this
+                process.
+            resident_bounds: How many may be outstanding; issues that run at the same time can
+                exceed that, by as many as run, where the store is not of one process.
             key_source: Where wrapping keys come from.
 
         Raises:
@@ -325,6 +426,8 @@ class ImportService:
         self._used_tokens = used_tokens
         self._failed_imports = failed_imports or MemoryFailedImports(clock)
         self._max_failed_imports = max_failed_imports
+        self._resident_keys = resident_keys or MemoryResidentKeys(clock)
+        self._resident_bounds = resident_bounds or ResidentBounds()
         self._key_source = key_source
 
     def get_parameters_for_import(
@@ -342,6 +445,8 @@ class ImportService:
             CombinationRefused: The compatibility table, the configuration (refused algorithms,
                 required exposure) or the backend's capabilities refuse the combination. Nothing
                 was generated.
+            TooManyWrappingKeys: The pair would be an object in the HSM, where there are too many of
+                this CMK or in all.
             ServiceUnavailable: The backend is unavailable.
             HsmError: The backend made another pair than it was asked for, or one that fits no
                 import token.
@@ -352,8 +457,16 @@ class ImportService:
         _require_external(cmk)
         self._require_allowed(cmk, spec, algorithm)
         backend = self._backend_of(cmk)
-        self._require_capability(backend, cmk, spec, algorithm)
-        return self._issue(backend, cmk, spec, algorithm)
+        capability = self._require_capability(backend, cmk, spec, algorithm)
+        expires_at = (self._now() + self._lifetime).replace(microsecond=0)
+        if capability.custody != Custody.HSM_INTERNAL:
+            return self._issue(backend, cmk, spec, algorithm, expires_at)
+        claim = self._resident_keys.claim(cmk.key_id, expires_at, self._resident_bounds)
+        try:
+            return self._issue(backend, cmk, spec, algorithm, expires_at)
+        except BaseException:
+            self._resident_keys.release(claim)
+            raise
 
     def import_key_material(
         self,
@@ -471,7 +584,7 @@ class ImportService:
 
     def _require_capability(
         self, backend: Backend, cmk: Cmk, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
-    ) -> None:
+    ) -> WrappingCapability:
         _require_level(backend, cmk.protection_level)
         capabilities = backend.capabilities()
         wrapping = capabilities.wrapping_for(spec, algorithm)
@@ -480,7 +593,8 @@ class ImportService:
             raise CombinationRefused(
                 "WrappingAlgorithm",
                 "backend-capability",
-                f"backend {backend.name} does not serve {algorithm} for {cmk.key_spec}",
+                f"backend {backend.name} does not serve {algorithm} for {cmk.key_spec}; its "
+                "capability report says what it serves",
             )
         demanded = self._required_exposure if cmk.protection_level == ProtectionLevel.HSM else None
         if demanded == Exposure.IN_HSM and wrapping.exposure != Exposure.IN_HSM:
@@ -490,11 +604,16 @@ class ImportService:
                 f"on backend {backend.name}, material under {algorithm} would pass through the "
                 "host, and the configuration demands in_hsm",
             )
+        return wrapping
 
     def _issue(
-        self, backend: Backend, cmk: Cmk, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
+        self,
+        backend: Backend,
+        cmk: Cmk,
+        spec: WrappingKeySpec,
+        algorithm: WrappingAlgorithm,
+        expires_at: datetime,
     ) -> ImportParameters:
-        expires_at = (self._now() + self._lifetime).replace(microsecond=0)
         key = self._key_source(backend, spec, algorithm, expires_at)
         try:
             claims = _claims(cmk, backend.name, key, expires_at)

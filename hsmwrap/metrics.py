@@ -131,6 +131,7 @@ _BACKEND_GAUGES: Mapping[str, str] = MappingProxyType(
         "in_flight": "Calls inside the backend.",
         "generation": "Number of initialisations of the PKCS#11 module in this process.",
         "pending_objects": "Objects of failed calls that could not be destroyed yet.",
+        "implicit_rejection": "1 where wrong PKCS#1 v1.5 padding becomes random bytes (tried).",
         "one_at_a_time": "1 where the PKCS#11 module is called by one thread at a time.",
     }
 )

@@ -36,7 +36,7 @@ from pydantic_settings import (
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm
 from hsmwrap.errors import ConfigurationError, strip_tracebacks
-from hsmwrap.imports import MAX_FAILED_IMPORTS
+from hsmwrap.imports import MAX_FAILED_IMPORTS, MAX_RESIDENT_KEYS, MAX_RESIDENT_KEYS_OF_CMK
 from hsmwrap.kms.anchors import ANCHOR_LINES
 from hsmwrap.kms.schema import LOG_ID_LENGTH
 from hsmwrap.policy import Deployment
@@ -129,6 +129,10 @@ class ServerConfig(BaseSettings):
     """Whether an import token is for one import only."""
     max_failed_imports: int = Field(default=MAX_FAILED_IMPORTS, ge=1)
     """How many imports under one import token may fail before it is refused."""
+    max_resident_keys_of_cmk: int = Field(default=MAX_RESIDENT_KEYS_OF_CMK, ge=1)
+    """How many unexpired wrapping keys one CMK may have in the HSM (custody HsmInternal)."""
+    max_resident_keys: int = Field(default=MAX_RESIDENT_KEYS, ge=1)
+    """The same for all CMKs of this database together."""
     required_exposure: Exposure | None = None
     """`in_hsm` refuses HSM-level imports whose material passes the host."""
     refused_algorithms: frozenset[WrappingAlgorithm] = frozenset()

@@ -1,19 +1,22 @@
 """Things that may be used once, or a few times: nonces, single-use tokens, failed imports.
 
+And things of which there may be a bounded number: resident wrapping keys.
+
 The database decides, so this holds for all threads, processes and machines that share it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Callable
 from datetime import datetime
 
-from sqlalchemy import delete
+from sqlalchemy import delete, func, select
 
-from hsmwrap.imports import MARK_MARGIN
+from hsmwrap.imports import MARK_MARGIN, ResidentBounds
 from hsmwrap.kms.database import Database
-from hsmwrap.kms.schema import FailedImport, UsedOnce
+from hsmwrap.kms.schema import FailedImport, ResidentKey, UsedOnce
 
 
 class OnceStore:
@@ -47,7 +50,7 @@ class OnceStore:
     def purge(self, now: datetime) -> None:
         """Delete the expired marks and counts."""
         with self._database.write() as transaction:
-            for table in (UsedOnce, FailedImport):
+            for table in (UsedOnce, FailedImport, ResidentKey):
                 transaction.execute(delete(table).where(table.expires_at <= now))
 
 
@@ -119,6 +122,30 @@ class FailedImportTokens:
         with self._database.write() as transaction:
             failures: int = transaction.execute(one_more).scalar_one()
             return failures
+
+
+class ResidentWrappingKeys:
+    """:class:`hsmwrap.imports.ResidentKeys` in the database."""
+
+    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
+        """Take the database, and the clock that says which keys have expired."""
+        self._database = database
+        self._clock = clock
+
+    def claim(self, cmk_id: str, expires_at: datetime, bounds: ResidentBounds) -> bytes:
+        """Count one more, on all processes, until ``expires_at``."""
+        claim = secrets.token_bytes(32)
+        outstanding = select(func.count()).where(ResidentKey.expires_at > self._clock())
+        with self._database.write() as transaction:
+            of_cmk = transaction.scalar(outstanding.where(ResidentKey.key_id == cmk_id)) or 0
+            bounds.require(of_cmk, transaction.scalar(outstanding) or 0)
+            transaction.add(ResidentKey(claim=claim, key_id=cmk_id, expires_at=expires_at))
+        return claim
+
+    def release(self, claim: bytes) -> None:
+        """Take a claim back."""
+        with self._database.write() as transaction:
+            transaction.execute(delete(ResidentKey).where(ResidentKey.claim == claim))
 
 
 def _digest(purpose: str, *parts: bytes) -> bytes:

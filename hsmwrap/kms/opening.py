@@ -14,6 +14,7 @@ from typing import TypeVar
 from hsmwrap.backend import Backend
 from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.errors import ConfigurationError, ServiceUnavailable
+from hsmwrap.imports import ResidentBounds
 from hsmwrap.keypool import KeyPool, PoolSettings
 from hsmwrap.kms.access import AccessKeys, FileAccessKeys
 from hsmwrap.kms.audit import AuditLog
@@ -78,6 +79,9 @@ def open_kms(
             token_lifetime=config.token_lifetime,
             single_use=config.single_use,
             max_failed_imports=config.max_failed_imports,
+            resident_bounds=ResidentBounds(
+                config.max_resident_keys_of_cmk, config.max_resident_keys
+            ),
             required_exposure=config.required_exposure,
             refused_algorithms=config.refused_algorithms,
             key_pool=key_pool,

@@ -123,6 +123,16 @@ class FailedImport(Row):
     expires_at: Mapped[datetime] = mapped_column(Instant, index=True)
 
 
+class ResidentKey(Row):
+    """An outstanding wrapping key that is an object in an HSM; ``key_id`` is the CMK's."""
+
+    __tablename__ = "resident_keys"
+
+    claim: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
+    key_id: Mapped[str] = mapped_column(String(36), index=True)
+    expires_at: Mapped[datetime] = mapped_column(Instant, index=True)
+
+
 class AuditAnchor(Row):
     """A line that an audit log had at some time, and must still have.
 

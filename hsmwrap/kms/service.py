@@ -13,7 +13,13 @@ from hsmwrap.backend import Backend, Exposure, Health
 from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm
 from hsmwrap.errors import ConfigurationError, HsmwrapError, ServiceUnavailable
 from hsmwrap.guard import guard_all
-from hsmwrap.imports import MAX_FAILED_IMPORTS, TOKEN_LIFETIME, ImportService, generate_inline
+from hsmwrap.imports import (
+    MAX_FAILED_IMPORTS,
+    TOKEN_LIFETIME,
+    ImportService,
+    ResidentBounds,
+    generate_inline,
+)
 from hsmwrap.keypool import KeyPool
 from hsmwrap.kms.access import AccessKeys, Caller, FileAccessKeys
 from hsmwrap.kms.anchors import ANCHOR_LINES, AnchoredLog
@@ -23,7 +29,13 @@ from hsmwrap.kms.core import Core, by_name, no_step
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.errors import InvalidAction, NoPermission
 from hsmwrap.kms.objects import LEASE, Objects
-from hsmwrap.kms.once import FailedImportTokens, NonceStore, OnceStore, UsedImportTokens
+from hsmwrap.kms.once import (
+    FailedImportTokens,
+    NonceStore,
+    OnceStore,
+    ResidentWrappingKeys,
+    UsedImportTokens,
+)
 from hsmwrap.kms.parameters import parse
 from hsmwrap.kms.sweeper import Sweep, Sweeper
 from hsmwrap.policy import Deployment
@@ -64,6 +76,7 @@ class Kms:
         token_lifetime: timedelta = TOKEN_LIFETIME,
         single_use: bool = False,
         max_failed_imports: int = MAX_FAILED_IMPORTS,
+        resident_bounds: ResidentBounds | None = None,
         required_exposure: Exposure | None = None,
         refused_algorithms: Collection[WrappingAlgorithm] = (),
         key_pool: KeyPool | None = None,
@@ -87,6 +100,8 @@ class Kms:
             single_use: True makes import tokens single-use, in all processes on the database.
             max_failed_imports: How many imports under one import token may fail before it is
                 refused, in all processes on the database.
+            resident_bounds: How many resident wrapping keys may be outstanding, by the rows of the
+                database and not by the objects in the HSM: those of other KMSs do not count.
             required_exposure: ``Exposure.IN_HSM`` refuses HSM-level imports through the host.
             refused_algorithms: Wrapping algorithms that are turned off.
             key_pool: Makes wrapping key pairs ahead; None: generate at each call. The KMS closes
@@ -119,6 +134,8 @@ class Kms:
             used_tokens=used_tokens,
             failed_imports=FailedImportTokens(database),
             max_failed_imports=max_failed_imports,
+            resident_keys=ResidentWrappingKeys(database, clock),
+            resident_bounds=resident_bounds,
             key_source=key_pool or generate_inline,
         )
         objects = Objects(database, by_name(backends.values()), clock, import_lease, step)

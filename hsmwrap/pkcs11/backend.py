@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache, partial
 from typing import Any, ClassVar, Self, TypeVar
 
 from pkcs11.mechanisms import Mechanism
@@ -34,7 +35,6 @@ from hsmwrap.errors import (
     HsmResourceExhausted,
     HsmwrapError,
     InvalidCiphertext,
-    InvalidKeyMaterial,
     InvalidMac,
 )
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors
@@ -253,10 +253,8 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
     ) -> MaterialSource:
         if role is Role.WRAPPING_UNWRAP:
             return rsa.WrappedMaterial(private, wrapped.algorithm, wrapped.ciphertext)
-        material = self._decrypted(features, role, private, wrapped)
-        if len(material) != wrapped.key_spec.material_length:
-            raise InvalidKeyMaterial
-        return HostMaterial(material)
+        decrypt = cache(partial(self._decrypted, features, role, private, wrapped))
+        return HostMaterial(decrypt, wrapped.key_spec.material_length)
 
     def _decrypted(
         self, features: TokenFeatures, role: Role, private: Any, wrapped: _Wrapped
@@ -358,7 +356,10 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
 
     def health(self) -> Health:
         """State of the connection; never waits for the HSM."""
-        return Health(*self._connection.health())
+        ready, detail, facts = self._connection.health()
+        if self._probed is not None:
+            facts["implicit_rejection"] = self._probed.features.implicit_rejection
+        return Health(ready, detail, facts)
 
     def close(self) -> None:
         """Wait for running calls, then close every session."""

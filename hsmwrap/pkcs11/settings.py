@@ -95,6 +95,12 @@ class Pkcs11Settings(Settings):
     sm2_layouts: tuple[Layout, ...] = setting(
         LAYOUTS, "SM2 ciphertext layouts that are accepted.", DEFAULT_LAYOUTS
     )
+    require_implicit_rejection: bool = setting(
+        SWITCH,
+        "Refuse RSAES_PKCS1_V1_5 where the HSM token answers wrong padding with an error, not with "
+        "random bytes (tried).",
+        default=False,
+    )
     require_trusted_keys: bool = setting(
         SWITCH, "Use only key sets that the security officer made trusted.", default=False
     )

@@ -31,7 +31,7 @@ from hsmwrap.errors import (
     KeyNotFound,
 )
 from hsmwrap.locks import LIBCRYPTO
-from hsmwrap.software import cipher
+from hsmwrap.software import cipher, rsa
 from hsmwrap.software._keyring import Keyring
 from hsmwrap.software._keyring_file import KeyringFile
 from hsmwrap.software._report import NAME, report
@@ -187,7 +187,11 @@ class SoftwareBackend(Backend, HasKeySets, ManagesKeySets):
             return Health(ready=False, detail="closed")
         except ConfigurationError as error:
             return Health(ready=False, detail=str(error))
-        return Health(ready=True, detail="ready", facts={"master_keys": len(keyring.ids)})
+        facts = {
+            "master_keys": len(keyring.ids),
+            "implicit_rejection": rsa.rejects_implicitly(),
+        }
+        return Health(ready=True, detail="ready", facts=facts)
 
     def close(self) -> None:
         """Let go of the keys."""

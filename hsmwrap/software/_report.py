@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from hsmwrap.backend import Capabilities, Custody, Exposure, KeyCapability, WrappingCapability
-from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingKeySpec
+from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.software import cipher, rsa
 from hsmwrap.software.schemes import Scheme
 from hsmwrap.software.settings import SoftwareSettings
@@ -26,6 +26,10 @@ _EXPLICIT = (
     "pyca's OpenSSL DOES NOT REJECT IMPLICITLY (tried): wrong padding is one error with the rest, "
     "but its timing can be an oracle that decrypts a captured ciphertext (Bleichenbacher 1998)."
 )
+_REFUSED = (
+    "RSAES_PKCS1_V1_5 is refused by require_implicit_rejection: pyca's OpenSSL answers wrong "
+    "padding with an error (tried)."
+)
 _EPHEMERAL = (
     "EPHEMERAL KEYRING: no keyring_file is configured. Every import token and every imported key "
     "dies with this process. Not for production."
@@ -40,7 +44,8 @@ def report(settings: SoftwareSettings, schemes: Collection[Scheme]) -> Capabilit
     """The capabilities of a backend with these settings and schemes."""
     warnings = tuple(_warnings(settings, schemes))
     levels = ProtectionLevel if settings.serve_hsm_level else (ProtectionLevel.SOFTWARE,)
-    pkcs1 = _IMPLICIT if rsa.rejects_implicitly() else _EXPLICIT
+    served = any(s.algorithm is WrappingAlgorithm.RSAES_PKCS1_V1_5 for s in schemes)
+    pkcs1 = _PKCS1 + (_IMPLICIT if rsa.rejects_implicitly() else _EXPLICIT)
     sealed = Custody.HSM_ENCRYPTED_DATABASE
     return Capabilities(
         backend=NAME,
@@ -50,7 +55,7 @@ def report(settings: SoftwareSettings, schemes: Collection[Scheme]) -> Capabilit
         ),
         keys=tuple(KeyCapability(spec, cipher.is_usable(spec), sealed) for spec in KeySpec),
         production=not warnings,
-        notes=(*warnings, _HOST, _PKCS1 + pkcs1, *_missing(schemes)),
+        notes=(*warnings, _HOST, pkcs1 if served else _REFUSED, *_missing(schemes)),
     )
 
 

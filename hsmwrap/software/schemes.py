@@ -8,7 +8,9 @@ from typing import Protocol
 
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.locks import LIBCRYPTO
 from hsmwrap.sm2.engine import Sm2Engine, open_engine
+from hsmwrap.software import rsa
 from hsmwrap.software.rsa import RsaScheme
 from hsmwrap.software.settings import SoftwareSettings
 from hsmwrap.software.sm2 import Sm2Scheme
@@ -51,10 +53,21 @@ def open_schemes(settings: SoftwareSettings) -> Mapping[WrappingAlgorithm, Schem
         ConfigurationError: The configured SM2 engine or layouts cannot be used.
         SelfTestFailed: The SM2 engine fails its known-answer test.
     """
-    schemes: list[Scheme] = [RsaScheme(algorithm) for algorithm in RsaScheme.ALGORITHMS]
+    schemes: list[Scheme] = [
+        RsaScheme(algorithm)
+        for algorithm in RsaScheme.ALGORITHMS
+        if algorithm is not WrappingAlgorithm.RSAES_PKCS1_V1_5 or _serves_pkcs1(settings)
+    ]
     if engine := _open_engine(settings):
         schemes.append(Sm2Scheme(engine, settings.sm2_layouts))
     return MappingProxyType({scheme.algorithm: scheme for scheme in schemes})
+
+
+def _serves_pkcs1(settings: SoftwareSettings) -> bool:
+    if not settings.require_implicit_rejection:
+        return True
+    with LIBCRYPTO.read():
+        return rsa.rejects_implicitly()
 
 
 def _open_engine(settings: SoftwareSettings) -> Sm2Engine | None:

@@ -28,6 +28,12 @@ class SoftwareSettings(Settings):
     sm2_layouts: tuple[Layout, ...] = setting(
         LAYOUTS, "SM2 ciphertext layouts that are accepted.", DEFAULT_LAYOUTS
     )
+    require_implicit_rejection: bool = setting(
+        SWITCH,
+        "Refuse RSAES_PKCS1_V1_5 where pyca's OpenSSL answers wrong padding with an error, not "
+        "with random bytes (tried).",
+        default=False,
+    )
     serve_hsm_level: bool = setting(
         SWITCH,
         "Development mode: serve CMKs of protection level HSM as well.",

@@ -23,8 +23,8 @@ def clock():
 def open_backend(tmp_path):
     """Opens a backend of either custody on the same keys, like another process."""
 
-    def opened(custody="HsmInternal"):
-        return DirectoryBackend(tmp_path / "objects", custody)
+    def opened(custody="HsmInternal", **more):
+        return DirectoryBackend(tmp_path / "objects", custody, **more)
 
     return opened
 
@@ -39,9 +39,10 @@ def open_kms(database_url, open_backend, tmp_path, clock):
     """Opens a KMS on the test's database; several of them act like several processes."""
     opened = []
 
-    def opens(custody="HsmInternal", **more):
+    def opens(custody="HsmInternal", wrapping="HsmEncryptedDatabase", **more):
         more = {"clock": clock} | more
-        kms = build_kms(database_url, open_backend(custody), tmp_path / "audit.log", **more)
+        backend = open_backend(custody, wrapping=wrapping)
+        kms = build_kms(database_url, backend, tmp_path / "audit.log", **more)
         opened.append(kms)
         return kms
 

@@ -8,7 +8,8 @@ from datetime import timedelta
 import pytest
 from support.kms.fakes import AES_MATERIAL, Client, Clock
 
-from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
+from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial, TooManyWrappingKeys
+from hsmwrap.imports import ResidentBounds
 from hsmwrap.kms import RejectedPendingImport
 
 
@@ -159,3 +160,25 @@ def test_failed_imports_are_counted_across_and_forgotten_after_the_token(open_km
                 "SELECT failures FROM failed_imports"
             )
             assert [each.failures for each in counted] == [3] * rows
+
+
+def test_resident_wrapping_keys_are_counted_across_and_forgotten_when_they_expire(open_kms, clock):
+    bounds = ResidentBounds(of_cmk=2, in_all=3)
+    one, other = (
+        Client(open_kms(wrapping="HsmInternal", resident_bounds=bounds)) for _ in range(2)
+    )
+    first, second = one.create(), other.create()
+    for client in (one, other):
+        client.parameters(first)
+    for client in (one, other):
+        with pytest.raises(TooManyWrappingKeys, match="this CMK has 2"):
+            client.parameters(first)
+    one.parameters(second)
+    with pytest.raises(TooManyWrappingKeys, match="all CMKs together have 3"):
+        other.parameters(second)
+    clock.advance(hours=24)
+    other.parameters(second)
+    one.kms.sweep()
+    with one.kms._database.read() as transaction:
+        rows = transaction.connection().exec_driver_sql("SELECT key_id FROM resident_keys")
+        assert [row.key_id for row in rows] == [second]

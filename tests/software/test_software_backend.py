@@ -314,6 +314,19 @@ def test_implicit_rejection_is_tried_and_said(monkeypatch):
         assert words in note()
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_pkcs1_can_be_refused_where_implicit_rejection_is_missing(monkeypatch, there):
+    monkeypatch.setattr(rsa, "rejects_implicitly", lambda: there)
+    with open_backend("software", {"require_implicit_rejection": True}) as opened:
+        report = opened.capabilities()
+        assert opened.health().facts["implicit_rejection"] is there
+    served = {each.algorithm for each in report.wrapping}
+    assert served == set(WrappingAlgorithm) - (
+        set() if there else {WrappingAlgorithm.RSAES_PKCS1_V1_5}
+    )
+    assert any("refused by require_implicit_rejection" in note for note in report.notes) != there
+
+
 def test_serving_hsm_level_is_announced(keyring_file):
     settings = {"keyring_file": str(keyring_file._path), "serve_hsm_level": True}
     with open_backend("software", settings) as opened:

@@ -43,6 +43,15 @@ class map_client_errors:  # noqa: N801  # read as a statement: with map_client_e
             raise self._error from None
 
 
+def may_leave_an_object(error: HsmwrapError) -> bool:
+    """Whether this error of :class:`map_client_errors` may hide an object without a handle.
+
+    FUNCTION_FAILED may come from python-pkcs11's reading of the attributes of what was just made
+    (field note 33): then only closing the session removes the object.
+    """
+    return isinstance(error.__context__, FunctionFailed)
+
+
 @contextmanager
 def attribute_reads() -> Iterator[None]:
     """Take FUNCTION_FAILED for the connection's, where python-pkcs11 reads attributes.

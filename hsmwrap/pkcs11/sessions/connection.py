@@ -101,7 +101,8 @@ class Connection(ForkAware):
 
         Args:
             operation: Gets a session for itself; may raise ``PKCS11Error`` or typed errors. Its
-                session is closed, with all its session objects, if it raises anything.
+                session is closed, with all its session objects, if it raises anything but
+                :data:`CLIENT_ERRORS`, after which it has to leave no session object by itself.
             retry: Whether it may run again after a recovery. False for key generation.
             pending: The token object that it creates, if any (:meth:`PooledSession.creating`): what
                 a failed ``operation`` left of it is destroyed before a retry and before the error

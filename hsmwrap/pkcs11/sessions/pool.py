@@ -2,7 +2,8 @@
 
 State changes under one lock, by the small steps of :class:`PoolState`; PKCS#11 calls are made
 outside it. A session that saw any error is closed, never put back (a dead session in the pool is
-what users of other pools complain about), and closing takes its session objects along.
+what users of other pools complain about), and closing takes its session objects along. The one
+exception is an error of the client's: it says nothing of the session.
 """
 
 from __future__ import annotations

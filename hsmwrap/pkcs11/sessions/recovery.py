@@ -24,6 +24,7 @@ from hsmwrap.errors import (
     KeyNotFound,
     ServiceUnavailable,
 )
+from hsmwrap.pkcs11.binding.client_errors import may_leave_an_object
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.returncodes import (
     Recovery,
@@ -146,11 +147,17 @@ class Attempts:
         try:
             with session.lock.read():
                 return operation(session)
-        except CLIENT_ERRORS:
-            session.tainted = True
+        except CLIENT_ERRORS as error:
+            # Nothing is wrong with the session: to close it for each bad ciphertext would let a
+            # client make the HSM open sessions and search keys.
+            session.tainted |= may_leave_an_object(error)
             # Before the client is told so: SoftHSM answers GENERAL_ERROR to a key operation that
             # lost its login, as it does to a bad ciphertext (field note 32).
-            session.require_login()
+            try:
+                session.require_login()
+            except BaseException:
+                session.tainted = True
+                raise
             raise
         except AttributeError as error:
             session.tainted = True

@@ -68,7 +68,7 @@ class PooledSession:
         epoch: Of the object handles, the same in all sessions of a connection.
         objects: Epoch and object by label, bound to this session (python-pkcs11 runs an operation
             on the session that an object was found with).
-        tainted: Set after any error; the session is then closed instead of pooled.
+        tainted: Set after any error but a client's; the session is then closed instead of pooled.
     """
 
     session: Session

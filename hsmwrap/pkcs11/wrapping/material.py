@@ -6,25 +6,32 @@ first, and two things together tell its length: an AES operation works with 16, 
 only, and its wrapped form has one of three lengths. The wrapped form alone would not do: SoftHSM
 pads a key of 31 bytes to 32 before it wraps it (field note 29). Then the blob is either kept, or
 unwrapped into the final object; the session object is destroyed.
+
+Whatever is wrong with a ciphertext, the HSM does the same work, so that time tells nothing
+(Bleichenbacher 1998): where the unwrapping fails, a stand-in takes the material's place, a random
+key, and is tried, wrapped and destroyed like material of a wrong length, which is what nearly all
+ciphertexts of valid padding in such an attack hold. C_UnwrapKey makes an object when it succeeds;
+C_CreateObject of the stand-in makes up for it.
 """
 
 from __future__ import annotations
 
+import secrets
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.mechanisms import Mechanism
+from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap import checkvalue
 from hsmwrap.backend import Custody, Exposure, KeyRef
 from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial, KeyNotFound
-from hsmwrap.pkcs11.binding.client_errors import map_client_errors
+from hsmwrap.pkcs11.binding.client_errors import map_client_errors, may_leave_an_object
 from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, Template, for_unwrap, stored
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, KeySets, Role
 from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
@@ -55,15 +62,28 @@ class MaterialSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HostMaterial:
-    """Key material that the host has: C_CreateObject."""
+    """Key material that the host gets: C_CreateObject.
+
+    Attributes:
+        decrypt: Returns it; called for each object.
+        length: How many bytes it has to have.
+    """
 
     exposure: ClassVar[Exposure] = Exposure.HOST
 
-    value: bytes = field(repr=False)
+    decrypt: Callable[[], bytes] = field(repr=False)
+    length: int
 
     def make_object(self, session: Session, template: Template) -> Any:
-        """Make it an object with ``template``."""
-        return session.create_object({**template, Attribute.VALUE: self.value})
+        """Make it an object with ``template``.
+
+        Raises:
+            InvalidKeyMaterial: It does not decrypt, or has another length.
+        """
+        value = self.decrypt()
+        if len(value) != self.length:
+            raise InvalidKeyMaterial
+        return session.create_object({**template, Attribute.VALUE: value})
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +168,45 @@ class MaterialStore:
         """Return the wrapped material, its length checked, and its AES check value."""
         kek = self.keys.require(pooled, ROLE_OF[key_spec], number)
         template = self.features.fit(intermediate(trusted=self.keys.trusts(number)))
-        material = source.make_object(pooled.session, template)
-        try:
-            check = _aes_check(material)
+        with self._tried(pooled, source, template) as material:
+            try:
+                check = _aes_check(material)
+            except InvalidKeyMaterial:
+                _wrap_in_vain(kek, material)
+                raise
             blob = kek.wrap_key(material, mechanism=AES_KEY_WRAP)
-        finally:
-            material.destroy()
         if len(blob) != self.features.wrapped_lengths[key_spec.material_length]:
             raise InvalidKeyMaterial
         return blob, check
+
+    @contextmanager
+    def _tried(
+        self, pooled: PooledSession, source: MaterialSource, template: Template
+    ) -> Iterator[Any]:
+        """Yield the material as an object with ``template`` for a ``with`` block, or a stand-in.
+
+        Raises:
+            InvalidKeyMaterial: After the block, if it was given the stand-in.
+        """
+        refused = False
+        try:
+            material = source.make_object(pooled.session, template)
+        except InvalidKeyMaterial as error:
+            refused = True
+            pooled.tainted |= may_leave_an_object(error)
+            material = self._stand_in(pooled.session, template)
+        try:
+            yield material
+        finally:
+            material.destroy()
+        if refused:
+            raise InvalidKeyMaterial
+
+    def _stand_in(self, session: Session, template: Template) -> Any:
+        length = self.features.stand_in_length
+        if length is None:
+            return session.generate_key(KeyType.AES, 256, template=template)
+        return session.create_object({**template, Attribute.VALUE: secrets.token_bytes(length)})
 
     def _kek(self, pooled: PooledSession, role: Role, number: int) -> Any:
         kek = self.keys.find(pooled, role, number)
@@ -176,15 +226,14 @@ class MaterialStore:
     ) -> tuple[KeyRef, bytes]:
         final = self.features.fit(self._final(key_spec, pending.object_id))
         template = {**intermediate(trusted=False), Attribute.EXTRACTABLE: False}
-        material = source.make_object(pooled.session, self.features.fit(template))
-        try:
+        length = key_spec.material_length
+        with self._tried(pooled, source, self.features.fit(template)) as material:
             # Without CKA_VALUE_LEN the material came through the host, which checked its length.
-            known = self.features.value_length
-            if known and material[Attribute.VALUE_LEN] != key_spec.material_length:
-                raise InvalidKeyMaterial
+            if self.features.value_length:
+                length = material[Attribute.VALUE_LEN]
             check = _aes_check(material)
-        finally:
-            material.destroy()
+        if length != key_spec.material_length:
+            raise InvalidKeyMaterial
         _require_same(expected, check)
         with pooled.creating(pending):
             source.make_object(pooled.session, final)
@@ -208,6 +257,18 @@ class MaterialStore:
         if not _are_one_key(found):
             raise KeyNotFound("more than one key in the HSM token has the id of this one")
         return found[0]
+
+
+def _wrap_in_vain(kek: Any, material: Any) -> None:
+    """Call the HSM as for a key.
+
+    A wrapping is two calls, the first for the length. Where that fails, as for a key of no bytes,
+    it is made again.
+    """
+    for _ in range(2):
+        with suppress(InvalidKeyMaterial), map_client_errors(kek):
+            kek.wrap_key(material, mechanism=AES_KEY_WRAP)
+            return
 
 
 def _are_one_key(found: list[Any]) -> bool:

@@ -58,6 +58,11 @@ MECHANISMS: Mapping[WrappingAlgorithm, tuple[Mechanism, Any]] = MappingProxyType
 _T = TypeVar("_T")
 _AES_128, _AES_256, _BLOCK = 16, 32, 16
 
+# The length of no AES key, and of one that no key spec has as AES: where the token makes objects of
+# the one, so do ciphertexts of valid padding; where it does not, neither do they.
+_STAND_INS = (31, _AES_128)
+_BROKEN_CIPHERTEXTS = 3
+
 
 @dataclass(frozen=True, slots=True)
 class TokenFeatures:
@@ -76,6 +81,10 @@ class TokenFeatures:
         gcm: CKM_AES_GCM works, additional data and forgery check included.
         ecb: CKM_AES_ECB works (for check values).
         value_length: CKA_VALUE_LEN of an unwrapped key tells its true length.
+        implicit_rejection: A ciphertext of wrong PKCS#1 v1.5 padding becomes random bytes, in each
+            function that serves RSAES_PKCS1_V1_5; False where it is an error.
+        stand_in_length: Length in bytes of a random key that C_CreateObject makes to be refused
+            in place of material that did not unwrap; None where C_GenerateKey has to make it.
         refused: Hardening attributes that the token's keys have to do without.
     """
 
@@ -89,6 +98,8 @@ class TokenFeatures:
     gcm: bool
     ecb: bool
     value_length: bool
+    implicit_rejection: bool
+    stand_in_length: int | None
     refused: frozenset[Attribute]
 
     @property
@@ -155,10 +166,11 @@ class _Probe:
         rsa_key = private_key(KeyType.RSA, Attribute.UNWRAP)
         works = self._works
         unwraps = self._working(lambda a: bool(self._unwrapped(private, client, a, _AES_256)))
+        decrypts = self._working(lambda a: self._decrypt(private, client, a))
         pinned = works(lambda: self._unwrap_template(own.unwrap, private))
         return TokenFeatures(
             unwraps=unwraps,
-            decrypts=self._working(lambda a: self._decrypt(private, client, a)),
+            decrypts=decrypts,
             raw_rsa=works(lambda: self._raw(private, client)),
             wrapped_lengths=self._try(lambda: self._wrapped_lengths(kek), {}),
             wraps_rsa=works(lambda: self._wrap_and_unwrap(kek, private, rsa_key)),
@@ -167,6 +179,8 @@ class _Probe:
             gcm=works(lambda: self._gcm(gcm)),
             ecb=works(self._ecb),
             value_length=works(lambda: self._value_length(private, client, sorted(unwraps))),
+            implicit_rejection=self._rejects_implicitly(private, client, unwraps, decrypts),
+            stand_in_length=next((n for n in _STAND_INS if works(partial(self._create, n))), None),
             refused=self._refused if pinned else self._refused | {Attribute.UNWRAP_TEMPLATE},
         )
 
@@ -227,6 +241,42 @@ class _Probe:
         return bool(
             private.decrypt(ciphertext, mechanism=mechanism, mechanism_param=parameter) == message
         )
+
+    def _rejects_implicitly(
+        self,
+        private: Any,
+        client: rsa.RSAPublicKey,
+        unwraps: frozenset[WrappingAlgorithm],
+        decrypts: frozenset[WrappingAlgorithm],
+    ) -> bool:
+        algorithm = WrappingAlgorithm.RSAES_PKCS1_V1_5
+        mechanism, numbers = MECHANISMS[algorithm][0], client.public_numbers()
+        # Not an AES key: the random bytes have a random length.
+        becomes = self._for_unwrap(secret_key(KeyType.GENERIC_SECRET))
+        tries: list[Callable[[bytes], Any]] = []
+        if algorithm in unwraps:
+            tries.append(
+                lambda c: self._keep(private.unwrap_key(key_data=c, mechanism=mechanism, **becomes))
+            )
+        if algorithm in decrypts:
+            tries.append(lambda c: private.decrypt(c, mechanism=mechanism))
+
+        def accepted(attempt: Callable[[bytes], Any]) -> bool:
+            # As a block it starts with 00 03 where 00 02 is due.
+            block = int.from_bytes(b"\3" + secrets.token_bytes(254), "big")
+            ciphertext = pow(block, numbers.e, numbers.n).to_bytes(256, "big")
+            return self._works(lambda: attempt(ciphertext) is not None)
+
+        # Several, as the random length may be one that cannot be a key: none.
+        return bool(tries) and all(
+            any(accepted(each) for _ in range(_BROKEN_CIPHERTEXTS)) for each in tries
+        )
+
+    def _create(self, length: int) -> bool:
+        template = secret_key(KeyType.AES, Attribute.ENCRYPT, extractable=True)
+        value = {Attribute.VALUE: secrets.token_bytes(length)}
+        self._keep(self._session.create_object(without(template, self._refused) | value))
+        return True
 
     def _raw(self, private: Any, client: rsa.RSAPublicKey) -> bool:
         numbers = client.public_numbers()

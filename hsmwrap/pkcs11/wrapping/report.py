@@ -72,6 +72,8 @@ def _wrapping(
     settings: Pkcs11Settings, features: TokenFeatures, vendor: VendorSm2 | None
 ) -> Iterator[WrappingCapability]:
     for algorithm in MECHANISMS:
+        if _refused(settings, features, algorithm):
+            continue
         path = rsa.path_of(algorithm, features)
         custody = _wrapping_custody(settings, can_seal=features.wraps_rsa)
         if path and custody:
@@ -88,6 +90,17 @@ def _wrapping(
             custody,
             "vendor mechanism" if by_vendor else "CKM_ECDH1_DERIVE, KDF and C3 in the host",
         )
+
+
+def _refused(
+    settings: Pkcs11Settings, features: TokenFeatures, algorithm: WrappingAlgorithm
+) -> bool:
+    """Whether the configuration refuses what the token could do, as it has no safe answer."""
+    return (
+        settings.require_implicit_rejection
+        and algorithm is WrappingAlgorithm.RSAES_PKCS1_V1_5
+        and not features.implicit_rejection
+    )
 
 
 def _wrapping_custody(settings: Pkcs11Settings, *, can_seal: bool) -> Custody | None:
@@ -118,6 +131,7 @@ def _notes(
             "holder of the PIN can plant a key set whose values are known, and read from outside "
             "what is sealed under it."
         )
+    yield _pkcs1_note(settings, features)
     if not features.wraps_secret_keys:
         yield "The HSM token has no working AES key wrap: imported keys are token objects."
     if not features.gcm:
@@ -130,3 +144,26 @@ def _notes(
         and not features.wraps_sm2
     ):
         yield "The HSM token cannot seal SM2 keys and the configuration forbids resident ones."
+
+
+def _pkcs1_note(settings: Pkcs11Settings, features: TokenFeatures) -> str:
+    algorithm = WrappingAlgorithm.RSAES_PKCS1_V1_5
+    if rsa.path_of(algorithm, features) is None:
+        return "The HSM token does not serve RSAES_PKCS1_V1_5."
+    if features.implicit_rejection:
+        return (
+            "RSAES_PKCS1_V1_5: the HSM token rejects implicitly (tried): a wrong ciphertext "
+            "becomes random bytes, of which about 1 in 200 pass for a key. Prefer "
+            "RSAES_OAEP_SHA_256."
+        )
+    if _refused(settings, features, algorithm):
+        return (
+            "RSAES_PKCS1_V1_5 is refused by require_implicit_rejection: the HSM token answers "
+            "wrong padding with an error (tried)."
+        )
+    return (
+        "RSAES_PKCS1_V1_5: the HSM token DOES NOT REJECT IMPLICITLY (tried): wrong padding is an "
+        "error, which the holder of the PIN sees, and a client does not, but for what time may "
+        "tell (Bleichenbacher 1998). Refuse it by require_implicit_rejection or "
+        "refused_algorithms, or use RSAES_OAEP_SHA_256."
+    )

@@ -30,11 +30,11 @@ class DirectoryBackend(Scripted):
 
     opens = MemoryBackend
 
-    def __init__(self, directory, custody="HsmInternal"):
+    def __init__(self, directory, custody="HsmInternal", wrapping="HsmEncryptedDatabase"):
         super().__init__(
             name="hsm",
             directory=str(directory),
-            wrapping_custody="HsmEncryptedDatabase",
+            wrapping_custody=wrapping,
             material_custody=custody,
         )
         self.unavailable = False

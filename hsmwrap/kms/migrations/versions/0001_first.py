@@ -37,6 +37,15 @@ def upgrade() -> None:
     )
     op.create_index("ix_failed_imports_expires_at", "failed_imports", ["expires_at"])
     op.create_table(
+        "resident_keys",
+        sa.Column("claim", sa.LargeBinary(32), nullable=False),
+        sa.Column("key_id", sa.String(36), nullable=False),
+        sa.Column("expires_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("claim"),
+    )
+    for column in ("key_id", "expires_at"):
+        op.create_index(f"ix_resident_keys_{column}", "resident_keys", [column])
+    op.create_table(
         "audit_anchors",
         sa.Column("log", sa.String(512), nullable=False),
         sa.Column("sequence", sa.BigInteger(), nullable=False),
@@ -49,8 +58,10 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Drop the tables."""
-    tables = ("audit_anchors", "failed_imports", "used_once", "scheduled_destructions", "keys")
-    for table in tables:
+    for table in (
+        *("audit_anchors", "resident_keys", "failed_imports", "used_once"),
+        *("scheduled_destructions", "keys"),
+    ):
         op.drop_table(table)
 
 
