@@ -16,6 +16,7 @@ from support.http.rpc_signing import v1_query
 from support.http.sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, Credentials, SdkError
 
 from hsmwrap.catalog import ProtectionLevel
+from hsmwrap.cli import main
 from hsmwrap.software import KeyringFile
 
 pytestmark = SDK_WARNINGS
@@ -126,6 +127,18 @@ def test_a_nonce_counts_in_all_workers(served):
 def test_ready(served):
     raw = b"GET /readyz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
     assert b"200 OK" in served.exchange(raw)
+
+
+def test_the_end_of_the_audit_log_is_anchored_when_the_server_stops(config, capsys):
+    with running([*SERVE, str(config)], config.with_name("log2")) as process:
+        to = Credentials(f"127.0.0.1:{process.port}")
+        for _ in range(5):
+            SDKS[DEFAULT_SDKS[0]].call(to, "ListKeys")
+        assert process.stop() == 0
+    assert main(["audit", "verify", "--json", "--config", str(config)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["anchored"], found["behind"]) == (True, True, 0)
+    assert found["lines"] >= 5
 
 
 def test_no_secret_in_the_log(served):

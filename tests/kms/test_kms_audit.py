@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -149,6 +150,12 @@ def test_hostile_line_is_a_finding(log, key, hostile, at):
     assert str(report.problems[0]) == f"line {at + 1}: is not a line of an audit log"
     if hostile.endswith(b"\n"):
         assert (report.lines, len(report.problems)) == (7, 1)
+
+
+def test_an_endless_line_is_read_in_bounded_pieces():
+    pieces = list(audit._lines(io.BytesIO(b"a\n" + b"x" * 1_000_000 + b"\nb\n" + b"y" * 100_000)))
+    assert [piece[:2] for piece in pieces] == [b"a\n", b"xx", b"b\n", b"yy"]
+    assert max(map(len, pieces)) <= audit._MAX_LINE
 
 
 @pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
