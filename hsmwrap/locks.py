@@ -239,7 +239,7 @@ other users of the same library.
 
 FILE_LOCK_SECONDS = 10.0
 """How long a call waits for the lock of a file."""
-# flock has no deadline. What is done under these locks takes well under a millisecond.
+# flock has no deadline (field note 77). What is done under these locks takes under a millisecond.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.01
 
 

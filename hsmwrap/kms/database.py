@@ -221,7 +221,7 @@ def _make_private(file: Path) -> None:
             )
         with suppress(FileExistsError):
             os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        # SQLite makes the others with the mode of the file.
+        # SQLite makes the others with the mode of the file (field note 79).
         for each in (file, *(file.with_name(file.name + end) for end in _SQLITE_ENDS)):
             with suppress(FileNotFoundError):
                 _close_to_others(each)
