@@ -260,6 +260,14 @@ def test_every_pair_handed_out_outlives_its_token(filled, backend):
     assert made[given.public_key] >= filled.time.now + DAY
 
 
+def test_a_pair_is_handed_out_for_a_token_that_expires_in_its_own_last_second(filled, backend):
+    made = {expiry for *_, expiry in backend.asked}
+    filled.time.move(HOUR - SECOND / 10)
+    assert made == {filled.time.now.replace(microsecond=0) + DAY}
+    assert filled.take(backend).public_key == b"public 0"
+    assert (filled.fact().hits, filled.fact().discarded) == (1, 0)
+
+
 def test_aged_pairs_are_discarded_and_replaced(filled, backend):
     filled.time.move(HOUR)
     filled.work()

@@ -212,6 +212,20 @@ def test_what_is_too_short_is_refused_before_any_seal_is_computed():
     assert all(refused(token[:length], check=None) for length in range(3 + 32))
 
 
+def test_a_token_cut_exactly_at_its_mac_is_refused_by_the_mac():
+    """The shortest envelope: no byte of a body, and a whole MAC."""
+    asked = []
+
+    def check(data, given_mac):
+        asked.append((data, given_mac))
+        verify_mac(data, given_mac)
+
+    token = tokens.encode(EXAMPLE, mac)
+    assert refused(token[: 3 + 32], check)
+    assert asked == [(b"hsmwrap import token\x01", Mac("7", token[3 : 3 + 32]))]
+    assert refused(forged(b""))
+
+
 @pytest.mark.parametrize("version", [0, 2, 3, 127, 255])
 def test_other_versions_are_refused_even_where_the_seal_would_hold(version):
     token = tokens.encode(EXAMPLE, mac)

@@ -266,6 +266,26 @@ def test_malformed_authorization(authorization):
         read_claim(RpcMessage("POST", {}, headers=headers))
 
 
+@pytest.mark.parametrize("algorithm", ["ACS3-HMAC-SHA1", "ACS3-RSA-SHA256", "ACS3-HMAC-SHA256-"])
+def test_an_acs3_algorithm_that_is_not_served(bench, algorithm):
+    """All else is as it has to be, so nothing but the algorithm can be what is refused."""
+    headers = acs3_headers()
+    right = headers["Authorization"]
+    headers["Authorization"] = right.replace("ACS3-HMAC-SHA256", algorithm)
+    response = bench.post(headers=headers)
+    assert code(response) == "IncompleteSignature"
+    assert "one of ACS3-HMAC-SHA256, ACS3-HMAC-SM3" in response.get_json()["Message"]
+    assert bench.post(headers=headers | {"Authorization": right}).status_code == 200
+
+
+def test_an_acs3_header_that_is_signed_and_not_sent(bench):
+    headers = acs3_headers(accept="application/json")
+    del headers["accept"]
+    response = bench.post(headers=headers)
+    assert code(response) == "IncompleteSignature"
+    assert "a signed header is missing" in response.get_json()["Message"]
+
+
 @pytest.mark.parametrize("name", ["AccessKeyId", "Signature", "SignatureNonce", "Timestamp"])
 @pytest.mark.parametrize("blank", [True, False])
 def test_v1_missing_piece(bench, name, blank):
