@@ -60,6 +60,11 @@ class PrivateFile:
             ConfigurationError: It cannot be read, is open to others, belongs to another user, is
                 not a regular file, or has more than :data:`MAX_BYTES`.
         """
+        return bytes(self.read_erasable())
+
+    @strip_tracebacks
+    def read_erasable(self) -> bytearray:
+        """As :meth:`read_bytes`, into the one copy, which the caller can overwrite."""
         return self._read()[0]
 
     @strip_tracebacks
@@ -71,7 +76,7 @@ class PrivateFile:
         """
         return decode(self.read_bytes(), str(self))
 
-    def _read(self) -> tuple[bytes, _Stamp]:
+    def _read(self) -> tuple[bytearray, _Stamp]:
         # O_NONBLOCK: opening a FIFO must not wait for a writer; it is refused below.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
@@ -80,8 +85,7 @@ class PrivateFile:
                 status = os.fstat(descriptor)
                 if fault := _fault(status, _access_acl(descriptor)):
                     raise ConfigurationError(f"{self}: {fault}")
-                with open(descriptor, "rb", closefd=False) as file:
-                    content = file.read(MAX_BYTES + 1)
+                content = read_erasable(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -142,7 +146,7 @@ class ParsedFile(Generic[_T]):
         self._cached, self.fault = (stamp, value), fault
         return value
 
-    def _parsed(self, content: bytes) -> _T:
+    def _parsed(self, content: bytearray) -> _T:
         text = decode(content, str(self._file))
         try:
             return self._parse(text)
@@ -150,22 +154,59 @@ class ParsedFile(Generic[_T]):
             raise ConfigurationError(f"{self._file}: {error}") from None
 
 
+def read_erasable(descriptor: int) -> bytearray:
+    """The file, or its first :data:`MAX_BYTES` and one byte, read into memory of the caller."""
+    content = bytearray(min(os.fstat(descriptor).st_size, MAX_BYTES) + 1)
+    length = 0
+    while got := os.preadv(descriptor, [memoryview(content)[length:]], length):
+        length += got
+        if length == len(content) <= MAX_BYTES:  # it grew meanwhile, or says 0 as in /proc
+            content += bytes(min(len(content), MAX_BYTES + 1 - length))
+    del content[length:]
+    return content
+
+
 @strip_tracebacks
-def decode(content: bytes, where: str) -> str:
+def decode(content: bytes | bytearray, where: str) -> str:
     """Decode UTF-8 without a byte-order mark, which editors on Windows write.
 
     Raises:
         ConfigurationError: It is something else; the text begins with ``where``.
     """
+    _require_no_mark(content, where)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise _not_utf8(where) from None
+
+
+@strip_tracebacks
+def require_utf8(content: bytearray, where: str) -> None:
+    """Check what :func:`decode` checks, and make no text of it: that could not be overwritten.
+
+    Raises:
+        ConfigurationError: As :func:`decode`.
+    """
+    _require_no_mark(content, where)
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for byte in content:
+            decoder.decode(bytes((byte,)))
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise _not_utf8(where) from None
+
+
+def _require_no_mark(content: bytes | bytearray, where: str) -> None:
     marks = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     if content.startswith(marks):
         raise ConfigurationError(
             f"{where}: begins with a byte-order mark; save it as UTF-8 without one"
         )
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"{where}: is not UTF-8") from None
+
+
+def _not_utf8(where: str) -> ConfigurationError:
+    return ConfigurationError(f"{where}: is not UTF-8")
 
 
 def _fault(status: os.stat_result, acl: bytes) -> str | None:

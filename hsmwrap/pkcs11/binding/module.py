@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 class _Pin(Protocol):
     """What is needed here of :class:`hsmwrap.pkcs11.token.pin.Pin`, which is a layer above."""
 
-    def reveal(self) -> str: ...
+    utf8: bytearray
 
 
 class _InitializeArgs(ctypes.Structure):
@@ -81,7 +81,7 @@ class _FunctionListHead(ctypes.Structure):
         (
             "c_login",
             ctypes.CFUNCTYPE(
-                ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong
+                ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong
             ),
         ),
         ("_until_c_encrypt_init", ctypes.c_void_p * 10),
@@ -207,7 +207,7 @@ class Module(lib):
         if self._functions is None:
             self._log_in_by_opening(session, pin)
             return
-        code = self._log_in_as_user(self._functions, session.handle, pin.reveal().encode())
+        code = self._log_in_as_user(self._functions, session.handle, pin.utf8)
         if code not in (CKR.OK, CKR.USER_ALREADY_LOGGED_IN):
             raise CryptokiError("C_Login", code)
 
@@ -229,16 +229,17 @@ class Module(lib):
         return info.state in _CKS_USER_FUNCTIONS
 
     @staticmethod
-    def _log_in_as_user(functions: Any, handle: int, secret: bytes) -> int:
+    def _log_in_as_user(functions: Any, handle: int, secret: bytearray) -> int:
         # A frame of its own, which has ended when the answer becomes an exception.
-        code: int = functions.c_login(handle, _CKU_USER, secret, len(secret))
+        in_place = (ctypes.c_char * len(secret)).from_buffer(secret)
+        code: int = functions.c_login(handle, _CKU_USER, in_place, len(secret))
         return code
 
     def _log_in_by_opening(self, session: Any, pin: _Pin) -> None:
         # Only python-pkcs11 reaches this function table. The session that logs in stays open
         # and is forgotten: closing it would log out.
         with contextlib.suppress(UserAlreadyLoggedIn):
-            session.token.open(rw=True, user_pin=pin.reveal())
+            session.token.open(rw=True, user_pin=pin)
 
     def _initialize(self, functions: _FunctionListHead) -> bool:
         """Initialise it unless it is; return whether it is ours to finalise."""

@@ -307,9 +307,9 @@ def _require_safe(token: Token) -> None:
 
 def _open_officer_session(token: Token, so_pin: PinSource) -> Session:
     try:
-        return token.open(
-            rw=True, so_pin=so_pin.read().reveal(), attribute_mapper=HsmAttributeMapper()
-        )
+        with so_pin.read() as pin:
+            # A Pin is text as far as python-pkcs11 is concerned.
+            return token.open(rw=True, so_pin=pin, attribute_mapper=HsmAttributeMapper())
     except PKCS11Error as error:
         name = code_name(error)
         if name.startswith("PIN_"):

@@ -69,7 +69,8 @@ class UserLogin:
         self.require_not_stopped()
         self._heed_warnings(session)
         try:
-            module.log_in(session, self._pin.read())
+            with self._pin.read() as pin:
+                module.log_in(session, pin)
         except PKCS11Error as error:
             name, recovery = code_name(error), recovery_of(error)
             # Here and not where it is recovered from: no other thread may log in in between.

@@ -1,12 +1,15 @@
 """Where the HSM token's PIN comes from, and the one object that holds it.
 
 A :class:`PinSource` is read at each login, so a PIN that was changed is picked up without a
-restart. Whatever is wrong with a source is a :class:`ConfigurationError` that names the source
-and never holds the PIN: neither in its text nor in the exceptions behind it.
+restart. What is read is overwritten after the login, and the PIN of a file or a command is nowhere
+else in this process's memory, so that a core dump does not have it. Whatever is wrong with a source
+is a :class:`ConfigurationError` that names the source and never holds the PIN: neither in its text
+nor in the exceptions behind it.
 """
 
 from __future__ import annotations
 
+import codecs
 import hmac
 import os
 import re
@@ -20,7 +23,7 @@ from typing import Any, NoReturn, Self
 from urllib.parse import unquote_to_bytes
 
 from hsmwrap.errors import ConfigurationError, HsmwrapError, strip_tracebacks
-from hsmwrap.privatefile import PrivateFile, decode
+from hsmwrap.privatefile import PrivateFile, read_erasable, require_utf8
 from hsmwrap.settings import Kind, typed
 
 MAX_PIN_BYTES = 1024
@@ -30,23 +33,39 @@ COMMAND_TIMEOUT = 30.0
 """Seconds that a PIN command may take."""
 
 _HIDDEN = "<Pin>"
-# Lone surrogates are bytes of the environment that are not UTF-8.
-_PRINTED = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]*")
+# Lone surrogates (0xED 0xA0 to 0xBF) are bytes of the environment that are not UTF-8.
+_PRINTED = re.compile(rb"(?:[^\x00-\x1f\x7f\xed]|\xed[\x80-\x9f])*")
 _FILE_URI = re.compile(r"(?i:file:(?://(?:localhost)?)?)(/(?!/)[^?#]*)")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Pin:
-    """A PIN that only :meth:`reveal` shows."""
+    """A PIN that only :meth:`reveal` shows; a ``with`` block overwrites it at its end.
 
-    __slots__ = ("_value",)
+    Attributes:
+        utf8: The PIN as a login call takes it.
+    """
 
-    def __init__(self, value: str) -> None:
-        self._value = value
+    __slots__ = ("utf8",)
+
+    def __init__(self, value: str | bytearray) -> None:
+        """Take the PIN; a ``bytearray`` (UTF-8) is not copied, and is overwritten later."""
+        # Parsed text of a URI or an environment may have surrogates; checked_pin refuses them.
+        self.utf8 = value if isinstance(value, bytearray) else _encoded(value)
+
+    def encode(self, _encoding: str) -> bytearray:
+        """The PIN itself, as python-pkcs11 asks a text for it: so it makes no copy."""
+        return self.utf8
 
     def reveal(self) -> str:
-        """The PIN itself, for the login call only."""
-        return self._value
+        """The PIN as text, which cannot be overwritten."""
+        return self.utf8.decode(errors="surrogatepass")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.utf8[:] = bytes(len(self.utf8))
 
     def __repr__(self) -> str:
         return _HIDDEN
@@ -58,8 +77,7 @@ class Pin:
         """Compare in constant time."""
         if not isinstance(other, Pin):
             return NotImplemented
-        ours, theirs = (pin.reveal().encode(errors="surrogatepass") for pin in (self, other))
-        return hmac.compare_digest(ours, theirs)
+        return hmac.compare_digest(self.utf8, other.utf8)
 
     # A hash would be a check value of a short secret.
     __hash__ = None  # type: ignore[assignment]
@@ -75,8 +93,12 @@ class Pin:
         raise TypeError("a PIN is not serialised")
 
 
-def checked_pin(text: str, where: str) -> Pin:
-    """Make a PIN of ``text``, or say what is wrong with what ``where`` gave.
+def _encoded(text: str) -> bytearray:
+    return bytearray(text, "utf-8", "surrogatepass")
+
+
+def checked_pin(given: str | bytearray, where: str) -> Pin:
+    """Make a PIN of text or UTF-8, or say what is wrong with what ``where`` gave.
 
     A control character is a second line or a stray line end, not a PIN, and a byte-order mark is
     an editor's: they are refused here, before the HSM token counts a wrong try.
@@ -85,15 +107,23 @@ def checked_pin(text: str, where: str) -> Pin:
         ConfigurationError: The PIN is empty, longer than :data:`MAX_PIN_BYTES`, begins with a
             byte-order mark, or holds a control character.
     """
-    if not text:
-        raise ConfigurationError(f"{where}: the PIN is empty")
-    if len(text.encode(errors="replace")) > MAX_PIN_BYTES:
-        raise ConfigurationError(f"{where}: a PIN has at most {MAX_PIN_BYTES} bytes")
-    if text.startswith("\ufeff"):
-        raise ConfigurationError(f"{where}: the PIN begins with a byte-order mark")
-    if not _PRINTED.fullmatch(text):
-        raise ConfigurationError(f"{where}: the PIN holds a line end or another control character")
-    return Pin(text)
+    pin = Pin(given)
+    if fault := _fault(pin.utf8):
+        with pin:
+            raise ConfigurationError(f"{where}: {fault}")
+    return pin
+
+
+def _fault(utf8: bytearray) -> str | None:
+    if not utf8:
+        return "the PIN is empty"
+    if len(utf8) > MAX_PIN_BYTES:
+        return f"a PIN has at most {MAX_PIN_BYTES} bytes"
+    if utf8.startswith(codecs.BOM_UTF8):
+        return "the PIN begins with a byte-order mark"
+    if not _PRINTED.fullmatch(utf8):
+        return "the PIN holds a line end or another control character"
+    return None
 
 
 class PinSource(ABC):
@@ -103,7 +133,7 @@ class PinSource(ABC):
 
     @abstractmethod
     def read(self) -> Pin:
-        """Read the PIN now.
+        """Read the PIN now; the caller overwrites it, by a ``with`` block.
 
         Raises:
             ConfigurationError: The source gives no usable PIN; the text names the source.
@@ -128,7 +158,7 @@ class PinFile(PinSource):
     def read(self) -> Pin:
         """Read the file, which has to be private (:mod:`hsmwrap.privatefile`)."""
         file = PrivateFile(self.path, "PIN file")
-        return _pin_of(file.read_bytes(), str(file))
+        return _pin_of(file.read_erasable(), str(file))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,28 +232,32 @@ class PinCommand(PinSource):
     def read(self) -> Pin:
         """Run the program."""
         where = f"PIN command {self.argv[0]}"
+        # Not a pipe, which subprocess reads into bytes that cannot be overwritten.
+        output = os.memfd_create("hsmwrap")
         try:
-            done = self._run()
+            status = self._run(output)
+            printed = read_erasable(output)
         except OSError as error:
             raise ConfigurationError(f"{where}: {error.strerror}") from error
-        if done is None:
+        finally:
+            os.close(output)
+        if status is None:
             raise ConfigurationError(f"{where}: no answer within {self.timeout:g} seconds")
-        if done.returncode:
-            raise ConfigurationError(f"{where}: exit status {done.returncode}")
-        return _pin_of(done.stdout, where)
+        if status:
+            raise ConfigurationError(f"{where}: exit status {status}")
+        return _pin_of(printed, where)
 
-    def _run(self) -> subprocess.CompletedProcess[bytes] | None:
+    def _run(self, output: int) -> int | None:
         try:
             return subprocess.run(  # noqa: S603 (the operator's own program, no shell)
                 self.argv,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=output,
                 stderr=subprocess.DEVNULL,
                 timeout=self.timeout,
                 check=False,
-            )
+            ).returncode
         except subprocess.TimeoutExpired:
-            # It holds what the program printed so far: must not become an error's __context__.
             return None
 
 
@@ -234,8 +268,8 @@ class PinLiteral(PinSource):
     pin: Pin
 
     def read(self) -> Pin:
-        """Return it."""
-        return self.pin
+        """Return a copy: this PIN stays in memory, as the configuration has it."""
+        return Pin(bytearray(self.pin.utf8))
 
 
 def from_pin_source(value: str) -> PinSource:
@@ -323,7 +357,8 @@ SOURCES: Mapping[str, Kind] = MappingProxyType(
 """The settings that name a PIN source; the last two come from a PKCS#11 URI."""
 
 
-def _pin_of(content: bytes, where: str) -> Pin:
-    text = decode(content, where)
-    line = text.removesuffix("\n")
-    return checked_pin(line.removesuffix("\r") if line != text else text, where)
+def _pin_of(content: bytearray, where: str) -> Pin:
+    require_utf8(content, where)
+    if content.endswith(b"\n"):
+        del content[-2 if content.endswith(b"\r\n") else -1 :]
+    return checked_pin(content, where)
