@@ -1,27 +1,15 @@
 """The state matrix: every operation in every state, against the documented table."""
 
-import re
 from itertools import product
 
 import pytest
-from support.documents import ROOT, text_of
+from support.documents import text_of
 from support.kms.fakes import AES_MATERIAL
+from support.kms.listing import DOCUMENT, cells
 
 from hsmwrap.errors import HsmwrapError
 from hsmwrap.kms.api import OPERATIONS
 from hsmwrap.kms.states import STATE_MATRIX, KeyState
-
-DOCUMENT = ROOT / "docs" / "key-states.md"
-ROW = re.compile(r"^\| ([A-Z]\w+) \| (.+) \|$", re.MULTILINE)
-
-
-def cells():
-    """(operation, state, answer, state afterwards) of each cell of the documented table."""
-    states = [state.value for state in KeyState]
-    for operation, row in ROW.findall(text_of(DOCUMENT)):
-        for state, cell in zip(states, row.split(" | "), strict=True):
-            answer, _, afterwards = cell.partition(" → ")
-            yield operation, state, answer, afterwards or state
 
 
 def key_in(client, state):
