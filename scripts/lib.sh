@@ -30,7 +30,7 @@ die() {
 }
 
 # Makes the machine and the clone ready.
-# Usage: prepare demo|serve|bench|test|fast EXTRA, where EXTRA is one of the package's
+# Usage: prepare demo|serve|bench|test|fast|… LOCK, where LOCK is the name of a requirements/LOCK.txt
 prepare() {
   [[ -e /dev/fd/0 ]] || exec </dev/null
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -82,8 +82,8 @@ apt_install() {
 
 # --- The virtual environment
 
-# The environment's stamp has a line 'KEY EXTRA' for each extra that is in it; without a stamp it
-# was left half made. Usage: ensure_environment EXTRA
+# The environment's stamp has a line 'KEY LOCK' for each lock whose packages are in it; without a
+# stamp it was left half made. Usage: ensure_environment LOCK
 ensure_environment() {
   local lock key stamp=$VENV/stamp made=
   exec {lock}<"$ROOT/pyproject.toml"
@@ -94,15 +94,16 @@ ensure_environment() {
   if ! grep -qxF "$key $1" <<<"$made"; then
     rm -f -- "$stamp"
     [[ $made == "$key "* ]] || { make_environment && made=; }
-    pip_install "$1"
+    install_locked "$1"
     printf '%s\n' ${made:+"$made"} "$key $1" >"$stamp"
   fi
   exec {lock}<&-
 }
 
-# Of pyproject.toml only what an installation reads: another lint rule makes no new environment.
+# The locks, and of pyproject.toml what an installation reads: another lint rule makes no new
+# environment.
 environment_key() {
-  { python3 -VV && printf '%s\n' "$ROOT" && python3 -c '
+  { python3 -VV && printf '%s\n' "$ROOT" && cat -- "$ROOT"/requirements/*.txt && python3 -c '
 import json, sys, tomllib
 read = tomllib.load(open(sys.argv[1], "rb"))
 print(json.dumps([read["build-system"], read["project"]], sort_keys=True))
@@ -114,10 +115,15 @@ make_environment() {
   python3 -m venv --clear "$VENV" >&2 || die 1 "could not make $VENV"
 }
 
-pip_install() {
-  say "installing hsmwrap[$1] into it; the first time this takes a minute"
-  "$VENV/bin/python" -m pip --disable-pip-version-check -q install --editable "${ROOT}[$1]" >&2 ||
-    die 1 "pip could not install hsmwrap[$1] (its reason is above)"
+# Nothing is installed that no lock names: no dependency is resolved, and what has to be built is
+# built by the locked build tools.
+install_locked() {
+  local pip=("$VENV/bin/python" -m pip --disable-pip-version-check -q install --no-deps)
+  say "installing hsmwrap and requirements/$1.txt into it; the first time this takes a minute"
+  "${pip[@]}" --require-hashes --only-binary :all: -r "$ROOT/requirements/build.txt" >&2 &&
+    "${pip[@]}" --require-hashes --no-build-isolation -r "$ROOT/requirements/$1.txt" >&2 &&
+    "${pip[@]}" --no-build-isolation --editable "$ROOT" >&2 ||
+    die 1 "pip could not install requirements/$1.txt (its reason is above)"
 }
 
 # --- The private token
