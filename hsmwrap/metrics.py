@@ -156,6 +156,14 @@ _POOL_COUNTERS: Mapping[str, str] = MappingProxyType(
 )
 
 
+_KMS_GAUGES: Mapping[str, str] = MappingProxyType(
+    {
+        "access_keys_current": "1 where the access keys are those of their file as it is now.",
+        "audit_log_whole": "0 where the anchored line of the audit log is missing.",
+    }
+)
+
+
 class FactsCollector(Collector):
     """Reads the health of backends and the stocks of pools at each scrape."""
 
@@ -163,16 +171,18 @@ class FactsCollector(Collector):
         self,
         backends: Iterable[Backend],
         pools: Iterable[KeyPool] = (),
-        access_keys_current: Callable[[], bool] | None = None,
+        kms: Callable[[], Mapping[str, bool]] = dict,
     ) -> None:
         """Take what to read; a backend that is given twice is read once.
+
+        ``kms`` returns the reference KMS's own gauges (:meth:`hsmwrap.kms.service.Kms.gauges`).
 
         Raises:
             ConfigurationError: Two backends have the same name, so that their numbers would mix.
         """
         self._backends = tuple({id(backend): backend for backend in backends}.values())
         self._pools = tuple(pools)
-        self._access_keys_current = access_keys_current
+        self._kms = kms
         names = [backend.name for backend in self._backends]
         if len(set(names)) < len(names):
             raise ConfigurationError(f"backends with the same name cannot be told apart: {names}")
@@ -181,11 +191,7 @@ class FactsCollector(Collector):
         """The metrics now."""
         yield from self._of_backends()
         yield from self._of_pools()
-        text = "1 where the access keys are those of their file as it is now."
-        current = _gauge("hsmwrap_access_keys_current", text)
-        if self._access_keys_current:
-            _add(current, self._access_keys_current())
-        yield current
+        yield from self._of_kms()
 
     def describe(self) -> list[Metric]:
         """Nothing: a registry that asks at registration must not read the health yet."""
@@ -211,6 +217,14 @@ class FactsCollector(Collector):
             for name, state in health.items():
                 if fact in state.facts:
                     _add(gauge, state.facts[fact], name)
+            yield gauge
+
+    def _of_kms(self) -> Iterator[Metric]:
+        values = self._kms()
+        for name, text in _KMS_GAUGES.items():
+            gauge = _gauge(f"hsmwrap_{name}", text)
+            if name in values:
+                _add(gauge, values[name])
             yield gauge
 
     def _of_pools(self) -> Iterator[Metric]:

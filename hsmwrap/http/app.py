@@ -240,16 +240,16 @@ class App(_Pages):
 def _render(
     backends: Iterable[Backend] = (),
     pools: Iterable[KeyPool] = (),
-    access_keys_current: Callable[[], bool] | None = None,
+    kms: Callable[[], Mapping[str, bool]] = dict,
 ) -> bytes:
-    """All metrics: of requests, and of these backends, key-pair pools and access keys.
+    """All metrics: of requests, and of these backends, key-pair pools and KMS.
 
     Raises:
         MetricsUnavailable: prometheus_client is not installed.
     """
     if not _METRICS:
         raise MetricsUnavailable("prometheus_client is not installed")
-    text: bytes = _METRICS.render(_METRICS.FactsCollector(backends, pools, access_keys_current))
+    text: bytes = _METRICS.render(_METRICS.FactsCollector(backends, pools, kms))
     return text
 
 
@@ -299,7 +299,7 @@ def from_config(path: Path | None) -> App:
         kms.nonces,
         max_body=config.limits.max_request_bytes,
         limits=Limits(config.limits.max_connections, config.limits.max_connections_per_address),
-        collect=lambda: _render(*kms.watched(), kms.access_keys_current),
+        collect=lambda: _render(*kms.watched(), kms.gauges),
     )
 
 

@@ -88,6 +88,10 @@ class AnchoredLog:
 
     Each process counts from the anchor that it set last; others may have set a later one. Where
     the database is unavailable, more lines stay behind: of operations that failed for that reason.
+
+    Attributes:
+        log: The log.
+        whole: False where the log did not have its anchor when this process looked last.
     """
 
     def __init__(self, database: Database, log: AuditLog, lines: int) -> None:
@@ -96,6 +100,7 @@ class AnchoredLog:
         self._database = database
         self._lines = lines
         self._anchored = 0
+        self.whole = True
 
     def append(self, entry: AuditEntry) -> None:
         """Write one line, and move the anchor where it is due. The first line is anchored at once.
@@ -111,7 +116,9 @@ class AnchoredLog:
 
     def anchor(self) -> None:
         """Move the anchor to the last line; raises as :func:`remember` does."""
-        self._anchored = remember(self._database, self.log) or self._anchored
+        anchored = remember(self._database, self.log)
+        self.whole = anchored is not None
+        self._anchored = anchored or self._anchored
 
     def try_to_anchor(self) -> None:
         """:meth:`anchor`; a failure is logged only, and repaired by the next one."""

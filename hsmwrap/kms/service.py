@@ -213,7 +213,7 @@ class Kms:
         for part, check in (
             ("access keys", self._check_access_keys),
             ("database", self._database.ping),
-            ("audit log", replace(self._audit.log, lock_seconds=_HEALTH_LOCK_SECONDS).check),
+            ("audit log", self._check_audit_log),
         ):
             try:
                 parts[part] = check() or "ready"
@@ -228,12 +228,17 @@ class Kms:
         fault = keys.fault() if isinstance(keys, FileAccessKeys) else None
         return fault and f"ready with the keys of before, not with those of the file: {fault}"
 
-    def access_keys_current(self) -> bool:
-        """Whether the access keys are those of their file as it is now, for metrics."""
+    def _check_audit_log(self) -> str | None:
+        replace(self._audit.log, lock_seconds=_HEALTH_LOCK_SECONDS).check()
+        return None if self._audit.whole else "ready, but a line is missing: hsmwrap audit verify"
+
+    def gauges(self) -> dict[str, bool]:
+        """What of the KMS itself is as it should be, for metrics."""
         try:
-            return self._check_access_keys() is None
+            current = self._check_access_keys() is None
         except ConfigurationError:
-            return False
+            current = False
+        return {"access_keys_current": current, "audit_log_whole": self._audit.whole}
 
     def watched(self) -> tuple[tuple[Backend, ...], tuple[KeyPool, ...]]:
         """Backends and key-pair pools, for metrics."""

@@ -109,7 +109,7 @@ def test_health_and_metrics_say_so(file, tmp_path):
     with Kms(database, backends, Deployment(), access_keys=keys, audit_log=log) as kms:
 
         def page():
-            return _render(*kms.watched(), kms.access_keys_current).decode()
+            return _render(*kms.watched(), kms.gauges).decode()
 
         assert kms.health().facts["access keys"] == "ready"
         assert "hsmwrap_access_keys_current 1.0" in page()

@@ -606,11 +606,18 @@ def test_a_cut_is_noticed_by_the_next_request(open_kms, caplog):
     for _ in range(5):
         Client(kms)("ListKeys")
     rewrite(kms._audit.log, lambda lines: lines[:3])
+    assert kms.gauges()["audit_log_whole"]
     Client(kms)("ListKeys")
     assert "a line of the audit log is missing" in caplog.text
     (anchor,) = anchors.remembered(kms._database, kms._audit.log)
     assert anchor.sequence == 5
     assert not verify(kms._audit.log.path, None, (anchor,)).ok
+    assert "a line is missing" in kms.health().facts["audit log"]
+    assert not kms.gauges()["audit_log_whole"]
+    anchors.begin_segment(kms._database, kms._audit.log)
+    kms.sweep()
+    assert kms.health().facts["audit log"] == "ready"
+    assert kms.gauges()["audit_log_whole"]
 
 
 class TestSegments:
