@@ -11,6 +11,7 @@ from hsmwrap.kms.access import FileAccessKeys, parse_access_keys
 from hsmwrap.kms.config import BackendConfig, ServerConfig, load_config
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.explain import explain
+from hsmwrap.kms.opening import open_kms
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.pin import from_settings
 from hsmwrap.pkcs11.token.uri import parse
@@ -95,6 +96,17 @@ def test_a_configuration_says_which_plugin_it_has():
     assert repr(BackendConfig(plugin="pkcs11", settings={"user_pin": SECRET})) == (
         "BackendConfig(plugin='pkcs11')"
     )
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+def test_a_server_that_does_not_start(values):
+    config = ServerConfig(
+        backends={"HSM": {"plugin": "pkcs11", "settings": values}},
+        database_url=f"postgresql+psycopg://kms:{SECRET}@db/kms",
+    )
+    with pytest.raises(HsmwrapError):
+        open_kms(config)
+    outcome(open_kms, config)
 
 
 WRONG_FILES = {

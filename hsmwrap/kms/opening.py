@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +17,7 @@ from hsmwrap.imports import ResidentBounds
 from hsmwrap.keypool import KeyPool, PoolSettings
 from hsmwrap.kms.access import AccessKeys, FileAccessKeys
 from hsmwrap.kms.audit import AuditLog
-from hsmwrap.kms.config import ServerConfig
+from hsmwrap.kms.config import BackendConfig, ServerConfig
 from hsmwrap.kms.core import by_name
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.service import Kms
@@ -143,12 +142,17 @@ def _open_backends(
     for level, wanted in config.backends.items():
         same = next((b for known, b in backends.items() if config.backends[known] == wanted), None)
         if same is None:
-            same = _with_retries(partial(open_backend, wanted.plugin, wanted.settings), deadline)
+            same = _with_retries(_opening(wanted), deadline)
             opened.callback(same.close)
             same = observed(same, observer) if observer else same
         backends[level] = same
         by_name(backends.values())
     return backends
+
+
+def _opening(wanted: BackendConfig) -> Callable[[], Backend]:
+    # Not a partial: its repr shows the settings, and so a PIN in them.
+    return lambda: open_backend(wanted.plugin, wanted.settings)
 
 
 def _with_retries(call: Callable[[], _T], deadline: float) -> _T:
