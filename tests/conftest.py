@@ -3,7 +3,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from support import fast, skips
+from support import fast, memory_disk, skips
+from support.services.softhsm import destroy_imported
+
+from hsmwrap.testing.softhsm import SoftHsm
 
 # What may name a token or a server outside of the tests.
 OUTSIDE = ("SOFTHSM2_", "P11_KIT_", "HSMWRAP_PKCS11_", "HSMWRAP_TOKEN_", "HSMWRAP_PIN_",
@@ -15,6 +18,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    memory_disk.use()
     for name in [name for name in os.environ if name.startswith(OUTSIDE)]:
         del os.environ[name]
     os.environ["SOFTHSM2_CONF"] = "/nonexistent"  # otherwise SoftHSM reads the machine's
@@ -33,11 +37,24 @@ def pytest_collection_modifyitems(config, items):
     fast.select(config, items)
 
 
+TOKEN = pytest.StashKey[SoftHsm]()
+
+
 @pytest.fixture(scope="session")
 def softhsm(request):
     """The private token of this process, by the fixture that embedders use."""
     fast.needs_service()
-    return request.getfixturevalue("hsmwrap_softhsm")
+    token = request.getfixturevalue("hsmwrap_softhsm")
+    request.config.stash[TOKEN] = token
+    return token
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_token(request):
+    """A token that is as empty for the last module as for the first."""
+    yield
+    if token := request.config.stash.get(TOKEN, None):
+        destroy_imported(token)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from support.keypool.fakes import DAY, OAEP, SM2, Child, wait_for
+from support.pkcs11.objects import token_objects
 
 from hsmwrap import registry
 from hsmwrap.backend import Custody, ReapsWrappingKeys
@@ -17,8 +18,6 @@ from hsmwrap.catalog import KeySpec, ProtectionLevel
 from hsmwrap.imports import Cmk, ImportService
 from hsmwrap.keypool import KeyPool, PoolSettings
 from hsmwrap.keypool import _pool as pool_module
-from hsmwrap.pkcs11.sessions.connection import Connection
-from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.wrapping.reaper import GRACE
 from hsmwrap.policy import Deployment
 from hsmwrap.testing.clients import openssl_encrypt
@@ -43,9 +42,8 @@ def backend(settings):
 
 @pytest.fixture
 def count_objects(softhsm, backend):
-    connection = Connection(Pkcs11Settings.from_mapping(softhsm.bare_settings()))
-    yield lambda: connection.run(lambda pooled: len(list(pooled.session.get_objects())))
-    connection.close()
+    with token_objects(softhsm) as count:
+        yield count
 
 
 @pytest.fixture

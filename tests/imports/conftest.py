@@ -2,7 +2,8 @@
 
 import pytest
 from support.backends.scripted import Scripted
-from support.importing import Desk, open_pkcs11, open_software, token_objects
+from support.importing import Desk, open_pkcs11, open_software
+from support.pkcs11.objects import token_objects
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,8 @@ _OPEN = {
 
 @pytest.fixture(scope="module")
 def softhsm_objects(softhsm):
-    yield from token_objects(softhsm)
+    with token_objects(softhsm) as count:
+        yield count
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from support.services.softhsm import make_softhsm
 
 from hsmwrap import registry
 from hsmwrap.errors import (
@@ -311,35 +312,46 @@ print(json.dumps(tries))
 """
 
 
-def try_to_open(settings, times):
-    command = [sys.executable, "-c", LOCK, json.dumps(settings), str(times)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+@pytest.fixture
+def locked_out(softhsm, tmp_path):
+    """A token of its own and a wrong PIN: USER_PIN_COUNT_LOW stays until a right one."""
+    return make_softhsm(tmp_path / "locked-out", label="locked-out")
 
 
 @pytest.fixture
-def wrong_pin(tmp_path, connect):
+def wrong_pin(tmp_path):
     path = tmp_path / "wrong.pin"
     path.touch(mode=0o600)
     path.write_text("not-the-pin")
-    yield str(path)
-    connect(force_login=True)  # a right one clears SoftHSM's USER_PIN_COUNT_LOW
+    return str(path)
 
 
-def test_a_wrong_pin_is_tried_once(softhsm, wrong_pin, tmp_path):
+def run_on(token, code, *arguments):
+    """Run it in another process: SoftHSM reads its configuration once per process."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | token.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_a_wrong_pin_is_tried_once(locked_out, wrong_pin, tmp_path):
     """The next backend sees USER_PIN_COUNT_LOW and does not even try."""
     from support.faults.shim import fault_shim
 
-    shim = fault_shim(softhsm.module, tmp_path / "shim")
-    settings = softhsm.settings("connection", module=str(shim.path), pin_file=wrong_pin)
-    first, second = try_to_open(settings | {"lazy": True}, 2)
+    shim = fault_shim(locked_out.module, tmp_path / "shim")
+    settings = locked_out.bare_settings(module=str(shim.path), pin_file=wrong_pin, lazy=True)
+    first, second = json.loads(run_on(locked_out, LOCK, json.dumps(settings), "2"))
     assert "PIN_INCORRECT" in first
     assert "not trying again" in first
     assert "USER_PIN_COUNT_LOW" in second
     assert shim.counters().calls["C_Login"] == 1
 
 
-def test_a_stopped_backend_says_so_and_does_not_log_in_again(softhsm, wrong_pin):
+def test_a_stopped_backend_says_so_and_does_not_log_in_again(locked_out, wrong_pin):
     code = """
 import json, sys
 from hsmwrap import registry
@@ -355,8 +367,8 @@ assert len(set(texts)) == 1 and len(texts) == 3, texts
 assert not backend.health().ready
 assert "PIN_INCORRECT" in backend.health().detail
 """
-    settings = softhsm.settings("connection", pin_file=wrong_pin, lazy=True)
-    subprocess.run([sys.executable, "-c", code, json.dumps(settings)], check=True)
+    settings = locked_out.bare_settings(pin_file=wrong_pin, lazy=True)
+    run_on(locked_out, code, json.dumps(settings))
 
 
 @pytest.mark.parametrize("flag", ["USER_PIN_COUNT_LOW", "USER_PIN_FINAL_TRY", "USER_PIN_LOCKED"])

@@ -9,8 +9,6 @@ from hsmwrap import registry
 from hsmwrap.backend import Backend
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.imports import Cmk, ImportService
-from hsmwrap.pkcs11.sessions.connection import Connection
-from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.policy import Deployment
 from hsmwrap.testing.clients import openssl_encrypt
 
@@ -91,10 +89,3 @@ def open_software(**more):
 
 def open_pkcs11(softhsm, prefix, **more):
     return registry.open_backend("pkcs11", softhsm.settings(prefix, **more))
-
-
-def token_objects(softhsm):
-    """Yield a function that counts all objects on the token, by a connection of its own."""
-    connection = Connection(Pkcs11Settings.from_mapping(softhsm.bare_settings()))
-    yield lambda: connection.run(lambda pooled: len(list(pooled.session.get_objects())))
-    connection.close()

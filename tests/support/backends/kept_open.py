@@ -1,10 +1,13 @@
 """The conformance kit over one backend that stays open from test to test."""
 
+from functools import partial
+
 import pytest
 
 from hsmwrap import registry
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.testing.conformance import BackendConformance
+from support.pkcs11.objects import count_objects
 
 
 class KeptOpen(BackendConformance):
@@ -39,4 +42,4 @@ class KeptOpen(BackendConformance):
     def count_objects(self, backend):
         backend.capabilities()  # the probe makes session objects of its own
         connection = backend.ability(Pkcs11Backend)._connection
-        return lambda: connection.run(lambda pooled: len(list(pooled.session.get_objects())))
+        return partial(count_objects, connection)

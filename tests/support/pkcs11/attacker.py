@@ -34,6 +34,7 @@ from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
 from hsmwrap.pkcs11.token.pin import Pin
 from hsmwrap.pkcs11.wrapping.custody import parse_ref
 from support.clients import encrypt_as_client
+from support.pkcs11.objects import handles
 
 PKCS1, OAEP1, OAEP256, SM2 = (
     WrappingAlgorithm.RSAES_PKCS1_V1_5,
@@ -111,6 +112,7 @@ class Attacker:
 
     def __init__(self, softhsm):
         self._host = ModuleHost.acquire(softhsm.module)
+        self._module = softhsm.module
         with self._host.inside(5) as (module, _):
             token = module.get_token(token_label=softhsm.environment["HSMWRAP_TOKEN_LABEL"])
             self.session = token.open(rw=True, attribute_mapper=_Mapper())
@@ -149,7 +151,7 @@ class Attacker:
         assert len(self.handles()) == before
 
     def handles(self):
-        return [key.handle for key in self.session.get_objects()]
+        return handles(self.session, self._module)
 
     def known_key(self, key_type=KeyType.AES, length=32, **attributes):
         """A key whose value the attacker chose; returns the object and the value."""

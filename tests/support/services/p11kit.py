@@ -53,7 +53,10 @@ class P11KitServer:
         self._process = subprocess.Popen(
             [*command, f"pkcs11:token={label}"],
             env=os.environ | self.token.environment,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         deadline = time.monotonic() + _START
         while not self.socket.exists():
