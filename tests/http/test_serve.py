@@ -141,6 +141,26 @@ def test_the_end_of_the_audit_log_is_anchored_when_the_server_stops(config, caps
     assert found["lines"] >= 5
 
 
+def test_workers_go_on_after_a_damaged_audit_log_without_a_restart(served, config, capsys):
+    to = Credentials(f"127.0.0.1:{served.port}")
+
+    def ask():
+        for _ in range(4):  # both workers
+            SDKS[DEFAULT_SDKS[0]].call(to, "ListKeys")
+
+    ask()
+    with config.with_name("audit.log").open("ab") as log:
+        log.write(b"[" * 100_000 + b"\n")
+    with pytest.raises(SdkError, match=r"^InternalFailure$"):
+        ask()
+    assert main(["audit", "verify", "--config", str(config)]) == 1
+    assert main(["audit", "new-segment", "--config", str(config)]) == 0
+    ask()
+    capsys.readouterr()
+    assert main(["audit", "verify", "--config", str(config)]) == 0
+    assert "is not a line of an audit log" in capsys.readouterr().out
+
+
 def test_no_secret_in_the_log(served):
     assert "testsecret" not in served.log_text()
 
