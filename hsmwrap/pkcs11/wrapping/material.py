@@ -8,10 +8,10 @@ pads a key of 31 bytes to 32 before it wraps it (field note 29). Then the blob i
 unwrapped into the final object; the session object is destroyed.
 
 Whatever is wrong with a ciphertext, the HSM does the same work, so that time tells nothing
-(Bleichenbacher 1998): where the unwrapping fails, a stand-in takes the material's place, a random
-key, and is tried, wrapped and destroyed like material of a wrong length, which is what nearly all
-ciphertexts of valid padding in such an attack hold. C_UnwrapKey makes an object when it succeeds;
-C_CreateObject of the stand-in makes up for it.
+(Bleichenbacher 1998). Where the unwrapping fails, a stand-in takes the material's place, a random
+key of the right length, and is tried, wrapped and destroyed like material; material of a wrong
+length is wrapped all the same. C_UnwrapKey makes an object when it succeeds; C_CreateObject of the
+stand-in makes up for it.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class MaterialStore:
         """Return the wrapped material, its length checked, and its AES check value."""
         kek = self.keys.require(pooled, ROLE_OF[key_spec], number)
         template = self.features.fit(intermediate(trusted=self.keys.trusts(number)))
-        with self._tried(pooled, source, template) as material:
+        with self._tried(pooled, source, template, key_spec) as material:
             try:
                 check = _aes_check(material)
             except InvalidKeyMaterial:
@@ -181,7 +181,7 @@ class MaterialStore:
 
     @contextmanager
     def _tried(
-        self, pooled: PooledSession, source: MaterialSource, template: Template
+        self, pooled: PooledSession, source: MaterialSource, template: Template, key_spec: KeySpec
     ) -> Iterator[Any]:
         """Yield the material as an object with ``template`` for a ``with`` block, or a stand-in.
 
@@ -194,7 +194,7 @@ class MaterialStore:
         except InvalidKeyMaterial as error:
             refused = True
             pooled.tainted |= may_leave_an_object(error)
-            material = self._stand_in(pooled.session, template)
+            material = self._stand_in(pooled.session, template, key_spec.material_length)
         try:
             yield material
         finally:
@@ -202,10 +202,9 @@ class MaterialStore:
         if refused:
             raise InvalidKeyMaterial
 
-    def _stand_in(self, session: Session, template: Template) -> Any:
-        length = self.features.stand_in_length
-        if length is None:
-            return session.generate_key(KeyType.AES, 256, template=template)
+    def _stand_in(self, session: Session, template: Template, length: int) -> Any:
+        if not self.features.creates_keys:
+            return session.generate_key(KeyType.AES, 8 * length, template=template)
         return session.create_object({**template, Attribute.VALUE: secrets.token_bytes(length)})
 
     def _kek(self, pooled: PooledSession, role: Role, number: int) -> Any:
@@ -227,7 +226,7 @@ class MaterialStore:
         final = self.features.fit(self._final(key_spec, pending.object_id))
         template = {**intermediate(trusted=False), Attribute.EXTRACTABLE: False}
         length = key_spec.material_length
-        with self._tried(pooled, source, self.features.fit(template)) as material:
+        with self._tried(pooled, source, self.features.fit(template), key_spec) as material:
             # Without CKA_VALUE_LEN the material came through the host, which checked its length.
             if self.features.value_length:
                 length = material[Attribute.VALUE_LEN]

@@ -57,10 +57,6 @@ MECHANISMS: Mapping[WrappingAlgorithm, tuple[Mechanism, Any]] = MappingProxyType
 
 _T = TypeVar("_T")
 _AES_128, _AES_256, _BLOCK = 16, 32, 16
-
-# The length of no AES key, and of one that no key spec has as AES: where the token makes objects of
-# the one, so do ciphertexts of valid padding; where it does not, neither do they.
-_STAND_INS = (31, _AES_128)
 _BROKEN_CIPHERTEXTS = 3
 
 
@@ -83,8 +79,7 @@ class TokenFeatures:
         value_length: CKA_VALUE_LEN of an unwrapped key tells its true length.
         implicit_rejection: A ciphertext of wrong PKCS#1 v1.5 padding becomes random bytes, in each
             function that serves RSAES_PKCS1_V1_5; False where it is an error.
-        stand_in_length: Length in bytes of a random key that C_CreateObject makes to be refused
-            in place of material that did not unwrap; None where C_GenerateKey has to make it.
+        creates_keys: C_CreateObject makes AES keys from plaintext.
         refused: Hardening attributes that the token's keys have to do without.
     """
 
@@ -99,7 +94,7 @@ class TokenFeatures:
     ecb: bool
     value_length: bool
     implicit_rejection: bool
-    stand_in_length: int | None
+    creates_keys: bool
     refused: frozenset[Attribute]
 
     @property
@@ -180,7 +175,7 @@ class _Probe:
             ecb=works(self._ecb),
             value_length=works(lambda: self._value_length(private, client, sorted(unwraps))),
             implicit_rejection=self._rejects_implicitly(private, client, unwraps, decrypts),
-            stand_in_length=next((n for n in _STAND_INS if works(partial(self._create, n))), None),
+            creates_keys=works(self._creates_keys),
             refused=self._refused if pinned else self._refused | {Attribute.UNWRAP_TEMPLATE},
         )
 
@@ -272,9 +267,9 @@ class _Probe:
             any(accepted(each) for _ in range(_BROKEN_CIPHERTEXTS)) for each in tries
         )
 
-    def _create(self, length: int) -> bool:
+    def _creates_keys(self) -> bool:
         template = secret_key(KeyType.AES, Attribute.ENCRYPT, extractable=True)
-        value = {Attribute.VALUE: secrets.token_bytes(length)}
+        value = {Attribute.VALUE: secrets.token_bytes(_AES_256)}
         self._keep(self._session.create_object(without(template, self._refused) | value))
         return True
 
