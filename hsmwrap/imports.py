@@ -17,6 +17,7 @@ import logging
 import secrets
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -329,23 +330,34 @@ class MemoryResidentKeys:
         """Take the clock that says which keys have expired."""
         self._clock = clock or _utc_now
         self._lock = threading.Lock()
-        self._claims: dict[bytes, tuple[str, datetime]] = {}
+        self._claims: dict[bytes, str] = {}
+        self._by_expiry: list[tuple[datetime, bytes]] = []
+        self._of_cmk: Counter[str] = Counter()
 
     def claim(self, cmk_id: str, expires_at: datetime, bounds: ResidentBounds) -> bytes:
         """Count one more until ``expires_at``; returns what :meth:`release` takes."""
         with self._lock:
             now = self._clock()
-            self._claims = {one: its for one, its in self._claims.items() if its[1] > now}
-            of_cmk = sum(its[0] == cmk_id for its in self._claims.values())
-            bounds.require(of_cmk, len(self._claims))
+            while self._by_expiry and self._by_expiry[0][0] <= now:
+                self._drop(heapq.heappop(self._by_expiry)[1])
+            bounds.require(self._of_cmk[cmk_id], len(self._claims))
             claim = secrets.token_bytes(tokens.TOKEN_ID_LENGTH)
-            self._claims[claim] = cmk_id, expires_at
+            self._claims[claim] = cmk_id
+            heapq.heappush(self._by_expiry, (expires_at, claim))
+            self._of_cmk[cmk_id] += 1
             return claim
 
     def release(self, claim: bytes) -> None:
         """Take a claim back."""
         with self._lock:
-            self._claims.pop(claim, None)
+            self._drop(claim)
+
+    def _drop(self, claim: bytes) -> None:
+        cmk_id = self._claims.pop(claim, None)
+        if cmk_id is not None:
+            self._of_cmk[cmk_id] -= 1
+            if not self._of_cmk[cmk_id]:
+                del self._of_cmk[cmk_id]
 
 
 def _utc_now() -> datetime:

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.measured import KEY_SPEC, LEVEL
+from benchmarks.measured import KEY_SPEC, LEVEL, NO_BOUND
 from hsmwrap.http import canonical
 from hsmwrap.http.app import API_VERSION
 from hsmwrap.kms.access import AccessKey, Permissions, StaticAccessKeys
@@ -190,14 +190,17 @@ class _Connection:
 
 
 @contextmanager
-def serving(directory: Path, settings: Mapping[str, Any], pool: int) -> Iterator[tuple[int, int]]:
+def serving(
+    directory: Path, settings: Mapping[str, Any], pool: int, plugin: str = "pkcs11"
+) -> Iterator[tuple[int, int]]:
     """Run ``hsmwrap serve`` with one worker process; yields its port and that of its metrics.
 
     Raises:
         Failed: It does not start; its log is in the message.
     """
     config, log = directory / "hsmwrap.toml", directory / "log"
-    config.write_text(_toml(_configuration(directory, settings, pool)), encoding="utf-8")
+    configuration = _configuration(directory, settings, pool, plugin)
+    config.write_text(_toml(configuration), encoding="utf-8")
     command = [sys.executable, "-m", "hsmwrap.cli", "serve", "--port", "0", "--config", str(config)]
     with log.open("wb") as stderr:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
@@ -218,7 +221,9 @@ def serving(directory: Path, settings: Mapping[str, Any], pool: int) -> Iterator
         server.wait()
 
 
-def _configuration(directory: Path, settings: Mapping[str, Any], pool: int) -> dict[str, Any]:
+def _configuration(
+    directory: Path, settings: Mapping[str, Any], pool: int, plugin: str = "pkcs11"
+) -> dict[str, Any]:
     """A server's configuration with all its files in ``directory``; writes the access key file."""
     directory.mkdir(exist_ok=True)
     access_keys = directory / "access-keys.toml"
@@ -234,8 +239,9 @@ def _configuration(directory: Path, settings: Mapping[str, Any], pool: int) -> d
         "access_key_file": str(access_keys),
         "audit_file": str(directory / "audit.log"),
         "key_pool": pool,
+        "max_failed_imports": NO_BOUND,
         "sweep_interval": 0,
-        "backends": {str(LEVEL): {"plugin": "pkcs11", "settings": dict(settings)}},
+        "backends": {str(LEVEL): {"plugin": plugin, "settings": dict(settings)}},
     }
 
 

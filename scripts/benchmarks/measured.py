@@ -26,6 +26,7 @@ from hsmwrap.imports import (
     ImportParameters,
     ImportService,
     KeySource,
+    ResidentBounds,
     generate_inline,
 )
 from hsmwrap.pkcs11 import Pkcs11Backend
@@ -36,6 +37,8 @@ from hsmwrap.tokens import ImportTokenClaims
 KEY_SPEC = KeySpec.ALIYUN_AES_256
 LEVEL = ProtectionLevel.HSM
 MOST_THREADS = 16
+NO_BOUND = 10**9
+"""Of failed imports and resident wrapping keys: more than are measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,12 @@ class MeasuredBackend:
 
     def service_with(self, source: KeySource) -> ImportService:
         """An import service that takes its wrapping keys from ``source``."""
-        return ImportService({LEVEL: self.backend}, Deployment(), key_source=source)
+        return ImportService(
+            {LEVEL: self.backend},
+            Deployment(),
+            key_source=source,
+            resident_bounds=ResidentBounds(NO_BOUND, NO_BOUND),
+        )
 
     def issue_side(self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm) -> Side:
         """GetParametersForImport, with inline key generation."""
