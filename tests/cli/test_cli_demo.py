@@ -322,7 +322,8 @@ def test_a_refusal_after_a_key_was_generated_fails(demo, monkeypatch, capsys):
 
     def generate_first(self, cmk, spec, algorithm):
         pair = (WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE)
-        self._issue(self._backend_of(cmk), cmk, *pair)
+        expires_at = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
+        self._issue(self._backend_of(cmk), cmk, *pair, expires_at)
         return issue(self, cmk, spec, algorithm)
 
     monkeypatch.setattr(imports.ImportService, "get_parameters_for_import", generate_first)

@@ -147,6 +147,7 @@ def test_known_limit_the_pin_can_substitute_keys(scenes, attacker, prefix):
     claims = tokens.ImportTokenClaims(
         token_id=secrets.token_bytes(tokens.TOKEN_ID_LENGTH),
         cmk_id=cmk.key_id,
+        key_spec=cmk.key_spec,
         spec=WrappingKeySpec.RSA_2048,
         algorithm=OAEP1,
         protection_level=cmk.protection_level,

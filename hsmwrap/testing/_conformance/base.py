@@ -127,10 +127,36 @@ class Conversation:
 
     def clean_up(self) -> None:
         """Remove all keys from the HSM: each object makes its searches slower."""
+        self.destroy_imported()
         with suppress(HsmwrapError):
             self.backend.discard_wrapping_key(self.key.private_key)
-            for imported in self.imported:
+
+    def destroy_imported(self) -> None:
+        """Remove the imported keys from the HSM."""
+        for imported in self.imported:
+            with suppress(HsmwrapError):
                 self.backend.destroy_key(imported.key)
+        self.imported.clear()
+
+
+class Conversations:
+    """The conversations that the tests of a class share: key pairs of RSA take long to make."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[int, Pair], Conversation] = {}
+
+    def get(self, backend: Backend, pair: Pair) -> Conversation:
+        """The conversation of this backend and pair; a new one at first."""
+        # Its conversation keeps a backend alive, so no other one has this id.
+        key = id(backend), pair
+        if key not in self._open:
+            self._open[key] = new_conversation(backend, *pair)
+        return self._open[key]
+
+    def clean_up(self) -> None:
+        """Remove all their keys from the HSM."""
+        while self._open:
+            self._open.popitem()[1].clean_up()
 
 
 def new_conversation(
@@ -189,6 +215,10 @@ class ConformanceFixtures:
     plugin: ClassVar[type[Backend]]
     """The plug-in's class."""
 
+    keeps_backend_open: ClassVar[bool] = False
+    """True if an overridden fixture ``backend`` gives the tests of a class the same backend. Then
+    most of them share a wrapping key as well: the kit takes half of the time on SoftHSM2."""
+
     @pytest.fixture
     def plugin_class(self) -> type[Backend]:
         """The plug-in's class, where :attr:`plugin` does not say it."""
@@ -243,12 +273,32 @@ class ConformanceFixtures:
         chosen: Pair = request.param
         return chosen
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def conversations(cls) -> Iterator[Conversations]:
+        """The conversations that are shared where :attr:`keeps_backend_open`."""
+        shared = Conversations()
+        yield shared
+        shared.clean_up()
+
     @pytest.fixture
-    def conversation(self, backend: Backend, pair: Pair) -> Iterator[Conversation]:
-        """One conversation for each pair that the backend serves."""
+    def fresh_conversation(self, backend: Backend, pair: Pair) -> Iterator[Conversation]:
+        """A conversation under a wrapping key of its own, for each pair that the backend serves."""
         conversation = new_conversation(backend, *pair)
         yield conversation
         conversation.clean_up()
+
+    @pytest.fixture
+    def conversation(
+        self, backend: Backend, pair: Pair, request: pytest.FixtureRequest
+    ) -> Iterator[Conversation]:
+        """A conversation for each pair that the backend serves; other tests may have had it."""
+        if self.keeps_backend_open:
+            conversation = request.getfixturevalue("conversations").get(backend, pair)
+            yield conversation
+            conversation.destroy_imported()
+        else:
+            yield request.getfixturevalue("fresh_conversation")
 
     @pytest.fixture(params=list(KeySpec), ids=[str(spec) for spec in KeySpec])
     def key_spec(self, backend: Backend, request: pytest.FixtureRequest) -> KeySpec:

@@ -20,7 +20,9 @@ from hsmwrap.errors import BackendClosed, HsmwrapError
 from hsmwrap.testing._conformance.base import (
     ConformanceFixtures,
     Conversation,
+    Conversations,
     CountObjects,
+    Pair,
     any_conversation,
     any_key_spec,
     flip,
@@ -70,13 +72,14 @@ class LifecycleConformance(ConformanceFixtures):
         conversation.import_material(conversation.encrypt(material), key_spec)
 
     def test_reaping_removes_expired_resident_keys(
-        self, conversation: Conversation, counted: CountObjects
+        self, backend: Backend, pair: Pair, counted: CountObjects, conversations: Conversations
     ) -> None:
-        _reap(conversation.backend, datetime.now(UTC) + timedelta(hours=48))
+        new_conversation(backend, *pair)
+        conversations.clean_up()
+        _reap(backend, datetime.now(UTC) + timedelta(hours=48))
         before = counted()
-        key = conversation.key
-        new_conversation(conversation.backend, key.spec, key.algorithm)
-        _reap(conversation.backend, datetime.now(UTC) + timedelta(hours=48))
+        new_conversation(backend, *pair)
+        _reap(backend, datetime.now(UTC) + timedelta(hours=48))
         assert counted() == before
 
     def test_no_secret_in_logs_reprs_and_errors(

@@ -115,19 +115,21 @@ class WrappingKeyConformance(ConformanceFixtures):
                 conversation.import_material(ciphertext, key_spec)
 
     def test_discarding_a_wrapping_key_twice_does_nothing_more(
-        self, conversation: Conversation
+        self, fresh_conversation: Conversation
     ) -> None:
         for _ in range(2):
-            conversation.backend.discard_wrapping_key(conversation.key.private_key)
+            fresh_conversation.backend.discard_wrapping_key(fresh_conversation.key.private_key)
 
-    def test_a_discarded_resident_wrapping_key_is_gone(self, conversation: Conversation) -> None:
-        if conversation.capability.custody is not Custody.HSM_INTERNAL:
+    def test_a_discarded_resident_wrapping_key_is_gone(
+        self, fresh_conversation: Conversation
+    ) -> None:
+        if fresh_conversation.capability.custody is not Custody.HSM_INTERNAL:
             return
-        key_spec = any_key_spec(conversation.backend)
-        ciphertext = conversation.encrypt(secrets.token_bytes(key_spec.material_length))
-        conversation.backend.discard_wrapping_key(conversation.key.private_key)
+        key_spec = any_key_spec(fresh_conversation.backend)
+        ciphertext = fresh_conversation.encrypt(secrets.token_bytes(key_spec.material_length))
+        fresh_conversation.backend.discard_wrapping_key(fresh_conversation.key.private_key)
         with pytest.raises(InvalidImportToken):
-            conversation.import_material(ciphertext, key_spec)
+            fresh_conversation.import_material(ciphertext, key_spec)
 
     def test_a_wrapping_key_is_where_its_custody_says(
         self, conversation: Conversation, counted: CountObjects

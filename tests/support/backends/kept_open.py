@@ -14,6 +14,7 @@ class KeptOpen(BackendConformance):
     """A PKCS#11 backend, opened once for the class; the tests that close it get their own."""
 
     plugin = Pkcs11Backend
+    keeps_backend_open = True
 
     @pytest.fixture(scope="class")
     @classmethod
