@@ -18,7 +18,7 @@ import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from hsmwrap.errors import ConfigurationError, strip_tracebacks
 
@@ -105,19 +105,27 @@ class ParsedFile(Generic[_T]):
     """
 
     def __init__(
-        self, file: PrivateFile, parse: Callable[[str], _T], *, keep: bool = False
+        self,
+        file: PrivateFile,
+        parse: Callable[[Any], _T],
+        *,
+        keep: bool = False,
+        erasable: bool = False,
     ) -> None:
         """Take the file, which is opened at the first use, and what makes a value of its text.
 
         Args:
             file: The file.
-            parse: Makes the value, or raises ``ConfigurationError``.
+            parse: Makes the value of a ``str``, or raises ``ConfigurationError``.
+            erasable: True: ``parse`` gets a ``bytearray`` of UTF-8 in place of a ``str``, the only
+                copy of the file's content.
             keep: True: a changed text that does not parse (the file may be half written) leaves the
                 value as it was. A file that is not private any more is refused regardless.
         """
         self._file = file
         self._parse = parse
         self._keep = keep
+        self._erasable = erasable
         self._cached: tuple[_Stamp, _T] | None = None
         self.fault: str | None = None
 
@@ -147,9 +155,13 @@ class ParsedFile(Generic[_T]):
         return value
 
     def _parsed(self, content: bytearray) -> _T:
-        text = decode(content, str(self._file))
+        given: str | bytearray = content
+        if self._erasable:
+            require_utf8(content, str(self._file))
+        else:
+            given = decode(content, str(self._file))
         try:
-            return self._parse(text)
+            return self._parse(given)
         except ConfigurationError as error:
             raise ConfigurationError(f"{self._file}: {error}") from None
 

@@ -50,7 +50,7 @@ def verify(claim: Claim, key: AccessKey, nonces: NonceStore) -> None:
         SignatureNonceUsed: The signature is right, but the nonce was used before.
         HsmwrapError: The store of nonces failed.
     """
-    if not claim.is_signed_with(key.secret):
+    if not claim.is_signed_with(key.signing):
         raise SignatureDoesNotMatch(claim.disclosed())
     # Longer than the window, since the clocks of other processes may be behind.
     if not nonces.use(key.access_key_id, claim.nonce, _time(claim) + WINDOW + _CLOCK_SKEW):

@@ -14,19 +14,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.hmac import HMAC
 
 from hsmwrap.catalog import loggable
 from hsmwrap.errors import InvalidParameter
 from hsmwrap.http import canonical
 from hsmwrap.http.errors import IncompleteSignature
 from hsmwrap.http.message import RpcMessage
+from hsmwrap.kms.signing import SigningSecret
 
 SENSITIVE = frozenset({"CiphertextBlob", "EncryptedKeyMaterial", "ImportToken", "Plaintext"})
 """Parameters whose values must not appear in a log or an error message."""
-
-Mac = Callable[[bytes, bytes], str]
-"""Takes secret and text; returns the signature as a request carries it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +40,8 @@ class Claim:
             one.
         disclosed: Makes ``string_to_sign`` without the values of sensitive parameters.
         signature: The signature as received.
-        mac: Computes the expected signature.
+        scheme: The HMAC, as :class:`hsmwrap.kms.signing.SigningSecret` names it.
+        encode: Makes an HMAC the signature that a request carries.
     """
 
     access_key_id: str
@@ -54,14 +52,15 @@ class Claim:
     string_to_sign: str | None = field(repr=False)
     disclosed: Callable[[], str] = field(repr=False)
     signature: str = field(repr=False)
-    mac: Mac = field(repr=False)
+    scheme: str
+    encode: Callable[[bytes], str] = field(repr=False)
 
-    def is_signed_with(self, secret: str) -> bool:
+    def is_signed_with(self, secret: SigningSecret) -> bool:
         """Whether the signature is right for ``secret``; compared in constant time."""
         if self.string_to_sign is None:
             return False
         # latin-1: ACS3 signs header bytes, which WSGI passes as latin-1 text.
-        right = self.mac(secret.encode(), self.string_to_sign.encode("latin-1"))
+        right = self.encode(secret.mac(self.scheme, self.string_to_sign.encode("latin-1")))
         return hmac.compare_digest(right.encode(), self.signature.encode())
 
 
@@ -104,12 +103,9 @@ def _read_v1(message: RpcMessage) -> Claim:
         string_to_sign=canonical.v1_string_to_sign(message.method, parameters),
         disclosed=disclosed,
         signature=signature,
-        mac=_hmac_sha1,
+        scheme="sha1&",
+        encode=lambda mac: base64.b64encode(mac).decode("ascii"),
     )
-
-
-def _hmac_sha1(secret: bytes, text: bytes) -> str:
-    return base64.b64encode(hmac.digest(secret + b"&", text, "sha1")).decode("ascii")
 
 
 # --- ACS3 -------------------------------------------------------------------------------------
@@ -118,15 +114,11 @@ def _hmac_sha1(secret: bytes, text: bytes) -> str:
 @dataclass(frozen=True, slots=True)
 class _Suite:
     digest: Callable[[bytes], str]
-    mac: Mac
+    scheme: str
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _hmac_sha256(secret: bytes, text: bytes) -> str:
-    return hmac.digest(secret, text, "sha256").hex()
 
 
 def _sm3(data: bytes) -> str:
@@ -135,15 +127,9 @@ def _sm3(data: bytes) -> str:
     return digest.finalize().hex()
 
 
-def _hmac_sm3(secret: bytes, text: bytes) -> str:
-    mac = HMAC(secret, hashes.SM3())
-    mac.update(text)
-    return mac.finalize().hex()
-
-
 _SUITES: Mapping[str, _Suite] = {
-    "ACS3-HMAC-SHA256": _Suite(_sha256, _hmac_sha256),
-    "ACS3-HMAC-SM3": _Suite(_sm3, _hmac_sm3),
+    "ACS3-HMAC-SHA256": _Suite(_sha256, "sha256"),
+    "ACS3-HMAC-SM3": _Suite(_sm3, "sm3"),
 }
 _AUTHORIZATION = re.compile(
     r"(?P<algorithm>ACS3-[A-Z0-9-]+) +Credential=(?P<access_key_id>[^,\s]+), *"
@@ -184,7 +170,8 @@ def _read_acs3(message: RpcMessage) -> Claim:
         string_to_sign=string_to_sign if body_is_signed else None,
         disclosed=lambda: string_to_sign,
         signature=authorization["signature"],
-        mac=suite.mac,
+        scheme=suite.scheme,
+        encode=bytes.hex,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,11 +17,17 @@ from typing import Any, Protocol
 from hsmwrap.catalog import loggable
 from hsmwrap.errors import ConfigurationError, strip_tracebacks
 from hsmwrap.kms.audit import SYSTEM
+from hsmwrap.kms.signing import SigningSecret
 from hsmwrap.privatefile import ParsedFile, PrivateFile
 
 MAX_ID_LENGTH = 128
 """Longest id of an access key: keys remember their creator, and logs name who asked."""
 _ID = re.compile(r"[!-~]+")
+# A secret between its quotes; comments and other texts, so that they are not taken for one.
+_SECRET = re.compile(
+    rb"""#[^\n]*|\bsecret[ \t]*=[ \t]*(?:"(?P<basic>[^"\\\n]+)"|'(?P<literal>[^'\n]+)')"""
+    rb"""|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'"""
+)
 # Letters of ids that a reader of the audit log may take for the KMS itself.
 _OWN = frozenset({SYSTEM, "kms", "hsmwrap", f"kms{SYSTEM}", f"hsmwrap{SYSTEM}", "hsmwrapkms"})
 
@@ -80,16 +86,24 @@ class Caller:
 class AccessKey:
     """An access key: its id, the secret that signs requests, and what it may do.
 
+    Attributes:
+        access_key_id: Names the access key.
+        signing: Signs as the secret does; the secret itself is not kept.
+        permissions: What it may do.
+
     Raises:
         ConfigurationError: The id is longer than :data:`MAX_ID_LENGTH`, has characters other than
             printable ASCII without blanks, or looks like the KMS itself in the audit log.
     """
 
     access_key_id: str
-    secret: str = field(repr=False)
+    secret: InitVar[str | bytearray]
     permissions: Permissions
+    signing: SigningSecret = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, secret: str | bytearray) -> None:
+        """Take the secret; a ``bytearray`` (UTF-8) is overwritten."""
+        object.__setattr__(self, "signing", SigningSecret(secret))
         if len(self.access_key_id) > MAX_ID_LENGTH:
             raise ConfigurationError(
                 f"access keys: an id has more than {MAX_ID_LENGTH} characters; take a shorter one"
@@ -150,7 +164,9 @@ class FileAccessKeys:
         Raises:
             ConfigurationError: It does not parse, or is not private (:mod:`hsmwrap.privatefile`).
         """
-        self._parsed = ParsedFile(PrivateFile(path, "access_key_file"), _parse, keep=True)
+        self._parsed = ParsedFile(
+            PrivateFile(path, "access_key_file"), _parse, keep=True, erasable=True
+        )
         self._parsed.read()
 
     def fault(self) -> str | None:
@@ -167,12 +183,39 @@ class FileAccessKeys:
         return self._parsed.read().lookup(access_key_id)
 
 
-def _parse(text: str) -> StaticAccessKeys:
+def _parse(content: bytearray) -> StaticAccessKeys:
+    return StaticAccessKeys(parse_access_keys(_document(content)))
+
+
+def _document(content: bytearray) -> dict[str, Any]:
+    """Parse the file with its secrets taken out: a parser makes texts, which cannot be overwritten.
+
+    In the document they are ``bytearray``. A secret that is written in an unusual form (escapes,
+    several lines, a quoted name) stays where it is.
+    """
+    spans = [match.span(match.lastgroup) for match in _SECRET.finditer(content) if match.lastgroup]
+    secrets = [content[start:end] for start, end in spans]
+    for start, end in spans:
+        content[start:end] = b"x" * (end - start)
     try:
-        document = tomllib.loads(text)
+        document = _toml(content)
+        entries = document.get("access_key", [])
+        if [entry.get("secret") for entry in entries] == ["x" * len(secret) for secret in secrets]:
+            for entry, secret in zip(entries, secrets, strict=True):
+                entry["secret"] = secret
+            return document
+    except (TypeError, AttributeError):
+        pass  # wrong in any case: said by parse_access_keys
+    for (start, end), secret in zip(spans, secrets, strict=True):
+        content[start:end] = secret
+    return _toml(content)
+
+
+def _toml(content: bytearray) -> dict[str, Any]:
+    try:
+        return tomllib.loads(content.decode())
     except tomllib.TOMLDecodeError:
         raise ConfigurationError("not TOML") from None
-    return StaticAccessKeys(parse_access_keys(document))
 
 
 @strip_tracebacks
@@ -200,7 +243,10 @@ def parse_access_keys(document: Mapping[str, Any]) -> list[AccessKey]:
 def _access_key(entry: Mapping[str, Any]) -> AccessKey:
     _only(entry, "id", "secret", "allow")
     grants = tuple(_grant(grant) for grant in entry.get("allow", []))
-    return AccessKey(_text(entry["id"]), _text(entry["secret"]), Permissions(grants))
+    secret = entry["secret"]
+    if not isinstance(secret, bytearray):
+        secret = _text(secret)
+    return AccessKey(_text(entry["id"]), secret, Permissions(grants))
 
 
 def _grant(entry: Mapping[str, Any]) -> Grant:

@@ -34,7 +34,8 @@ from hsmwrap.kms.opening import open_kms
 Call = Callable[[], object]
 """One prepared request."""
 
-_ACCESS_KEY = AccessKey("bench", secrets.token_hex(16), Permissions.everything())
+_SECRET = secrets.token_hex(16)
+_ACCESS_KEY = AccessKey("bench", _SECRET, Permissions.everything())
 _DEADLINE = 60
 _PAUSE = 0.05
 _LENGTH = re.compile(rb"\r\nContent-Length: *(\d+)\r\n", re.IGNORECASE)
@@ -229,7 +230,7 @@ def _configuration(
     access_keys = directory / "access-keys.toml"
     if not access_keys.exists():
         access_keys.touch(0o600)
-        key = {"id": _ACCESS_KEY.access_key_id, "secret": _ACCESS_KEY.secret}
+        key = {"id": _ACCESS_KEY.access_key_id, "secret": _SECRET}
         lines = [f"{name} = {json.dumps(value)}" for name, value in key.items()]
         allow = 'allow = [{ actions = ["*"], keys = ["*"] }]'
         access_keys.write_text("\n".join(["[[access_key]]", *lines, allow, ""]), encoding="utf-8")
@@ -272,7 +273,7 @@ def _signed_post(action: str, parameters: Mapping[str, str]) -> bytes:
         "Timestamp": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
     }
     text = canonical.v1_string_to_sign("POST", signed).encode()
-    mac = hmac.digest(f"{_ACCESS_KEY.secret}&".encode(), text, "sha1")
+    mac = hmac.digest(f"{_SECRET}&".encode(), text, "sha1")
     body = canonical.query({**signed, "Signature": base64.b64encode(mac).decode()}).encode()
     head = (
         "POST / HTTP/1.1\r\nHost: bench\r\nContent-Type: application/x-www-form-urlencoded\r\n"

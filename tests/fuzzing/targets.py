@@ -26,11 +26,13 @@ from hsmwrap.kms import audit
 from hsmwrap.kms.blobs import CiphertextBlob
 from hsmwrap.kms.config import load_config
 from hsmwrap.kms.parameters import encryption_context, unix_time
+from hsmwrap.kms.signing import SigningSecret
 from hsmwrap.pkcs11.token import pin, uri
 
 CORPUS = Path(__file__).with_name("corpus")
 _MATERIAL = (16, 32)
 _MAX_BODY = 4096
+_OTHER_SECRET = SigningSecret("a secret that nothing was signed with")
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def http_request(data: bytes) -> None:
     status = 400
     try:
         claim = read_claim(read_message(Request(environ), _MAX_BODY))
-        assert not claim.is_signed_with("a secret that nothing was signed with")
+        assert not claim.is_signed_with(_OTHER_SECRET)
         claim.disclosed()
     except HsmwrapError as error:
         status = error.http_status

@@ -218,7 +218,9 @@ def test_replays_are_audited_some_a_minute(bench):
 
 
 def test_refusals_of_one_access_key_hide_none_of_another():
-    bench = Bench(access_keys=(ACCESS_KEY, replace(ACCESS_KEY, access_key_id="other")))
+    bench = Bench(
+        access_keys=(ACCESS_KEY, replace(ACCESS_KEY, access_key_id="other", secret="testsecret"))
+    )
     for access_key_id in ["testid"] * 2 * PER_MINUTE + ["other"]:
         forged(bench, access_key_id)
     assert [refusal[1] for refusal in bench.kms.refusals] == ["testid"] * PER_MINUTE + ["other"]

@@ -18,6 +18,7 @@ from support.http.rpc_signing import (
 from hsmwrap.http.errors import IncompleteSignature
 from hsmwrap.http.message import RpcMessage
 from hsmwrap.http.signature import read_claim
+from hsmwrap.kms.signing import SigningSecret
 
 
 def code(response):
@@ -42,8 +43,8 @@ def test_v1_known_answer():
         "%26SignatureVersion%3D1.0%26Timestamp%3D2016-02-23T12%253A46%253A24Z"
         "%26Version%3D2014-05-26"
     )
-    assert claim.is_signed_with("testsecret")
-    assert not claim.is_signed_with("testsecreT")
+    assert claim.is_signed_with(SigningSecret("testsecret"))
+    assert not claim.is_signed_with(SigningSecret("testsecreT"))
 
 
 def test_acs3_known_answer():
@@ -69,8 +70,8 @@ def test_acs3_known_answer():
     assert claim.string_to_sign == (
         "ACS3-HMAC-SHA256\n7ea06492da5221eba5297e897ce16e55f964061054b7695beedaac1145b1e259"
     )
-    assert claim.is_signed_with("YourAccessKeySecret")
-    assert not claim.is_signed_with("YourAccessKeySecreT")
+    assert claim.is_signed_with(SigningSecret("YourAccessKeySecret"))
+    assert not claim.is_signed_with(SigningSecret("YourAccessKeySecreT"))
 
 
 # --- what is accepted
