@@ -20,6 +20,7 @@ import atexit
 import logging
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -123,8 +124,10 @@ class _Pages:
             _require_method(request, "GET", "HEAD")
             return page(exchange.request_id)
         except HsmwrapError as error:
+            _forget_variables(error)
             return _failed(error, exchange)
         except Exception as error:  # noqa: BLE001 (any other failure is InternalFailure to the client)
+            _forget_variables(error)
             unexpected = HsmwrapError("unexpected exception")
             unexpected.__cause__ = error
             return _failed(unexpected, exchange)
@@ -338,6 +341,23 @@ def _require_common(claim: Claim, message: RpcMessage) -> None:
         raise InvalidParameter("Version", f"only {API_VERSION} is served")
     if message.parameters.get("Format", "json").lower() not in _FORMATS:
         raise InvalidParameter("Format", "has to be JSON or XML")
+
+
+def _forget_variables(error: BaseException) -> None:
+    """Clear the variables of all frames that the error passed, and keep the places.
+
+    They hold parameters and plaintext, for whatever records the variables of tracebacks.
+    """
+    if error.__traceback__ is not None:
+        error.__traceback__ = error.__traceback__.tb_next  # the caller's, which goes on
+    known: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is not None and each not in known:
+            known.append(each)
+            traceback.clear_frames(each.__traceback__)
+            waiting += [each.__cause__, each.__context__]
 
 
 def _failed(error: HsmwrapError, exchange: _Exchange) -> Response:

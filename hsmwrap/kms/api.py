@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any
@@ -59,7 +59,7 @@ class Request:
         caller: Access key id of the caller.
     """
 
-    arguments: Arguments
+    arguments: Arguments = field(repr=False)
     caller: str
 
     def __getitem__(self, name: str) -> Any:
