@@ -347,7 +347,7 @@ def main(seconds):
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as directory, TwoProcesses(Path(directory)) as processes:
         while time.monotonic() < end:
-            run(processes, examples=50, steps=80)
+            run(processes, examples=10, steps=80)
 
 
 if __name__ == "__main__":
