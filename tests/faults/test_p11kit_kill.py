@@ -10,10 +10,6 @@ the socket for all; when the server died during that, the others sometimes waite
 the module (field note 43).
 """
 
-import os
-import signal
-from pathlib import Path
-
 import pytest
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import Mechanism
@@ -56,7 +52,7 @@ def test_killed_and_restarted_under_load(server, backend, soak):
     with soak.load():
         for _ in range(KILLS):
             each_thread(soak, "succeeded", 2)
-            kill(server)
+            server.kill()
             each_thread(soak, "failed", 2)  # no thread waits until the server is back
             server.start()
         each_thread(soak, "succeeded", 2)
@@ -76,7 +72,7 @@ def test_killed_and_restarted_under_load(server, backend, soak):
 
 def test_started_without_a_server(server):
     settings = server.settings_with_keys("lazy", initial_backoff=0.0, max_backoff=0.0)
-    kill(server)
+    server.kill()
     with Pkcs11Backend.from_settings(settings | {"lazy": True}) as backend:
         with pytest.raises(HsmUnavailable):
             backend.mac(b"data")
@@ -91,15 +87,6 @@ def each_thread(soak, what, more):
     aims = [getattr(worker, what) + more for worker in soak.workers]
     while any(getattr(w, what) < aim for w, aim in zip(soak.workers, aims, strict=True)):
         soak.watch(TICK)
-
-
-def kill(server):
-    """SIGKILL the server and the children that it has forked for its connections."""
-    pid = server._process.pid
-    os.kill(pid, signal.SIGSTOP)  # no more forks
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        os.kill(int(child), signal.SIGKILL)
-    server.kill()
 
 
 def objects(backend):

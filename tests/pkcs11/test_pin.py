@@ -15,6 +15,7 @@ from hsmwrap.pkcs11.token.pin import (
     PinEnvironment,
     PinFile,
     PinLiteral,
+    checked_pin,
     from_pin_source,
     from_settings,
 )
@@ -74,6 +75,22 @@ class TestPin:
         assert Pin("1") != Pin("2")
         assert len(compared) == 2
         assert Pin("1") != "1"
+
+    def test_is_overwritten_at_the_end_of_a_block(self):
+        memory = bytearray(SECRET.encode())
+        with Pin(memory) as secret:
+            assert secret.reveal() == SECRET
+        assert memory == bytes(len(SECRET))
+
+    def test_is_not_copied(self):
+        memory = bytearray(SECRET.encode())
+        assert Pin(memory).utf8 is Pin(memory).encode("utf-8") is memory
+
+    def test_a_refused_one_is_overwritten(self):
+        memory = bytearray(f"{SECRET}\n".encode())
+        with pytest.raises(ConfigurationError):
+            checked_pin(memory, "here")
+        assert memory == bytes(len(SECRET) + 1)
 
     def test_has_no_hash(self):
         with pytest.raises(TypeError):
@@ -307,6 +324,9 @@ class TestSettings:
         source = from_settings({"pin-value": Pin(SECRET)})
         assert source.read().reveal() == SECRET
         assert SECRET not in repr(source)
+        with source.read():
+            pass
+        assert source.read().reveal() == SECRET
 
     @pytest.mark.parametrize(
         ("settings", "fault"),

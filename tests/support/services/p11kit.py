@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from contextlib import contextmanager
@@ -65,7 +66,12 @@ class P11KitServer:
             time.sleep(0.01)
 
     def kill(self):
-        """SIGKILL, as a crash would; does nothing to a server that is gone."""
+        """SIGKILL, as a crash would, also to the children that it forked for its connections."""
+        pid = self._process.pid
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGSTOP)  # no more forks
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
         self._process.kill()
         self._process.wait()
 
