@@ -6,10 +6,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import pytest
 from support.faults import matrix_worker
+from support.faults.rsakeys import preloaded
 from support.once import once
 from support.services.softhsm import make_softhsm
 
@@ -17,7 +17,6 @@ from hsmwrap import errors
 from hsmwrap.ckr import CKR
 from hsmwrap.pkcs11.binding.returncodes import RECOVERY
 
-RSA_KEYS = Path(matrix_worker.__file__).with_name("rsakeys.c")
 OPERATIONS = (
     *("issue_rsa", "issue_sm2", "import_unwrap", "import_raw", "import_sm2"),
     *("encrypt", "decrypt", "token", "reap", "discard", "open_again", "restart"),
@@ -63,20 +62,13 @@ def run(share, directory):
     arguments = [directory / "shim", json.dumps(settings), token.environment["HSMWRAP_SO_PIN_FILE"]]
     done = subprocess.run(
         [sys.executable, "-m", matrix_worker.__name__, *arguments, share.operation, *share.codes],
-        env=os.environ | token.environment | {"LD_PRELOAD": compiled(RSA_KEYS, directory)},
+        env=os.environ | token.environment | preloaded(directory),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
-
-
-def compiled(source, directory):
-    library = directory / f"{source.stem}.so"
-    flags = ["-std=c11", "-O2", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run(["gcc", *flags, "-o", library, source, "-l:libcrypto.so.3"], check=True)
-    return str(library)
 
 
 @pytest.fixture

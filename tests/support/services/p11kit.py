@@ -24,9 +24,10 @@ _START = 20
 class P11KitServer:
     """Serves one SoftHSM token on a socket; the process can be killed and started again."""
 
-    def __init__(self, token: SoftHsm, socket: Path) -> None:
+    def __init__(self, token: SoftHsm, socket: Path, environment) -> None:
         self.token = token
         self.socket = socket
+        self._environment = environment
         self.module = _find(_PLACES)
         self._process = None
         if self.module is None or _find(_SERVERS) is None or shutil.which("p11-kit") is None:
@@ -53,7 +54,7 @@ class P11KitServer:
         label = self.token.environment["HSMWRAP_TOKEN_LABEL"]
         self._process = subprocess.Popen(
             [*command, f"pkcs11:token={label}"],
-            env=os.environ | self.token.environment,
+            env=os.environ | self.token.environment | self._environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -77,10 +78,10 @@ class P11KitServer:
 
 
 @contextmanager
-def p11kit_server(token: SoftHsm, directory: Path):
-    """A running server, which this process's environment points to."""
+def p11kit_server(token: SoftHsm, directory: Path, **environment):
+    """A running server, which this process's environment points to; it gets ``environment``."""
     needs_service()
-    server = P11KitServer(token, directory / "socket")
+    server = P11KitServer(token, directory / "socket", environment)
     server.start()
     before = os.environ.get(ADDRESS)
     os.environ[ADDRESS] = server.address
