@@ -236,8 +236,9 @@ class FaultedBackend:
         """One command; if it failed, it can be repeated. ``before``, ``after``: numbers of sets."""
         self.shim.clear()
         self.backend.close()
-        self.provide(before)
-        self.oldest = next((each.key_set for each in Pkcs11Backend.list_keys(self.keys)), None)
+        self.provide(before, Pkcs11Backend.list_keys(self.keys))
+        if before > after:
+            self.oldest = Pkcs11Backend.list_keys(self.keys)[0].key_set
         self.arm()
         try:
             act()
@@ -254,7 +255,7 @@ class FaultedBackend:
             assert len(sets) == after, sets
             assert all("6 keys" in each.detail for each in sets), sets
             assert [each.current for each in sets] == [False] * (after - 1) + [True]
-            self.provide(before)
+            self.provide(before, sets)
         return True
 
     def require_as_before(self, error, before):
@@ -271,9 +272,8 @@ class FaultedBackend:
         assert not any("NOT finished" in each.detail for each in sets), sets
         assert len(sets) <= before, sets
 
-    def provide(self, count):
-        """So many key sets."""
-        sets = Pkcs11Backend.list_keys(self.keys)
+    def provide(self, count, sets):
+        """So many key sets, where there are ``sets`` now."""
         for each in sets[: max(0, len(sets) - count)]:
             settings = Pkcs11Settings.from_mapping(self.keys)
             made, number = admin._key_sets(settings), int(each.key_set)
