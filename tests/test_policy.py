@@ -85,6 +85,8 @@ def test_a_text_that_spells_no_member_is_refused(position):
 
 def test_a_deployment_takes_what_it_knows_and_nothing_else():
     assert Deployment("FIPS").managed_hsm is ManagedHsm.FIPS
+    assert Deployment() == Deployment(ManagedHsm.SCA, dedicated=False)
+    assert Deployment.of_region("unknown") == Deployment(ManagedHsm.NONE, dedicated=False)
     for unknown in ("fips", "", "SCA ", None, 7, []):
         with pytest.raises(ConfigurationError, match=r"managed_hsm: .* is none of SCA, FIPS, NONE"):
             Deployment(unknown)

@@ -10,6 +10,8 @@ the socket for all; when the server died during that, the others sometimes waite
 the module (field note 43).
 """
 
+import time
+
 import pytest
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import Mechanism
@@ -25,6 +27,8 @@ from hsmwrap.errors import HsmUnavailable
 from hsmwrap.pkcs11 import Pkcs11Backend
 
 KILLS = 5
+LONGEST = 120
+"""Seconds for what takes less than five."""
 
 
 @pytest.fixture
@@ -86,7 +90,9 @@ def test_started_without_a_server(server):
 def each_thread(soak, what, more):
     """Wait until each thread has succeeded or failed ``more`` times; a stall is an error."""
     aims = [getattr(worker, what) + more for worker in soak.workers]
+    deadline = time.monotonic() + LONGEST
     while any(getattr(w, what) < aim for w, aim in zip(soak.workers, aims, strict=True)):
+        assert time.monotonic() < deadline, (what, soak.results.refused)
         soak.watch(TICK)
 
 

@@ -59,9 +59,13 @@ class PendingObjects:
         """
         try:
             self._attempts.attempt(lambda pooled: pooled.destroy({Attribute.ID: object_id}))
-        except (Failure, HsmwrapError):
-            self._left.add(object_id)
-            _log.warning("left for the reaper", extra={"object_id": object_id.hex()})
-            return False
-        self._left.discard(object_id)
-        return True
+        except Failure as failure:
+            self._attempts.leave(failure)
+        except HsmwrapError:
+            pass  # not yet
+        else:
+            self._left.discard(object_id)
+            return True
+        self._left.add(object_id)
+        _log.warning("left for the reaper", extra={"object_id": object_id.hex()})
+        return False

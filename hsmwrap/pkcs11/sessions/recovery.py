@@ -98,7 +98,9 @@ class Attempts:
         """Run the operation once, in a session of its own.
 
         Raises:
-            Failure: It ended with a return code; :meth:`recover` mends what can be mended.
+            Failure: It ended with a return code; :meth:`recover` mends what can be mended. The
+                caller passes it to that, or to :meth:`leave`: until then no other call may be the
+                one that finds out whether a lost HSM is back.
             HsmwrapError: What the operation raised, or what kept it from being run.
         """
         deadline = time.monotonic() + self._wait
@@ -196,6 +198,10 @@ class Attempts:
         finally:
             self._breaker.undecided(failure.held)
         return recovery.retry
+
+    def leave(self, failure: Failure) -> None:
+        """Mend nothing; another call may find out whether the HSM is back."""
+        self._breaker.undecided(failure.held)
 
     def _log_in_again(self, failure: Failure) -> None:
         try:

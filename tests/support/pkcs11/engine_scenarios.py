@@ -230,6 +230,28 @@ def an_id_that_an_earlier_call_left(shim, settings):
         assert backend.encrypt(imported.key, b"message")
 
 
+def a_trial_call_that_destroys_what_is_left(shim, settings):
+    """It failed, and no other call might ever find out whether the HSM was back."""
+    with Pkcs11Backend.from_settings(settings | {"material_custody": "HsmInternal"}) as backend:
+        connection = backend._connection
+        reference, ciphertext = wrapped(backend, OAEP_1)
+        imported = bring_in(backend, reference, OAEP_1, ciphertext)
+        shim.fail("C_DestroyObject", CKR.DEVICE_MEMORY, always=True)
+        assert isinstance(outcome(backend.destroy_key, imported.key), HsmwrapError)
+        assert backend.health().facts["pending_objects"] == 1
+        connection._reconnector.stop()  # it makes the trial calls otherwise
+        shim.fail("C_Initialize", CKR.GENERAL_ERROR, always=True)
+        shim.fail("C_SignInit", CKR.DEVICE_REMOVED)
+        assert isinstance(outcome(backend.mac, b"data"), HsmUnavailable)
+        wait_for(lambda: connection._breaker.state == "half-open")
+        connection.destroy_pending()
+        assert backend.health().facts["pending_objects"] == 1
+        shim.clear()
+        assert backend.mac(b"data")
+        connection.destroy_pending()
+        assert backend.health().facts["pending_objects"] == 0
+
+
 def a_wrapping_key_that_cannot_be_discarded_yet(shim, settings):
     """The import token was never issued, and the key would have stayed until it expired."""
     with Pkcs11Backend.from_settings(settings) as backend:
