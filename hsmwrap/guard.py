@@ -45,6 +45,7 @@ from hsmwrap.backend import (
     WrappingKey,
 )
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.checkvalue import LENGTH as CHECK_VALUE_LENGTH
 from hsmwrap.composition import Composition, Declared
 from hsmwrap.errors import (
     BackendLoadError,
@@ -291,6 +292,9 @@ class GuardedBackend(Composition, Guarded):
             return "made a key object under another id than the one that it was given"
         if not _are_bytes(key.data, imported.check_value):
             return "made a key whose data or check value are not bytes"
+        if len(imported.check_value) != CHECK_VALUE_LENGTH:
+            length = len(imported.check_value)
+            return f"made a check value of {length} bytes; {CHECK_VALUE_LENGTH} are due"
         return None
 
     def _undo(self, declared: Declared[[_T], None], made: _T, what: str) -> None:

@@ -312,6 +312,8 @@ KEYS = {
     "unwrapped inside": {"exposure": Exposure.IN_HSM},
     "under another id": {"data": b"x" * 16},
     "a text": {"check_value": "0123456789abcdef"},
+    "with a short check value": {"check_value": bytes(16)},
+    "with a long check value": {"check_value": bytes(18)},
 }
 
 

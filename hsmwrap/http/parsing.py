@@ -1,8 +1,8 @@
 """HTTP/1.x requests from the bytes of a connection, with limits. No input or output here.
 
-httptools (llhttp) does the parsing, in its strict mode. Two more lengths of a body, a space before
-the colon of a header field, a bare line feed: each is refused, so that a proxy and this server
-cannot see different requests in the same bytes.
+httptools (llhttp) does the parsing, in its strict mode. Two lengths of a body, two hosts, a space
+before the colon of a header field, a bare line feed: each is refused, so that a proxy and this
+server cannot see different requests in the same bytes.
 """
 
 from __future__ import annotations
@@ -165,6 +165,8 @@ class RequestParser:
         version = self._http.get_http_version()
         if version not in _VERSIONS:
             self._stop(MalformedRequest("HTTP 1.0 and 1.1 are served"))
+        if [name for name, _ in self._headers].count("host") > 1:  # RFC 9112, section 3.2
+            self._stop(MalformedRequest("more than one Host"))
         path, _, query = _AUTHORITY.sub(b"", self._target, count=1).partition(b"?")
         self._request = Request(
             self._http.get_method().decode("ascii"),

@@ -353,7 +353,7 @@ def _problems_of_segments(path: Path, segment: Segment) -> Iterator[AuditProblem
     while True:
         file = directory / Path(segment.file).name
         if not file.is_file() or _sha256(file) != segment.sha256:
-            yield AuditProblem(1, f"the segment before, {file.name}, is missing or was changed")
+            yield AuditProblem(1, f"the ended segment {file.name} is missing or was changed")
             return
         with file.open("rb") as lines:
             try:

@@ -105,6 +105,7 @@ def test_targets(target, path, query):
         b"GET / HTTP/1.1\r\nA: b\r\n c\r\n\r\n",
         b"GET / HTTP/1.1\r\nA: b\x00\r\n\r\n",
         b"GET /\xff HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nhost: a\r\n\r\n",
         b"GET / HTTP/2.0\r\n\r\n",
         b"GET / HTTP/0.9\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",

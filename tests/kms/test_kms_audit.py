@@ -664,7 +664,7 @@ class TestSegments:
         assert verify(log.path, key).ok
         change(log.path.with_name(file))
         assert [str(problem) for problem in verify(log.path, key).problems] == [
-            f"line 1: the segment before, {file}, is missing or was changed"
+            f"line 1: the ended segment {file} is missing or was changed"
         ]
 
     def test_what_the_first_line_says_is_chained(self, log, key):
@@ -785,7 +785,7 @@ class TestCommand:
         assert json.loads(out)["before"]["file"] == "audit.log.1"
         (tmp_path / "audit.log.1").unlink()
         code, out = self.run(capsys, "--config", config)
-        assert (code, "audit.log.1, is missing or was changed" in out) == (1, True)
+        assert (code, "audit.log.1 is missing or was changed" in out) == (1, True)
 
     def test_file(self, log, key, tmp_path, capsys):
         key_file = tmp_path / "audit.key"
