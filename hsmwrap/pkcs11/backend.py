@@ -317,14 +317,16 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
         """Compute the tag again, inside the HSM token, and compare."""
         number = _key_set_number(mac)
 
-        def operation(pooled: PooledSession) -> None:
+        def operation(pooled: PooledSession) -> bytes | None:
             key = self._keys.find(pooled, Role.MAC, number)
-            if key is None:
-                raise InvalidMac(f"the HSM token has no key set {number}")
-            if not hmac.compare_digest(_tag(key, data), mac.tag):
-                raise InvalidMac("the MAC is not right for these data")
+            return None if key is None else _tag(key, data)
 
-        self._run(operation)
+        # Judged outside: an error inside would close the session, for each token that is forged.
+        tag = self._run(operation)
+        if tag is None:
+            raise InvalidMac(f"the HSM token has no key set {number}")
+        if not hmac.compare_digest(tag, mac.tag):
+            raise InvalidMac("the MAC is not right for these data")
 
     def current_key_set(self) -> str:
         """Number of the current key set."""

@@ -14,7 +14,13 @@ from cryptography.hazmat.primitives.asymmetric import padding
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.errors import HsmwrapError, InvalidCiphertext, InvalidImportToken, InvalidKeyMaterial
+from hsmwrap.errors import (
+    HsmwrapError,
+    InvalidCiphertext,
+    InvalidImportToken,
+    InvalidKeyMaterial,
+    InvalidMac,
+)
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.testing.faults import CKR
 from support.bad_input import changed_rsa, wrong_pkcs1
@@ -138,8 +144,12 @@ def other_faults_of_the_client_close_no_session_either(shim, settings):
     message = desk.backend.encrypt(key, b"message")
     damaged = desk.key.private_key.data[:-1] + bytes([desk.key.private_key.data[-1] ^ 1])
     reference = type(desk.key.private_key)(desk.key.private_key.custody, damaged)
+    mac = desk.backend.mac(b"data")
     before = shim.counters()
     for _ in range(3):
+        with contextlib.suppress(InvalidMac):  # a forged import token
+            desk.backend.verify_mac(b"other data", mac)
+            raise AssertionError
         with contextlib.suppress(InvalidCiphertext):
             desk.backend.decrypt(key, message[:-1] + bytes([message[-1] ^ 1]))
             raise AssertionError
