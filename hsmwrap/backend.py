@@ -550,5 +550,8 @@ class KeySetInfo:
 
 MESSAGE_VERSION = 1
 """First byte of what :meth:`Backend.encrypt` returns: AES-256-GCM or SM4-GCM, 12-byte nonce."""
+CHECK_VALUE_LENGTH = 17
+"""Bytes of a check value: one for its method, and 16."""
+
 NONCE_LENGTH = 12
 TAG_LENGTH = 16

@@ -18,9 +18,6 @@ import hmac
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-LENGTH = 17
-"""Bytes of a check value, by every method."""
-
 METHOD_AES_ECB = 1
 """AES of :data:`CHECK_BLOCK` under the key material."""
 

@@ -28,6 +28,7 @@ from types import NoneType, UnionType
 from typing import NoReturn, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 from hsmwrap.backend import (
+    CHECK_VALUE_LENGTH,
     MESSAGE_VERSION,
     NONCE_LENGTH,
     TAG_LENGTH,
@@ -45,7 +46,6 @@ from hsmwrap.backend import (
     WrappingKey,
 )
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.checkvalue import LENGTH as CHECK_VALUE_LENGTH
 from hsmwrap.composition import Composition, Declared
 from hsmwrap.errors import (
     BackendLoadError,
