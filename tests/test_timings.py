@@ -13,6 +13,8 @@ from hsmwrap.errors import InvalidKeyMaterial
 from hsmwrap.imports import Cmk, ImportService
 from hsmwrap.policy import Deployment
 
+pytestmark = pytest.mark.slow
+
 PKCS1, OAEP1, OAEP256, SM2PKE = WrappingAlgorithm
 ROUNDS = 400
 

@@ -11,6 +11,7 @@ from hsmwrap.testing.conformance import BackendConformance
 SM2 = (WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE)
 
 
+@pytest.mark.slow
 class TestSoftware(BackendConformance):
     plugin = SoftwareBackend
     engine = "libcrypto"
@@ -22,7 +23,6 @@ class TestSoftware(BackendConformance):
         return settings
 
 
-@pytest.mark.slow
 class TestSoftwareWithGmssl(TestSoftware):
     engine = "gmssl"
 

@@ -10,6 +10,8 @@ from support.backends.mutants import MUTANTS
 
 from hsmwrap.errors import HsmwrapError
 
+pytestmark = pytest.mark.slow
+
 # What a test of the kit fails with; anything else is a mutant that does not work as meant.
 VERDICTS = (AssertionError, pytest.fail.Exception, HsmwrapError, ValueError)
 

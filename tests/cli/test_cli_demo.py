@@ -18,6 +18,8 @@ from hsmwrap.software import SoftwareBackend, rsa
 from hsmwrap.testing import MemoryBackend
 from hsmwrap.testing.clients import OPENSSL
 
+pytestmark = pytest.mark.slow
+
 KEYS = {
     "wrapping_key_spec",
     "wrapping_algorithm",

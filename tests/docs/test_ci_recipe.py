@@ -9,6 +9,7 @@ import tomllib
 from importlib.metadata import metadata
 from pathlib import Path
 
+import pytest
 import yaml
 from support.documents import ROOT, section_of
 
@@ -40,6 +41,7 @@ def test_the_python_version_is_supported():
     assert f"Programming Language :: Python :: {version}" in project["classifiers"]
 
 
+@pytest.mark.slow
 def test_the_packages_exist():
     update, install, pip, _ = COMMANDS
     assert update == "apt-get update"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 from support.http.fakes import Bench
 from support.http.rpc_signing import acs3_headers, v1_query
@@ -52,6 +53,7 @@ def test_raw_authorization(authorization):
     send("POST", "Action=DescribeKey", HTTP_AUTHORIZATION=authorization)
 
 
+@pytest.mark.slow
 @given(st.from_regex(r"ACS3-HMAC-(SHA256|SM3) Credential=[^,]*,SignedHeaders=[^,]*,Signature=.*"))
 def test_almost_authorization(authorization):
     kept = "".join(c for c in authorization if c not in "\r\n\0")

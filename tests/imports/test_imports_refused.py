@@ -57,6 +57,7 @@ _BY_POLICY = (CombinationRefused, UnsupportedProtectionLevel)
 PRODUCT = list(itertools.product(WrappingKeySpec, WrappingAlgorithm, ProtectionLevel, Origin))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=str)
 @pytest.mark.parametrize("required", [None, *Exposure])
 @pytest.mark.parametrize("exposure", Exposure)

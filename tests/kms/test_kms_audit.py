@@ -882,6 +882,7 @@ class TestCommand:
         )
 
 
+@pytest.mark.slow
 class TestLockHeldByOthers:
     @pytest.fixture
     def held(self, tmp_path):

@@ -30,6 +30,8 @@ from hsmwrap.kms.objects import LEASE, Objects, schedule_destruction
 from hsmwrap.kms.once import UsedImportTokens
 from hsmwrap.kms.schema import ScheduledDestruction
 
+pytestmark = pytest.mark.slow
+
 
 def together(*calls):
     """Run the calls at once; the code of each answer."""

@@ -17,6 +17,8 @@ from hsmwrap.kms.objects import Objects, schedule_destruction
 from hsmwrap.kms.once import OnceStore
 from hsmwrap.kms.sweeper import Sweeper
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def expiring(client, clock):

@@ -12,6 +12,8 @@ from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial, TooManyWrappi
 from hsmwrap.imports import ResidentBounds
 from hsmwrap.kms import RejectedPendingImport
 
+pytestmark = pytest.mark.slow
+
 
 def test_parameters_of_one_are_honoured_by_the_other(open_kms, custody):
     one, other = Client(open_kms(custody)), Client(open_kms(custody))

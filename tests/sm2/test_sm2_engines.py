@@ -152,6 +152,7 @@ def test_key_pairs_do_not_pickle_or_copy(leak):
         leak(pair)
 
 
+@pytest.mark.slow
 def test_threads(engine):
     def work(_):
         pair = engine.generate()

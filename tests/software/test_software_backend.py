@@ -503,6 +503,7 @@ def test_children_share_the_keyring_and_nothing_else(backend, imported, issue, w
     assert len({nonce for _, _, nonce in answers}) == 3
 
 
+@pytest.mark.slow
 def test_fork_under_load(backend, imported, in_child):
     key = imported()[2].key
     stop = threading.Event()

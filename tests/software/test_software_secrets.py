@@ -22,6 +22,8 @@ from hsmwrap.software import _sealing as sealing
 from hsmwrap.software._keyring import Keyring
 from hsmwrap.software._sealing import Purpose, Sealer
 
+pytestmark = pytest.mark.slow
+
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 AES, SM4 = KeySpec
 PKCS1, OAEP1, OAEP256, SM2PKE = WrappingAlgorithm
