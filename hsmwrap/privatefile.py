@@ -221,13 +221,20 @@ def _not_utf8(where: str) -> ConfigurationError:
     return ConfigurationError(f"{where}: is not UTF-8")
 
 
+def owner_fault(status: os.stat_result) -> str | None:
+    """Say what is wrong with the owner of a file or directory, or None: it is ours or root's."""
+    if status.st_uid in {os.geteuid(), 0}:
+        return None
+    return f"belongs to uid {status.st_uid}; it has to belong to uid {os.geteuid()} or to root"
+
+
 def _fault(status: os.stat_result, acl: bytes) -> str | None:
     """Say what is wrong with a file of this status and access control list, and what to do."""
     me, owner = os.geteuid(), status.st_uid
     if not stat.S_ISREG(status.st_mode):
         return "is not a regular file"
-    if owner not in {me, 0}:
-        return f"belongs to uid {owner}; it has to belong to uid {me} or to root"
+    if fault := owner_fault(status):
+        return fault
     if _is_open_to_others(status, acl):
         mode, right = stat.S_IMODE(status.st_mode), 0o400 if owner == me else 0o440
         return (

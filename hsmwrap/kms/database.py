@@ -43,6 +43,7 @@ from hsmwrap.errors import ConfigurationError, ServiceUnavailable, strip_traceba
 from hsmwrap.forks import ForkAware
 from hsmwrap.kms.errors import CommitUnknown
 from hsmwrap.kms.schema import Row
+from hsmwrap.privatefile import owner_fault
 
 _BUSY_MILLISECONDS = 10_000
 _SQLITE_ENDS = ("-wal", "-shm", "-journal")
@@ -243,11 +244,8 @@ def _close_to_others(file: Path) -> None:
 
 
 def _require_own(path: Path, status: os.stat_result) -> None:
-    if status.st_uid not in {os.geteuid(), 0}:
-        raise ConfigurationError(
-            f"database_url: {path} belongs to uid {status.st_uid}; it has to belong to uid "
-            f"{os.geteuid()} or to root"
-        )
+    if fault := owner_fault(status):
+        raise ConfigurationError(f"database_url: {path} {fault}")
 
 
 def _prepare_sqlite(connection: Any, _record: object, *, sync: bool) -> None:
