@@ -550,6 +550,7 @@ class KeySetInfo:
 
 MESSAGE_VERSION = 1
 """First byte of what :meth:`Backend.encrypt` returns: AES-256-GCM or SM4-GCM, 12-byte nonce."""
+
 CHECK_VALUE_LENGTH = 17
 """Bytes of a check value: one for its method, and 16."""
 

@@ -150,16 +150,13 @@ class Attempts:
             with session.lock.read():
                 return operation(session)
         except CLIENT_ERRORS as error:
-            # Nothing is wrong with the session: to close it for each bad ciphertext would let a
-            # client make the HSM open sessions and search keys.
-            session.tainted |= may_leave_an_object(error)
+            was_tainted, session.tainted = session.tainted, True
             # Before the client is told so: SoftHSM answers GENERAL_ERROR to a key operation that
             # lost its login, as it does to a bad ciphertext (field note 32).
-            try:
-                session.require_login()
-            except BaseException:
-                session.tainted = True
-                raise
+            session.require_login()
+            # Nothing is wrong with the session: to close it for each bad ciphertext would let a
+            # client make the HSM open sessions and search keys.
+            session.tainted = was_tainted or may_leave_an_object(error)
             raise
         except AttributeError as error:
             session.tainted = True
