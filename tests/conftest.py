@@ -4,7 +4,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from support import fast, memory_disk, skips
-from support.services.softhsm import destroy_imported
+from support.pkcs11.objects import destroy_imported
 
 from hsmwrap.testing.softhsm import SoftHsm
 

@@ -4,9 +4,7 @@ Usage: python -m support.pkcs11.ciphertext_scenarios SCENARIO SHIM_DIRECTORY SET
 """
 
 import contextlib
-import json
 import os
-import sys
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 
@@ -25,7 +23,7 @@ from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.testing.faults import CKR
 from support.bad_input import changed_rsa, wrong_pkcs1
 from support.clients import encrypt_as_client
-from support.faults.shim import fault_shim
+from support.pkcs11 import scenarios
 
 AES = KeySpec.ALIYUN_AES_256
 PKCS1, OAEP1, OAEP256, SM2PKE = WrappingAlgorithm
@@ -199,6 +197,4 @@ def an_object_without_a_handle_goes_with_its_session(shim, settings):
 
 
 if __name__ == "__main__":
-    settings = json.loads(sys.argv[3])
-    shim = fault_shim(settings["module"], sys.argv[2])
-    globals()[sys.argv[1]](shim, settings | {"module": str(shim.path)})
+    scenarios.main(globals())

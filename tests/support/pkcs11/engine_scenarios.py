@@ -3,12 +3,9 @@
 Usage: python -m support.pkcs11.engine_scenarios SCENARIO SHIM_DIRECTORY SETTINGS
 """
 
-import contextlib
 import ctypes
-import json
 import logging
 import os
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +25,8 @@ from hsmwrap.pkcs11.binding.module import Module, _InitializeArgs, shared_functi
 from hsmwrap.pkcs11.keysets import hardening
 from hsmwrap.testing.clients import pyca_encrypt
 from hsmwrap.testing.faults import CKR
-from support.faults.shim import fault_shim
 from support.frames import assert_no_secret
+from support.pkcs11 import scenarios
 
 AES = KeySpec.ALIYUN_AES_256
 OAEP_1 = WrappingAlgorithm.RSAES_OAEP_SHA_1
@@ -448,7 +445,4 @@ def what_an_error_carries(shim, settings):
 
 
 if __name__ == "__main__":
-    settings = json.loads(sys.argv[3])
-    shim = fault_shim(settings["module"], sys.argv[2])
-    with contextlib.suppress(BrokenPipeError):
-        globals()[sys.argv[1]](shim, settings | {"module": str(shim.path)})
+    scenarios.main(globals())
