@@ -317,6 +317,27 @@ class Custody(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class FailedTrial:
+    """A step that a backend tried on its HSM, and that does not work there.
+
+    Attributes:
+        step: What was tried, as a phrase: ``unwrap a key by RSAES_OAEP_SHA_256``.
+        function: The HSM's function, ``C_UnwrapKey``; None where none failed.
+        mechanism: What it was called with, ``CKM_RSA_PKCS_OAEP``; None for a function without.
+        code: What it answered; None where the answer was no error, but wrong.
+        wrong: What was wrong with the answer then; empty where there is a code.
+        consequence: What is done instead, or what is not served for it.
+    """
+
+    step: str
+    function: str | None = None
+    mechanism: str | None = None
+    code: int | None = None
+    wrong: str = ""
+    consequence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class WrappingCapability:
     """One pair of wrapping key spec and algorithm that a backend serves.
 
@@ -326,6 +347,8 @@ class WrappingCapability:
         exposure: Where imported material is in plaintext on this path.
         custody: How the private wrapping key is kept while its import token is valid.
         path: How it is done, for the operator (``C_UnwrapKey CKM_RSA_PKCS_OAEP``).
+        reason: Why the exposure is not IN_HSM, as a sentence; empty where it is.
+        tried: The better paths, and what failed of each.
     """
 
     spec: WrappingKeySpec
@@ -333,6 +356,25 @@ class WrappingCapability:
     exposure: Exposure
     custody: Custody
     path: str
+    reason: str = ""
+    tried: tuple[FailedTrial, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MissingCapability:
+    """One pair of wrapping key spec and algorithm that a backend does not serve.
+
+    Attributes:
+        spec: The wrapping key spec.
+        algorithm: The wrapping algorithm.
+        reason: Why not, as a sentence.
+        tried: The paths, and what failed of each.
+    """
+
+    spec: WrappingKeySpec
+    algorithm: WrappingAlgorithm
+    reason: str
+    tried: tuple[FailedTrial, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +397,8 @@ class Capabilities:
         keys: Key specs that it can import.
         production: False for development engines and modes.
         notes: Sentences for the operator: what is weaker here than it could be, and why.
+        missing: Pairs of the catalogue that it does not serve, and why.
+        failed: What was tried of the HSM and does not work there, whichever pair needs it.
     """
 
     backend: str
@@ -363,6 +407,8 @@ class Capabilities:
     keys: tuple[KeyCapability, ...]
     production: bool = True
     notes: tuple[str, ...] = ()
+    missing: tuple[MissingCapability, ...] = ()
+    failed: tuple[FailedTrial, ...] = ()
 
     def wrapping_for(
         self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm

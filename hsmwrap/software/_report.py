@@ -30,6 +30,7 @@ _REFUSED = (
     "RSAES_PKCS1_V1_5 is refused by require_implicit_rejection: pyca's OpenSSL answers wrong "
     "padding with an error (tried)."
 )
+_NO_HSM = "The software backend has no HSM."
 _EPHEMERAL = (
     "EPHEMERAL KEYRING: no keyring_file is configured. Every import token and every imported key "
     "dies with this process. Not for production."
@@ -51,7 +52,8 @@ def report(settings: SoftwareSettings, schemes: Collection[Scheme]) -> Capabilit
         backend=NAME,
         protection_levels=frozenset(levels),
         wrapping=tuple(
-            WrappingCapability(s.spec, s.algorithm, Exposure.HOST, sealed, s.path) for s in schemes
+            WrappingCapability(s.spec, s.algorithm, Exposure.HOST, sealed, s.path, _NO_HSM)
+            for s in schemes
         ),
         keys=tuple(KeyCapability(spec, cipher.is_usable(spec), sealed) for spec in KeySpec),
         production=not warnings,

@@ -160,7 +160,8 @@ class MemoryBackend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
             protection_levels=frozenset(s.protection_levels),
             wrapping=tuple(
                 WrappingCapability(
-                    each.spec, each.algorithm, s.exposure, s.wrapping_custody, "memory"
+                    *(each.spec, each.algorithm, s.exposure, s.wrapping_custody, "memory"),
+                    reason="" if s.exposure is Exposure.IN_HSM else "Memory is no HSM.",
                 )
                 for each in self.schemes.values()
                 if each.algorithm in s.algorithms

@@ -77,8 +77,10 @@ def _wrapping(
         path = rsa.path_of(algorithm, features)
         custody = _wrapping_custody(settings, can_seal=features.wraps_rsa)
         if path and custody:
+            in_hsm = path.exposure is Exposure.IN_HSM
             yield WrappingCapability(
-                WrappingKeySpec.RSA_2048, algorithm, path.exposure, custody, path.description
+                *(WrappingKeySpec.RSA_2048, algorithm, path.exposure, custody, path.description),
+                reason="" if in_hsm else f"The HSM token does not unwrap by {algorithm}.",
             )
     custody = _wrapping_custody(settings, can_seal=features.wraps_sm2)
     if features.sm2 and custody:
@@ -89,6 +91,7 @@ def _wrapping(
             Exposure.HOST,
             custody,
             "vendor mechanism" if by_vendor else "CKM_ECDH1_DERIVE, KDF and C3 in the host",
+            reason="PKCS#11 has no unwrapping by SM2PKE: its decryption ends in the host.",
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from hsmwrap.backend import CONTRACT_VERSION, Backend, Custody, HasKeySets
+from hsmwrap.backend import CONTRACT_VERSION, Backend, Custody, Exposure, HasKeySets
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import ConfigurationError, InvalidImportToken, UnsupportedOperation
 from hsmwrap.guard import plugin_ref
@@ -58,6 +58,13 @@ class WrappingKeyConformance(ConformanceFixtures):
         assert report.wrapping
         assert report.keys
         assert {(w.spec, w.algorithm) for w in report.wrapping} <= set(PAIRS)
+
+    def test_a_pair_that_is_not_served_inside_the_hsm_says_why(self, backend: Backend) -> None:
+        report = backend.capabilities()
+        outside = [w.reason for w in report.wrapping if w.exposure is Exposure.HOST]
+        assert all([*outside, *(m.reason for m in report.missing)])
+        served = {(w.spec, w.algorithm) for w in report.wrapping}
+        assert not served & {(m.spec, m.algorithm) for m in report.missing}
 
     def test_health_of_an_open_backend(self, backend: Backend) -> None:
         backend.capabilities()

@@ -464,6 +464,13 @@ class LiesAboutTheExposure(_Imports):
         return replace(imported, exposure=Exposure.IN_HSM)
 
 
+@mutant("B7", "test_a_pair_that_is_not_served_inside_the_hsm_says_why")
+class DoesNotSayWhyInTheHost(HonestBackend):
+    def capabilities(self):
+        report = super().capabilities()
+        return replace(report, wrapping=tuple(replace(w, reason="") for w in report.wrapping))
+
+
 @mutant("B7", "test_a_wrapping_key_is_where_its_custody_says")
 class SealsAndKeepsAnObject(_Pairs):
     def spoil(self, key):
