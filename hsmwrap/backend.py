@@ -337,6 +337,35 @@ class FailedTrial:
     consequence: str = ""
 
 
+class Outcome(StrEnum):
+    """What a trial said of a protection."""
+
+    HONOURED = "honoured"
+    """An attack failed on a key that has it, and succeeded on the control, which has not."""
+    NOT_HONOURED = "not honoured"
+    """The HSM refuses the attribute, or the attack succeeded on a key that has it."""
+    NOT_PROVABLE = "not provable"
+    """No attack that was tried succeeds on the control, so none shows what the attribute does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """Something that keeps the holder of the HSM's PIN from reading or misusing keys, as tried.
+
+    Attributes:
+        name: What it is called in the HSM's interface, ``CKA_UNWRAP_TEMPLATE``.
+        outcome: Whether the HSM honours it; only HONOURED is a promise.
+        control: What was tried on a key with it and on one without, and what came of both: a
+            sentence.
+        consequence: What is weaker where it is not honoured, as a sentence; empty where it is.
+    """
+
+    name: str
+    outcome: Outcome
+    control: str
+    consequence: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class WrappingCapability:
     """One pair of wrapping key spec and algorithm that a backend serves.
@@ -399,6 +428,7 @@ class Capabilities:
         notes: Sentences for the operator: what is weaker here than it could be, and why.
         missing: Pairs of the catalogue that it does not serve, and why.
         failed: What was tried of the HSM and does not work there, whichever pair needs it.
+        protections: What was tried of the HSM's protections; empty for a backend without an HSM.
     """
 
     backend: str
@@ -409,6 +439,7 @@ class Capabilities:
     notes: tuple[str, ...] = ()
     missing: tuple[MissingCapability, ...] = ()
     failed: tuple[FailedTrial, ...] = ()
+    protections: tuple[Protection, ...] = ()
 
     def wrapping_for(
         self, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
