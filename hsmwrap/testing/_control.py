@@ -14,9 +14,10 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "faultshim"
 MAGIC = 0x6D696873
-VERSION = 1
+VERSION = 2
 CODES_MAX = 16
 PROCESSES_MAX = 128
+PIN_MAX = 64
 
 RULE_ONCE = 1
 RULE_EVERY = 2
@@ -66,6 +67,8 @@ class Control(ctypes.Structure):
         ("version", ctypes.c_uint32),
         ("size", ctypes.c_uint64),
         ("device", ctypes.c_uint64),
+        ("restrictions", ctypes.c_uint64),
+        ("pin", ctypes.c_char * PIN_MAX),
         ("session_high_water", ctypes.c_uint64),
         ("concurrent_high_water", ctypes.c_uint64),
         ("token_objects_created", ctypes.c_uint64),

@@ -11,6 +11,10 @@ For authors of backends, on the HSM or the software token of their choice (needs
     assert shim.counters().held == before.held          # no session and no object left behind
     assert not shim.counters().violations
 
+The module can also be made poorer than it is, and so play other HSM tokens (:class:`Restriction`)::
+
+    shim.restrict(Restriction.NO_AES_ECB, Restriction.ONE_SESSION)
+
 Everything can be changed while the module runs, by any thread, and from other processes through
 :class:`FaultControl`; only one process at a time should change it. The shim works in forked
 children of its host. It stays loaded: dlclose does not unload it.
@@ -25,6 +29,9 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Flag, auto
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
 from hsmwrap.ckr import CKR
@@ -38,12 +45,76 @@ __all__ = [
     "Counters",
     "FaultControl",
     "FaultShim",
+    "Restriction",
     "ShimBuildError",
     "Violations",
     "build",
 ]
 
 _CONTROL_NAME = "faultshim.control"
+
+
+class Restriction(Flag):
+    """What the module cannot do, or does otherwise, while it plays another HSM token.
+
+    Those of EC points and of key wrap were tried with SoftHSM2 as the real module, which has DER
+    points and CKM_AES_KEY_WRAP_PAD.
+    """
+
+    NO_SESSION_OBJECTS = auto()
+    """Every object that is made has to be a token object."""
+    NO_EXTRACTABLE_PRIVATE_KEYS = auto()
+    """Private keys with EXTRACTABLE are refused."""
+    NO_READABLE_KEYS = auto()
+    """Keys with SENSITIVE false are refused, as in FIPS mode."""
+    NO_SECRET_KEY_CREATION = auto()
+    """C_CreateObject makes no secret keys."""
+    NO_HARDENING = auto()
+    """UNWRAP_TEMPLATE, ALLOWED_MECHANISMS, COPYABLE and MODIFIABLE are unknown."""
+    NO_AES_ECB = auto()
+    NO_AES_CBC = auto()
+    NO_AES_CTR = auto()
+    NO_AES_GCM = auto()
+    NO_AES_KEY_WRAP = auto()
+    """Neither CKM_AES_KEY_WRAP_PAD nor CKM_AES_KEY_WRAP_KWP."""
+    KEY_WRAP_PAD_ONLY = auto()
+    """AES key wrap with padding under 0x210A only."""
+    KEY_WRAP_KWP_ONLY = auto()
+    """AES key wrap with padding under 0x210B only."""
+    NO_RSA_UNWRAP = auto()
+    """C_UnwrapKey takes no RSA mechanism."""
+    NO_RSA_DECRYPT = auto()
+    """C_Decrypt takes no RSA mechanism with padding."""
+    NO_RAW_RSA = auto()
+    """No CKM_RSA_X_509."""
+    NO_ECDH = auto()
+    """No CKM_ECDH1_DERIVE."""
+    OAEP_SOURCE_ZERO = auto()
+    """The source field of OAEP parameters has to be 0."""
+    HMAC_KEYS_ONLY = auto()
+    """CKM_SHA256_HMAC takes keys of type CKK_SHA256_HMAC only, no generic secrets."""
+    ONE_SESSION = auto()
+    """A process has one session at a time."""
+    LOGIN_PER_SESSION = auto()
+    """C_Login covers the session that it is called with only."""
+    BLANK_LABEL = auto()
+    """The token's label is blank."""
+    PIN_PAD = auto()
+    """The PIN is typed at the token: C_Login takes none (protected authentication path)."""
+    EC_POINT_RAW = auto()
+    """CKA_EC_POINT is 04 ‖ x ‖ y, without DER."""
+    EC_POINT_XY = auto()
+    """CKA_EC_POINT is x ‖ y."""
+    EC_POINT_BIT_STRING = auto()
+    """CKA_EC_POINT is a DER BIT STRING."""
+    UNWRAP_IGNORES_PROTECTION = auto()
+    """C_UnwrapKey makes keys with SENSITIVE false and EXTRACTABLE true, whatever it is told."""
+    UNWRAP_TEMPLATE_IGNORED = auto()
+    ALLOWED_MECHANISMS_IGNORED = auto()
+    COPYABLE_IGNORED = auto()
+    MODIFIABLE_IGNORED = auto()
+    WRAP_WITH_TRUSTED_IGNORED = auto()
+    """These attributes are taken, and have no effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +307,25 @@ class FaultControl:
     def restore_device(self) -> None:
         """Restore the removed HSM."""
         self._control.device &= ~_control.DEVICE_ABSENT
+
+    def restrict(self, *restrictions: Restriction, pin: str | None = None) -> None:
+        """Make the module play a token with these restrictions, and no others; with none, itself.
+
+        To be set while no process has the module initialised: keys do not change with it.
+
+        Args:
+            restrictions: What the token cannot do.
+            pin: What is typed at the PIN pad, for :attr:`Restriction.PIN_PAD`.
+
+        Raises:
+            ValueError: The PIN is missing or too long.
+        """
+        played = reduce(or_, restrictions, Restriction(0))
+        typed = (pin or "").encode()
+        if (Restriction.PIN_PAD in played) != bool(typed) or len(typed) > _control.PIN_MAX:
+            raise ValueError("a PIN pad needs a PIN, of at most 64 bytes, and nothing else does")
+        self._control.pin = typed
+        self._control.restrictions = played.value
 
     def counters(self) -> Counters:
         """Read all counters. Each is exact; together they are a snapshot only if no call runs.

@@ -16,7 +16,7 @@ import pytest
 from support.faults.shimclient import CKA_CLASS, CKA_TOKEN, PIN, Client, fresh_process, ready
 
 from hsmwrap.testing import _control, _shimbuild
-from hsmwrap.testing.faults import CKR, FUNCTIONS, FaultControl, FaultShim, build, main
+from hsmwrap.testing.faults import CKR, FUNCTIONS, FaultControl, FaultShim, Restriction, build, main
 
 pytestmark = pytest.mark.slow
 
@@ -79,10 +79,12 @@ def test_layout_is_that_of_the_header(tmp_path):
     prints = [f'P(sizeof(struct {name}), "{name}")' for name in structures]
     prints += [f'P(offsetof(struct {name}, {field}), "{name}.{field}")' for name, field in fields]
     prints += ['P(CONTROL_MAGIC, "MAGIC")', 'P(CONTROL_VERSION, "VERSION")']
-    prints += ['P(CODES_MAX, "CODES")', 'P(PROCESSES_MAX, "PROCESSES")']
+    prints += ['P(CODES_MAX, "CODES")', 'P(PROCESSES_MAX, "PROCESSES")', 'P(PIN_MAX, "PIN")']
+    prints += [f'P({each.name}, "{each.name}")' for each in Restriction]
+    prints += ['P(RESTRICTION_COUNT, "RESTRICTIONS")']
     source = tmp_path / "layout.c"
     source.write_text(
-        '#include <stdio.h>\n#include "control.h"\n'
+        '#include <stdio.h>\n#include "restrictions.h"\n'
         '#define P(value, name) printf("%s %lu\\n", name, (unsigned long)(value));\n'
         "int main(void) {" + "\n".join(prints) + "}"
     )
@@ -94,6 +96,8 @@ def test_layout_is_that_of_the_header(tmp_path):
     mirrored |= {f"{name}.{f}": getattr(structures[name], f).offset for name, f in fields}
     mirrored |= {"MAGIC": _control.MAGIC, "VERSION": _control.VERSION}
     mirrored |= {"CODES": _control.CODES_MAX, "PROCESSES": _control.PROCESSES_MAX}
+    mirrored |= {"PIN": _control.PIN_MAX, "RESTRICTIONS": len(Restriction)}
+    mirrored |= {each.name: each.value for each in Restriction}
     assert measured == mirrored
 
 
@@ -745,7 +749,7 @@ def test_path_that_cannot_be_configured(tmp_path, library):
 @pytest.mark.parametrize("offset", [0, 4, 8])
 def test_control_file_of_another_version(home, offset):
     _flip(home / "faultshim.control", offset)
-    with pytest.raises(ValueError, match="version 1"):
+    with pytest.raises(ValueError, match=f"version {_control.VERSION}"):
         FaultControl(home)
     assert "control file of this version" in _refusal(home)
 
@@ -774,7 +778,7 @@ def _refusal(home):
 
 def test_control_file_cut_short(home):
     os.truncate(home / "faultshim.control", 100)
-    with pytest.raises(ValueError, match="version 1"):
+    with pytest.raises(ValueError, match=f"version {_control.VERSION}"):
         FaultControl(home)
     assert "control file of this version" in _refusal(home)
 

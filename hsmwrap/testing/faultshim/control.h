@@ -16,9 +16,9 @@
 #include "functions.h"
 
 #define CONTROL_MAGIC 0x6D696873u /* "shim" */
-#define CONTROL_VERSION 1u
+#define CONTROL_VERSION 2u
 
-enum { CODES_MAX = 16, PROCESSES_MAX = 128 };
+enum { CODES_MAX = 16, PROCESSES_MAX = 128, PIN_MAX = 64 };
 
 typedef _Atomic uint64_t counter;
 static_assert(sizeof(counter) == 8 && ATOMIC_LLONG_LOCK_FREE == 2, "no lock-free 64-bit atomics");
@@ -65,6 +65,8 @@ struct control {
     uint32_t magic, version;
     uint64_t size;
     counter device; /* test */
+    counter restrictions; /* test: bits of enum restriction */
+    char pin[PIN_MAX]; /* test, before the restrictions: what is typed at the token's PIN pad */
     /* All that follows, but for the test's fields of struct function_control: shim. */
     counter session_high_water;
     counter concurrent_high_water;
@@ -79,9 +81,9 @@ struct control {
     struct function_control function[FUNCTION_COUNT];
     struct process_share process[PROCESSES_MAX];
 };
-static_assert(offsetof(struct control, function) == 104, "layout");
-static_assert(offsetof(struct control, process) == 104 + 128 * 68, "68 functions in v2.40");
-static_assert(sizeof(struct control) == 104 + 128 * 68 + 24 * PROCESSES_MAX, "layout");
+static_assert(offsetof(struct control, function) == 176, "layout");
+static_assert(offsetof(struct control, process) == 176 + 128 * 68, "68 functions in v2.40");
+static_assert(sizeof(struct control) == 176 + 128 * 68 + 24 * PROCESSES_MAX, "layout");
 
 static inline void raise_high_water(counter *mark, uint64_t value)
 {

@@ -121,6 +121,14 @@ void ledger_clear(void)
     finish();
 }
 
+size_t ledger_sessions(void)
+{
+    pthread_mutex_lock(&lock);
+    size_t count = sessions.count;
+    pthread_mutex_unlock(&lock);
+    return count;
+}
+
 bool ledger_any_slot(CK_ULONG *slot)
 {
     pthread_mutex_lock(&lock);

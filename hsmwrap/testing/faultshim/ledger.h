@@ -7,6 +7,7 @@
 #define HSMWRAP_LEDGER_H
 
 #include <stdbool.h>
+#include <stddef.h>
 
 #include "control.h"
 #include "cryptoki.h"
@@ -17,6 +18,7 @@ void ledger_session_opened(CK_ULONG session, CK_ULONG slot);
 void ledger_session_closed(CK_ULONG session);
 void ledger_slot_closed(CK_ULONG slot);
 void ledger_clear(void);
+size_t ledger_sessions(void);
 /* Any slot with open sessions; false when no session is open. */
 bool ledger_any_slot(CK_ULONG *slot);
 

@@ -18,6 +18,8 @@
 #include "control.h"
 #include "cryptoki.h"
 #include "ledger.h"
+#include "makers.h"
+#include "restrictions.h"
 #include "verdict.h"
 
 #define DESCRIPTION(name, arity, kind) {arity, kind},
@@ -25,18 +27,6 @@ static const struct {
     unsigned char arity;
     enum function_kind kind;
 } description[FUNCTION_COUNT] = {FUNCTIONS(DESCRIPTION)};
-
-/* Where functions that make objects take templates from and put handles to, by argument. */
-static const struct maker {
-    enum function_id id;
-    unsigned char template, count, handle;
-} makers[] = {
-    {FN_C_CreateObject, 1, 2, 3},    {FN_C_CopyObject, 2, 3, 4},
-    {FN_C_GenerateKey, 2, 3, 4},     {FN_C_GenerateKeyPair, 2, 3, 6},
-    {FN_C_GenerateKeyPair, 4, 5, 7}, {FN_C_UnwrapKey, 5, 6, 7},
-    {FN_C_DeriveKey, 3, 4, 5},
-};
-enum { MAKERS = sizeof makers / sizeof *makers };
 
 static const struct ck_function_list *real;
 static struct control *control;
@@ -197,7 +187,7 @@ static CK_RV call_device(enum function_id id, const word a[], uint64_t device)
         if (description[id].kind == SLOT && absent)
             return call_slot_without_token(id, a);
     }
-    CK_RV rv = call_real(id, a);
+    CK_RV rv = restricted_call(control, id, description[id].arity, a, call_real);
     if (rv == CKR_OK)
         record_success(id, a);
     else if (id == FN_C_Initialize && rv == CKR_CRYPTOKI_ALREADY_INITIALIZED)
@@ -334,6 +324,7 @@ static void after_fork_in_child(void)
     atomic_store(&process.initialized, false);
     atomic_store(&process.stale, false);
     ledger_after_fork_in_child();
+    restrictions_after_fork_in_child();
 }
 
 static bool complain(const char *what, const char *why)
