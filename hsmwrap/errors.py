@@ -31,7 +31,7 @@ class HsmwrapError(Exception):
 
     code: ClassVar[str] = "InternalFailure"
     http_status: ClassVar[int] = 500
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
     _api_message: ClassVar[str] = "Internal Failure."
 
     @property
@@ -186,7 +186,15 @@ class BackendLoadError(ConfigurationError):
 
 
 class TokenSelectionError(ConfigurationError):
-    """Not exactly one HSM token matches the configuration; the text lists those present."""
+    """Not exactly one HSM token matches the configuration; the text lists those present.
+
+    Retryable where none matches: its slot may list it later.
+    """
+
+    def __init__(self, detail: str, *, absent: bool = False) -> None:
+        """List the HSM tokens that are there; ``absent`` says that none of them matches."""
+        super().__init__(detail)
+        self.retryable = absent
 
 
 class PinError(HsmwrapError):

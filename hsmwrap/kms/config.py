@@ -157,7 +157,8 @@ class ServerConfig(BaseSettings):
     """Pause between sweeps, and so how long the end of the audit log may stay unstored; 0 switches
     the sweeper off."""
     startup_wait: Seconds = Field(default=timedelta(seconds=60), ge=timedelta(0))
-    """How long the start waits for an HSM or a database that is unavailable."""
+    """How long the start waits for an HSM or a database that is unavailable, and for an HSM token
+    that no slot lists."""
     key_pool: int = Field(default=0, ge=0, le=10_000)
     """Wrapping key pairs of each kind that are made ahead; 0: none."""
     limits: LimitsConfig = LimitsConfig()

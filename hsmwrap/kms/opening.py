@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from hsmwrap.backend import Backend
 from hsmwrap.catalog import ProtectionLevel
-from hsmwrap.errors import ConfigurationError, ServiceUnavailable
+from hsmwrap.errors import ConfigurationError, HsmwrapError
 from hsmwrap.imports import ResidentBounds
 from hsmwrap.keypool import KeyPool, PoolSettings
 from hsmwrap.kms.access import AccessKeys, FileAccessKeys
@@ -43,8 +43,9 @@ def open_kms(
 ) -> Kms:
     """Open backends and database, migrate the schema, clean up after crashes, start the sweeper.
 
-    If a backend or the database is unavailable, the call retries for ``startup_wait``, so that a
-    process that restarts during an outage survives it like the running ones.
+    If a backend or the database is unavailable, or no slot lists the HSM token, the call retries
+    for ``startup_wait``, so that a process that restarts during an outage survives it like the
+    running ones.
 
     Args:
         config: The configuration.
@@ -156,12 +157,12 @@ def _opening(wanted: BackendConfig) -> Callable[[], Backend]:
 
 
 def _with_retries(call: Callable[[], _T], deadline: float) -> _T:
-    """Repeat the call with growing pauses on ServiceUnavailable, until the monotonic deadline."""
+    """Repeat the call with growing pauses on retryable errors, until the monotonic deadline."""
     pause = _FIRST_PAUSE
     while True:
         try:
             return call()
-        except ServiceUnavailable as error:
+        except HsmwrapError as error:
             if not error.retryable or time.monotonic() + pause > deadline:
                 raise
             facts = {"code": error.code, "why": str(error), "seconds": pause}

@@ -10,7 +10,13 @@ from support.kms.fakes import Client, Clock
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm
 from hsmwrap.cli import config as config_command
-from hsmwrap.errors import BackendClosed, BackendLoadError, ConfigurationError, HsmUnavailable
+from hsmwrap.errors import (
+    BackendClosed,
+    BackendLoadError,
+    ConfigurationError,
+    HsmUnavailable,
+    TokenSelectionError,
+)
 from hsmwrap.kms import Kms, StaticAccessKeys, load_config, open_kms, opening
 from hsmwrap.kms.audit import AuditLog
 from hsmwrap.kms.database import Database
@@ -372,6 +378,8 @@ def test_start_waits_for_what_is_unavailable(real, monkeypatch, part, caplog):
         ("PT0S", HsmUnavailable("unavailable"), (0, 0)),
         ("PT30S", BackendClosed("closed"), (0, 0)),
         ("PT30S", ConfigurationError("wrong"), (0, 0)),
+        ("PT30S", TokenSelectionError("no slot lists it", absent=True), (26, 30)),
+        ("PT30S", TokenSelectionError("two of that label"), (0, 0)),
     ],
 )
 def test_start_does_not_wait_for_ever(real, monkeypatch, wait, error, waited):

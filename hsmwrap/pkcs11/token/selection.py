@@ -84,7 +84,7 @@ def select(selector: TokenSelector, present: Sequence[TokenDescription]) -> Toke
 
     Raises:
         TokenSelectionError: None or several match. The text lists the tokens present and the
-            settings that tell them apart.
+            settings that tell them apart. Retryable where none matches.
     """
     ready = [token for token in present if _plain(token.label)]
     matching = [token for token in ready if selector.matches(token)]
@@ -94,7 +94,8 @@ def select(selector: TokenSelector, present: Sequence[TokenDescription]) -> Toke
     lines = [count, *(f"  {token}" for token in ready)]
     if blank := [str(token.slot_id) for token in present if token not in ready]:
         lines.append(f"  not initialised, not counted: slot {', '.join(blank)}")
-    raise TokenSelectionError("\n".join([*lines, _advice(matching or ready)]))
+    text = "\n".join([*lines, _advice(matching or ready)])
+    raise TokenSelectionError(text, absent=not matching)
 
 
 def selector_from(settings: Mapping[str, Any], uri: Pkcs11Uri | None = None) -> TokenSelector:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,11 +19,12 @@ def names_of(module):
     return re.findall(r"^def (\w+)\(shim, settings\):", source, re.MULTILINE)
 
 
-def run(module, scenario, directory, settings):
+def run(module, scenario, directory, settings, **environment):
     """Run a scenario; its traceback is in the failure."""
     arguments = [scenario, directory / "shim", json.dumps(settings)]
     done = subprocess.run(
         [sys.executable, "-m", module.__name__, *arguments],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=DEADLINE,
