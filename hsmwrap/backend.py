@@ -246,6 +246,43 @@ class HasKeySets(Ability):
         """Id of the key set that seals now; cheap, as key-pair pools ask once a second."""
 
 
+class ReSealsKeys(Ability):
+    """For backends with :class:`HasKeySets` whose sealed keys can move to the current key set."""
+
+    @abstractmethod
+    def key_set_of(self, key: KeyRef) -> str | None:
+        """Id of the key set that a sealed key needs; None for a resident key, which needs none.
+
+        Read from the reference alone, without a round trip, also if that key set is gone: a KMS
+        asks for each of its keys before a key set is retired.
+
+        Raises:
+            KeyNotFound: The reference does not parse.
+        """
+
+    @abstractmethod
+    def reseal(self, key: KeyRef, *, expected_check_value: bytes | None = None) -> KeyRef:
+        """Seal a key under the current key set.
+
+        The key itself does not change: its messages decrypt, its check value is the same. ``key``
+        stays valid until its key set is retired, so a caller stores the answer first. The guard
+        answers for resident keys, whose references stay as they are.
+
+        Args:
+            key: Reference to a sealed key.
+            expected_check_value: From the key's import, if the caller has it: the key that is
+                sealed has to have the same.
+
+        Returns:
+            Its reference under the current key set: ``key`` if it is that already.
+
+        Raises:
+            KeyNotFound: The key does not open: its key set is gone, for example.
+            UnsupportedOperation: Keys of its key set cannot move; it says why.
+            HsmError: The key has another check value.
+        """
+
+
 class ManagesKeySets(Ability):
     """For backends whose key sets are made by ``hsmwrap keys``; called before one is opened."""
 

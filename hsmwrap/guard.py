@@ -25,7 +25,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import NoReturn, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 from hsmwrap.backend import (
     CHECK_VALUE_LENGTH,
@@ -42,6 +42,7 @@ from hsmwrap.backend import (
     KeyRef,
     Mac,
     PrivateKeyRef,
+    ReSealsKeys,
     WrappingCapability,
     WrappingKey,
 )
@@ -83,6 +84,7 @@ _ALGORITHMS = (
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_A = TypeVar("_A")
 _K = TypeVar("_K")
 
 _log = logging.getLogger(__name__)
@@ -145,6 +147,15 @@ class GuardedBackend(Composition, Guarded):
         with self._gate.enter():
             call = getattr(asked, declared.__name__)
             return checked(self._plugin, declared, call, *arguments, **named)
+
+    @strip_tracebacks
+    def ability(self, kind: type[_A]) -> _A | None:
+        """The plug-in's ability, guarded as its calls of the contract are."""
+        inner = ReSealsKeys.of(self._backend) if kind is ReSealsKeys else None
+        if inner is None:
+            return super().ability(kind)
+        resealing: Any = _GuardedResealing(inner, self._plugin, self._gate, self._require_ours)
+        return resealing  # type: ignore[no-any-return]
 
     def _broken(self, declared: Callable[..., object], how: str) -> HsmError:
         return _broken(self._plugin, declared, how)
@@ -380,6 +391,40 @@ class GuardedBackend(Composition, Guarded):
         self._gate.close()
         with suppress(IndexError):  # closed before, or now by another thread
             checked(self._plugin, Backend.close, self._unclosed.pop().close)
+
+
+class _GuardedResealing(ReSealsKeys):
+    """Answers for resident keys, and checks what the plug-in made of a sealed one."""
+
+    def __init__(
+        self, inner: ReSealsKeys, plugin: str, gate: Gate, require_ours: Callable[[KeyRef], None]
+    ) -> None:
+        self._inner, self._plugin, self._gate = inner, plugin, gate
+        self._require_ours = require_ours
+
+    @strip_tracebacks
+    def key_set_of(self, key: KeyRef) -> str | None:
+        with self._gate.enter():
+            self._require_ours(key)
+            if key.custody == Custody.HSM_INTERNAL:
+                return None
+            declared = ReSealsKeys.key_set_of
+            key_set = checked(self._plugin, declared, self._inner.key_set_of, key)
+            if not _is_id(key_set):
+                raise _broken(self._plugin, declared, "named no key set for a sealed key")
+            return key_set
+
+    @strip_tracebacks
+    def reseal(self, key: KeyRef, *, expected_check_value: bytes | None = None) -> KeyRef:
+        with self._gate.enter():
+            self._require_ours(key)
+            if key.custody == Custody.HSM_INTERNAL:
+                return key
+            declared, call, expected = ReSealsKeys.reseal, self._inner.reseal, expected_check_value
+            sealed = checked(self._plugin, declared, call, key, expected_check_value=expected)
+            if replace(sealed, data=key.data) != key or not _are_bytes(sealed.data):
+                raise _broken(self._plugin, declared, "returned a key of another kind")
+            return sealed
 
 
 def checked(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-from support.backends.scripted import Scripted, changed
+from support.backends.scripted import INTERNAL, Scripted, changed
 from support.frames import assert_no_secret, frames_of
 from support.importing import AES, OAEP1, OAEP256, PKCS1, SM2PKE, SM4, spec_of
 
@@ -18,6 +18,7 @@ from hsmwrap.backend import (
     Mac,
     PrivateKeyRef,
     ReapsWrappingKeys,
+    ReSealsKeys,
 )
 from hsmwrap.errors import (
     BackendClosed,
@@ -47,10 +48,14 @@ class Case:
         self.backend = GuardedBackend(self.script, "acme")
         self.pair = self.generate()
         self.key = self.bring().key
+        self.sealed = replace(self.key, custody=Custody.HSM_ENCRYPTED_DATABASE, data=self.seal())
         self.message = self.backend.encrypt(self.key, b"message", b"context")
         self.mac = self.backend.mac(b"data")
         self.script.calls.clear()
         self.before = dict(self.script.store)
+
+    def seal(self):
+        return self.script.ability(MemoryBackend).seal("1", AES, MATERIAL)
 
     def generate(self, algorithm=OAEP1):
         return self.backend.generate_wrapping_key(spec_of(algorithm), algorithm, expires_at=LATER)
@@ -84,6 +89,11 @@ CALLS = {
     "verify_mac": (lambda case: case.backend.verify_mac(b"data", case.mac), "None"),
     "reap": (lambda case: ReapsWrappingKeys.of(case.backend).reap(LATER), "ReapReport"),
     "current_key_set": (lambda case: HasKeySets.of(case.backend).current_key_set(), "str"),
+    "key_set_of": (
+        lambda case: ReSealsKeys.of(case.backend).key_set_of(case.sealed),
+        "str or None",
+    ),
+    "reseal": (lambda case: ReSealsKeys.of(case.backend).reseal(case.sealed), "KeyRef"),
     "close": (lambda case: case.backend.close(), "None"),
 }
 each_call = pytest.mark.parametrize("name", CALLS)
@@ -92,9 +102,9 @@ each_call = pytest.mark.parametrize("name", CALLS)
 @each_call
 def test_an_answer_of_another_type_is_an_error_that_names_the_plug_in(case, name):
     call, due = CALLS[name]
-    wrong = b"0123456789abcdef" if due == "None" else None
+    wrong = b"0123456789abcdef" if "None" in due else None
     case.script.changing[name] = lambda _answer: wrong
-    got = "bytes" if due == "None" else "None"
+    got = "bytes" if "None" in due else "None"
     with pytest.raises(HsmError) as caught:
         call(case)
     assert str(caught.value) == f"backend plug-in acme: {name} returned {got} where {due} is due"
@@ -411,3 +421,48 @@ def test_a_guarded_backend_does_not_pickle(case):
 
 def test_its_repr_says_what_it_guards(case):
     assert repr(guarded(MemoryBackend())).startswith("<guarded <MemoryBackend ")
+
+
+# --- keys that move to another key set ----------------------------------------------------------
+
+
+def test_a_sealed_key_moves(case):
+    resealing = ReSealsKeys.of(case.backend)
+    memory = case.script.ability(MemoryBackend)
+    type(memory).rotate_keys({"store": memory.store})
+    moved = resealing.reseal(case.sealed)
+    assert (resealing.key_set_of(case.sealed), resealing.key_set_of(moved)) == ("1", "2")
+    assert case.backend.decrypt(moved, case.message, b"context") == b"message"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"key_spec": SM4}, {"custody": INTERNAL}, {"backend": "other"}, {"data": "text"}],
+    ids=lambda each: next(iter(each)),
+)
+def test_a_plug_in_that_makes_another_key_of_it_is_named(case, wrong):
+    case.script.changing["reseal"] = changed(**wrong)
+    with pytest.raises(HsmError, match="plug-in acme: reseal returned a key of another kind"):
+        ReSealsKeys.of(case.backend).reseal(case.sealed)
+
+
+@pytest.mark.parametrize("key_set", [None, "", "1" * 33, "ü"])
+def test_a_plug_in_that_does_not_name_the_key_set_is_named(case, key_set):
+    case.script.changing["key_set_of"] = lambda _answer: key_set
+    with pytest.raises(HsmError, match="plug-in acme: key_set_of named no key set"):
+        ReSealsKeys.of(case.backend).key_set_of(case.sealed)
+
+
+def test_a_resident_key_does_not_reach_the_plug_in(case):
+    resealing = ReSealsKeys.of(case.backend)
+    assert resealing.reseal(case.key) == case.key
+    assert resealing.key_set_of(case.key) is None
+    assert case.script.calls == []
+
+
+def test_a_backend_that_does_not_move_keys_has_not_got_the_ability():
+    class Plain(MemoryBackend):
+        def ability(self, kind):
+            return None if kind is ReSealsKeys else super().ability(kind)
+
+    assert ReSealsKeys.of(guarded(Plain())) is None

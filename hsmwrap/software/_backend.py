@@ -19,13 +19,15 @@ from hsmwrap.backend import (
     Mac,
     ManagesKeySets,
     PrivateKeyRef,
+    ReSealsKeys,
     WrappingKey,
 )
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.checkvalue import check_value
+from hsmwrap.checkvalue import check_value, same_check_value
 from hsmwrap.errors import (
     BackendClosed,
     ConfigurationError,
+    HsmError,
     InvalidImportToken,
     InvalidKeyMaterial,
     KeyNotFound,
@@ -42,7 +44,7 @@ from hsmwrap.software.settings import SoftwareSettings
 _MASTER_KEY = "master key"
 
 
-class SoftwareBackend(Backend, HasKeySets, ManagesKeySets):
+class SoftwareBackend(Backend, HasKeySets, ManagesKeySets, ReSealsKeys):
     """RSA, AES and SM4 by pyca/cryptography, SM2 by libcrypto; custody is always sealed blobs.
 
     Open it by :func:`hsmwrap.registry.open_backend`, or put the guard around it
@@ -151,8 +153,7 @@ class SoftwareBackend(Backend, HasKeySets, ManagesKeySets):
             material = scheme.decrypt(secret, encrypted_material, key_spec.material_length)
             if len(material) != key_spec.material_length:
                 raise InvalidKeyMaterial
-            blob = self._sealer.seal(Purpose.KEY_MATERIAL, material, NAME, key_spec)
-            key = KeyRef(NAME, key_spec, Custody.HSM_ENCRYPTED_DATABASE, blob)
+            key = self._sealed(material, key_spec)
             return ImportedKey(key, check_value(material), Exposure.HOST)
 
     def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
@@ -179,6 +180,22 @@ class SoftwareBackend(Backend, HasKeySets, ManagesKeySets):
         """Id of the current master key."""
         return self._keyring().current
 
+    def key_set_of(self, key: KeyRef) -> str | None:
+        """Id of the master key that the key is sealed under."""
+        try:
+            return key_set_of(key.data)
+        except BlobRejected:
+            raise KeyNotFound("the key reference does not parse") from None
+
+    def reseal(self, key: KeyRef, *, expected_check_value: bytes | None = None) -> KeyRef:
+        """Open the key and seal it under the current master key."""
+        with LIBCRYPTO.read():
+            material, expected = self._open_key(key), expected_check_value
+            if expected is not None and not same_check_value(expected, check_value(material)):
+                raise HsmError("the key to seal again does not have the expected check value")
+            is_current = key_set_of(key.data) == self._keyring().current
+            return key if is_current else self._sealed(material, key.key_spec)
+
     def health(self) -> Health:
         """Report whether the keyring can be read."""
         try:
@@ -197,6 +214,10 @@ class SoftwareBackend(Backend, HasKeySets, ManagesKeySets):
         """Let go of the keys."""
         self._keyring = _closed_keyring
         self._sealer = Sealer(_closed_keyring)
+
+    def _sealed(self, material: bytes, key_spec: KeySpec) -> KeyRef:
+        blob = self._sealer.seal(Purpose.KEY_MATERIAL, material, NAME, key_spec)
+        return KeyRef(NAME, key_spec, Custody.HSM_ENCRYPTED_DATABASE, blob)
 
     def _open_wrapping_key(self, private_key: PrivateKeyRef, scheme: Scheme) -> bytes:
         context = (NAME, scheme.spec, scheme.algorithm)

@@ -63,12 +63,10 @@ class Sealer:
         Raises:
             BlobRejected: It does not open.
         """
-        if len(blob) < _OVERHEAD or blob[0] != _VERSION:
-            raise BlobRejected
+        key_id = key_set_of(blob)
         head, nonce = blob[: _HEAD.size], blob[_HEAD.size : _HEAD.size + NONCE_LENGTH]
-        _, key_id = _HEAD.unpack(head)
         try:
-            aead = AESGCM(_derive(self._keyring(), key_id.hex(), purpose))
+            aead = AESGCM(_derive(self._keyring(), key_id, purpose))
             return aead.decrypt(nonce, blob[_HEAD.size + NONCE_LENGTH :], _bind(head, context))
         except (KeyNotFound, InvalidTag):
             raise BlobRejected from None
@@ -93,7 +91,13 @@ class Sealer:
 
 
 def key_set_of(blob: bytes) -> str:
-    """Id of the master key that a blob of :meth:`Sealer.seal` needs."""
+    """Id of the master key that a blob of :meth:`Sealer.seal` needs.
+
+    Raises:
+        BlobRejected: It is too short, or not of a version known here.
+    """
+    if len(blob) < _OVERHEAD or blob[0] != _VERSION:
+        raise BlobRejected
     return blob[1 : _HEAD.size].hex()
 
 

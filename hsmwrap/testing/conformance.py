@@ -16,7 +16,8 @@ A plug-in author subclasses it in a test module and says what to open::
 The backend is tested behind its guard (:mod:`hsmwrap.guard`), as applications have it. Override
 ``backend`` and ``reopen`` (a second instance, on the same keys) where opening takes more than the
 settings; a ``reopen`` of None leaves out what two processes share. ``count_objects`` is needed
-where any custody is HSM_INTERNAL: without it the tests that look for leaks fail.
+where any custody is HSM_INTERNAL: without it the tests that look for leaks fail. Override
+``rotate_keys`` where making another key set takes more than the settings.
 
 A registered plug-in that keeps no objects needs no test module::
 
@@ -41,6 +42,7 @@ from hsmwrap.registry import load
 from hsmwrap.testing._conformance.base import PAIRS, Conversation, UsableKey
 from hsmwrap.testing._conformance.imports import ImportConformance
 from hsmwrap.testing._conformance.lifecycle import LifecycleConformance
+from hsmwrap.testing._conformance.resealing import ResealingConformance
 from hsmwrap.testing._conformance.tokens import ImportTokenConformance
 from hsmwrap.testing._conformance.use import UseConformance
 from hsmwrap.testing._conformance.wrapping import WrappingKeyConformance
@@ -54,6 +56,7 @@ class BackendConformance(
     ImportConformance,
     UseConformance,
     ImportTokenConformance,
+    ResealingConformance,
     LifecycleConformance,
 ):
     """Subclass it, set ``plugin`` and override the fixture ``settings``."""

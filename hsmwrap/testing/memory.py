@@ -14,7 +14,7 @@ import re
 import secrets
 import struct
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -41,11 +41,12 @@ from hsmwrap.backend import (
     PrivateKeyRef,
     ReapReport,
     ReapsWrappingKeys,
+    ReSealsKeys,
     WrappingCapability,
     WrappingKey,
 )
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.checkvalue import check_value
+from hsmwrap.checkvalue import check_value, same_check_value
 from hsmwrap.errors import (
     ConfigurationError,
     HsmError,
@@ -125,7 +126,7 @@ class MemorySettings(Settings):
         return {} if self.store is None else self.store
 
 
-class MemoryBackend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
+class MemoryBackend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSealsKeys):
     """The smallest backend that keeps the whole contract; makes its first key set when opened."""
 
     contract_version: ClassVar[int] = CONTRACT_VERSION
@@ -303,6 +304,20 @@ class MemoryBackend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
     def current_key_set(self) -> str:
         """The one with the highest number."""
         return str(_key_sets(self.store)[-1])
+
+    def key_set_of(self, key: KeyRef) -> str | None:
+        """Its number, from the blob."""
+        return str(int.from_bytes(key.data[:2], "big"))
+
+    def reseal(self, key: KeyRef, *, expected_check_value: bytes | None = None) -> KeyRef:
+        """Open and seal again."""
+        material, expected = self.material(key), expected_check_value
+        if expected is not None and not same_check_value(expected, check_value(material)):
+            raise HsmError("the key does not have the expected check value")
+        key_set = self.current_key_set()
+        if self.key_set_of(key) == key_set:
+            return key
+        return replace(key, data=self.seal(key_set, key.key_spec, material))
 
     @classmethod
     def list_keys(cls, settings: Mapping[str, Any]) -> tuple[KeySetInfo, ...]:

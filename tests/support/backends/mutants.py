@@ -768,3 +768,46 @@ class HasAMacKeyOfItsOwn(HonestBackend):
 
     def verify_mac(self, data, mac):
         return super().verify_mac(self.own + data, mac)
+
+
+# --- keys that move to another key set -------------------------------------------------------
+
+
+@mutant("moves", "test_a_key_moves_to_the_current_key_set")
+class KeepsTheKeyWhereItIs(HonestBackend):
+    def reseal(self, key, *, expected_check_value=None):
+        return key
+
+
+@mutant("moves", "test_a_key_that_moved_is_the_same_key")
+class MovesAnotherKey(HonestBackend):
+    def material(self, key):
+        material = super().material(key)
+        return material if self.key_set_of(key) == "1" else bytes(len(material))
+
+
+@mutant("moves", "test_another_check_value_is_refused")
+class DoesNotCompareCheckValues(HonestBackend):
+    def reseal(self, key, *, expected_check_value=None):
+        return super().reseal(key)
+
+
+@mutant("moves", "test_a_changed_reference_does_not_move")
+class LooksAtTheKeySetOnly(HonestBackend):
+    def reseal(self, key, *, expected_check_value=None):
+        try:
+            return super().reseal(key, expected_check_value=expected_check_value)
+        except KeyNotFound:
+            return key
+
+
+@mutant("moves", "test_a_resident_key_needs_no_key_set", repaired=True)
+class NamesAKeySetForEachKey(HonestBackend):
+    def key_set_of(self, key):
+        return "1"
+
+
+@mutant("moves", "test_keys_of_another_backend_do_not_move", repaired=True)
+class MovesKeysOfOthers(HonestBackend):
+    def reseal(self, key, *, expected_check_value=None):
+        return replace(key, backend=self.name)
