@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,15 +11,17 @@ from pkcs11.constants import Attribute
 from pkcs11.exceptions import FunctionFailed, PKCS11Error, SessionHandleInvalid
 
 from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial
-from hsmwrap.pkcs11.binding.returncodes import recovery_of
+from hsmwrap.pkcs11.binding.returncodes import recovery_of, said
+
+_log = logging.getLogger(__name__)
 
 
 class map_client_errors:  # noqa: N801  # read as a statement: with map_client_errors(key)
     """Map what the HSM token answers to a client's input to one error that says no more.
 
     Tokens answer many codes to a bad ciphertext (SoftHSM: GENERAL_ERROR to bad padding, field note
-    11), and each difference would be an oracle. Codes of the recovery table speak of
-    the connection and pass through.
+    11), and each difference would be an oracle. The operator finds the answer in the log, at level
+    DEBUG. Codes of the recovery table speak of the connection and pass through.
     """
 
     __slots__ = ("_error", "_used")
@@ -40,6 +43,8 @@ class map_client_errors:  # noqa: N801  # read as a statement: with map_client_e
 
     def __exit__(self, _type: object, fault: BaseException | None, _traceback: object) -> None:
         if isinstance(fault, PKCS11Error) and recovery_of(fault) is None:
+            if _log.isEnabledFor(logging.DEBUG):
+                _log.debug("refused", extra={"said": said(fault), "error": self._error.__name__})
             raise self._error from None
 
 
@@ -63,8 +68,8 @@ def attribute_reads() -> Iterator[None]:
     """
     try:
         yield
-    except FunctionFailed:
-        raise SessionHandleInvalid from None
+    except FunctionFailed as fault:
+        raise SessionHandleInvalid(said(fault)) from None
 
 
 def read(key: Any, attribute: Attribute) -> Any:

@@ -69,7 +69,7 @@ class AesGcm:
             key.session.handle, plaintext, len(plaintext), sealed, ctypes.byref(length)
         )
         if code != CKR.OK:
-            raise CryptokiError("C_Encrypt", code)
+            raise CryptokiError("C_Encrypt", code, Mechanism.AES_GCM)
         return sealed.raw[: length.value]
 
     def _begin(self, key: Any, nonce: bytes, additional_data: bytes) -> None:
@@ -88,7 +88,7 @@ class AesGcm:
             key.session.handle, ctypes.byref(mechanism), key.handle
         )
         if code != CKR.OK:
-            raise CryptokiError("C_EncryptInit", code)
+            raise CryptokiError("C_EncryptInit", code, Mechanism.AES_GCM)
 
     @staticmethod
     def decrypt(key: Any, nonce: bytes, sealed: bytes, additional_data: bytes) -> bytes:

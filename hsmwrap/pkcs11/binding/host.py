@@ -24,13 +24,12 @@ from typing import ClassVar
 from pkcs11.exceptions import PKCS11Error
 
 from hsmwrap import forks
-from hsmwrap.ckr import CKR
 from hsmwrap.errors import HsmUnavailable, PoolTimeout
 from hsmwrap.forks import ForkAware, ForkTurn
 from hsmwrap.locks import ReadWriteLock
 from hsmwrap.pkcs11.binding.module import Module
 from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, ObjectLock, softhsm_object_lock
-from hsmwrap.pkcs11.binding.returncodes import CryptokiError, code_name
+from hsmwrap.pkcs11.binding.returncodes import HsmLost, said
 
 FORK_WAIT = 5.0
 """Seconds that ``fork()`` waits for calls in flight before it goes ahead regardless."""
@@ -111,7 +110,7 @@ class ModuleHost(ForkAware):
         Raises:
             HsmUnavailable: The module was being restarted for longer than ``timeout`` seconds.
             PoolTimeout: It takes one thread at a time, and others were before us for so long.
-            CryptokiError: It cannot be initialised.
+            HsmLost: It cannot be initialised.
         """
         leave = self._enter(time.monotonic() + timeout)
         try:
@@ -127,7 +126,7 @@ class ModuleHost(ForkAware):
 
         Raises:
             HsmUnavailable: Calls are still in flight after ``timeout`` seconds.
-            CryptokiError: The module does not come back.
+            HsmLost: The module does not come back.
         """
         if not self._calls.acquire_write(timeout):
             raise HsmUnavailable("calls into the PKCS#11 module do not return; cannot restart it")
@@ -172,8 +171,11 @@ class ModuleHost(ForkAware):
                 self._module.initialize()
         except PKCS11Error as error:
             # Whatever it answers: the HSM is unavailable if its module does not start.
-            reason = f"C_Initialize of {self.path} ({code_name(error)})"
-            raise CryptokiError(reason, CKR.CRYPTOKI_NOT_INITIALIZED) from None
+            raise HsmLost(
+                f"the PKCS#11 module {self.path} does not start: {said(error)}; is there what it "
+                "needs (library_parameters, its configuration and environment, its daemon)?",
+                error,
+            ) from None
         self._forked = False
         self._ready = True
         self.generation += 1

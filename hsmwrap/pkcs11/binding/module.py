@@ -21,6 +21,7 @@ from pkcs11.exceptions import PKCS11Error, UserAlreadyLoggedIn
 
 from hsmwrap.ckr import CKR
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.pkcs11.binding.mechanisms import note_mechanisms, noted
 from hsmwrap.pkcs11.binding.returncodes import CryptokiError
 
 _CKF_OS_LOCKING_OK = 0x2
@@ -142,6 +143,7 @@ class Module(lib):
         self.os_locking = self._functions is not None
         self.owned = False
         self._path = path
+        note_mechanisms()
         super().__init__(path)
         _LOADED.add(self)
 
@@ -238,7 +240,7 @@ class Module(lib):
     def _log_in_by_opening(self, session: Any, pin: _Pin) -> None:
         # Only python-pkcs11 reaches this function table. The session that logs in stays open
         # and is forgotten: closing it would log out.
-        with contextlib.suppress(UserAlreadyLoggedIn):
+        with contextlib.suppress(UserAlreadyLoggedIn), noted("function", "C_Login"):
             session.token.open(rw=True, user_pin=pin)
 
     def _initialize(self, functions: _FunctionListHead) -> bool:

@@ -14,6 +14,7 @@ from enum import Enum, auto
 from types import MappingProxyType
 
 from pkcs11 import exceptions as ck
+from pkcs11.mechanisms import Mechanism
 
 from hsmwrap import errors
 from hsmwrap.ckr import CKR
@@ -95,10 +96,49 @@ RECOVERY: Mapping[CKR, Recovery] = MappingProxyType(
 class CryptokiError(ck.PKCS11Error):
     """A return code of a call that was not made through python-pkcs11."""
 
-    def __init__(self, function: str, code: int) -> None:
-        """Name the function and its return code."""
-        self.code = _named(code)
-        super().__init__(f"{function}: {_text(self.code)}")
+    def __init__(self, function: str, code: int, mechanism: int | None = None) -> None:
+        """Name the function (``C_Login``), its return code, and the mechanism if it has one."""
+        self.code, self.function, self.mechanism = _named(code), function, mechanism
+        super().__init__(str(Answer(self.code, function, mechanism)))
+
+
+class HsmLost(ck.PKCS11Error):
+    """What keeps the HSM token from being connected to, in words; it may be no return code.
+
+    It recovers as a lost HSM does, whatever the module answered.
+
+    Attributes:
+        name: Of the return code of ``cause``, for metrics.
+    """
+
+    def __init__(self, reason: str, cause: ck.PKCS11Error | None = None) -> None:
+        """Say why, with what the module answered, if it is an answer."""
+        self.name = type(self).__name__ if cause is None else code_name(cause)
+        super().__init__(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a PKCS#11 function answered; ``str()`` is the one form in errors, logs and reports.
+
+    ``C_UnwrapKey(CKM_RSA_PKCS_OAEP) answered CKR_TEMPLATE_INCONSISTENT (0xD1)``, and a vendor's
+    mechanisms and codes by number.
+
+    Attributes:
+        code: The return code.
+        function: Name of the function; None where it cannot be told.
+        mechanism: Number of the mechanism, where the function takes one.
+    """
+
+    code: int
+    function: str | None = None
+    mechanism: int | None = None
+
+    def __str__(self) -> str:
+        by = f"({mechanism_name(self.mechanism)})" if self.mechanism is not None else ""
+        name = f"CKR_{self.code.name} " if isinstance(self.code, CKR) else ""
+        number = f"(0x{self.code:X})" if name else f"0x{self.code:X}"
+        return f"{self.function or 'the HSM'}{by} answered {name}{number}"
 
 
 # python-pkcs11 has a class for most codes, named like the code (SessionHandleInvalid), but for
@@ -131,6 +171,8 @@ def return_code(error: ck.PKCS11Error) -> int | None:
     """
     if isinstance(error, CryptokiError):
         return error.code
+    if isinstance(error, HsmLost):
+        return None
     if type(error) is not ck.PKCS11Error:
         kind = type(error)
         return _OTHER_SPELLINGS.get(kind) or _BY_CLASS_NAME.get(kind.__name__.lower())
@@ -141,9 +183,109 @@ def return_code(error: ck.PKCS11Error) -> int | None:
 
 
 def code_name(error: ck.PKCS11Error) -> str:
-    """Name of the return code behind a python-pkcs11 exception, without ``CKR_``."""
+    """Name of the return code behind a python-pkcs11 exception, without ``CKR_``: for metrics."""
+    if isinstance(error, HsmLost):
+        return error.name
     code = return_code(error)
-    return type(error).__name__ if code is None else _text(code)
+    if code is None:
+        return type(error).__name__
+    return code.name if isinstance(code, CKR) else f"{code:#x}"
+
+
+def answer_of(error: ck.PKCS11Error) -> Answer | None:
+    """What the HSM answered; None where the exception is not the answer of an HSM.
+
+    Ask while the exception has its traceback: python-pkcs11 says only there which function it was.
+    """
+    code = return_code(error)
+    if code is None:
+        return None
+    if isinstance(error, CryptokiError):
+        return Answer(code, error.function, error.mechanism)
+    if error.args and type(error) is not ck.PKCS11Error:
+        return None  # raised by hsmwrap, or by python-pkcs11 for a wrong argument
+    function = _function(error)
+    if code == CKR.FUNCTION_FAILED and function == "C_GetAttributeValue":
+        return None  # python-pkcs11 makes this code of every other (field note 33)
+    return Answer(code, function, getattr(error, "mechanism", None))
+
+
+def said(error: ck.PKCS11Error) -> str:
+    """The same in words, for errors, logs and reports: an :class:`Answer`, or what is known."""
+    answer = answer_of(error)
+    if answer is not None:
+        return str(answer)
+    if str(error):
+        return str(error)
+    if return_code(error) == CKR.FUNCTION_FAILED:
+        return "C_GetAttributeValue failed, with a code that python-pkcs11 does not tell"
+    return f"python-pkcs11 raised {type(error).__name__}"
+
+
+def mechanism_name(mechanism: int) -> str:
+    """``CKM_RSA_PKCS_OAEP``; the number of a mechanism that v2.40 does not name."""
+    try:
+        return f"CKM_{Mechanism(mechanism).name}"
+    except ValueError:
+        return f"0x{mechanism:X}"
+
+
+_FUNCTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "lib.__init__": "C_GetInfo",
+        "lib.initialize": "C_Initialize",
+        "lib.finalize": "C_Finalize",
+        "lib.get_slots": "C_GetSlotList",
+        "Slot.get_token": "C_GetTokenInfo",
+        "Slot.get_mechanisms": "C_GetMechanismList",
+        "Slot.get_mechanism_info": "C_GetMechanismInfo",
+        "Token.open": "C_OpenSession",
+        "Session.close": "C_CloseSession",
+        "Session.create_object": "C_CreateObject",
+        "Session.generate_key_from_attrs": "C_GenerateKey",
+        "Session.generate_keypair_from_attrs": "C_GenerateKeyPair",
+        "SearchIter._initiate": "C_FindObjectsInit",
+        "SearchIter.__next__": "C_FindObjects",
+        "SearchIter._finalize": "C_FindObjectsFinal",
+        "ObjectHandleWrapper.get_attribute_list": "C_GetAttributeValue",
+        "ObjectHandleWrapper.__setitem__": "C_SetAttributeValue",
+        "ObjectHandleWrapper.destroy": "C_DestroyObject",
+        "ObjectHandleWrapper.copy": "C_CopyObject",
+        "EncryptMixin._encrypt": "C_Encrypt",
+        "DecryptMixin._decrypt": "C_Decrypt",
+        "SignMixin._sign": "C_Sign",
+        "WrapMixin.wrap_key": "C_WrapKey",
+        "UnwrapMixin.unwrap_key": "C_UnwrapKey",
+        "DeriveMixin.derive_key": "C_DeriveKey",
+    }
+)
+"""The function that a method of python-pkcs11 calls, by the method's name in tracebacks."""
+_INITIATES = "KeyOperation._initiate"  # of C_EncryptInit, C_DecryptInit and C_SignInit
+
+
+# python-pkcs11 logs in while it opens a session: the codes that only the opening answers.
+_OF_OPENING = frozenset(
+    {
+        CKR.SESSION_COUNT,
+        CKR.SESSION_PARALLEL_NOT_SUPPORTED,
+        CKR.SESSION_READ_WRITE_SO_EXISTS,
+        CKR.SLOT_ID_INVALID,
+        CKR.TOKEN_NOT_PRESENT,
+        CKR.TOKEN_WRITE_PROTECTED,
+    }
+)
+
+
+def _function(error: ck.PKCS11Error) -> str | None:
+    found, initiates, trace = None, "", error.__traceback__
+    while trace is not None:
+        method = trace.tb_frame.f_code.co_name.removeprefix("pkcs11._pkcs11.")
+        found = _FUNCTIONS.get(method, found)
+        initiates = "Init" if method == _INITIATES else initiates
+        trace = trace.tb_next
+    if return_code(error) not in _OF_OPENING:
+        found = getattr(error, "function", found)
+    return found and found + initiates
 
 
 def is_vendor_defined(error: ck.PKCS11Error) -> bool:
@@ -154,6 +296,8 @@ def is_vendor_defined(error: ck.PKCS11Error) -> bool:
 
 def recovery_of(error: ck.PKCS11Error) -> Recovery | None:
     """The row for this error; None when the code speaks of the operation, not the connection."""
+    if isinstance(error, HsmLost):
+        return _DEVICE
     code = return_code(error)
     return RECOVERY.get(code) if isinstance(code, CKR) else None
 
@@ -162,7 +306,7 @@ def typed_error(error: ck.PKCS11Error) -> errors.HsmwrapError:
     """The error that the caller gets for this answer of the HSM."""
     recovery = recovery_of(error)
     kind = errors.HsmError if recovery is None else recovery.error
-    return kind(f"the HSM answered {code_name(error)}")
+    return kind(said(error))
 
 
 def _named(code: int) -> int:
@@ -171,7 +315,3 @@ def _named(code: int) -> int:
         return CKR(code)
     except ValueError:
         return code
-
-
-def _text(code: int) -> str:
-    return code.name if isinstance(code, CKR) else f"{code:#x}"

@@ -26,8 +26,9 @@ from hsmwrap.errors import (
     TokenSelectionError,
 )
 from hsmwrap.pkcs11.binding.host import ModuleHost
+from hsmwrap.pkcs11.binding.mechanisms import noted
 from hsmwrap.pkcs11.binding.profiles import profile
-from hsmwrap.pkcs11.binding.returncodes import code_name, recovery_of, typed_error
+from hsmwrap.pkcs11.binding.returncodes import code_name, recovery_of, said, typed_error
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
 from hsmwrap.pkcs11.keysets.keys import HIGHEST_NUMBER, KeySet, KeySets, Role
 from hsmwrap.pkcs11.sessions.connecting import PAUSES, sleep_with_jitter
@@ -307,18 +308,18 @@ def _require_safe(token: Token) -> None:
 
 def _open_officer_session(token: Token, so_pin: PinSource) -> Session:
     try:
-        with so_pin.read() as pin:
+        with so_pin.read() as pin, noted("function", "C_Login"):
             # A Pin is text as far as python-pkcs11 is concerned.
             return token.open(rw=True, so_pin=pin, attribute_mapper=HsmAttributeMapper())
     except PKCS11Error as error:
-        name = code_name(error)
-        if name.startswith("PIN_"):
+        if code_name(error).startswith("PIN_"):
             raise PinError(
-                f"the HSM token answered {name} to the security officer's PIN; check it before "
-                "the next try, as more wrong ones may lock the token"
+                f"{said(error)} to the security officer's PIN; check it before the next try, as "
+                "more wrong ones may lock the HSM token"
             ) from None
         if recovery_of(error) is not None:
             raise
         raise ConfigurationError(
-            f"the security officer cannot log in ({name}); close this process's backends first"
+            f"the security officer cannot log in: {said(error)}; close this process's "
+            "backends first"
         ) from None

@@ -227,7 +227,7 @@ class KeySets:
             return key
         pooled.epoch.end()
         if self.current(pooled) != number:
-            raise KeyHandleInvalid
+            raise KeyHandleInvalid(f"key set {number} was retired")
         raise ConfigurationError(
             f"the HSM token has not exactly one key {self.label(role, number)}; "
             "`hsmwrap keys rotate` makes a new set"

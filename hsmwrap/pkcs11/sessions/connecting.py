@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.types import Session, Token
 
-from hsmwrap.ckr import CKR
 from hsmwrap.errors import ServiceUnavailable, TokenSelectionError
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.module import Module
-from hsmwrap.pkcs11.binding.returncodes import CryptokiError, code_name, recovery_of
+from hsmwrap.pkcs11.binding.returncodes import HsmLost, recovery_of, said
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
 from hsmwrap.pkcs11.sessions.pool import SessionPool
 from hsmwrap.pkcs11.sessions.session import HandleEpoch, close_quietly, open_worker_session
@@ -172,7 +171,7 @@ class Connector:
         except TokenSelectionError as error:
             # It was there before, or may come later: that is a lost HSM, not a wrong setting.
             if self._was_connected:
-                raise CryptokiError(str(error), CKR.TOKEN_NOT_PRESENT) from None
+                raise HsmLost(str(error)) from None
             raise
 
 
@@ -184,4 +183,4 @@ def _unavailable_if_refused() -> Iterator[None]:
     except PKCS11Error as error:
         if recovery_of(error) is not None:
             raise
-        raise CryptokiError(code_name(error), CKR.TOKEN_NOT_PRESENT) from None
+        raise HsmLost(said(error), error) from None

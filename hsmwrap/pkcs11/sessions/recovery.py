@@ -32,6 +32,7 @@ from hsmwrap.pkcs11.binding.returncodes import (
     code_name,
     recovery_of,
     return_code,
+    said,
     typed_error,
 )
 from hsmwrap.pkcs11.sessions._breaker import Breaker, Pass
@@ -54,7 +55,8 @@ class Failure(Exception):
 
     Attributes:
         code: The return code; None where python-pkcs11 names none.
-        name: Its name.
+        name: Its name, for metrics.
+        said: What the HSM said, for people.
         recovery: What mends the connection; None where the code speaks of the operation alone.
         error: What the caller gets.
         held: What the breaker let the attempt through with.
@@ -64,6 +66,7 @@ class Failure(Exception):
 
     code: int | None
     name: str
+    said: str
     recovery: Recovery | None
     error: HsmwrapError
     held: Pass
@@ -135,6 +138,7 @@ class Attempts:
             failure = Failure(
                 return_code(error),
                 code_name(error),
+                said(error),
                 recovery_of(error),
                 typed_error(error),
                 held,
@@ -162,7 +166,7 @@ class Attempts:
             session.tainted = True
             if isinstance(error.obj, Object):
                 # python-pkcs11 made an object whose attributes it could not read: no methods.
-                raise SessionHandleInvalid from None
+                raise SessionHandleInvalid("the attributes of an object cannot be read") from None
             raise
         except BaseException:
             session.tainted = True
@@ -181,7 +185,7 @@ class Attempts:
             self._breaker.undecided(failure.held)
             return False
         self.recoveries[failure.name] += 1
-        _log.warning("recovering", extra={"ckr": failure.name, "remedy": recovery.remedy.name})
+        _log.warning("recovering", extra={"said": failure.said, "remedy": recovery.remedy.name})
         try:
             if recovery.remedy is Remedy.LOG_IN:
                 self._log_in_again(failure)
@@ -190,7 +194,7 @@ class Attempts:
             elif recovery.remedy is Remedy.RESTART:
                 self._restart(failure)
             elif recovery.remedy is Remedy.STOP:
-                self._connector.login.stop(failure.name)
+                self._connector.login.stop(failure.said)
             # A new session, or fewer, come by themselves; the reaper is the caller's.
         finally:
             self._breaker.undecided(failure.held)
@@ -209,10 +213,11 @@ class Attempts:
 
     def _restart(self, failure: Failure) -> None:
         """Restart the module and see whether the HSM token is there again."""
-        seen, name = failure.generation, failure.name
+        seen = failure.generation
         for pause in (*PAUSES, None):
             if not self._breaker.is_current(failure.held):
-                raise HsmUnavailable(f"the HSM is unavailable ({name})")  # another call found out
+                # another call found out
+                raise HsmUnavailable(f"the HSM is unavailable ({failure.said})")
             try:
                 self._host.restart(seen, self._wait)
                 with self._host.inside(self._wait) as (module, generation):
@@ -221,11 +226,11 @@ class Attempts:
                 break
             except PKCS11Error as error:
                 if pause is None:
-                    self._open_breaker(failure.held, code_name(error))
+                    self._open_breaker(failure.held, said(error))
                     raise typed_error(error) from None
             except ServiceUnavailable as error:
-                self._open_breaker(failure.held, name)
-                raise HsmUnavailable(f"the HSM is unavailable ({name}): {error}") from None
+                self._open_breaker(failure.held, failure.said)
+                raise HsmUnavailable(f"the HSM is unavailable ({failure.said}): {error}") from None
             sleep_with_jitter(pause or 0.0)
         self._breaker.succeeded(failure.held)
         _log.warning("HSM module restarted", extra={"generation": self._host.generation})

@@ -132,7 +132,7 @@ class PooledSession:
             UserNotLoggedIn: Without a login, no private object can be found.
         """
         if not self.is_logged_in(self.session):
-            raise UserNotLoggedIn
+            raise UserNotLoggedIn("no login covers the session any more")
 
 
 def find_objects(session: Session, template: dict[Attribute, Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from pkcs11.types import Session
 
 from hsmwrap.errors import HsmUnavailable, PinError
 from hsmwrap.pkcs11.binding.module import Module
-from hsmwrap.pkcs11.binding.returncodes import Remedy, code_name, is_vendor_defined, recovery_of
+from hsmwrap.pkcs11.binding.returncodes import Remedy, is_vendor_defined, recovery_of, said
 from hsmwrap.pkcs11.token.pin import PinSource
 
 VENDOR_LOGINS = 3
@@ -72,24 +72,24 @@ class UserLogin:
             with self._pin.read() as pin:
                 module.log_in(session, pin)
         except PKCS11Error as error:
-            name, recovery = code_name(error), recovery_of(error)
+            answer, recovery = said(error), recovery_of(error)
             # Here and not where it is recovered from: no other thread may log in in between.
             if recovery is not None and recovery.remedy is Remedy.STOP:
-                self.stop(name)
+                self.stop(answer)
             if is_vendor_defined(error):
-                self._doubt(name)
+                self._doubt(answer)
             raise
         self._vendor_logins = 0
 
-    def stop(self, name: str) -> NoReturn:
-        """Allow no more logins, because of this answer.
+    def stop(self, answer: str) -> NoReturn:
+        """Allow no more logins, because of this answer (:func:`said`).
 
         Raises:
             PinError: Always.
         """
         self.stopped = (
-            f"the HSM token answered {name} to the login; not trying again, as that may lock it. "
-            "Correct the PIN and open the backend again"
+            f"{answer}; not trying again, as that may lock the HSM token. Correct the PIN and open "
+            "the backend again"
         )
         raise PinError(self.stopped)
 
@@ -102,12 +102,12 @@ class UserLogin:
                 "lock it. Check the PIN, then set force_login once"
             )
 
-    def _doubt(self, name: str) -> NoReturn:
+    def _doubt(self, answer: str) -> NoReturn:
         """A few tries, each after the breaker's backoff."""
         self._vendor_logins += 1
         if self._vendor_logins >= VENDOR_LOGINS:
-            self.stop(name)
-        raise VendorLogin(f"the HSM token answered {name} to the login")
+            self.stop(answer)
+        raise VendorLogin(answer)
 
 
 def flags_of(session: Session) -> TokenFlag:
