@@ -10,11 +10,13 @@ import json
 import logging
 import re
 import sys
+import threading
 import traceback
 from datetime import UTC, datetime
 from typing import Any
 
 _PLACE = re.compile(r"at [^\s:]+\.py:\d+, in \w+", re.ASCII)
+_log = logging.getLogger(__name__)
 _encode = json.JSONEncoder(default=str).encode
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -37,7 +39,11 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: int = logging.INFO) -> None:
-    """Send the log of hsmwrap to stderr as JSON. A second call changes nothing."""
+    """Send the log of hsmwrap to stderr as JSON; and what the interpreter prints there.
+
+    That is exceptions that nothing catches: of destructors (as python-pkcs11's), of threads, of the
+    process. A second call changes nothing.
+    """
     logger = logging.getLogger("hsmwrap")
     if any(isinstance(h.formatter, JsonFormatter) for h in logger.handlers):
         return
@@ -46,6 +52,27 @@ def configure(level: int = logging.INFO) -> None:
     logger.addHandler(handler)
     logger.setLevel(level)
     logger.propagate = False
+    sys.excepthook = _log_uncaught
+    sys.unraisablehook = _log_unraisable
+    threading.excepthook = _log_end_of_thread
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, _trace: object) -> None:
+    # Also what Cython prints of an exception in a destructor.
+    if not issubclass(kind, KeyboardInterrupt):
+        _log.error("uncaught exception", exc_info=error)
+
+
+def _log_unraisable(what: sys.UnraisableHookArgs) -> None:
+    source = getattr(what.object, "__qualname__", None) or type(what.object).__qualname__
+    if what.exc_value is not None:
+        _log.error("exception ignored", extra={"source": source}, exc_info=what.exc_value)
+
+
+def _log_end_of_thread(what: threading.ExceptHookArgs) -> None:
+    thread = None if what.thread is None else what.thread.name
+    if what.exc_value is not None and not isinstance(what.exc_value, SystemExit):
+        _log.error("thread ended", extra={"thread_name": thread}, exc_info=what.exc_value)
 
 
 def describe(error: BaseException) -> dict[str, str]:

@@ -50,8 +50,6 @@ def soak(backend):
     return Soak([LoadTarget(backend)], Plan(seconds=0, seed=1, threads=8))
 
 
-# python-pkcs11 ends a search that could not begin, too, and the dead server fails that in __del__.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_killed_and_restarted_under_load(server, backend, soak):
     (target,), generation = soak.targets, backend._connection.generation
     with soak.load():

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from pkcs11._pkcs11 import SearchIter  # type: ignore[attr-defined]  # what Session.get_objects runs
 from pkcs11.constants import Attribute
 from pkcs11.exceptions import (
     FunctionFailed,
@@ -21,6 +22,8 @@ from pkcs11.exceptions import (
 from pkcs11.types import Session, Token
 
 from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, ObjectLock
+
+_BATCH = 10  # objects in a call of C_FindObjects, as in python-pkcs11
 
 SEARCHES = 10
 """How often a search begins anew because an object vanished in the middle of it."""
@@ -143,8 +146,24 @@ def find_objects(session: Session, template: dict[Attribute, Any]) -> list[Any]:
     """
     for _ in range(SEARCHES - 1):
         with suppress(*HANDLE_INVALID):
-            return list(session.get_objects(template))
-    return list(session.get_objects(template))
+            return list(search(session, template))
+    return list(search(session, template))
+
+
+def search(session: Session, template: dict[Attribute, Any]) -> Iterator[Any]:
+    """The objects of one search, which is ended here whatever happens.
+
+    ``Session.get_objects`` leaves a search that could not begin to ``SearchIter.__del__``: what the
+    HSM answers there is printed by the interpreter, raw and between the lines of a log (field note
+    81). Of one that failed half-way it raises what the HSM answers to its end.
+    """
+    found = SearchIter(session, template, _BATCH)
+    try:
+        for batch in found.__enter__():
+            yield from batch
+    finally:
+        with suppress(PKCS11Error):
+            found._finalize()  # noqa: SLF001  # does nothing where the search has ended
 
 
 def open_worker_session(token: Token, attribute_mapper: Any) -> Session:

@@ -17,7 +17,7 @@ from pkcs11.exceptions import FunctionFailed, PKCS11Error
 
 from hsmwrap.backend import ReapReport
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
-from hsmwrap.pkcs11.sessions.session import HANDLE_INVALID, SEARCHES, PooledSession
+from hsmwrap.pkcs11.sessions.session import HANDLE_INVALID, SEARCHES, PooledSession, search
 
 GRACE = timedelta(minutes=15)
 """How long after its expiry a key is left alone. The clock is this machine's, the expiry was set
@@ -85,7 +85,7 @@ def _search(pooled: PooledSession) -> tuple[list[Any], bool]:
     """What a search finds, and whether it came to its end."""
     found: list[Any] = []
     try:
-        found.extend(pooled.session.get_objects(_RESIDENT))
+        found.extend(search(pooled.session, _RESIDENT))
     except HANDLE_INVALID:
         # python-pkcs11 reads attributes of what it has found, which may have vanished.
         pooled.require_login()
