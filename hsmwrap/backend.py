@@ -42,6 +42,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Self, TypeVar
 
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.ckr import answered
 from hsmwrap.errors import HsmError, KeyNotFound
 
 CONTRACT_VERSION = 2
@@ -372,6 +373,13 @@ class FailedTrial:
     code: int | None = None
     wrong: str = ""
     consequence: str = ""
+
+    @property
+    def answer(self) -> str:
+        """What the HSM said, in the form of :func:`hsmwrap.ckr.answered`, or what was wrong."""
+        if self.code is None:
+            return self.wrong
+        return answered(self.code, self.function, self.mechanism)
 
 
 class Outcome(StrEnum):

@@ -106,3 +106,20 @@ class CKR(IntEnum):
     PUBLIC_KEY_INVALID = 0x1B9
     FUNCTION_REJECTED = 0x200
     VENDOR_DEFINED = 0x80000000
+
+
+def answered(code: int, function: str | None = None, mechanism: str | None = None) -> str:
+    """What an HSM said, in the one form of errors, logs and reports.
+
+    ``C_UnwrapKey(CKM_RSA_PKCS_OAEP) answered CKR_TEMPLATE_INCONSISTENT (0xD1)``; a code that v2.40
+    does not name, a vendor's for example, stands as its number.
+
+    Args:
+        code: The return code.
+        function: Name of the function; None where it cannot be told.
+        mechanism: Name or number of the mechanism, where the function takes one.
+    """
+    by = f"({mechanism})" if mechanism else ""
+    named = code in CKR._value2member_map_  # `in CKR` takes numbers from 3.12 on
+    what = f"CKR_{CKR(code).name} (0x{code:X})" if named else f"0x{code:X}"
+    return f"{function or 'the HSM'}{by} answered {what}"

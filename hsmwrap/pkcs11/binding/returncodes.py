@@ -17,7 +17,7 @@ from pkcs11 import exceptions as ck
 from pkcs11.mechanisms import Mechanism
 
 from hsmwrap import errors
-from hsmwrap.ckr import CKR
+from hsmwrap.ckr import CKR, answered
 
 
 class Remedy(Enum):
@@ -119,10 +119,7 @@ class HsmLost(ck.PKCS11Error):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a PKCS#11 function answered; ``str()`` is the one form in errors, logs and reports.
-
-    ``C_UnwrapKey(CKM_RSA_PKCS_OAEP) answered CKR_TEMPLATE_INCONSISTENT (0xD1)``, and a vendor's
-    mechanisms and codes by number.
+    """What a PKCS#11 function answered; ``str()`` is :func:`hsmwrap.ckr.answered`.
 
     Attributes:
         code: The return code.
@@ -135,10 +132,8 @@ class Answer:
     mechanism: int | None = None
 
     def __str__(self) -> str:
-        by = f"({mechanism_name(self.mechanism)})" if self.mechanism is not None else ""
-        name = f"CKR_{self.code.name} " if isinstance(self.code, CKR) else ""
-        number = f"(0x{self.code:X})" if name else f"0x{self.code:X}"
-        return f"{self.function or 'the HSM'}{by} answered {name}{number}"
+        mechanism = None if self.mechanism is None else mechanism_name(self.mechanism)
+        return answered(self.code, self.function, mechanism)
 
 
 # python-pkcs11 has a class for most codes, named like the code (SessionHandleInvalid), but for
