@@ -13,14 +13,12 @@ from hsmwrap import registry
 from hsmwrap.backend import KeySetInfo, ReapReport, ReapsWrappingKeys
 from hsmwrap.cli import tables
 from hsmwrap.cli.arguments import (
+    ENVIRONMENT,
     Subparsers,
+    add_backend_options,
     add_json_option,
-    add_settings_option,
-    read_settings,
+    backend_settings,
 )
-from hsmwrap.errors import ConfigurationError
-from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.software.settings import SoftwareSettings
 
 _DESCRIPTION = """\
 A backend seals import tokens, wrapping keys and imported keys under keys of its own, which come
@@ -46,28 +44,6 @@ _WEAKER = """\
 hsmwrap: without --so-pin-file the key-encryption keys are not trusted: the holder of the user PIN
 can wrap key material with a key of their own while it is being imported, or plant a key set."""
 
-_ENVIRONMENT = {
-    "module": "HSMWRAP_PKCS11_MODULE",
-    "token_label": "HSMWRAP_TOKEN_LABEL",
-    "pin_file": "HSMWRAP_PIN_FILE",
-    "so_pin_file": "HSMWRAP_SO_PIN_FILE",
-    "keyring_file": "HSMWRAP_KEYRING_FILE",
-}
-_OPTIONS = {
-    "pkcs11": (
-        "uri",
-        "module",
-        "library_parameters",
-        "token_label",
-        "token_serial",
-        "pin_file",
-        "key_prefix",
-        "profile",
-        "force_login",
-    ),
-    "software": ("keyring_file",),
-}
-
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand."""
@@ -79,27 +55,18 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("action", choices=("init", "rotate", "retire", "list", "reap"))
     parser.add_argument("key_set", nargs="?", help="the key set to retire; see above for when")
-    parser.add_argument("--backend", default="pkcs11", help="the plug-in; default: pkcs11")
-    add_settings_option(parser)
-    parser.add_argument("--so-pin-file", help="file with the security officer's PIN")
-    for row in (*Pkcs11Settings.table(), *SoftwareSettings.table()):
-        if any(row.name in names for names in _OPTIONS.values()):
-            parser.add_argument(
-                f"--{row.name.replace('_', '-')}",
-                action="store_true" if row.default is False else "store",
-                help=row.help,
-            )
+    add_backend_options(parser)
     add_json_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what ``args.action`` says and print the key sets that there are afterwards."""
-    settings = _settings(args)
+    settings = backend_settings(args)
     if args.action == "reap":
         return _reap(args, settings)
     key_sets = registry.KeySetManager(args.backend, settings)
-    so_pin_file = args.so_pin_file or os.environ.get(_ENVIRONMENT["so_pin_file"])
+    so_pin_file = args.so_pin_file or os.environ.get(ENVIRONMENT["so_pin_file"])
     if args.action in {"init", "rotate"} and args.backend == "pkcs11" and not so_pin_file:
         print(_WEAKER, file=sys.stderr)
     if args.action == "init":
@@ -125,23 +92,6 @@ def _reap(args: argparse.Namespace, settings: dict[str, Any]) -> int:
             f"removed, {len(report.failed)} could not be removed"
         )
     return 1 if report.failed else 0
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    options = {name: getattr(args, name) for names in _OPTIONS.values() for name in names}
-    given = {name: value for name, value in options.items() if value}
-    takes = _OPTIONS.get(args.backend, ())
-    if other := sorted(given.keys() - set(takes)):
-        raise ConfigurationError(
-            f"--{other[0].replace('_', '-')} is an option of another backend; the settings of "
-            f"{args.backend} come from --settings FILE"
-        )
-    if args.settings is not None:
-        return read_settings(args.settings) | given
-    if "uri" in given:
-        return given
-    variables = {name: os.environ.get(_ENVIRONMENT.get(name, "")) for name in takes}
-    return {name: value for name, value in variables.items() if value} | given
 
 
 def _print(sets: tuple[KeySetInfo, ...], *, as_json: bool) -> None:
