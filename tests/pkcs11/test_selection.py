@@ -13,7 +13,7 @@ SECRET = "Zx9-4711-QQ"
 ONE = TokenDescription(7, "one".ljust(32), "0001".ljust(16), "Acme", "v2")
 TWO = TokenDescription(9, "two\0\0\0", "0002", "Acme", "v2")
 TWIN = TokenDescription(11, "two", "0003", "Acme", "v2")
-BLANK = TokenDescription(13, " " * 32, "", "Acme", "v2")
+BLANK = TokenDescription(13, " " * 32, "", "Acme", "v2", initialised=False)
 
 
 def refusal(selector, present):

@@ -18,6 +18,7 @@ from weakref import WeakSet
 
 from pkcs11._pkcs11 import lib  # the class behind the pkcs11.lib() factory
 from pkcs11.exceptions import PKCS11Error, UserAlreadyLoggedIn
+from pkcs11.types import PROTECTED_AUTH
 
 from hsmwrap.ckr import CKR
 from hsmwrap.errors import ConfigurationError
@@ -197,11 +198,12 @@ class Module(lib):
             self.owned = False
             _OURS.pop(self._path, None)
 
-    def log_in(self, session: Any, pin: _Pin) -> None:
+    def log_in(self, session: Any, pin: _Pin | None) -> None:
         """Log the application in through a session that was opened without PIN.
 
         python-pkcs11 logs in only while it opens a session, loses that session's handle when
         the application is logged in already, and logs it out when it closes it (field note 4).
+        Without a PIN it is typed at the HSM token (protected authentication path).
 
         Raises:
             PKCS11Error: The HSM token refuses; being logged in already is not a refusal.
@@ -209,7 +211,9 @@ class Module(lib):
         if self._functions is None:
             self._log_in_by_opening(session, pin)
             return
-        code = self._log_in_as_user(self._functions, session.handle, pin.utf8)
+        code = self._log_in_as_user(
+            self._functions, session.handle, None if pin is None else pin.utf8
+        )
         if code not in (CKR.OK, CKR.USER_ALREADY_LOGGED_IN):
             raise CryptokiError("C_Login", code)
 
@@ -231,17 +235,20 @@ class Module(lib):
         return info.state in _CKS_USER_FUNCTIONS
 
     @staticmethod
-    def _log_in_as_user(functions: Any, handle: int, secret: bytearray) -> int:
+    def _log_in_as_user(functions: Any, handle: int, secret: bytearray | None) -> int:
         # A frame of its own, which has ended when the answer becomes an exception.
+        if secret is None:
+            return int(functions.c_login(handle, _CKU_USER, None, 0))
         in_place = (ctypes.c_char * len(secret)).from_buffer(secret)
         code: int = functions.c_login(handle, _CKU_USER, in_place, len(secret))
         return code
 
-    def _log_in_by_opening(self, session: Any, pin: _Pin) -> None:
+    def _log_in_by_opening(self, session: Any, pin: _Pin | None) -> None:
         # Only python-pkcs11 reaches this function table. The session that logs in stays open
         # and is forgotten: closing it would log out.
+        typed = PROTECTED_AUTH if pin is None else pin
         with contextlib.suppress(UserAlreadyLoggedIn), noted("function", "C_Login"):
-            session.token.open(rw=True, user_pin=pin)
+            session.token.open(rw=True, user_pin=typed)
 
     def _initialize(self, functions: _FunctionListHead) -> bool:
         """Initialise it unless it is; return whether it is ours to finalise."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from pkcs11.exceptions import PKCS11Error
+from pkcs11.exceptions import PKCS11Error, SessionCount
 from pkcs11.types import Session, Token
 
 from hsmwrap.errors import ServiceUnavailable, TokenSelectionError
@@ -42,14 +42,15 @@ class Connected:
     Attributes:
         generation: Number of the generation; the rest means nothing in another.
         token: The HSM token.
-        login_session: Keeps the login; a login belongs to the application (field note 4).
+        login_session: Keeps the login; a login belongs to the application (field note 4). None
+            where it works in the pool, as the HSM token has no other.
         pool: The worker sessions.
         logins: How often this generation has logged in.
     """
 
     generation: int
     token: Token
-    login_session: Session
+    login_session: Session | None
     pool: SessionPool
     logins: int = 1
 
@@ -108,10 +109,16 @@ class Connector:
             if present is None or present.generation != generation or present.logins != seen:
                 return
             # By a new session: the one that kept the login may be the one that died.
-            old = present.login_session
-            present.login_session = self._open_logged_in(module, present.token)
+            old, present.login_session = present.login_session, None
+            try:
+                present.login_session = self._open_logged_in(module, present.token)
+            except SessionCount:
+                if old is not None:
+                    raise
+                # The one session of the HSM token is a worker again, which logs in by itself.
+            finally:
+                _close(old)
             present.logins += 1
-        close_quietly(old)
 
     def close(self) -> None:
         """Close all sessions, if their generation has not ended."""
@@ -125,7 +132,7 @@ class Connector:
         ):
             if generation == present.generation:
                 present.pool.close()
-                close_quietly(present.login_session)
+                _close(present.login_session)
 
     def reset(self) -> None:
         """Start over in a forked child: a free lock, no handle of the parent's."""
@@ -136,7 +143,7 @@ class Connector:
         """Forget the sessions of a generation that has ended; close them if they survived it."""
         if self._host.sessions_survived:
             ended.pool.close()
-            close_quietly(ended.login_session)
+            _close(ended.login_session)
         else:
             ended.pool.abandon()
 
@@ -144,7 +151,7 @@ class Connector:
         token = self._find_token(module)
         session = self._open_logged_in(module, token)
         pool = SessionPool(
-            lambda: self._open_worker(token),
+            lambda: self._open_worker(module, token),
             module.is_logged_in,
             self._host.object_lock(),
             self.epoch,
@@ -152,9 +159,41 @@ class Connector:
         )
         return Connected(generation, token, session, pool)
 
-    def _open_worker(self, token: Token) -> Session:
+    def _open_worker(self, module: Module, token: Token) -> Session:
+        """Open a session that a login covers; the one that keeps the login, if there are no more.
+
+        Some HSM tokens have one session. On some a login covers only the session that it was made
+        in: there each logs in for itself.
+        """
         with _unavailable_if_refused():
-            return open_worker_session(token, self._mapper)
+            try:
+                session = open_worker_session(token, self._mapper)
+            except SessionCount:
+                with self._lock:
+                    present = self.connected
+                    if present is None or present.login_session is None:
+                        raise
+                    session, present.login_session = present.login_session, None
+            try:
+                if not module.is_logged_in(session):
+                    self._cover(module, session)
+            except BaseException:
+                close_quietly(session)
+                raise
+            return session
+
+    def _cover(self, module: Module, session: Session) -> None:
+        """Log in through a worker session, unless all have lost the login: that is recovered from.
+
+        Raises:
+            PinError, VendorLogin, PKCS11Error: As for :meth:`connect`.
+        """
+        with self._lock:
+            present = self.connected
+            keeper = None if present is None else present.login_session
+            alone = keeper is None or module.is_logged_in(keeper)
+            if alone and not module.is_logged_in(session):  # another may have, for all
+                self.login.log_in(module, session)
 
     def _open_logged_in(self, module: Module, token: Token) -> Session:
         session = open_worker_session(token, self._mapper)
@@ -173,6 +212,11 @@ class Connector:
             if self._was_connected:
                 raise HsmLost(str(error)) from None
             raise
+
+
+def _close(session: Session | None) -> None:
+    if session is not None:
+        close_quietly(session)
 
 
 @contextmanager

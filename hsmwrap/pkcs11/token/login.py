@@ -7,6 +7,7 @@ be the last.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 from pkcs11.constants import TokenFlag
@@ -40,7 +41,10 @@ class UserLogin:
     """
 
     def __init__(self, pin: PinSource | None, *, force: bool) -> None:
-        """Take where the PIN is (None: no login is needed), and whether to ignore warnings."""
+        """Take where the PIN is, and whether to ignore warnings.
+
+        Without a PIN no login is needed, or it is typed at the HSM token, as that says.
+        """
         self.stopped: str | None = None
         self._pin = pin
         self._force = force
@@ -64,12 +68,13 @@ class UserLogin:
             VendorLogin: Perhaps refused.
             PKCS11Error: The HSM token does not answer.
         """
-        if self._pin is None:
+        if self._pin is None and not flags_of(session) & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
             return
         self.require_not_stopped()
         self._heed_warnings(session)
         try:
-            with self._pin.read() as pin:
+            typed: AbstractContextManager[None] = nullcontext()
+            with typed if self._pin is None else self._pin.read() as pin:
                 module.log_in(session, pin)
         except PKCS11Error as error:
             answer, recovery = said(error), recovery_of(error)

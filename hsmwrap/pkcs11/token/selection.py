@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
+from pkcs11.constants import TokenFlag
 from pkcs11.exceptions import TokenNotPresent, TokenNotRecognised
 from pkcs11.types import Token
 
@@ -32,10 +33,11 @@ class TokenDescription:
 
     Attributes:
         slot_id: Slot number.
-        label: Label of the token; empty: not initialised.
+        label: Label of the token; may be blank.
         serial: Serial number.
         manufacturer: Manufacturer.
         model: Model.
+        initialised: Whether there is a token to be used.
     """
 
     slot_id: int
@@ -43,6 +45,7 @@ class TokenDescription:
     serial: str
     manufacturer: str
     model: str
+    initialised: bool = True
 
     def __str__(self) -> str:
         return f"label {_plain(self.label)!r}, serial {_plain(self.serial)!r}, slot {self.slot_id}"
@@ -86,7 +89,7 @@ def select(selector: TokenSelector, present: Sequence[TokenDescription]) -> Toke
         TokenSelectionError: None or several match. The text lists the tokens present and the
             settings that tell them apart. Retryable where none matches.
     """
-    ready = [token for token in present if _plain(token.label)]
+    ready = [token for token in present if token.initialised]
     matching = [token for token in ready if selector.matches(token)]
     if len(matching) == 1:
         return matching[0]
@@ -196,4 +199,6 @@ def _describe(token: Token) -> TokenDescription:
         serial=token.serial.decode("utf-8", "replace"),
         manufacturer=token.manufacturer_id,
         model=token.model,
+        # Not every module sets the flag, and some tokens are ready without a label.
+        initialised=bool(token.flags & TokenFlag.TOKEN_INITIALIZED or _plain(token.label)),
     )
