@@ -3,7 +3,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from support import fast, memory_disk, skips
+from support import fast, memory_disk, rsa_pairs, skips
 from support.pkcs11.objects import destroy_imported
 
 from hsmwrap.testing.softhsm import SoftHsm
@@ -29,6 +29,8 @@ def pytest_configure(config):
     hypothesis.settings.register_profile("patient", deadline=None)
     hypothesis.settings.load_profile("patient")
     fast.configure(config)
+    if not config.option.fast:
+        rsa_pairs.use()
     skips.register(config)
 
 

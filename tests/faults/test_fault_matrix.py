@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 from support.faults import matrix_worker
-from support.faults.rsakeys import preloaded
 from support.once import once
 from support.services.softhsm import make_softhsm
 
@@ -62,7 +61,7 @@ def run(share, directory):
     arguments = [directory / "shim", json.dumps(settings), token.environment["HSMWRAP_SO_PIN_FILE"]]
     done = subprocess.run(
         [sys.executable, "-m", matrix_worker.__name__, *arguments, share.operation, *share.codes],
-        env=os.environ | token.environment | preloaded(directory),
+        env=os.environ | token.environment,
         capture_output=True,
         text=True,
         check=False,

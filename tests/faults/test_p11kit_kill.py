@@ -17,7 +17,6 @@ from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import Mechanism
 from soak.load import LoadTarget
 from soak.runner import TICK, Plan, Soak
-from support.faults.rsakeys import preloaded
 from support.services.p11kit import p11kit_server
 from support.services.softhsm import make_softhsm
 
@@ -34,7 +33,7 @@ LONGEST = 120
 @pytest.fixture
 def server(tmp_path):
     token = make_softhsm(tmp_path / "token", label="killed")
-    with p11kit_server(token, tmp_path, **preloaded(tmp_path)) as running:
+    with p11kit_server(token, tmp_path) as running:
         yield running
 
 
