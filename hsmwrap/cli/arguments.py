@@ -40,7 +40,7 @@ _OPTIONS = {
 }
 
 
-def add_json_option(parser: argparse.ArgumentParser) -> None:
+def add_json_option(parser: argparse._ActionsContainer) -> None:
     """Add ``--json``: the same facts for machines."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

@@ -8,6 +8,8 @@ from hsmwrap import registry
 from hsmwrap.cli import tables
 from hsmwrap.cli.arguments import Subparsers, add_json_option
 
+_MORE = "`hsmwrap doctor --backend NAME` tries what a plug-in can do on the HSM at hand."
+
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand."""
@@ -51,4 +53,4 @@ def _table(rows: list[dict[str, str | bool | None]]) -> str:
         ],
     )
     errors = dict.fromkeys(str(row["error"]) for row in rows if row["error"])
-    return "\n".join([table, *errors])
+    return "\n".join([table, *errors, "", _MORE])

@@ -1,4 +1,4 @@
-"""Output as aligned plain text and as JSON."""
+"""Output as aligned plain text, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ def render(
     rights = [heading in right for heading in headings]
     lines.insert(1, tuple("-" * width for width in widths))
     return "\n".join(_line(line, widths, rights) for line in lines)
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The same in Markdown."""
+    lines = [tuple(headings), ("---",) * len(headings), *(tuple(row) for row in rows)]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
+        for line in lines
+    )
 
 
 def to_json(document: Any) -> str:

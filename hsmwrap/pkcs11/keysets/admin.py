@@ -86,7 +86,7 @@ def _survey(settings: Pkcs11Settings, keys: KeySets) -> _Survey:
         pooled.require_login()  # without one, the private keys are not seen
         return found
 
-    with _connected(settings) as connection:
+    with connected(settings) as connection:
         return connection.run(survey)
 
 
@@ -162,8 +162,20 @@ def retire(settings: Pkcs11Settings, key_set: str) -> None:
         raise ConfigurationError(f"the HSM token has no key set {key_set}; it has {there}")
     if any(each.current for each in present.sets if str(each.number) == key_set):
         raise ConfigurationError(f"key set {key_set} is current; rotate first")
-    with _connected(settings) as connection:
+    with connected(settings) as connection:
         connection.run(lambda pooled: keys.destroy(pooled, int(key_set)))
+
+
+def destroy_all(settings: Pkcs11Settings) -> None:
+    """Destroy every key set of this prefix, the current one too: for a prefix made for a trial.
+
+    Raises:
+        ServiceUnavailable, HsmError: The HSM failed; call again to destroy what is left.
+    """
+    keys = _key_sets(settings)
+    with connected(settings) as connection:
+        for number in connection.run(lambda pooled: keys.numbers(pooled.session)):
+            connection.run(partial(keys.destroy, number=number))
 
 
 # --- making ------------------------------------------------------------------------------------
@@ -182,7 +194,7 @@ def _create(
                 with _officer_session(settings, so_pin) as session:
                     for role in roles:
                         keys.create(session, role, number, made_by, trusted=True)
-            with _connected(settings) as connection:
+            with connected(settings) as connection:
                 made = _EVERY_ROLE if Role.MAC in roles else frozenset(roles)
                 _require_complete(connection, keys, number, made)
                 listed = connection.run(lambda pooled: keys.list(pooled.session))
@@ -205,7 +217,7 @@ def _make(
         with pooled.token_writes:
             keys.create(pooled.session, role, number, made_by, trusted=False)
 
-    with _connected(settings) as connection:
+    with connected(settings) as connection:
         for role in roles:
             connection.run(partial(create, role=role), retry=False)
 
@@ -228,7 +240,7 @@ def _require_complete(
 
 def _clean_up(settings: Pkcs11Settings, keys: KeySets, number: int, made_by: str) -> None:
     try:
-        with _connected(settings) as connection:
+        with connected(settings) as connection:
             connection.run(lambda pooled: keys.destroy(pooled, number, made_by))
     except HsmwrapError as error:
         # The caller gets the first error. What is left is listed as not finished.
@@ -244,7 +256,8 @@ def _key_sets(settings: Pkcs11Settings) -> KeySets:
 
 
 @contextmanager
-def _connected(settings: Pkcs11Settings) -> Iterator[Connection]:
+def connected(settings: Pkcs11Settings) -> Iterator[Connection]:
+    """A connection for the length of a ``with`` block; see :class:`Connection` for the errors."""
     connection = Connection(settings)
     try:
         yield connection

@@ -1,0 +1,294 @@
+"""hsmwrap doctor: on SoftHSM and NSS, on the software backend, on a plug-in."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.services.nss import LABEL, find_module, make_nss
+
+from hsmwrap import registry
+from hsmwrap.backend import Exposure
+from hsmwrap.cli import doctor_examination, main
+from hsmwrap.errors import HsmError
+from hsmwrap.pkcs11 import Pkcs11Backend, inspection
+from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.testing import MemoryBackend
+
+OAEP_256 = "RSA_2048:RSAES_OAEP_SHA_256"
+KEYS = {
+    "hsmwrap",
+    "at",
+    "python",
+    "platform",
+    "backend",
+    "module",
+    "token",
+    "key_sets",
+    "objects",
+    "examination",
+    "requirements",
+    "verdict",
+}
+EXAMINATION = {
+    "name",
+    "protection_levels",
+    "production",
+    "rows",
+    "keys",
+    "protections",
+    "failed",
+    "notes",
+    "threads",
+    "fork",
+    "health",
+    "durations",
+}
+ROW = {
+    "wrapping_key_spec",
+    "wrapping_algorithm",
+    "served",
+    "exposure",
+    "custody",
+    "path",
+    "reason",
+    "tried",
+    "failure",
+    "issue_ms",
+    "import_ms",
+}
+NO_PIN = "a PIN that no output may show"
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch):
+    monkeypatch.setattr(doctor_examination, "_RUNS", 3)
+    monkeypatch.setattr(doctor_examination, "_SECONDS", 0.05)
+
+
+@pytest.fixture
+def plug_in(tmp_path, monkeypatch):
+    """Options for a plug-in of this class, whose objects are files in ``tmp_path / "objects"``."""
+
+    def register(kind, **settings):
+        monkeypatch.setattr(registry, "load", lambda _name: kind)
+        return ["--backend", "acme", "--settings", write(tmp_path, directory="objects", **settings)]
+
+    monkeypatch.chdir(tmp_path)
+    return register
+
+
+def write(where, /, **settings):
+    file = where / "doctor.toml"
+    file.write_text("".join(f'{name} = "{value}"\n' for name, value in settings.items()))
+    return str(file)
+
+
+def options(settings):
+    return [
+        word
+        for name, value in settings.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def exposures(document):
+    rows = document["examination"]["rows"]
+    return {row["wrapping_algorithm"]: row["exposure"] for row in rows}
+
+
+# --- SoftHSM -------------------------------------------------------------------------------------
+
+
+def test_a_token_without_a_key_set_is_left_as_it_was(softhsm, run_json):
+    settings = softhsm.bare_settings(key_prefix="nothing-here")
+    checked = Pkcs11Settings.from_mapping(settings)
+    before = inspection.token_objects(checked)
+    status, document = run_json(
+        "doctor", *options(settings), "--require", OAEP_256, "--require", "EC_SM2:SM2PKE:host"
+    )
+    assert (status, document["verdict"]["broken"]) == (0, [])
+    assert inspection.token_objects(checked) == before
+    assert document["objects"] == {"before": before.total(), "after": before.total(), "left": []}
+    assert document.keys() == KEYS
+    assert document["examination"].keys() == EXAMINATION
+    assert all(row.keys() == ROW for row in document["examination"]["rows"])
+    assert exposures(document) == {
+        "RSAES_PKCS1_V1_5": "in_hsm",
+        "RSAES_OAEP_SHA_1": "in_hsm",
+        "RSAES_OAEP_SHA_256": "host",
+        "SM2PKE": "host",
+    }
+    for row in document["examination"]["rows"]:
+        assert (row["failure"], bool(row["reason"])) == (None, row["exposure"] == "host")
+    assert {k["key_spec"]: k["outcome"] for k in document["examination"]["keys"]} == {
+        "Aliyun_AES_256": "used",
+        "Aliyun_SM4": "stored",
+    }
+    assert document["module"]["manufacturer"] == "SoftHSM"
+    assert document["token"]["label"] == settings["token_label"]
+    assert "LOGIN_REQUIRED" in document["token"]["flags"]
+    assert "of the doctor" in document["key_sets"][0]["detail"]
+    assert [each["met"] for each in document["requirements"]] == [True, True]
+    assert document["examination"]["fork"] == {"failure": None}
+    assert document["examination"]["threads"]["failure"] is None
+    assert all(each["median_ms"] > 0 for each in document["examination"]["durations"])
+
+
+def test_what_is_left_is_seen(softhsm, tmp_path, run_json, monkeypatch):
+    """The control of the test before: an imported key that is not destroyed."""
+    settings = softhsm.settings("doctor", material_custody="HsmInternal")
+    monkeypatch.setattr(Pkcs11Backend, "destroy_key", lambda *_: None)
+    status, document = run_json("doctor", "--settings", write(tmp_path, **settings))
+    objects = document["objects"]
+    assert status == 1
+    assert len(objects["left"]) == objects["after"] - objects["before"] > 0
+    assert "SECRET_KEY" in objects["left"][0]
+    assert "new objects" in document["verdict"]["broken"][-1]
+    assert "trusted" in document["key_sets"][0]["detail"]  # those of the HSM token, not its own
+
+
+def test_no_secret_is_in_the_output(softhsm, capsys):
+    pin = Path(softhsm.environment["HSMWRAP_PIN_FILE"]).read_text("utf-8").strip()
+    settings = softhsm.settings("doctor")
+    assert main(["doctor", "--markdown", *options(settings)]) == 0
+    captured = capsys.readouterr()
+    assert pin not in captured.out + captured.err
+    assert settings["pin_file"] not in captured.out
+    assert "importing by EC_SM2 SM2PKE" in captured.err  # progress
+    assert "| EC_SM2 | SM2PKE | host |" in captured.out
+    assert "## Protections" in captured.out or "## Notes" in captured.out
+
+
+# --- NSS -----------------------------------------------------------------------------------------
+
+
+def run_in_a_process(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "hsmwrap.cli", "doctor", "--json", *arguments],
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_on_nss(tmp_path):
+    nss = make_nss(tmp_path)
+    settings = nss.settings("unused")
+    del settings["key_prefix"]
+    status, document = run_in_a_process(
+        *options(settings), "--require", f"{OAEP_256}:in_hsm", "--require", "EC_SM2:SM2PKE"
+    )
+    assert exposures(document)["RSAES_OAEP_SHA_256"] == "in_hsm"
+    assert (status, len(document["verdict"]["broken"])) == (1, 1)
+    assert "EC_SM2:SM2PKE is required, but not served" in document["verdict"]["broken"][0]
+    sm2 = document["examination"]["rows"][-1]
+    assert (sm2["served"], sm2["exposure"], bool(sm2["reason"])) == (False, None, True)
+    assert document["objects"]["left"] == []
+
+
+@pytest.mark.slow
+def test_why_it_cannot_run_is_in_the_report(tmp_path):
+    if find_module() is None:
+        pytest.skip("capability: no NSS")
+    pin = tmp_path / "pin"
+    pin.write_text(NO_PIN)
+    pin.chmod(0o400)
+    status, document = run_in_a_process(
+        "--module", find_module(), "--token-label", LABEL, "--pin-file", str(pin)
+    )
+    assert status == 2
+    assert "C_Initialize answered CKR_ARGUMENTS_BAD (0x7)" in document["verdict"]["cannot_run"]
+    assert NO_PIN not in json.dumps(document)
+
+
+# --- by the contract alone -----------------------------------------------------------------------
+
+
+def test_on_the_software_backend(run_json):
+    status, document = run_json("doctor", "--backend", "software")
+    assert (status, document["verdict"]["kept"]) == (0, True)
+    assert document["objects"] == {"before": None, "after": None, "left": []}
+    assert set(exposures(document).values()) == {"host"}
+
+
+def test_on_a_plug_in(plug_in, run_json):
+    internal = {"wrapping_custody": "HsmInternal", "material_custody": "HsmInternal"}
+    acme = plug_in(MemoryBackend, **internal)
+    with MemoryBackend.from_settings({"directory": "objects", **internal}) as backend:
+        kept = set(backend.store)
+        status, document = run_json("doctor", *acme, "--require", f"{OAEP_256}:host")
+        assert (status, document["verdict"]["broken"]) == (0, [])
+        assert set(backend.store) == kept
+    assert (document["module"], document["token"]) == ({}, {})
+    assert document["key_sets"] != []
+
+
+class Broken(MemoryBackend):
+    """Each method keeps its promise until a test breaks it."""
+
+
+def test_exposure_is_compared_with_the_report(plug_in, run_json, monkeypatch):
+    def unwrap(self, *arguments, **named):
+        imported = MemoryBackend.unwrap_material(self, *arguments, **named)
+        return replace(imported, exposure=Exposure.HOST)
+
+    monkeypatch.setattr(Broken, "unwrap_material", unwrap)
+    status, document = run_json("doctor", *plug_in(Broken, exposure="in_hsm"))
+    assert status == 1
+    assert (
+        "HsmEncryptedDatabase, host; its capabilities promise" in document["verdict"]["broken"][0]
+    )
+
+
+def test_a_use_that_fails_is_a_promise_that_is_not_kept(plug_in, capsys, monkeypatch):
+    def encrypt(*_arguments, **_named):
+        raise HsmError("C_Encrypt(CKM_AES_GCM) answered CKR_DEVICE_MEMORY (0x31)")
+
+    monkeypatch.setattr(Broken, "encrypt", encrypt)
+    assert main(["doctor", *plug_in(Broken)]) == 1
+    said = "C_Encrypt(CKM_AES_GCM) answered CKR_DEVICE_MEMORY (0x31)"
+    assert f"NOT KEPT: Aliyun_AES_256: HsmError: {said}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_a_child_that_cannot_verify_is_a_promise_that_is_not_kept(plug_in, run_json, monkeypatch):
+    here = os.getpid()
+
+    def verify(self, data, mac):
+        if os.getpid() != here:
+            raise HsmError("not in this process")
+        MemoryBackend.verify_mac(self, data, mac)
+
+    monkeypatch.setattr(Broken, "verify_mac", verify)
+    status, document = run_json("doctor", *plug_in(Broken))
+    assert status == 1
+    assert document["verdict"]["broken"][0].startswith("fork: the child ended with status 1")
+
+
+def test_a_requirement_that_is_not_met(run_json):
+    status, document = run_json(
+        "doctor", "--backend", "software", "--require", f"{OAEP_256}:in_hsm"
+    )
+    assert status == 1
+    assert document["requirements"][0]["met"] is False
+    assert "the exposure is host" in document["verdict"]["broken"][0]
+
+
+@pytest.mark.parametrize("wrong", ["RSA_2048", "EC_SM2:RSAES_OAEP_SHA_1", f"{OAEP_256}:outside"])
+def test_a_requirement_that_names_nothing_is_refused(wrong, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--backend", "software", "--require", wrong])
+    assert ended.value.code == 2
+    assert "RSAES_OAEP_SHA_256" in capsys.readouterr().err
+
+
+def test_a_plug_in_that_is_not_there_cannot_run(run_json):
+    status, document = run_json("doctor", "--backend", "nothing")
+    assert (status, document["verdict"]["kept"]) == (2, False)
+    assert "no backend plug-in is called 'nothing'" in document["verdict"]["cannot_run"]
