@@ -362,7 +362,7 @@ class FailedTrial:
         step: What was tried, as a phrase: ``unwrap a key by RSAES_OAEP_SHA_256``.
         function: The HSM's function, ``C_UnwrapKey``; None where none failed.
         mechanism: What it was called with, ``CKM_RSA_PKCS_OAEP``; None for a function without.
-        code: What it answered; None where the answer was no error, but wrong.
+        code: What it answered; None where the answer was not an error, but wrong.
         wrong: What was wrong with the answer then; empty where there is a code.
         consequence: What is done instead, or what is not served for it.
     """

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from hsmwrap import registry
 from hsmwrap.cli import tables
 from hsmwrap.cli.arguments import Subparsers, add_json_option
-
-_MORE = "`hsmwrap doctor --backend NAME` tries what a plug-in can do on the HSM at hand."
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -16,7 +15,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "backends",
         help="list the backend plug-ins and whether they load",
-        description="List the backend plug-ins. The exit code is 1 if one does not load.",
+        description="List the backend plug-ins. The exit code is 1 if one does not load. "
+        "`hsmwrap doctor --backend NAME` tries what one can do on an HSM.",
     )
     add_json_option(parser)
     parser.set_defaults(run=run)
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         for entry in registry.available()
     ]
     print(tables.to_json({"backends": rows}) if args.json else _table(rows))
+    print("`hsmwrap doctor --backend NAME` tries what one can do on an HSM.", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -53,4 +54,4 @@ def _table(rows: list[dict[str, str | bool | None]]) -> str:
         ],
     )
     errors = dict.fromkeys(str(row["error"]) for row in rows if row["error"])
-    return "\n".join([table, *errors, "", _MORE])
+    return "\n".join([table, *errors])

@@ -149,7 +149,7 @@ def examine(backend: Backend) -> Findings:
     """Do what the backend reports that it can, and compare.
 
     Raises:
-        HsmwrapError: There is no report.
+        HsmwrapError: The backend cannot report.
     """
     say("asking for the capability report")
     capabilities, probe_ms = timed(backend.capabilities)

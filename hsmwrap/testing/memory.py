@@ -162,7 +162,7 @@ class MemoryBackend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSe
             wrapping=tuple(
                 WrappingCapability(
                     *(each.spec, each.algorithm, s.exposure, s.wrapping_custody, "memory"),
-                    reason="" if s.exposure is Exposure.IN_HSM else "Memory is no HSM.",
+                    reason="" if s.exposure is Exposure.IN_HSM else "Memory is not an HSM.",
                 )
                 for each in self.schemes.values()
                 if each.algorithm in s.algorithms
