@@ -160,7 +160,7 @@ class Connector:
         return Connected(generation, token, session, pool)
 
     def _open_worker(self, module: Module, token: Token) -> Session:
-        """Open a session that a login covers; the one that keeps the login, if the HSM token has no other.
+        """Open a session that a login covers; the one that keeps the login, if it is the only one.
 
         Some HSM tokens have one session. On some a login covers only the session that it was made
         in: there each logs in for itself.
