@@ -14,6 +14,7 @@ from hsmwrap.catalog import (
     WrappingAlgorithm,
     WrappingKeySpec,
 )
+from hsmwrap.coredumps import forbid_core_dumps
 from hsmwrap.errors import (
     BackendClosed,
     BackendLoadError,
@@ -111,6 +112,7 @@ __all__ = [
     "WrappingAlgorithm",
     "WrappingKeySpec",
     "__version__",
+    "forbid_core_dumps",
     "guarded",
     "open_backend",
 ]

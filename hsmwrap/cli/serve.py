@@ -9,6 +9,7 @@ from typing import Any
 from hsmwrap.cli.arguments import Subparsers
 from hsmwrap.cli.config import described
 from hsmwrap.cli.extras import require_server
+from hsmwrap.coredumps import forbid_core_dumps
 from hsmwrap.errors import ConfigurationError
 
 
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
 
     config = load_config(args.config)
+    if not config.core_dumps:
+        forbid_core_dumps()
     server = Server(
         lambda: _application(args.config),
         host=config.host,

@@ -161,6 +161,9 @@ class ServerConfig(BaseSettings):
     that no slot lists."""
     key_pool: int = Field(default=0, ge=0, le=10_000)
     """Wrapping key pairs of each kind that are made ahead; 0: none."""
+    core_dumps: bool = False
+    """Whether a crash may write a core dump, and other processes of this user read the memory: for
+    debugging, as secrets are in both."""
     limits: LimitsConfig = LimitsConfig()
     """How much is taken from a client at once."""
 
