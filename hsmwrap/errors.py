@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
@@ -237,6 +237,18 @@ class BackendClosed(ServiceUnavailable):
 
 class HsmError(HsmwrapError):
     """The HSM answered with a return code that nothing here recovers from; the text names it."""
+
+
+class ProtectionNotKept(HsmError):
+    """The HSM made a key that is less protected than what was asked for; it was destroyed."""
+
+    def __init__(self, attributes: Iterable[str]) -> None:
+        """Name the attributes in which it differs (``CKA_SENSITIVE``)."""
+        names = ", ".join(attributes)
+        super().__init__(
+            f"the HSM token made a key with another {names} than was asked for, and does not "
+            "change it; the key was destroyed"
+        )
 
 
 # --- no secret in a traceback ---------------------------------------------------------------------

@@ -13,6 +13,7 @@ openssl         | command openssl                             | all             
 libnss3         | file    /usr/lib/*/libsoftokn3.so           | test                  | a second token
 p11-kit         | file    /usr/libexec/p11-kit/p11-kit-server | test                  | a token in another process
 p11-kit-modules | file    /usr/lib/*/pkcs11/p11-kit-client.so | test                  | the client of that token
+opencryptoki    | command pkcsslotd                         | test                  | a token that ignores templates
 gcc             | command gcc                                 | test                  | compiles the fault shim
 libc6-dev       | file    /usr/include/stdio.h                | test                  | headers for the fault shim
 postgresql      | file    /usr/lib/postgresql/*/bin/initdb    | test                  | a second database

@@ -252,7 +252,9 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
         self, features: TokenFeatures, role: Role, private: Any, wrapped: _Wrapped
     ) -> MaterialSource:
         if role is Role.WRAPPING_UNWRAP:
-            return rsa.WrappedMaterial(private, wrapped.algorithm, wrapped.ciphertext)
+            return rsa.WrappedMaterial(
+                private, wrapped.algorithm, wrapped.ciphertext, features.ways.material
+            )
         decrypt = cache(partial(self._decrypted, features, role, private, wrapped))
         return HostMaterial(decrypt, wrapped.key_spec.material_length)
 

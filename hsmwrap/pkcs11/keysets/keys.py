@@ -27,13 +27,14 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
-from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
+from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.exceptions import KeyHandleInvalid, PKCS11Error
 from pkcs11.mechanisms import KeyType
 from pkcs11.types import Session
 
 from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import attribute_reads, read_if_known
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.binding.templates import (
@@ -43,6 +44,7 @@ from hsmwrap.pkcs11.binding.templates import (
     Template,
     private_key,
     secret_key,
+    stored,
     without,
 )
 from hsmwrap.pkcs11.keysets import hardening, origin
@@ -273,11 +275,11 @@ class KeySets:
         wanted: list[Template] = [{Attribute.WRAP: True}, {Attribute.SIGN: True}]
         if label is not None:
             wanted = [{Attribute.LABEL: label}]
-        stored: Template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.TOKEN: True}
+        secret: Template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.TOKEN: True}
         seen: set[int | None] = set()
         origin_told = self.origin_told(session)
         wanted_attributes = (Attribute.LABEL, Attribute.TRUSTED, *_IDENTIFYING, *origin_told)
-        for key in chain.from_iterable(find_objects(session, stored | each) for each in wanted):
+        for key in chain.from_iterable(find_objects(session, secret | each) for each in wanted):
             attributes = _read(key, *wanted_attributes)
             named = self._parse(attributes.get(Attribute.LABEL, ""))
             if named is None or key.handle in seen:
@@ -329,23 +331,15 @@ class KeySets:
         refused: frozenset[Attribute],
     ) -> None:
         if role is Role.MAC:
-            template, capabilities, key_type = _OWN_KEY, MechanismFlag.SIGN, KeyType.GENERIC_SECRET
+            template = _MAC_KEY
         else:
             template = _key_encryption_key(role, self.unwrapped_template(role), refused=refused)
-            capabilities, key_type = MechanismFlag.WRAP | MechanismFlag.UNWRAP, KeyType.AES
         if trusted:
             # The security officer sees public objects only. Private or not, the key is sensitive,
             # and what a key-encryption key unwraps has to be private, which takes a login.
             template = {**template, Attribute.TRUSTED: True, Attribute.PRIVATE: False}
-        session.generate_key(
-            key_type,
-            256,
-            id=self._id(role, number, made_by),
-            label=self.label(role, number),
-            store=True,
-            capabilities=capabilities,
-            template=without(template, refused),
-        )
+        template = stored(template, self._id(role, number, made_by), self.label(role, number))
+        objects.generate_key(session, without(template, refused), _BYTES)
 
     def _id(self, role: Role, number: int, made_by: str) -> bytes:
         """CKA_ID; never used twice: NSS replaces a key by another of its id (field note 46)."""
@@ -372,14 +366,9 @@ class KeySets:
         return destroyed
 
 
-_OWN_KEY: Template = {
-    Attribute.CLASS: ObjectClass.SECRET_KEY,
-    Attribute.PRIVATE: True,
-    Attribute.SENSITIVE: True,
-    Attribute.EXTRACTABLE: False,
-    Attribute.MODIFIABLE: False,
-    Attribute.COPYABLE: False,
-}
+_BYTES = 32
+_MAC_KEY = secret_key(KeyType.GENERIC_SECRET, Attribute.SIGN)
+_KEY_ENCRYPTION_KEY = secret_key(KeyType.AES, Attribute.WRAP, Attribute.UNWRAP)
 
 
 def _key_encryption_key(
@@ -390,7 +379,7 @@ def _key_encryption_key(
     loose = {Attribute.TOKEN} if role in _MATERIAL_ROLES else frozenset()
     pinned: Template = {key: value for key, value in becomes.items() if key not in loose}
     return {
-        **_OWN_KEY,
+        **_KEY_ENCRYPTION_KEY,
         Attribute.UNWRAP_TEMPLATE: NestedTemplate(without(pinned, refused)),
         Attribute.ALLOWED_MECHANISMS: (AES_KEY_WRAP,),
     }
@@ -416,11 +405,8 @@ def _generated_here(
     can encrypt is always sensitive and never extractable, and its value is known. What an HSM
     token does not tell of an object is taken for granted.
     """
-    if role is Role.MAC:
-        made = secret_key(KeyType.GENERIC_SECRET, Attribute.SIGN)
-    else:
-        made = secret_key(KeyType.AES, Attribute.WRAP, Attribute.UNWRAP)
-    made |= {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: True}
+    made = _MAC_KEY if role is Role.MAC else _KEY_ENCRYPTION_KEY
+    made = made | {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: True}
     generated = origin.GENERATED[made[Attribute.KEY_TYPE]]
     return all(attributes.get(each, made[each]) == made[each] for each in _IDENTIFYING) and all(
         attributes.get(each) == generated[each] for each in origin_told

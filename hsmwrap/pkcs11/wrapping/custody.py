@@ -23,12 +23,12 @@ from pkcs11.mechanisms import KeyType
 from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken
+from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
     NestedTemplate,
     Template,
-    for_unwrap,
     secret_key,
     stored,
 )
@@ -145,6 +145,7 @@ class WrappingKeyStore:
         Raises:
             InvalidImportToken: The key, or the key-encryption key that sealed it, is gone, or
                 the blob does not open.
+            ProtectionNotKept: The key would be readable.
         """
         role, number, data = parse_ref(ref)
         if ref.custody is Custody.HSM_INTERNAL:
@@ -153,9 +154,13 @@ class WrappingKeyStore:
         kek = self.keys.find(pooled, role, number)
         if kek is None:
             raise InvalidImportToken("the key set that sealed this import token was retired")
-        template = for_unwrap(self.features.fit(self.keys.unwrapped_template(role)))
-        with map_client_errors(kek, error=InvalidImportToken):
-            private = kek.unwrap_key(key_data=data, mechanism=AES_KEY_WRAP, **template)
+        private = objects.unwrap(
+            kek,
+            data,
+            self.features.fit(self.keys.unwrapped_template(role)),
+            answers=map_client_errors(kek, error=InvalidImportToken),
+            way=self.features.ways.sealed_private,
+        )
         try:
             yield role, private
         finally:

@@ -24,15 +24,21 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.mechanisms import KeyType, Mechanism
+from pkcs11.mechanisms import Mechanism
 from pkcs11.types import Session
 
 from hsmwrap import checkvalue
 from hsmwrap.backend import Custody, Exposure, KeyRef
 from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial, KeyNotFound
-from hsmwrap.pkcs11.binding.client_errors import map_client_errors, may_leave_an_object
-from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, Template, for_unwrap, stored
+from hsmwrap.pkcs11.binding import objects
+from hsmwrap.pkcs11.binding.client_errors import (
+    attribute_reads,
+    map_client_errors,
+    may_leave_an_object,
+)
+from hsmwrap.pkcs11.binding.objects import Way
+from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, Template, stored
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, KeySets, Role
 from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
 from hsmwrap.pkcs11.wrapping.custody import OBJECT_ID_LENGTH, intermediate
@@ -52,11 +58,16 @@ class MaterialSource(Protocol):
 
     exposure: ClassVar[Exposure]
 
+    @property
+    def way(self) -> Way:
+        """How an object of it comes to have the attributes of its template."""
+
     def make_object(self, session: Session, template: Template) -> Any:
         """Make it an object with ``template``.
 
         Raises:
             InvalidKeyMaterial: The client's ciphertext does not become one.
+            ProtectionNotKept: The object is readable, or usable for more; it was destroyed.
         """
 
 
@@ -70,6 +81,7 @@ class HostMaterial:
     """
 
     exposure: ClassVar[Exposure] = Exposure.HOST
+    way: ClassVar[Way] = Way.AS_ASKED
 
     decrypt: Callable[[], bytes] = field(repr=False)
     length: int
@@ -79,11 +91,12 @@ class HostMaterial:
 
         Raises:
             InvalidKeyMaterial: It does not decrypt, or has another length.
+            ProtectionNotKept: The object is readable, or usable for more; it was destroyed.
         """
         value = self.decrypt()
         if len(value) != self.length:
             raise InvalidKeyMaterial
-        return session.create_object({**template, Attribute.VALUE: value})
+        return objects.create(session, template, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +136,7 @@ class MaterialStore:
 
         Raises:
             InvalidKeyMaterial: Wrong length, or not the same material.
+            ProtectionNotKept: The HSM token does not protect it; what was made of it is destroyed.
         """
         if not self.features.wraps_secret_keys:
             return self._make_object(pooled, source, key_spec, expected, pending)
@@ -134,9 +148,9 @@ class MaterialStore:
             data = _HEAD.pack(_VERSION, number) + blob
             return KeyRef(self.backend, key_spec, self.custody, data), check
         kek = self._kek(pooled, ROLE_OF[key_spec], number)
-        arguments = for_unwrap(self.features.fit(self._final(key_spec, pending.object_id)))
+        final = self.features.fit(self._final(key_spec, pending.object_id))
         with pooled.creating(pending):
-            kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments)
+            objects.unwrap(kek, blob, final, way=self.features.ways.sealed_secret)
         return self._object_ref(key_spec, pending.object_id), check
 
     @contextmanager
@@ -145,6 +159,7 @@ class MaterialStore:
 
         Raises:
             KeyNotFound: The key, or the key-encryption key that sealed it, is gone.
+            ProtectionNotKept: The key would be readable.
         """
         number, data = parse_key_ref(ref)
         if ref.custody is Custody.HSM_INTERNAL:
@@ -152,9 +167,13 @@ class MaterialStore:
             return
         role = ROLE_OF[ref.key_spec]
         kek = self._kek(pooled, role, number)
-        arguments = for_unwrap(self.features.fit(UNWRAPPED[role]))
-        with map_client_errors(kek, error=KeyNotFound):
-            key = kek.unwrap_key(key_data=data, mechanism=AES_KEY_WRAP, **arguments)
+        key = objects.unwrap(
+            kek,
+            data,
+            self.features.fit(UNWRAPPED[role]),
+            answers=map_client_errors(kek, error=KeyNotFound),
+            way=self.features.ways.sealed_secret,
+        )
         try:
             yield key
         finally:
@@ -194,7 +213,7 @@ class MaterialStore:
         except InvalidKeyMaterial as error:
             refused = True
             pooled.tainted |= may_leave_an_object(error)
-            material = self._stand_in(pooled.session, template, key_spec.material_length)
+            material = self._stand_in(pooled.session, template, key_spec, source.way)
         try:
             yield material
         finally:
@@ -202,10 +221,11 @@ class MaterialStore:
         if refused:
             raise InvalidKeyMaterial
 
-    def _stand_in(self, session: Session, template: Template, length: int) -> Any:
+    def _stand_in(self, session: Session, template: Template, key_spec: KeySpec, way: Way) -> Any:
+        length = key_spec.material_length
         if not self.features.creates_keys:
-            return session.generate_key(KeyType.AES, 8 * length, template=template)
-        return session.create_object({**template, Attribute.VALUE: secrets.token_bytes(length)})
+            return objects.generate_key(session, template, length)
+        return objects.create(session, template, secrets.token_bytes(length), way=way)
 
     def _kek(self, pooled: PooledSession, role: Role, number: int) -> Any:
         kek = self.keys.find(pooled, role, number)
@@ -225,11 +245,11 @@ class MaterialStore:
     ) -> tuple[KeyRef, bytes]:
         final = self.features.fit(self._final(key_spec, pending.object_id))
         template = {**intermediate(trusted=False), Attribute.EXTRACTABLE: False}
-        length = key_spec.material_length
+        length: int | None = key_spec.material_length
         with self._tried(pooled, source, self.features.fit(template), key_spec) as material:
             # Without CKA_VALUE_LEN the material came through the host, which checked its length.
             if self.features.value_length:
-                length = material[Attribute.VALUE_LEN]
+                length = _told_length(material)
             check = _aes_check(material)
         if length != key_spec.material_length:
             raise InvalidKeyMaterial
@@ -256,6 +276,17 @@ class MaterialStore:
         if not _are_one_key(found):
             raise KeyNotFound("more than one key in the HSM token has the id of this one")
         return found[0]
+
+
+def _told_length(material: Any) -> int | None:
+    """CKA_VALUE_LEN; None of a stand-in, where the HSM token does not tell that of a created key.
+
+    CKA_CLASS is read too, so that the token gets the same calls for both.
+    """
+    with attribute_reads():
+        told = material.get_attributes((Attribute.CLASS, Attribute.VALUE_LEN))
+    length: int | None = told.get(Attribute.VALUE_LEN)
+    return length
 
 
 def _wrap_in_vain(kek: Any, material: Any) -> None:

@@ -21,9 +21,11 @@ from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.catalog import WrappingAlgorithm
-from hsmwrap.errors import InvalidKeyMaterial
+from hsmwrap.errors import InvalidKeyMaterial, ProtectionNotKept
+from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import read
 from hsmwrap.pkcs11.binding.gcm import AesGcm
+from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
 from hsmwrap.pkcs11.binding.templates import (
@@ -80,6 +82,7 @@ class TokenFeatures:
         implicit_rejection: A ciphertext of wrong PKCS#1 v1.5 padding becomes random bytes, in each
             function that serves RSAES_PKCS1_V1_5; False where it is an error.
         creates_keys: C_CreateObject makes AES keys from plaintext.
+        ways: How unwrapped keys come to have the attributes of their templates.
         refused: Hardening attributes that the token's keys have to do without.
     """
 
@@ -95,6 +98,7 @@ class TokenFeatures:
     value_length: bool
     implicit_rejection: bool
     creates_keys: bool
+    ways: Ways
     refused: frozenset[Attribute]
 
     @property
@@ -105,6 +109,21 @@ class TokenFeatures:
     def fit(self, template: Mapping[Attribute, Any]) -> Template:
         """The template without the attributes that this token refuses."""
         return without(template, self.refused)
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How unwrapped keys come to have the attributes of their templates, by what is unwrapped.
+
+    Attributes:
+        material: Clients' ciphertexts, by RSA.
+        sealed_secret: Imported keys, by AES key wrap.
+        sealed_private: Private wrapping keys, by AES key wrap.
+    """
+
+    material: Way
+    sealed_secret: Way
+    sealed_private: Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +164,7 @@ class _Probe:
         self._refused = refused
         self._vendor = vendor
         self._made: list[Any] = []
+        self._ways = dict.fromkeys(("material", "sealed_secret", "sealed_private"), Way.AS_ASKED)
 
     def run(self, own: OwnKeys, gcm: AesGcm) -> TokenFeatures:
         public, private = self._keep_pair(
@@ -159,16 +179,20 @@ class _Probe:
         wraps = MechanismFlag.WRAP | MechanismFlag.UNWRAP
         kek = self._keep(self._session.generate_key(KeyType.AES, 256, capabilities=wraps))
         rsa_key = private_key(KeyType.RSA, Attribute.UNWRAP)
-        works = self._works
-        unwraps = self._working(lambda a: bool(self._unwrapped(private, client, a, _AES_256)))
+        works, in_a_way = self._works, self._in_a_way
+        unwraps = self._unwraps(private, client)
         decrypts = self._working(lambda a: self._decrypt(private, client, a))
         pinned = works(lambda: self._unwrap_template(own.unwrap, private))
         return TokenFeatures(
             unwraps=unwraps,
             decrypts=decrypts,
             raw_rsa=works(lambda: self._raw(private, client)),
-            wrapped_lengths=self._try(lambda: self._wrapped_lengths(kek), {}),
-            wraps_rsa=works(lambda: self._wrap_and_unwrap(kek, private, rsa_key)),
+            wrapped_lengths=in_a_way("sealed_secret", lambda: self._wrapped_lengths(kek), {}),
+            wraps_rsa=in_a_way(
+                "sealed_private",
+                lambda: self._wrap_and_unwrap(kek, private, rsa_key),
+                otherwise=False,
+            ),
             wraps_sm2=works(lambda: self._wrap_sm2(own.derive)),
             sm2=works(self._sm2),
             gcm=works(lambda: self._gcm(gcm)),
@@ -176,6 +200,7 @@ class _Probe:
             value_length=works(lambda: self._value_length(private, client, sorted(unwraps))),
             implicit_rejection=self._rejects_implicitly(private, client, unwraps, decrypts),
             creates_keys=works(self._creates_keys),
+            ways=Ways(**self._ways),
             refused=self._refused if pinned else self._refused | {Attribute.UNWRAP_TEMPLATE},
         )
 
@@ -194,6 +219,8 @@ class _Probe:
         for _ in range(2):
             try:
                 return attempt()
+            except ProtectionNotKept:
+                break  # the HSM token's answer, and no failure
             except PKCS11Error as error:
                 if recovery_of(error) is not None:
                     raise
@@ -215,15 +242,34 @@ class _Probe:
         self._made.extend(pair)
         return pair
 
+    def _unwraps(self, private: Any, client: rsa.RSAPublicKey) -> frozenset[WrappingAlgorithm]:
+        return self._in_a_way(
+            "material",
+            lambda: self._working(lambda a: bool(self._unwrapped(private, client, a, _AES_256))),
+            frozenset(),
+        )
+
+    def _in_a_way(self, what: str, attempt: Callable[[], _T], otherwise: _T) -> _T:
+        """What the attempt returns in the first way in which it does not fail."""
+        for self._ways[what] in Way:
+            if found := self._try(attempt, otherwise):
+                return found
+        self._ways[what] = Way.AS_ASKED
+        return otherwise
+
     def _unwrapped(
         self, private: Any, client: rsa.RSAPublicKey, algorithm: WrappingAlgorithm, length: int
     ) -> Any:
         ciphertext = client.encrypt(secrets.token_bytes(length), _padding(algorithm))
         mechanism, parameter = MECHANISMS[algorithm]
-        arguments = self._for_unwrap(secret_key(KeyType.AES, Attribute.ENCRYPT))
         return self._keep(
-            private.unwrap_key(
-                key_data=ciphertext, mechanism=mechanism, mechanism_param=parameter, **arguments
+            objects.unwrap(
+                private,
+                ciphertext,
+                without(secret_key(KeyType.AES, Attribute.ENCRYPT), self._refused),
+                mechanism=mechanism,
+                parameter=parameter,
+                way=self._ways["material"],
             )
         )
 
@@ -269,8 +315,8 @@ class _Probe:
 
     def _creates_keys(self) -> bool:
         template = secret_key(KeyType.AES, Attribute.ENCRYPT, extractable=True)
-        value = {Attribute.VALUE: secrets.token_bytes(_AES_256)}
-        self._keep(self._session.create_object(without(template, self._refused) | value))
+        value = secrets.token_bytes(_AES_256)
+        self._keep(objects.create(self._session, without(template, self._refused), value))
         return True
 
     def _raw(self, private: Any, client: rsa.RSAPublicKey) -> bool:
@@ -302,14 +348,15 @@ class _Probe:
             )
         )
         blob = kek.wrap_key(key, mechanism=AES_KEY_WRAP)
-        arguments = self._for_unwrap(secret_key(KeyType.AES, Attribute.ENCRYPT))
-        self._keep(kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments))
+        becomes = without(secret_key(KeyType.AES, Attribute.ENCRYPT), self._refused)
+        self._keep(objects.unwrap(kek, blob, becomes, way=self._ways["sealed_secret"]))
         return len(blob)
 
     def _wrap_and_unwrap(self, kek: Any, private: Any, becomes: Template) -> bool:
         blob = kek.wrap_key(private, mechanism=AES_KEY_WRAP)
-        arguments = self._for_unwrap(becomes)
-        self._keep(kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments))
+        fitting = without(becomes, self._refused)
+        way = self._ways["sealed_private"]
+        self._keep(objects.unwrap(kek, blob, fitting, way=way))
         return True
 
     def _sm2_pair(self) -> tuple[Any, Any]:

@@ -14,15 +14,17 @@ from typing import Any, ClassVar
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pkcs11.constants import Attribute
-from pkcs11.mechanisms import KeyType, Mechanism
+from pkcs11.mechanisms import Mechanism
 from pkcs11.types import Session
 
 from hsmwrap import oaep
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidKeyMaterial
+from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors, read
-from hsmwrap.pkcs11.binding.templates import Template, for_unwrap
+from hsmwrap.pkcs11.binding.objects import Way
+from hsmwrap.pkcs11.binding.templates import Template
 from hsmwrap.pkcs11.keysets.keys import Role
 from hsmwrap.pkcs11.wrapping.probe import MECHANISMS, TokenFeatures
 
@@ -74,12 +76,8 @@ def generate(session: Session, private_template: Template) -> tuple[Any, Any]:
     The public key is a session object for the host to read. It may encrypt, as public keys may: NSS
     tries a pair that decrypts before it hands it out (field note 51).
     """
-    return session.generate_keypair(
-        KeyType.RSA,
-        2048,
-        capabilities=0,
-        public_template={Attribute.ENCRYPT: True},
-        private_template=private_template,
+    return objects.generate_pair(
+        session, private_template, public_template={Attribute.ENCRYPT: True}, length=2048
     )
 
 
@@ -101,22 +99,26 @@ class WrappedMaterial:
     private: Any
     algorithm: WrappingAlgorithm
     ciphertext: bytes
+    way: Way
 
     def make_object(self, _session: Session, template: Template) -> Any:
         """Make it an object with ``template``, in the session of the private key.
 
         Raises:
             InvalidKeyMaterial: The token refuses the ciphertext.
+            ProtectionNotKept: The object is readable, or usable for more; it was destroyed.
         """
         _require_length(self.ciphertext)
         mechanism, parameter = MECHANISMS[self.algorithm]
-        with map_client_errors(self.private):
-            return self.private.unwrap_key(
-                key_data=self.ciphertext,
-                mechanism=mechanism,
-                mechanism_param=parameter,
-                **for_unwrap(template),
-            )
+        return objects.unwrap(
+            self.private,
+            self.ciphertext,
+            template,
+            mechanism=mechanism,
+            parameter=parameter,
+            answers=map_client_errors(self.private),
+            way=self.way,
+        )
 
 
 def decrypt(

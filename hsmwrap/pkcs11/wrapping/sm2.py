@@ -14,6 +14,7 @@ from pkcs11.mechanisms import KDF, KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.errors import HsmError
+from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors, read
 from hsmwrap.pkcs11.binding.profiles import CiphertextForm, VendorSm2
 from hsmwrap.pkcs11.binding.templates import Template
@@ -28,12 +29,11 @@ def generate(
     """Generate an SM2 pair; returns the public and private key objects."""
     key_type = (vendor and vendor.key_type) or KeyType.EC
     mechanism = (vendor and vendor.generate) or Mechanism.EC_KEY_PAIR_GEN
-    return session.generate_keypair(
-        key_type,
-        capabilities=0,
-        mechanism=mechanism,
+    return objects.generate_pair(
+        session,
+        {**private_template, Attribute.KEY_TYPE: key_type},
         public_template={Attribute.EC_PARAMS: OID_DER},
-        private_template={**private_template, Attribute.KEY_TYPE: key_type},
+        mechanism=mechanism,
     )
 
 

@@ -1,0 +1,37 @@
+"""opencryptoki's soft token under the conformance kit: it ignores what keeps keys from being read.
+
+C_UnwrapKey of 3.8.1 (Debian 12) makes every key readable, whatever its template says (field note
+84); C_CopyObject heeds one. It has no AES key wrap, no AES-GCM and no curve of SM2.
+"""
+
+import pytest
+from support.backends.kept_open import KeptOpen
+from support.services.opencryptoki import opencryptoki
+
+from hsmwrap.backend import Custody, Exposure
+from hsmwrap.catalog import WrappingAlgorithm
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with opencryptoki(tmp_path_factory.mktemp("opencryptoki")) as token:
+        yield token
+
+
+class TestOpencryptoki(KeptOpen):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def settings(cls, server):
+        return server.settings_with_keys("hsmwrap")
+
+    def test_material_never_leaves_the_token(self, backend):
+        report = backend.capabilities()
+        rsa = [a for a in WrappingAlgorithm if a is not WrappingAlgorithm.SM2PKE]
+        assert [(w.algorithm, w.exposure) for w in report.wrapping] == [
+            (algorithm, Exposure.IN_HSM) for algorithm in rsa
+        ]
+
+    def test_what_cannot_be_wrapped_stays_in_the_token(self, backend):
+        report = backend.capabilities()
+        assert {w.custody for w in report.wrapping} == {Custody.HSM_INTERNAL}
+        assert {k.custody for k in report.keys} == {Custody.HSM_INTERNAL}
