@@ -1,7 +1,7 @@
 """opencryptoki's soft token under the conformance kit: it ignores what keeps keys from being read.
 
 C_UnwrapKey of 3.8.1 (Debian 12) makes every key readable, whatever its template says (field note
-84); C_CopyObject heeds one. It has no AES key wrap, no AES-GCM and no curve of SM2.
+82); C_CopyObject heeds one. It has no AES key wrap, no AES-GCM and no curve of SM2.
 """
 
 import pytest

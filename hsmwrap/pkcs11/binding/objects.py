@@ -1,7 +1,7 @@
-"""Making keys in the HSM token: what was asked for is read back, or there is no key.
+"""Making keys in the HSM token: what was asked for is read back, or the key is destroyed.
 
 opencryptoki 3.8.1 ignores SENSITIVE and EXTRACTABLE in the template of C_UnwrapKey without a word
-(field note 84), so an answer of OK says nothing about a key's protection. Every key that the
+(field note 82), so an answer of OK says nothing about a key's protection. Every key that the
 backend keeps or uses is made here, and a test sees to it that none is made elsewhere.
 """
 
