@@ -663,11 +663,13 @@ class KeySetInfo:
         key_set: Its id, as in :attr:`Mac.key_set`.
         current: Whether it is used for what is made now; the others only open and verify.
         detail: One phrase for the operator.
+        finished: False for what is left of one that was never complete, and so sealed nothing.
     """
 
     key_set: str
     current: bool
     detail: str
+    finished: bool = True
 
 
 MESSAGE_VERSION = 1

@@ -117,7 +117,7 @@ def test_no_pair_of_a_retired_key_set_is_handed_out(softhsm, monkeypatch):
         pool.prepare(backend, [OAEP])
         wait_for(pool, _full)
         softhsm.run_keys("rotate", prefix)
-        softhsm.run_keys("retire", prefix, "1")
+        softhsm.run_keys("retire", prefix, "1", "--force")
         key = _take(pool, backend, OAEP)
         ciphertext = openssl_encrypt(OAEP[1], key.public_key, secrets.token_bytes(32))
         assert backend.unwrap_material(

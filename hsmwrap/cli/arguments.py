@@ -70,14 +70,19 @@ def add_backend_options(parser: argparse.ArgumentParser) -> None:
             )
 
 
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given as options."""
+    options = {name: getattr(args, name) for names in _OPTIONS.values() for name in names}
+    return {name: value for name, value in options.items() if value}
+
+
 def backend_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings from :func:`add_backend_options`; options outrank the file.
 
     Raises:
         ConfigurationError: An option belongs to another backend, or the file cannot be read.
     """
-    options = {name: getattr(args, name) for names in _OPTIONS.values() for name in names}
-    given = {name: value for name, value in options.items() if value}
+    given = given_options(args)
     takes = _OPTIONS.get(args.backend, ())
     if other := sorted(given.keys() - set(takes)):
         raise ConfigurationError(

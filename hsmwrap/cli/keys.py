@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hsmwrap import registry
 from hsmwrap.backend import KeySetInfo, ReapReport, ReapsWrappingKeys
+from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.cli import tables
 from hsmwrap.cli.arguments import (
     ENVIRONMENT,
@@ -18,7 +23,15 @@ from hsmwrap.cli.arguments import (
     add_backend_options,
     add_json_option,
     backend_settings,
+    given_options,
 )
+from hsmwrap.cli.extras import require_server
+from hsmwrap.errors import ConfigurationError
+from hsmwrap.keypool import PoolSettings
+
+if TYPE_CHECKING:
+    from hsmwrap.kms.config import ServerConfig
+    from hsmwrap.kms.keysets import Progress, StoredKeys
 
 _DESCRIPTION = """\
 A backend seals import tokens, wrapping keys and imported keys under keys of its own, which come
@@ -29,12 +42,18 @@ HSMWRAP_TOKEN_LABEL, HSMWRAP_PIN_FILE and HSMWRAP_SO_PIN_FILE are read as well. 
 officer's PIN the key-encryption keys of an HSM token become CKA_TRUSTED, and nothing else can wrap
 what they wrap.
 
-`retire` destroys a set that is not current; everything that it sealed becomes unusable. After
-`rotate`, wait until no import token needs the old set: the lifetime of a token, plus the max_age of
-key-pair pools, plus 60 seconds in which running processes still use the set that they know; by
-default 25 hours and a minute. Import keys that the old set sealed (HsmEncryptedDatabase) again
-before you retire it. The command cannot check this. A set that `list` shows as not finished sealed
-nothing; retire it at any time.
+With --config FILE, the file of `hsmwrap serve`, backend and settings come from there, and the
+database is asked which stored keys need which set: `list` counts them, `reseal` moves them to the
+current set, and `retire` refuses while something needs the old one.
+
+`reseal` moves sealed keys inside the HSM; no client imports again. It runs beside serving
+processes, shows its progress, and goes on where it was when it is run again.
+
+`retire` destroys a set that is not current; everything that it sealed becomes unusable. So it
+refuses while a stored key needs the set, or an import token may: for the lifetime of a token after
+the rotation, plus the max_age of key-pair pools, plus 60 seconds in which running processes still
+use the set that they know; by default 25 hours and a minute. Without --config nothing tells what
+the set sealed, so it takes --force. A set that `list` shows as not finished sealed nothing.
 
 `reap` removes resident wrapping keys whose import tokens expired more than 15 minutes ago, also
 those of other processes.
@@ -53,35 +72,140 @@ def add_parser(subparsers: Subparsers) -> None:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=("init", "rotate", "retire", "list", "reap"))
+    parser.add_argument("action", choices=("init", "rotate", "reseal", "retire", "list", "reap"))
     parser.add_argument("key_set", nargs="?", help="the key set to retire; see above for when")
     add_backend_options(parser)
+    parser.set_defaults(backend=None)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the server's TOML file")
+    parser.add_argument(
+        "--level",
+        choices=list(ProtectionLevel),
+        help="with --config: which backend; default: HSM if there is one",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=200.0,
+        metavar="N",
+        help="reseal: at most so many keys a second (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="retire: also what is needed; that is lost"
+    )
     add_json_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what ``args.action`` says and print the key sets that there are afterwards."""
-    settings = backend_settings(args)
+    plugin, settings = _backend(args)
     if args.action == "reap":
-        return _reap(args, settings)
-    key_sets = registry.KeySetManager(args.backend, settings)
+        return _reap(args, plugin, settings)
+    if args.action == "reseal":
+        return _reseal(args, plugin, settings)
+    key_sets = registry.KeySetManager(plugin, settings)
     so_pin_file = args.so_pin_file or os.environ.get(ENVIRONMENT["so_pin_file"])
-    if args.action in {"init", "rotate"} and args.backend == "pkcs11" and not so_pin_file:
+    if args.action in {"init", "rotate"} and plugin == "pkcs11" and not so_pin_file:
         print(_WEAKER, file=sys.stderr)
     if args.action == "init":
         key_sets.initialise(so_pin_file=so_pin_file)
     elif args.action == "rotate":
         key_sets.rotate(so_pin_file=so_pin_file)
     elif args.action == "retire":
+        _require_unneeded(args, plugin, settings, key_sets)
         key_sets.retire(args.key_set or "")
-    _print(key_sets.list(), as_json=args.json)
+    _print(key_sets.list(), _usage(args, plugin, settings), as_json=args.json)
     return 0
 
 
-def _reap(args: argparse.Namespace, settings: dict[str, Any]) -> int:
+def _usage(
+    args: argparse.Namespace, plugin: str, settings: dict[str, Any]
+) -> Mapping[str, int] | None:
+    """How many stored keys need each key set; None without a database to ask."""
+    if args.config is None or args.action != "list":
+        return None
+    with _stored_keys(args, plugin, settings) as (stored, _config):
+        return stored.usage()
+
+
+def _require_unneeded(
+    args: argparse.Namespace,
+    plugin: str,
+    settings: dict[str, Any],
+    key_sets: registry.KeySetManager,
+) -> None:
+    key_set = args.key_set or ""
+    known = {each.key_set: each for each in key_sets.list()}
+    # What the backend refuses anyway, it says best; what is not finished sealed nothing.
+    if args.force or key_set not in known or known[key_set].current or not known[key_set].finished:
+        return
+    if args.config is None:
+        raise ConfigurationError(
+            f"without the server's file nothing tells what key set {key_set} sealed: give "
+            "--config FILE, or --force to retire it and lose what needs it"
+        )
+    from hsmwrap.pkcs11.keysets.keys import CURRENT_SET_LIFETIME  # noqa: PLC0415 (loads python-pkcs11)
+
+    stale = timedelta(seconds=CURRENT_SET_LIFETIME)
+    with _stored_keys(args, plugin, settings) as (stored, config):
+        wait = config.token_lifetime + PoolSettings().max_age + stale
+        stored.require_unneeded(key_set, wait, datetime.now(UTC))
+
+
+def _reseal(args: argparse.Namespace, plugin: str, settings: dict[str, Any]) -> int:
+    """Move stored keys to the current key set; the exit code is 1 if one did not move."""
+    if args.config is None:
+        raise ConfigurationError("reseal: give --config FILE, the server's; it names the database")
+    with _stored_keys(args, plugin, settings) as (stored, _config):
+        progress = _Progress(sum(stored.usage().values()), args.rate)
+        done = stored.reseal(report=progress)
+        current = stored.current_key_set
+    if args.json:
+        print(tables.to_json({"key_set": current, **asdict(done)}))
+    else:
+        print(
+            f"{done.moved} keys moved to key set {current}, {done.failed} could not be moved, "
+            f"{done.examined - done.moved - done.failed} were under it"
+        )
+    return 1 if done.failed else 0
+
+
+class _Progress:
+    """Says how far a re-sealing is, once a second, and keeps it to ``rate`` keys a second."""
+
+    def __init__(self, expected: int, rate: float) -> None:
+        self._expected = expected
+        self._rate = rate
+        self._started = self._said = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self._said >= 1:
+            self._said = now
+            left = f"{progress.examined} of {self._expected}"
+            print(f"{left}: {progress.moved} moved, {progress.failed} failed", file=sys.stderr)
+        due = self._started + (progress.moved + progress.failed) / self._rate
+        time.sleep(max(0.0, due - now))
+
+
+@contextmanager
+def _stored_keys(
+    args: argparse.Namespace, plugin: str, settings: dict[str, Any]
+) -> Iterator[tuple[StoredKeys, ServerConfig]]:
+    from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.opening import opened_stored_keys  # noqa: PLC0415 (the extra may be absent)
+
+    config = load_config(args.config)
+    with (
+        registry.open_backend(plugin, settings) as backend,
+        opened_stored_keys(config, backend) as stored,
+    ):
+        yield stored, config
+
+
+def _reap(args: argparse.Namespace, plugin: str, settings: dict[str, Any]) -> int:
     """Remove expired wrapping keys; the exit code is 1 if one could not be removed."""
-    with registry.open_backend(args.backend, settings) as backend:
+    with registry.open_backend(plugin, settings) as backend:
         reaper = ReapsWrappingKeys.of(backend)
         report = reaper.reap(datetime.now(UTC)) if reaper else ReapReport()
     if args.json:
@@ -94,11 +218,44 @@ def _reap(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     return 1 if report.failed else 0
 
 
-def _print(sets: tuple[KeySetInfo, ...], *, as_json: bool) -> None:
+def _backend(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The plug-in and its settings."""
+    if args.config is not None:
+        if args.backend or args.settings or given_options(args):
+            raise ConfigurationError("--config names backend and settings: give no others")
+        return _configured(args.config, args.level)
+    args.backend = args.backend or "pkcs11"
+    return args.backend, backend_settings(args)
+
+
+def _configured(file: Path, level: str | None) -> tuple[str, dict[str, Any]]:
+    require_server()
+    from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
+
+    backends = load_config(file).backends
+    chosen = ProtectionLevel(level) if level else max(backends, key=_is_hsm)
+    if chosen not in backends:
+        raise ConfigurationError(f"{file} has no backend of level {chosen}")
+    return backends[chosen].plugin, backends[chosen].settings
+
+
+def _is_hsm(level: ProtectionLevel) -> bool:
+    return level is ProtectionLevel.HSM
+
+
+def _print(sets: tuple[KeySetInfo, ...], usage: Mapping[str, int] | None, *, as_json: bool) -> None:
     if as_json:
-        rows = [{"key_set": s.key_set, "current": s.current, "detail": s.detail} for s in sets]
+        rows = [
+            {"key_set": s.key_set, "current": s.current, "detail": s.detail}
+            | ({} if usage is None else {"keys": usage.get(s.key_set, 0)})
+            for s in sets
+        ]
         print(tables.to_json({"key_sets": rows}))
         return
     marks = {True: "current", False: "opens only"}
-    cells = [(each.key_set, marks[each.current], each.detail) for each in sets]
-    print(tables.render(("key set", "use", "detail"), cells))
+    headings = ["key set", "use", "detail"]
+    cells = [[each.key_set, marks[each.current], each.detail] for each in sets]
+    if usage is not None:
+        headings.append("keys")
+        cells = [[*row, str(usage.get(row[0], 0))] for row in cells]
+    print(tables.render(headings, cells, right={"keys"}))

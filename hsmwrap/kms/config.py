@@ -156,6 +156,9 @@ class ServerConfig(BaseSettings):
     sweep_interval: Seconds = Field(default=timedelta(seconds=60), ge=timedelta(0))
     """Pause between sweeps, and so how long the end of the audit log may stay unstored; 0 switches
     the sweeper off."""
+    reseal: bool = False
+    """Whether sweeps move sealed keys to the current key set after a rotation. `hsmwrap keys
+    reseal` does it at once."""
     startup_wait: Seconds = Field(default=timedelta(seconds=60), ge=timedelta(0))
     """How long the start waits for an HSM or a database that is unavailable, and for an HSM token
     that no slot lists."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -16,16 +16,19 @@ from hsmwrap.errors import ConfigurationError, HsmwrapError
 from hsmwrap.imports import ResidentBounds
 from hsmwrap.keypool import KeyPool, PoolSettings
 from hsmwrap.kms.access import AccessKeys, FileAccessKeys
-from hsmwrap.kms.audit import AuditLog
+from hsmwrap.kms.anchors import AnchoredLog
+from hsmwrap.kms.audit import SYSTEM, AuditEntry, AuditLog
 from hsmwrap.kms.config import BackendConfig, ServerConfig
 from hsmwrap.kms.core import by_name
 from hsmwrap.kms.database import Database
+from hsmwrap.kms.keysets import StoredKeys
 from hsmwrap.kms.service import Kms
 from hsmwrap.observe import Observer, observed
 from hsmwrap.privatefile import PrivateFile
 from hsmwrap.registry import open_backend
 
 _MIN_AUDIT_KEY = 32
+_RESEALED_BY_A_SWEEP = 1000
 # Seconds between attempts to start while a dependency is unavailable.
 _FIRST_PAUSE = 0.25
 _LONGEST_PAUSE = 4.0
@@ -85,10 +88,34 @@ def open_kms(
             required_exposure=config.required_exposure,
             refused_algorithms=config.refused_algorithms,
             key_pool=key_pool,
+            reseal_at_once=_RESEALED_BY_A_SWEEP if config.reseal else 0,
             sweep_seconds=config.sweep_interval.total_seconds() or None,
         )
         opened.pop_all()
         return kms
+
+
+@contextmanager
+def opened_stored_keys(config: ServerConfig, backend: Backend) -> Iterator[StoredKeys]:
+    """The stored keys of one backend of a server, beside its processes; with an audit log.
+
+    Raises:
+        ConfigurationError: The configuration names something that cannot be used.
+        UnsupportedOperation: The backend does not re-seal keys.
+        ServiceUnavailable: The database is unavailable.
+    """
+    database = open_database(config)
+    try:
+        database.migrate()
+        log = AnchoredLog(database, open_audit_log(config), config.audit_anchor_lines)
+
+        def audit(action: str, key_id: str) -> None:
+            log.append(AuditEntry("", SYSTEM, action, key_id, "ok"))
+
+        yield StoredKeys(database, backend, audit)
+        log.try_to_anchor()
+    finally:
+        database.close()
 
 
 def open_database(config: ServerConfig) -> Database:

@@ -147,3 +147,17 @@ class AuditAnchor(Row):
     digest: Mapped[str] = mapped_column(String(64))
     position: Mapped[int] = mapped_column(BigInteger)
     set_at: Mapped[datetime] = mapped_column(Instant)
+
+
+class KeySetSeen(Row):
+    """A key set that has been a backend's current one.
+
+    Attributes:
+        superseded_at: When a process of the KMS first found another one current; None: it is.
+    """
+
+    __tablename__ = "key_sets_seen"
+
+    backend: Mapped[str] = mapped_column(String(32), primary_key=True)
+    key_set: Mapped[str] = mapped_column(String(32), primary_key=True)
+    superseded_at: Mapped[datetime | None] = mapped_column(Instant)

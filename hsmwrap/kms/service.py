@@ -82,6 +82,7 @@ class Kms:
         key_pool: KeyPool | None = None,
         import_lease: timedelta = LEASE,
         sweep_seconds: float | None = None,
+        reseal_at_once: int = 0,
         step: Callable[[str], None] = no_step,
     ) -> None:
         """Build the KMS, clean up after crashes, and start the sweeper.
@@ -108,6 +109,7 @@ class Kms:
                 it.
             import_lease: How long an import may take before other processes treat it as dead.
             sweep_seconds: Pause between sweeps; None: only :meth:`sweep` sweeps.
+            reseal_at_once: How many sealed keys one sweep moves to the current key set; 0: none.
             step: Called with the name of each step after which a crash matters; for tests.
 
         Raises:
@@ -152,7 +154,7 @@ class Kms:
             step,
         )
         self.operations = Operations(core)
-        self._sweep = Sweep(core, once, self._audit.anchor)
+        self._sweep = Sweep(core, once, self._audit.anchor, reseal_at_once)
         self.sweep()
         self._sweeper = Sweeper(self.sweep, sweep_seconds) if sweep_seconds else None
 

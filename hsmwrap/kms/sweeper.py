@@ -19,7 +19,8 @@ from hsmwrap import forks
 from hsmwrap.backend import ReapsWrappingKeys
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 from hsmwrap.forks import ForkAware, ForkTurn
-from hsmwrap.kms.core import Core
+from hsmwrap.kms.core import Core, by_name
+from hsmwrap.kms.keysets import Resealer
 from hsmwrap.kms.lifecycle import KeyLifecycle
 from hsmwrap.kms.once import OnceStore
 from hsmwrap.kms.schema import Key
@@ -30,16 +31,22 @@ _log = logging.getLogger(__name__)
 class Sweep:
     """One sweep; any number of processes may sweep at the same time."""
 
-    def __init__(self, core: Core, once: OnceStore, anchor: Callable[[], None]) -> None:
-        """Take the parts of the KMS, and the call that anchors the audit log."""
+    def __init__(
+        self, core: Core, once: OnceStore, anchor: Callable[[], None], reseal_at_once: int = 0
+    ) -> None:
+        """Take the parts of the KMS, and the call that anchors the audit log.
+
+        ``reseal_at_once`` is how many keys one sweep moves to the current key set; 0: none.
+        """
         self._core = core
         self._lifecycle = KeyLifecycle(core)
         self._once = once
         self._anchor = anchor
+        self._reseal = Resealer(core.database, core.audit, reseal_at_once)
 
     def __call__(self, now: datetime) -> None:
         """Process what is due at ``now``; failures are logged and retried by the next sweep."""
-        backends = {id(backend): backend for backend in self._core.backends.values()}.values()
+        backends = by_name(self._core.backends.values()).values()
         reapers = [ReapsWrappingKeys.of(backend) for backend in backends]
         work: tuple[Callable[[], object], ...] = (
             lambda: self._each(Key.material_expires_at <= now, self._core.expire, now),
@@ -47,6 +54,7 @@ class Sweep:
             lambda: self._core.objects.destroy_due(now),
             lambda: self._once.purge(now),
             *(lambda reaper=reaper: reaper.reap(now) for reaper in reapers if reaper),
+            *(lambda backend=backend: self._reseal(backend, now) for backend in backends),
             self._anchor,
         )
         for part in work:

@@ -25,7 +25,7 @@ def test_the_life_of_a_keyring(keyring, run_json, capsys):
     _, both = run_json("keys", "rotate", *keyring)
     assert [each["current"] for each in both["key_sets"]].count(True) == 1
     assert len(both["key_sets"]) == 2
-    _, left = run_json("keys", "retire", only["key_set"], *keyring)
+    _, left = run_json("keys", "retire", only["key_set"], "--force", *keyring)
     assert only["key_set"] not in [each["key_set"] for each in left["key_sets"]]
     assert main(["keys", "list", *keyring]) == 0
     assert "current" in capsys.readouterr().out
@@ -48,7 +48,7 @@ def test_the_life_of_key_sets_in_an_hsm_token(softhsm):
     assert "trusted" in made[0]["detail"]
     rotated = json.loads(softhsm.run_keys("rotate", "cli-keys"))["key_sets"]
     assert [(each["key_set"], each["current"]) for each in rotated] == [("1", False), ("2", True)]
-    left = json.loads(softhsm.run_keys("retire", "cli-keys", "1"))["key_sets"]
+    left = json.loads(softhsm.run_keys("retire", "cli-keys", "1", "--force"))["key_sets"]
     assert [each["key_set"] for each in left] == ["2"]
 
 
@@ -69,7 +69,7 @@ def test_the_key_sets_of_any_plug_in_are_managed(acme, run_json):
         ("1", False),
         ("2", True),
     ]
-    _, left = run_json("keys", "retire", "1", *acme)
+    _, left = run_json("keys", "retire", "1", "--force", *acme)
     assert [each["key_set"] for each in left["key_sets"]] == ["2"]
     assert run_json("keys", "reap", *acme)[1] == {"examined": 0, "removed": [], "failed": []}
 
@@ -163,7 +163,7 @@ def test_old_tokens_and_keys_work_until_their_set_is_retired(softhsm):
         backend.verify_mac(b"token", mac)
         assert bring().check_value
         assert backend.decrypt(imported, backend.encrypt(imported, b"m")) == b"m"
-    softhsm.run_keys("retire", "cli-rotation", "1")
+    softhsm.run_keys("retire", "cli-rotation", "1", "--force")
     with registry.open_backend("pkcs11", settings) as backend:
         with pytest.raises(InvalidMac):
             backend.verify_mac(b"token", mac)

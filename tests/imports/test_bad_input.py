@@ -47,7 +47,7 @@ def _retired_key_set(request):
 
     def retire():
         softhsm.run_keys("rotate", prefix)
-        softhsm.run_keys("retire", prefix, "1")
+        softhsm.run_keys("retire", prefix, "1", "--force")
         return desk
 
     return desk, retire

@@ -212,7 +212,7 @@ def test_a_running_process_goes_on_after_a_retirement(softhsm, prefix, first):
         assert backend.mac(b"data").key_set == "1"
         bring(backend, issue(backend, OAEP1), secrets.token_bytes(32))
         softhsm.run_keys("rotate", prefix)
-        softhsm.run_keys("retire", prefix, "1")
+        softhsm.run_keys("retire", prefix, "1", "--force")
         if first == "mac":
             assert backend.mac(b"data").key_set == "2"
         key = issue(backend, OAEP1)
@@ -229,7 +229,7 @@ def test_a_session_that_knows_the_mac_key_alone_goes_on_after_a_retirement(softh
         for session in backend._connection._connector.connected.pool._state.idle:
             del session.objects[f"{prefix}:{Role.WRAPPING_UNWRAP}:1"]
         softhsm.run_keys("rotate", prefix)
-        softhsm.run_keys("retire", prefix, "1")
+        softhsm.run_keys("retire", prefix, "1", "--force")
         assert parse_ref(issue(backend, OAEP1).private_key)[1] == 2
 
 
@@ -240,7 +240,7 @@ def test_an_import_goes_on_after_a_retirement(softhsm, prefix):
         key = issue(backend, OAEP1)
         bring(backend, key, secrets.token_bytes(32))
         softhsm.run_keys("rotate", prefix)
-        softhsm.run_keys("retire", prefix, "1")
+        softhsm.run_keys("retire", prefix, "1", "--force")
         imported = bring(backend, key, secrets.token_bytes(32)).key
         assert int.from_bytes(imported.data[1:3], "big") == 2
         backend.discard_wrapping_key(key.private_key)

@@ -129,7 +129,7 @@ class KeySet:
         detail = f"{len(self.roles)} keys, key-encryption keys {trust}"
         if not self.finished:
             detail = f"{len(self.roles)} keys, NOT finished: `hsmwrap keys retire` removes them"
-        return KeySetInfo(str(self.number), self.current, detail)
+        return KeySetInfo(str(self.number), self.current, detail, self.finished)
 
 
 class KeySets:

@@ -54,12 +54,19 @@ def upgrade() -> None:
         sa.Column("set_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("log"),
     )
+    op.create_table(
+        "key_sets_seen",
+        sa.Column("backend", sa.String(32), nullable=False),
+        sa.Column("key_set", sa.String(32), nullable=False),
+        sa.Column("superseded_at", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("backend", "key_set"),
+    )
 
 
 def downgrade() -> None:
     """Drop the tables."""
     for table in (
-        *("audit_anchors", "resident_keys", "failed_imports", "used_once"),
+        *("key_sets_seen", "audit_anchors", "resident_keys", "failed_imports", "used_once"),
         *("scheduled_destructions", "keys"),
     ):
         op.drop_table(table)

@@ -1,0 +1,138 @@
+"""``hsmwrap keys`` with the server's file: what needs which key set, moved and asked for."""
+
+from types import SimpleNamespace
+
+import pytest
+from support.kms.fakes import AES_MATERIAL, Client
+
+from hsmwrap.catalog import ProtectionLevel
+from hsmwrap.cli import main
+from hsmwrap.kms import StaticAccessKeys, load_config, open_kms
+from hsmwrap.software import SoftwareBackend
+
+pytestmark = pytest.mark.slow
+SOFTWARE = ProtectionLevel.SOFTWARE
+KEYS = 3
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A server's file, with three imported keys in its database."""
+    keyring = tmp_path / "keyring"
+    SoftwareBackend.initialise_keys({"keyring_file": str(keyring)})
+    file = tmp_path / "server.toml"
+    file.write_text(
+        f'database_url = "sqlite:///{tmp_path}/kms.db"\n'
+        f'audit_file = "{tmp_path}/audit.log"\n'
+        "sweep_interval = 0\n"
+        '[backends.SOFTWARE]\nplugin = "software"\n'
+        f'settings = {{ keyring_file = "{keyring}" }}\n'
+    )
+    with opened(file) as kms:
+        client = Client(kms)
+        for _ in range(KEYS):
+            key_id = client.create(ProtectionLevel=SOFTWARE)
+            client.import_material(key_id, AES_MATERIAL)
+    return file
+
+
+def opened(file):
+    return open_kms(load_config(file), access_keys=StaticAccessKeys(()))
+
+
+def sets(document):
+    return [(each["current"], each["keys"]) for each in document["key_sets"]]
+
+
+def test_keys_are_counted_moved_and_then_their_set_is_retired(config, run_json, capsys):
+    at = ("--config", str(config))
+    _, listed = run_json("keys", "list", *at)
+    assert sets(listed) == [(True, KEYS)]
+    old = listed["key_sets"][0]["key_set"]
+    run_json("keys", "rotate", *at)
+    assert sets(run_json("keys", "list", *at)[1]) == [(False, KEYS), (True, 0)]
+
+    assert main(["keys", "retire", old, *at]) == 2
+    refused = capsys.readouterr().err
+    assert f"needed by {KEYS} stored keys" in refused
+    assert "import tokens" in refused
+
+    status, moved = run_json("keys", "reseal", *at)
+    current = run_json("keys", "list", *at)[1]["key_sets"][1]["key_set"]
+    assert (status, moved) == (
+        0,
+        {"key_set": current, "examined": KEYS, "moved": KEYS, "failed": 0},
+    )
+    assert sets(run_json("keys", "list", *at)[1]) == [(False, 0), (True, KEYS)]
+
+    assert main(["keys", "retire", old, *at]) == 2
+    refused = capsys.readouterr().err
+    assert "stored keys" not in refused
+    assert "import tokens" in refused
+    _, left = run_json("keys", "retire", old, "--force", *at)
+    assert [each["key_set"] for each in left["key_sets"]] == [current]
+    with opened(config) as kms:
+        client = Client(kms)
+        for key in client("ListKeys")["Keys"]["Key"]:
+            client.usable(key["KeyId"])
+
+
+def test_the_moves_are_in_the_audit_log(config, run_json, tmp_path):
+    run_json("keys", "rotate", "--config", str(config))
+    run_json("keys", "reseal", "--config", str(config))
+    assert (tmp_path / "audit.log").read_text().count("ResealKey") == KEYS
+    assert main(["audit", "verify", "--config", str(config)]) == 0
+
+
+def test_a_key_that_does_not_move_is_the_exit_code(config, run_json, tmp_path):
+    keyring = tmp_path / "keyring"
+    keyring.rename(tmp_path / "old")
+    SoftwareBackend.initialise_keys({"keyring_file": str(keyring)})
+    status, moved = run_json("keys", "reseal", "--config", str(config))
+    assert (status, moved["moved"], moved["failed"]) == (1, 0, KEYS)
+
+
+def test_the_rate_is_kept_and_progress_is_shown(config, run_json, monkeypatch):
+    now, slept = [0.0], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr("hsmwrap.cli.keys.time", clock)
+    said = []
+    monkeypatch.setattr("builtins.print", lambda *text, **_: said.append(text[0]))
+    main(["keys", "rotate", "--config", str(config)])
+    main(["keys", "reseal", "--config", str(config), "--rate", "0.5"])
+    assert slept == [2.0] * KEYS
+    assert [text for text in said if "of 3" in text] == [
+        "2 of 3: 2 moved, 0 failed",
+        "3 of 3: 3 moved, 0 failed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--backend", "software"], "--config names backend and settings"),
+        (["--keyring-file", "f"], "--config names backend and settings"),
+        (["--level", "HSM"], "no backend of level HSM"),
+    ],
+)
+def test_what_contradicts_the_server_s_file_is_refused(config, options, why, capsys):
+    assert main(["keys", "list", "--config", str(config), *options]) == 2
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("action", [["reseal"], ["retire", "SET"]])
+def test_without_the_server_s_file_nothing_tells_what_a_set_sealed(
+    action, run_json, capsys, tmp_path
+):
+    keyring = ["--backend", "software", "--keyring-file", str(tmp_path / "keyring")]
+    _, first = run_json("keys", "init", *keyring)
+    run_json("keys", "rotate", *keyring)
+    words = [first["key_sets"][0]["key_set"] if word == "SET" else word for word in action]
+    assert main(["keys", *words, *keyring]) == 2
+    assert "give --config FILE" in capsys.readouterr().err
+    assert len(run_json("keys", "list", *keyring)[1]["key_sets"]) == 2
