@@ -57,7 +57,7 @@ def write_log(shim, settings):
         shim.restore_device()
     gc.collect()
     Unlucky()
-    thread = threading.Thread(target=lambda: [].pop())
+    thread = threading.Thread(target=[].pop)
     thread.start()
     thread.join()
 
