@@ -20,6 +20,7 @@ from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
+from hsmwrap.backend import Protection
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidKeyMaterial, ProtectionNotKept
 from hsmwrap.pkcs11.binding import objects
@@ -37,8 +38,8 @@ from hsmwrap.pkcs11.binding.templates import (
     without,
 )
 from hsmwrap.pkcs11.keysets import hardening
-from hsmwrap.pkcs11.keysets.keys import Role, unwrapped_template
-from hsmwrap.pkcs11.wrapping import sm2
+from hsmwrap.pkcs11.keysets.keys import Role, is_trusted, unwrapped_template
+from hsmwrap.pkcs11.wrapping import protections, sm2
 from hsmwrap.sm2 import decode_spki, open_engine
 from hsmwrap.sm2.curve import FIELD_BYTES, GX, GY, encode_point
 
@@ -84,6 +85,7 @@ class TokenFeatures:
         creates_keys: C_CreateObject makes AES keys from plaintext.
         ways: How unwrapped keys come to have the attributes of their templates.
         refused: Hardening attributes that the token's keys have to do without.
+        protections: What the token honours, each tried with a control.
     """
 
     unwraps: frozenset[WrappingAlgorithm]
@@ -100,6 +102,7 @@ class TokenFeatures:
     creates_keys: bool
     ways: Ways
     refused: frozenset[Attribute]
+    protections: tuple[Protection, ...]
 
     @property
     def wraps_secret_keys(self) -> bool:
@@ -182,7 +185,7 @@ class _Probe:
         works, in_a_way = self._works, self._in_a_way
         unwraps = self._unwraps(private, client)
         decrypts = self._working(lambda a: self._decrypt(private, client, a))
-        pinned = works(lambda: self._unwrap_template(own.unwrap, private))
+        tried = self._protections(own.unwrap, private)
         return TokenFeatures(
             unwraps=unwraps,
             decrypts=decrypts,
@@ -201,7 +204,8 @@ class _Probe:
             implicit_rejection=self._rejects_implicitly(private, client, unwraps, decrypts),
             creates_keys=works(self._creates_keys),
             ways=Ways(**self._ways),
-            refused=self._refused if pinned else self._refused | {Attribute.UNWRAP_TEMPLATE},
+            refused=self._refused | protections.useless(tried),
+            protections=tried,
         )
 
     def clean_up(self) -> None:
@@ -398,16 +402,15 @@ class _Probe:
         )
         return len(key.encrypt(bytes(_BLOCK), mechanism=Mechanism.AES_ECB)) == _BLOCK
 
-    def _unwrap_template(self, own: Any, private: Any) -> bool:
-        """Our key-encryption key demands SENSITIVE, so it must not unwrap into a readable key."""
-        blob = own.wrap_key(private, mechanism=AES_KEY_WRAP)
-        readable = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
-        weaker = self._for_unwrap({**private_key(KeyType.RSA, Attribute.UNWRAP), **readable})
-        return not self._works(
-            lambda: bool(
-                self._keep(own.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **weaker))
-            )
+    def _protections(self, own: Any, private: Any) -> tuple[Protection, ...]:
+        key = protections.OwnKey(
+            key=own,
+            becomes=private_key(KeyType.RSA, Attribute.UNWRAP),
+            private=private,
+            trusted=is_trusted(own),
+            lacks=self._refused,
         )
+        return protections.tried(self._session, key, lambda t: without(t, self._refused))
 
     def _for_unwrap(self, template: Template) -> dict[str, Any]:
         return for_unwrap(without(template, self._refused))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
-
-from pkcs11.constants import Attribute
+from collections.abc import Iterator
 
 from hsmwrap.backend import (
     Capabilities,
@@ -19,26 +16,6 @@ from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.settings import Pkcs11Settings, WrappingCustody
 from hsmwrap.pkcs11.wrapping import rsa
 from hsmwrap.pkcs11.wrapping.probe import MECHANISMS, TokenFeatures
-
-_WEAKER_WITHOUT: Mapping[Attribute, str] = MappingProxyType(
-    {
-        Attribute.UNWRAP_TEMPLATE: (
-            "CKA_UNWRAP_TEMPLATE has no effect on this HSM token: the holder of the PIN can unwrap "
-            "sealed blobs, and clients' ciphertexts, into readable objects."
-        ),
-        Attribute.ALLOWED_MECHANISMS: (
-            "The HSM token has no CKA_ALLOWED_MECHANISMS: the holder of the PIN can use a key with "
-            "every mechanism of its type, weak ones included."
-        ),
-        Attribute.COPYABLE: (
-            "The HSM token has no CKA_COPYABLE: the holder of the PIN can copy keys, and give the "
-            "copies other uses."
-        ),
-        Attribute.MODIFIABLE: (
-            "The HSM token has no CKA_MODIFIABLE: the holder of the PIN can give keys other uses."
-        ),
-    }
-)
 
 
 def capabilities(
@@ -60,6 +37,7 @@ def capabilities(
             KeyCapability(KeySpec.ALIYUN_SM4, usable=False, custody=custody),
         ),
         notes=tuple(_notes(settings, features, trusted=trusted, origin_told=origin_told)),
+        protections=features.protections,
     )
 
 
@@ -119,9 +97,10 @@ def _wrapping_custody(settings: Pkcs11Settings, *, can_seal: bool) -> Custody | 
 def _notes(
     settings: Pkcs11Settings, features: TokenFeatures, *, trusted: bool, origin_told: bool
 ) -> Iterator[str]:
-    yield from (
-        note for attribute, note in _WEAKER_WITHOUT.items() if attribute in features.refused
-    )
+    for each in features.protections:
+        if each.consequence and (trusted or each.name != "CKA_TRUSTED"):  # said below
+            said = f"{each.name} is {each.outcome} on this HSM token"
+            yield f"{said}. {each.control} {each.consequence}"
     if not trusted:
         yield (
             "The key-encryption keys are not CKA_TRUSTED: the holder of the PIN can wrap key "

@@ -1,0 +1,127 @@
+"""The report on protections that SoftHSM2 ignores or does not have, behind the fault shim.
+
+Usage: python -m support.pkcs11.protection_scenarios SCENARIO SHIM_DIRECTORY SETTINGS
+"""
+
+import secrets
+from datetime import UTC, datetime, timedelta
+
+from hsmwrap.backend import Exposure, Outcome
+from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.pkcs11.binding.objects import Way
+from hsmwrap.testing.faults import CKR, Restriction
+from support.clients import encrypt_as_client
+from support.pkcs11 import scenarios
+
+HONOURED, NOT_HONOURED, NOT_PROVABLE = Outcome
+OAEP1 = WrappingAlgorithm.RSAES_OAEP_SHA_1
+
+
+def opened(settings, prefix=None):
+    """An open backend, with keys that are made behind the shim where there is a prefix."""
+    if prefix:
+        settings = settings | {"key_prefix": f"{prefix}-{secrets.token_hex(4)}"}
+        Pkcs11Backend.initialise_keys(settings)
+    return Pkcs11Backend.from_settings(settings)
+
+
+def outcomes(backend):
+    report = backend.capabilities()
+    for each in report.protections:
+        assert (each.outcome is HONOURED) == (not each.consequence), each
+        if each.consequence and each.name != "CKA_TRUSTED":
+            assert any(each.name in note and each.control in note for note in report.notes), each
+    return {each.name.removeprefix("CKA_"): each.outcome for each in report.protections}
+
+
+def bring_in(backend, algorithm=OAEP1):
+    expires = datetime.now(UTC) + timedelta(hours=1)
+    key = backend.generate_wrapping_key(WrappingKeySpec.RSA_2048, algorithm, expires_at=expires)
+    ciphertext = encrypt_as_client(algorithm, key.public_key, bytes(range(32)))
+    return backend.unwrap_material(
+        key.private_key, algorithm, ciphertext, key_spec=KeySpec.ALIYUN_AES_256
+    )
+
+
+def softhsm_itself_honours_all(shim, settings):
+    assert set(outcomes(opened(settings)).values()) == {HONOURED}
+
+
+def an_ignored_attribute_is_not_honoured_and_the_others_are(shim, settings):
+    for restriction in (
+        Restriction.UNWRAP_TEMPLATE_IGNORED,
+        Restriction.ALLOWED_MECHANISMS_IGNORED,
+        Restriction.COPYABLE_IGNORED,
+        Restriction.MODIFIABLE_IGNORED,
+        Restriction.WRAP_WITH_TRUSTED_IGNORED,
+    ):
+        shim.restrict(restriction)
+        backend = opened(settings, "ignored")
+        found = outcomes(backend)
+        assert found.pop("TRUSTED") is NOT_PROVABLE  # its keys are not trusted
+        name = restriction.name.removesuffix("_IGNORED")
+        assert found.pop(name) is NOT_HONOURED, restriction
+        assert set(found.values()) == {HONOURED}, (restriction, found)
+        backend.close()
+
+
+def a_token_without_hardening_attributes(shim, settings):
+    shim.restrict(Restriction.NO_HARDENING)
+    found = outcomes(opened(settings, "plain"))
+    for name in ("UNWRAP_TEMPLATE", "ALLOWED_MECHANISMS", "COPYABLE", "MODIFIABLE"):
+        assert found[name] is NOT_HONOURED, name
+
+
+def a_token_that_refuses_readable_keys_proves_by_another_attack(shim, settings):
+    """As NSS in FIPS mode; its refusal passed for CKA_UNWRAP_TEMPLATE."""
+    refuses = Restriction.NO_READABLE_KEYS
+    for restrictions, outcome in (
+        ((refuses,), HONOURED),
+        ((refuses, Restriction.UNWRAP_TEMPLATE_IGNORED), NOT_HONOURED),
+    ):
+        shim.restrict(*restrictions)
+        backend = opened(settings, "fips")
+        found = outcomes(backend)
+        assert found["UNWRAP_TEMPLATE"] is outcome
+        assert found["SENSITIVE"] is NOT_PROVABLE
+        backend.close()
+
+
+def a_failure_of_the_moment_is_not_taken_for_a_protection(shim, settings):
+    shim.restrict(Restriction.UNWRAP_TEMPLATE_IGNORED)
+    settings = settings | {"key_prefix": "moment"}
+    Pkcs11Backend.initialise_keys(settings)
+    for nth in range(1, 12):
+        shim.fail("C_UnwrapKey", CKR.GENERAL_ERROR, nth=nth)
+        backend = opened(settings)
+        assert outcomes(backend)["UNWRAP_TEMPLATE"] is NOT_HONOURED, nth
+        backend.close()
+        shim.clear()
+
+
+def keys_that_unwrapping_leaves_readable_are_copied(shim, settings):
+    """As opencryptoki; without the copy such a token would not unwrap material at all."""
+    shim.restrict(Restriction.UNWRAP_IGNORES_PROTECTION)
+    backend = opened(settings, "ignores")
+    assert backend.capabilities().wrapping_for(WrappingKeySpec.RSA_2048, OAEP1)
+    assert backend._probed.features.ways.material is not Way.AS_ASKED
+    imported = bring_in(backend)
+    assert imported.exposure is Exposure.IN_HSM
+    before = shim.counters()
+    backend.encrypt(imported.key, b"message")
+    assert shim.counters().held == before.held
+
+
+def what_cannot_be_repaired_is_not_offered(shim, settings):
+    shim.restrict(Restriction.UNWRAP_IGNORES_PROTECTION)
+    for function in ("C_CopyObject", "C_SetAttributeValue"):
+        shim.fail(function, CKR.FUNCTION_NOT_SUPPORTED, always=True)
+    backend = opened(settings, "unrepaired")
+    served = backend.capabilities().wrapping
+    assert {w.exposure for w in served} <= {Exposure.HOST}
+    assert bring_in(backend, served[0].algorithm).exposure is Exposure.HOST
+
+
+if __name__ == "__main__":
+    scenarios.main(globals())
