@@ -73,10 +73,9 @@ class Verdict:
 
     def error(self) -> HsmwrapError:
         """The error of a refusal; call it on refusals only."""
-        rule, parameter = self.rule or "", self.parameter or ""
-        if parameter == "ProtectionLevel" and rule == "no-managed-hsm":
-            return UnsupportedProtectionLevel(rule, self.reason)
-        return CombinationRefused(parameter, rule, self.reason)
+        if self.rule == "no-managed-hsm":
+            return UnsupportedProtectionLevel(self.rule, self.reason)
+        return CombinationRefused(self.parameter or "", self.rule or "", self.reason)
 
 
 ALLOWED = Verdict(allowed=True)

@@ -25,8 +25,9 @@ def pytest_configure(config):
     # Workers are modules of support that run as processes of their own.
     paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    # The time that one example takes says how busy the machine is.
-    hypothesis.settings.register_profile("patient", deadline=None)
+    # The time that one example takes says how busy the machine is. scripts/mutate asks for few.
+    examples = int(os.environ.get("HSMWRAP_EXAMPLES", "100"))
+    hypothesis.settings.register_profile("patient", deadline=None, max_examples=examples)
     hypothesis.settings.load_profile("patient")
     fast.configure(config)
     if not config.option.fast:

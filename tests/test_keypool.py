@@ -268,8 +268,9 @@ def test_a_pair_is_handed_out_for_a_token_that_expires_in_its_own_last_second(fi
     assert (filled.fact().hits, filled.fact().discarded) == (1, 0)
 
 
-def test_aged_pairs_are_discarded_and_replaced(filled, backend):
-    filled.time.move(HOUR)
+@pytest.mark.parametrize("age", [HOUR, HOUR + SECOND])
+def test_aged_pairs_are_discarded_and_replaced(filled, backend, age):
+    filled.time.move(age)
     filled.work()
     assert backend.alive == {b"4", b"5", b"6", b"7"}
     assert (filled.fact().discarded, filled.fact().level) == (4, 4)

@@ -149,6 +149,25 @@ def test_a_claim_that_does_not_fit_is_refused_and_not_cut():
                 pytest.fail(f"{name}: {tokens.encode(claims, mac)!r}")
 
 
+def test_what_just_fits_is_taken():
+    def with_reference(length):
+        return replace(EXAMPLE, private_key=PrivateKeyRef(Custody.HSM_INTERNAL, bytes(length)))
+
+    room = MAX_TOKEN_LENGTH - len(tokens.encode(with_reference(0), mac))
+    fitting = [
+        with_reference(room),
+        replace(EXAMPLE, backend="x" * 255),
+        replace(EXAMPLE, cmk_id="x" * MAX_CMK_ID_LENGTH),
+        replace(EXAMPLE, expires_at=datetime.fromtimestamp(0, UTC)),
+    ]
+    for claims in fitting:
+        assert tokens.decode(tokens.encode(claims, mac), verify_mac) == claims
+    with pytest.raises(HsmError, match="4097 bytes, and 4096 is the most"):
+        tokens.encode(with_reference(room + 1), mac)
+    token = tokens.encode(EXAMPLE, lambda data: mac(data, "7" * 255))
+    assert tokens.decode(token, lambda *_: None) == EXAMPLE
+
+
 @pytest.mark.parametrize(
     "unfit",
     [Mac("7" * 256, bytes(32)), Mac("é", bytes(32)), Mac("7", bytes(31)), Mac("7", b"")],

@@ -191,7 +191,7 @@ def _signed_headers(message: RpcMessage, names: list[str]) -> dict[str, str]:
     unsigned = sorted(needed - set(names))
     if unsigned:
         raise IncompleteSignature(f"{loggable(unsigned[0])} is not among the signed headers")
-    if not message.headers.keys() >= set(names):
+    if set(names) - message.headers.keys():
         raise IncompleteSignature("a signed header is missing")
     return {name: message.headers[name].strip() for name in sorted(names)}
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from urllib.parse import parse_qsl
 
@@ -23,6 +24,10 @@ from hsmwrap.kms.signing import SigningSecret
 
 def code(response):
     return response.get_json()["Code"]
+
+
+def lower(headers):
+    return {name.lower(): value for name, value in headers.items()}
 
 
 # --- known answers: the worked examples of Alibaba Cloud's own documentation
@@ -297,6 +302,13 @@ def test_v1_missing_piece(bench, name, blank):
     assert name in response.get_json()["Message"]
 
 
+def test_the_first_missing_piece_is_named(bench):
+    response = bench.get("Action=DescribeKey")
+    assert response.get_json()["Message"].endswith(": AccessKeyId is missing.")
+    response = bench.post(headers=acs3_headers(drop=("x-acs-date", "host", "x-acs-version")))
+    assert response.get_json()["Message"].endswith(": host is not among the signed headers.")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -392,6 +404,17 @@ def test_unknown_access_key(bench, access_key_id):
     response = bench.get(v1_query(AccessKeyId=access_key_id))
     assert (response.status_code, code(response)) == (404, "InvalidAccessKeyId.NotFound")
     assert bench.nonces.used == {}
+
+
+def test_a_claim_shows_what_is_claimed_and_nothing_to_sign_with(bench):
+    """It signs plaintexts too; and who has a signature can send its request."""
+    shown = re.compile(r"(\w+)=").findall
+    for claim in (
+        read_claim(RpcMessage("GET", dict(parse_qsl(v1_query())))),
+        read_claim(RpcMessage("POST", {}, headers=lower(acs3_headers()))),
+    ):
+        claimed = ["access_key_id", "timestamp", "nonce", "action", "version", "scheme"]
+        assert shown(repr(claim)) == claimed
 
 
 # --- the message of a wrong signature
