@@ -17,6 +17,7 @@ The same table is printed by ``hsmwrap config settings`` and in docs/settings.md
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -132,6 +133,25 @@ def did_you_mean(unknown: Iterable[str], known: Sequence[str]) -> str:
     """A question that names the nearest known names; empty where none is near."""
     near = [match for name in unknown for match in difflib.get_close_matches(name, known, 1)]
     return f"did you mean {', '.join(near)}? " if near else ""
+
+
+def as_toml(value: Any) -> str:
+    """A value of a setting as TOML has it; a duration in seconds."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+        value = int(value) if value == int(value) else value
+    if isinstance(value, Mapping):
+        inner = (f"{_toml_key(str(name))} = {as_toml(each)}" for name, each in value.items())
+        return f"{{ {', '.join(inner)} }}" if value else "{}"
+    if isinstance(value, frozenset):
+        value = sorted(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
 
 
 # --- kinds

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 
 from hsmwrap.cli import tables
@@ -15,7 +13,7 @@ from hsmwrap.cli.arguments import Subparsers, add_json_option
 from hsmwrap.cli.extras import require_server
 from hsmwrap.keypool import PoolSettings
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.settings import REQUIRED, Setting
+from hsmwrap.settings import REQUIRED, Setting, as_toml
 from hsmwrap.software.settings import SoftwareSettings
 
 _SETTINGS_HEAD = """\
@@ -102,10 +100,7 @@ def _default(row: Setting) -> str:
     value = row.default
     if value is REQUIRED or value is None:
         return "optional" if value is None else "required"
-    if isinstance(value, timedelta):
-        value = int(value.total_seconds())
-    plain = list(value) if isinstance(value, frozenset) else value
-    return f"default `{json.dumps(plain, default=str)}`"
+    return f"default `{as_toml(value)}`"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ import logging
 import os
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -35,7 +36,7 @@ from hsmwrap.catalog import loggable
 from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidParameter, MissingParameter
 from hsmwrap.http import answer, logs
 from hsmwrap.http.authentication import identify, verify
-from hsmwrap.http.errors import MethodNotAllowed, MetricsUnavailable, PathNotFound
+from hsmwrap.http.errors import MethodNotAllowed, MetricsUnavailable, PageNotFound, PathNotFound
 from hsmwrap.http.gateway import Limits
 from hsmwrap.http.message import RpcMessage, read_message
 from hsmwrap.http.ports import AccessKeys, Caller, KmsPort, NonceStore
@@ -102,7 +103,7 @@ class _Exchange:
         _log.log(level, "request", extra=facts)
 
 
-class _Pages:
+class _Pages(ABC):
     """A WSGI application of pages by path. Answers every error in the API's form."""
 
     _pages: Mapping[str, Callable[[str], Response]]
@@ -132,8 +133,9 @@ class _Pages:
             unexpected.__cause__ = error
             return _failed(unexpected, exchange)
 
-    def _call(self, _request: Request, _exchange: _Exchange, /) -> Response:
-        raise PathNotFound("nothing else is served here")
+    @abstractmethod
+    def _call(self, request: Request, exchange: _Exchange, /) -> Response:
+        """Answer what is not one of the pages."""
 
 
 class MetricsApp(_Pages):
@@ -143,6 +145,9 @@ class MetricsApp(_Pages):
         """Take what returns the metrics in Prometheus' text format."""
         self._collect = collect
         self._pages = {"/metrics": self._metrics}
+
+    def _call(self, _request: Request, _exchange: _Exchange, /) -> Response:
+        raise PageNotFound("nothing else is served here")
 
     def _metrics(self, _request_id: str) -> Response:
         text = self._collect()

@@ -72,6 +72,12 @@ class PathNotFound(HsmwrapError):
     _api_message = "The API is served at the path / only."
 
 
+class PageNotFound(PathNotFound):
+    """At the address of the metrics is the page ``/metrics`` and nothing else."""
+
+    _api_message = "The metrics are at the path /metrics; the API is served at another address."
+
+
 class MethodNotAllowed(HsmwrapError):
     """The method is neither GET nor POST."""
 

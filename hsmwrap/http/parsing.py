@@ -165,8 +165,9 @@ class RequestParser:
         version = self._http.get_http_version()
         if version not in _VERSIONS:
             self._stop(MalformedRequest("HTTP 1.0 and 1.1 are served"))
-        if [name for name, _ in self._headers].count("host") > 1:  # RFC 9112, section 3.2
-            self._stop(MalformedRequest("more than one Host"))
+        hosts = [name for name, _ in self._headers].count("host")
+        if hosts > 1 or (version == "1.1" and not hosts):  # RFC 9112, section 3.2
+            self._stop(MalformedRequest("HTTP 1.1 needs one Host, and takes one"))
         path, _, query = _AUTHORITY.sub(b"", self._target, count=1).partition(b"?")
         self._request = Request(
             self._http.get_method().decode("ascii"),

@@ -451,7 +451,8 @@ def _last_line(file: int) -> Anchor:
     last = _parse(tail[begin:whole])[0] if whole else _NOTHING
     if start + whole < size:
         _log.warning(
-            "audit log: incomplete last line cut off", extra={"bytes": size - start - whole}
+            "audit log: incomplete last line cut off",
+            extra={"bytes": size - start - whole, "after_line": last.sequence},
         )
         os.ftruncate(file, start + whole)
     return replace(last, position=start + begin)

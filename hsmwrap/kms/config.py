@@ -245,18 +245,30 @@ def load_config(path: Path | None = None) -> ServerConfig:
 
 def _fault(error: ErrorDetails) -> str:
     name = ".".join(map(str, error["loc"]))
-    if error["type"] != "extra_forbidden":
-        return f"{name}: {error['msg']}"
-    return f"{name}: unknown setting; {did_you_mean([name], _names())}see `hsmwrap config settings`"
+    if error["type"] == "extra_forbidden":
+        near = did_you_mean([name], [row.name for row in settings_table()])
+        return f"{name}: unknown setting; {near}see `hsmwrap config settings`"
+    row = _setting_at(error["loc"])
+    if row is None:  # a table of several
+        return f"{name}: required" if error["type"] == "missing" else f"{name}: takes a table"
+    if error["type"] == "missing":
+        return f"{name}: required; {row.help}"
+    return f"{name}: takes {row.takes}; {row.help}"
+
+
+def _setting_at(location: tuple[int | str, ...]) -> Setting | None:
+    """The setting at this place of the document, or above it."""
+    table = {row.name: row for row in settings_table()}
+    keys = [str(key) for key in location]
+    if keys[0] == "backends" and len(keys) > 1:
+        keys[1] = "LEVEL"
+    ends = range(len(keys), 0, -1)
+    return next((table[name] for end in ends if (name := ".".join(keys[:end])) in table), None)
 
 
 def settings_table() -> tuple[Setting, ...]:
     """Every setting of the server, with dots between the levels (``backends.LEVEL.plugin``)."""
     return tuple(_rows(ServerConfig, ""))
-
-
-def _names() -> list[str]:
-    return [row.name for row in settings_table()]
 
 
 def _rows(model: type[BaseModel], prefix: str) -> Iterator[Setting]:

@@ -15,6 +15,7 @@ from sqlalchemy.exc import ArgumentError
 
 from hsmwrap.kms.config import ENV_PREFIX, ServerConfig, read_file
 from hsmwrap.kms.database import shown_url
+from hsmwrap.settings import as_toml
 
 MASK = "(set, not shown)"
 # Names of settings that may hold a secret. Those that say where a secret is (file, variable) may be
@@ -27,7 +28,7 @@ _URI_PIN = re.compile(r"(?i)(pin-(?:value|source))\s*=.*", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One value: dotted name, text, and source: ``file``, ``default`` or the variable."""
+    """One value: dotted name, as TOML (``-``: not set), and source: file, default or variable."""
 
     name: str
     value: str
@@ -59,10 +60,14 @@ def _leaves(keys: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...]
 
 def _text(keys: tuple[str, ...], value: Any) -> str:
     if isinstance(value, SecretStr):
-        return _url(value.get_secret_value())
+        url = _url(value.get_secret_value())
+        return url if url is MASK else as_toml(url)
     if value is None:
         return "-"
-    return str(MASK if any(map(_is_secret, keys[:-1])) else _masked(keys[-1], value))
+    if any(map(_is_secret, keys[:-1])):
+        return MASK
+    shown = _masked(keys[-1], value)
+    return MASK if shown is MASK else as_toml(shown)
 
 
 def _masked(key: str, value: Any) -> Any:
@@ -95,9 +100,14 @@ def _source(keys: tuple[str, ...], document: Mapping[str, Any]) -> str:
         variable = ENV_PREFIX + "__".join(keys[:length]).upper()
         if variable in variables:
             return variable
-    found: Any = document
-    for key in keys:
-        if not isinstance(found, Mapping) or key not in found:
-            return "default"
-        found = found[key]
-    return "file"
+    return "file" if _is_in(document, keys) else "default"
+
+
+def _is_in(document: Any, keys: tuple[str, ...]) -> bool:
+    """Whether the file has this value; it may name a level (``backends.HSM``) in small letters."""
+    if not keys:
+        return True
+    if not isinstance(document, Mapping):
+        return False
+    names = [name for name in document if keys[0] in {name, name.upper()}]
+    return any(_is_in(document[name], keys[1:]) for name in names)

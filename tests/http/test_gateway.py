@@ -29,8 +29,8 @@ from hsmwrap.http.gateway import (
 )
 from hsmwrap.http.parsing import Phase
 
-HALF = b"GET / HTTP/1.1\r\nX-Half:"
-HALF_BODY = b"POST / HTTP/1.1\r\nContent-Length: 100\r\n\r\nA="
+HALF = b"GET / HTTP/1.1\r\nHost: h\r\nX-Half:"
+HALF_BODY = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\nA="
 
 
 class Application:
@@ -260,7 +260,7 @@ def test_a_client_that_closed_its_side_is_answered(app):
 
 
 def test_continue_is_said_before_a_body_that_is_read(app):
-    head = b"POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+    head = b"POST / HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
     with serving(app, max_body=10) as running:
         client = running.connect(head % 5)
         assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"

@@ -41,16 +41,18 @@ def code(raw: bytes) -> str:
     return parser.refusal.code
 
 
-CHUNKED = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: h\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 STREAMS = [
-    b"GET /?a=b HTTP/1.1\r\nHost: h\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc",
+    b"GET /?a=b HTTP/1.1\r\nHost: h\r\n\r\n" + POST + b"Content-Length: 3\r\n\r\nabc",
     CHUNKED + b"2\r\nab\r\n1;x\r\nc\r\n0\r\nT: t\r\n\r\nGET / HTTP/1.0\r\n\r\n",
-    b"GET / HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\nConnection: close\r\n\r\nGET / HTTP/1.1\r\n\r\n",
-    b"POST /none HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcGET / HTTP/1.1\r\n\r\n",
-    b"GET / HTTP/1.1\r\n\r\nSECRET\r\n\r\n",
-    b"POST / HTTP/1.1\r\nContent-Length: 2000\r\n\r\nabc",
+    GET + b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n" + GET,
+    b"POST /none HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc" + GET,
+    GET + b"SECRET\r\n\r\n",
+    POST + b"Content-Length: 2000\r\n\r\nabc",
     CHUNKED + b"2\r\nabc",
-    b"GET / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\nGET / HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + GET,
     b"GET / HTTP/1.1\r\nHost: h\r\nX-Half",
 ]
 
@@ -71,10 +73,8 @@ def test_a_request():
 
 
 def test_trailers_are_left_out():
-    (request,) = parse(
-        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nHost: evil\r\n\r\n"
-    ).requests
-    assert request.headers == [("transfer-encoding", "chunked")]
+    (request,) = parse(CHUNKED + b"1\r\na\r\n0\r\nHost: evil\r\n\r\n").requests
+    assert request.headers == [("host", "h"), ("transfer-encoding", "chunked")]
     assert request.body == b"a"
 
 
@@ -88,24 +88,26 @@ def test_trailers_are_left_out():
     ],
 )
 def test_targets(target, path, query):
-    (request,) = parse(b"GET " + target + b" HTTP/1.1\r\n\r\n").requests
+    (request,) = parse(b"GET " + target + b" HTTP/1.1\r\nHost: h\r\n\r\n").requests
     assert (request.path, request.query) == (path, query)
 
 
 @pytest.mark.parametrize(
     "head",
     [
-        b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
-        b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
-        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n",
-        b"POST / HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
-        b"POST / HTTP/1.1\r\nContent-Length : 1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: +1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length : 1\r\n\r\n",
         b"POST / HTTP/1.1\nContent-Length: 1\n\n",
-        b"POST / HTTP/1.1\r\nContent-Length: 1\n\r\n",
-        b"GET / HTTP/1.1\r\nA: b\r\n c\r\n\r\n",
-        b"GET / HTTP/1.1\r\nA: b\x00\r\n\r\n",
-        b"GET /\xff HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: h\r\nA: b\r\n c\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: h\r\nA: b\x00\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: h\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: a\r\nhost: a\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc",
         b"GET / HTTP/2.0\r\n\r\n",
         b"GET / HTTP/0.9\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
@@ -115,16 +117,20 @@ def test_ambiguous_heads(head):
     assert code(head) == "MalformedRequest"
 
 
+def test_a_request_of_http_1_0_needs_no_host():
+    assert len(parse(b"GET / HTTP/1.0\r\n\r\n").requests) == 1
+
+
 @pytest.mark.parametrize(
     "framing", [b"gzip", b"chunked, gzip", b"chunked\r\nTransfer-Encoding: gzip", b"xchunked"]
 )
 def test_bodies_without_a_known_end(framing):
-    raw = b"POST / HTTP/1.1\r\nTransfer-Encoding: " + framing + b"\r\n\r\n0\r\n\r\n"
+    raw = b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: " + framing + b"\r\n\r\n0\r\n\r\n"
     assert code(raw) in {"MalformedRequest", "InvalidParameter"}
 
 
 def line(length: int) -> bytes:
-    return b"GET /" + b"a" * (length - 1) + b" HTTP/1.1\r\n\r\n"
+    return b"GET /" + b"a" * (length - 1) + b" HTTP/1.1\r\nHost: h\r\n\r\n"
 
 
 def header(length: int) -> bytes:
@@ -137,19 +143,19 @@ def test_the_longest_request_line():
 
 
 def test_the_longest_header_field():
-    head = b"GET / HTTP/1.1\r\n%s\r\n"
+    head = b"GET / HTTP/1.0\r\n%s\r\n"
     assert len(parse(head % header(MAX_HEADER)).requests) == 1
     assert code(head % header(MAX_HEADER + 1)) == "HeadersTooLarge"
 
 
 def test_the_most_header_fields():
-    head = b"GET / HTTP/1.1\r\n%s\r\n"
+    head = b"GET / HTTP/1.0\r\n%s\r\n"
     assert len(parse(head % (b"A:\r\n" * MAX_HEADERS)).requests) == 1
     assert code(head % (b"A:\r\n" * (MAX_HEADERS + 1))) == "HeadersTooLarge"
 
 
 def test_the_most_bytes_of_header_fields():
-    head = b"GET / HTTP/1.1\r\n%s\r\n"
+    head = b"GET / HTTP/1.0\r\n%s\r\n"
     longest = head % (header(MAX_HEADERS_LENGTH // 16) * 16)
     for size in (len(longest), 7):
         parts = [longest[at : at + size] for at in range(0, len(longest), size)]
@@ -158,7 +164,7 @@ def test_the_most_bytes_of_header_fields():
 
 
 def test_a_header_field_without_an_end_is_not_kept_for_ever():
-    parser = parse(b"GET / HTTP/1.1\r\nA:")
+    parser = parse(b"GET / HTTP/1.1\r\nHost: h\r\nA:")
     for _ in range(MAX_HEADERS_LENGTH // 1000 + 1):
         parser.feed(b"a" * 1000)
     assert parser.refusal.code == "HeadersTooLarge"
@@ -167,8 +173,8 @@ def test_a_header_field_without_an_end_is_not_kept_for_ever():
 def test_long_heads_after_long_bodies_are_no_larger_for_it():
     """What precedes a request in the same bytes is not counted as its own."""
     body = b"a" * MAX_BODY
-    post = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (MAX_BODY, body)
-    parser = parse(post * 10 + b"GET / HTTP/1.1\r\nA:", b"b", b"\r\n\r\n")
+    post = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%s" % (MAX_BODY, body)
+    parser = parse(post * 10 + b"GET / HTTP/1.1\r\nHost: h\r\nA:", b"b", b"\r\n\r\n")
     assert parser.refusal is None
     assert len(parser.requests) == 11
 
@@ -177,9 +183,12 @@ def test_long_heads_after_long_bodies_are_no_larger_for_it():
 def test_the_longest_body(framed):
     def post(length: int) -> bytes:
         if framed:
-            return b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (length, b"a" * length)
+            return b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%s" % (
+                length,
+                b"a" * length,
+            )
         chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (length, b"a" * length)
-        return b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk
+        return CHUNKED + chunk
 
     assert len(parse(post(MAX_BODY)).requests[0].body) == MAX_BODY
     assert code(post(MAX_BODY + 1)) == "RequestTooLarge"
@@ -187,16 +196,16 @@ def test_the_longest_body(framed):
 
 @pytest.mark.parametrize("start", [b"PUT /", b"POST /none", b"GET /healthz"])
 def test_bodies_that_nothing_reads_are_not_kept(start):
-    parser = parse(start + b" HTTP/1.1\r\nContent-Length: 9\r\n\r\n")
+    parser = parse(start + b" HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n")
     (request,) = parser.requests
     assert not request.keep_alive
     assert parser.unread
-    parser.feed(b"GET / HTTP/1.1\r\n\r\n")
+    parser.feed(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
     assert len(parser.requests) == 1
 
 
 def test_many_requests_at_once():
-    parser = parse(b"GET / HTTP/1.1\r\n\r\n" * 1000)
+    parser = parse(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n" * 1000)
     assert len(parser.requests) < 20
     assert parser.refusal.code == "MalformedRequest"
 
@@ -205,9 +214,9 @@ def test_many_requests_at_once():
     ("raw", "refused"),
     [
         (b"", None),
-        (b"GET / HTTP/1.1\r\n", None),
-        (b"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nab", "InvalidParameter"),
-        (b"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", None),
+        (b"GET / HTTP/1.1\r\nHost: h\r\n", None),
+        (b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nab", "InvalidParameter"),
+        (b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc", None),
     ],
 )
 def test_the_end_of_the_connection(raw, refused):

@@ -453,6 +453,8 @@ def test_metrics_and_the_api_are_apart(bench):
     ):
         assert (response.status_code, response.get_json()["Code"]) == (404, "InvalidPath.NotFound")
     assert bench.metrics.post("/metrics").status_code == 405
+    assert "/metrics" in bench.metrics.get("/").get_json()["Message"]
+    assert bench.get(path="/x").get_json()["Message"] == "The API is served at the path / only."
 
 
 def test_metrics_without_the_library(bench, monkeypatch):

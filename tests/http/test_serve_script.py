@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,6 +38,13 @@ def serve(softhsm, tmp_path):
         return running_command(command, tmp_path / "log", environment)
 
     return run
+
+
+def test_help_says_more_than_the_usage():
+    done = subprocess.run([SERVE, "--help"], capture_output=True, check=True, text=True)
+    for word in ("--port N", "--data DIR", "HSMWRAP_DEV_ACCESS_KEY=ID:SECRET", "ready http://"):
+        assert word in done.stdout
+    assert "#" not in done.stdout
 
 
 def import_key(call, spec, algorithm, encrypt):

@@ -220,12 +220,15 @@ def test_incomplete_last_line_is_cut_off(log, key, caplog, partial):
 
 
 @pytest.mark.parametrize("partial", INCOMPLETE.values(), ids=INCOMPLETE)
-def test_incomplete_first_line_is_cut_off(tmp_path, key, partial):
+def test_incomplete_first_line_is_cut_off(tmp_path, key, caplog, partial):
     log = AuditLog(tmp_path / "new.log", lambda: NOW, key)
     log.path.write_bytes(partial)
     log.append(entry(1))
     assert verify(log.path, key).ok
     assert verify(log.path, key).lines == 1
+    (record,) = caplog.records
+    assert "incomplete last line cut off" in record.getMessage()
+    assert (record.bytes, record.after_line) == (len(partial), 0)
 
 
 def test_line_written_in_part_is_taken_back(log, key, monkeypatch):

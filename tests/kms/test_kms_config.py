@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tomllib
 from datetime import timedelta
 
 import pytest
@@ -183,14 +184,21 @@ def test_check_explains(file, monkeypatch, capsys):
     monkeypatch.setenv("HSMWRAP_SERVER_REGION", "cn-hangzhou")
     out = check(capsys, "--config", file, "--json")
     explained = {s["name"]: (s["value"], s["source"]) for s in json.loads(out)["settings"]}
-    assert explained["region"] == ("cn-hangzhou", "HSMWRAP_SERVER_REGION")
+    assert explained["region"] == ('"cn-hangzhou"', "HSMWRAP_SERVER_REGION")
     assert explained["port"] == ("8443", "default")
     assert explained["limits.max_threads"] == ("4", "file")
     assert explained["limits.max_request_bytes"] == ("131072", "default")
-    assert explained["backends.HSM.plugin"] == ("pkcs11", "file")
-    assert explained["backends.HSM.settings.pin_file"] == ("/etc/hsmwrap/pin", "file")
+    assert explained["backends.HSM.plugin"] == ('"pkcs11"', "file")
+    assert explained["backends.HSM.settings.pin_file"] == ('"/etc/hsmwrap/pin"', "file")
     assert explained["backends.HSM.settings.user_pin"] == ("(set, not shown)", "file")
-    assert explained["database_url"] == ("postgresql+psycopg://kms:***@db.example/kms", "file")
+    url = '"postgresql+psycopg://kms:***@db.example/kms"'
+    assert explained["database_url"] == (url, "file")
+    assert explained["token_lifetime"] == ("3600", "file")
+    assert explained["single_use"] == ("false", "default")
+    assert explained["refused_algorithms"] == ("[]", "default")
+    assert explained["required_exposure"] == ('"in_hsm"', "file")
+    for name, (value, _) in explained.items():
+        assert value in {"-", MASK} or tomllib.loads(f"value = {value}"), name
     assert explained["audit_key_file"] == ("-", "default")
     table = check(capsys, "--config", file)
     assert table.splitlines()[0].split() == ["setting", "value", "source"]
@@ -217,13 +225,49 @@ def test_check_masks_pins_wherever_they_are(file, capsys):
     shown = {name.removeprefix("backends.HSM.settings."): v for name, v in explained.items()}
     assert "12345678" not in out
     assert "12345678" not in check(capsys, "--config", file)
-    assert shown["allow_pin_value"] == "True"
-    assert shown["uri"] == f"pkcs11:token=A?module-path=/usr/lib/x.so&pin-value={MASK}"
-    assert shown["fallbacks"] == str(
-        [f"pkcs11:token=B?PIN-Value={MASK}", f"pkcs11:token=C?pin-source={MASK}"]
-    )
-    assert shown["tokens"] == str([{"label": "D", "user_pin": MASK}])
+    assert shown["allow_pin_value"] == "true"
+    assert shown["uri"] == f'"pkcs11:token=A?module-path=/usr/lib/x.so&pin-value={MASK}"'
+    fallbacks = (f'"pkcs11:token=B?PIN-Value={MASK}"', f'"pkcs11:token=C?pin-source={MASK}"')
+    assert shown["fallbacks"] == f"[{', '.join(fallbacks)}]"
+    assert shown["tokens"] == f'[{{ label = "D", user_pin = "{MASK}" }}]'
     assert shown["credentials.user"] == shown["pin_command"] == MASK
+
+
+def test_a_level_in_small_letters_comes_from_the_file(file, capsys):
+    file.write_text(FILE.replace("[backends.HSM]", "[backends.hsm]"))
+    out = check(capsys, "--config", file, "--json")
+    explained = {s["name"]: (s["value"], s["source"]) for s in json.loads(out)["settings"]}
+    assert explained["backends.HSM.plugin"] == ('"pkcs11"', "file")
+    assert explained["backends.HSM.settings.module"] == ('"/usr/lib/x.so"', "file")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('port = "x"\n', "port: takes a whole number, 0 to 65535; Port to listen on"),
+        ("port = 70000\n", "port: takes a whole number, 0 to 65535; Port to listen on"),
+        ('dedicated = "maybe"\n', "dedicated: takes true or false; Whether this is a dedicated"),
+        ('sweep_interval = "long"\n', "sweep_interval: takes seconds, or ISO 8601 (PT24H)"),
+        ('managed_hsm = "GOLD"\n', "managed_hsm: takes one of SCA, FIPS, NONE; Class"),
+        ("limits = 1\n", "limits: takes a table"),
+    ],
+)
+def test_what_is_right_is_said_in_our_words(tmp_path, line, said):
+    """Not in pydantic's, which may change and speak of its types."""
+    file = tmp_path / "server.toml"
+    file.write_text(line + FILE.replace("[limits]\nmax_threads = 4\n", ""))
+    with pytest.raises(ConfigurationError) as caught:
+        load_config(file)
+    assert said in str(caught.value)
+
+
+def test_what_is_missing_is_said(tmp_path):
+    file = tmp_path / "server.toml"
+    file.write_text("[backends.HSM]\n")
+    with pytest.raises(
+        ConfigurationError, match=r"backends[.]HSM[.]plugin: required; The backend's"
+    ):
+        load_config(file)
 
 
 TWO_TOKENS = """
