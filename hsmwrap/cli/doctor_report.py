@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from hsmwrap.backend import FailedTrial
+from hsmwrap.backend import FailedTrial, Outcome
 from hsmwrap.cli import tables
 from hsmwrap.cli.doctor_examination import Findings, Key, Row
 
@@ -101,7 +101,8 @@ def _filled(line: str) -> str:
 
 def _sections(document: Document) -> Iterator[tuple[str, _Table | list[str]]]:
     yield "Verdict", _verdict(document)
-    yield "Backend", _facts(document["backend"])
+    run = {name: document[name] for name in ("hsmwrap", "at", "python", "platform")}
+    yield "Backend", _facts(run | document["backend"])
     for name in ("module", "token"):
         if document[name]:
             yield f"HSM {name}" if name == "token" else "PKCS#11 module", _facts(document[name])
@@ -147,13 +148,7 @@ def _examined(examined: Document) -> Iterator[tuple[str, _Table | list[str]]]:
     ]
     yield "Key specs", (("key spec", "usable", "custody", "tried"), keys)
     if examined["protections"]:
-        yield (
-            "Protections",
-            (
-                ("protection", "outcome", "control", "consequence"),
-                [tuple(p.values()) for p in examined["protections"]],
-            ),
-        )
+        yield "Protections", [_protection(each) for each in examined["protections"]]
     if examined["failed"]:
         yield "What does not work", [_tried(trial) for trial in examined["failed"]]
     if examined["notes"]:
@@ -193,7 +188,12 @@ def _verdict(document: Document) -> list[str]:
     if verdict["broken"]:
         return [f"NOT KEPT: {each}" for each in verdict["broken"]]
     met = [f"met: {each['requirement']}" for each in document["requirements"]]
-    return ["every promise of the capability report was kept", *met]
+    weak = [
+        f"{each['name']} is {each['outcome']}: see Protections"
+        for each in document["examination"]["protections"]
+        if each["outcome"] != Outcome.HONOURED
+    ]
+    return ["every promise of the capability report was kept", *met, *weak]
 
 
 def _facts(facts: Mapping[str, Any]) -> _Table:
@@ -213,6 +213,11 @@ def _value(value: Any) -> str:
 def _tried(trial: Document) -> str:
     consequence = f" ({trial['consequence']})" if trial["consequence"] else ""
     return f"{trial['step']}: {trial['answer']}{consequence}"
+
+
+def _protection(tried: Document) -> str:
+    sentence = f"{tried['name']}: {tried['outcome']}. {tried['control']} {tried['consequence']}"
+    return sentence.rstrip()
 
 
 def _import(row: Document) -> str:

@@ -4,18 +4,36 @@ C_UnwrapKey of 3.8.1 (Debian 12) makes every key readable, whatever its template
 82); C_CopyObject heeds one. It has no AES key wrap, no AES-GCM and no curve of SM2.
 """
 
+import json
+
 import pytest
 from support.backends.kept_open import KeptOpen
 from support.services.opencryptoki import opencryptoki
 
 from hsmwrap.backend import Custody, Exposure
 from hsmwrap.catalog import WrappingAlgorithm
+from hsmwrap.cli import main
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with opencryptoki(tmp_path_factory.mktemp("opencryptoki")) as token:
         yield token
+
+
+def test_the_doctor_says_what_it_honours(server, tmp_path, capsys):
+    file = tmp_path / "doctor.toml"
+    settings = server.settings("unused")
+    file.write_text("".join(f'{name} = "{value}"\n' for name, value in settings.items()))
+    required = "RSA_2048:RSAES_OAEP_SHA_256:in_hsm"
+    status = main(["doctor", "--json", "--settings", str(file), "--require", required])
+    document = json.loads(capsys.readouterr().out)
+    assert (status, document["verdict"]["broken"]) == (0, [])
+    assert document["objects"]["left"] == []
+    outcomes = {each["name"]: each["outcome"] for each in document["examination"]["protections"]}
+    assert outcomes["CKA_SENSITIVE"] == "honoured"
+    assert outcomes["CKA_COPYABLE"] == "not honoured"
+    assert {k["outcome"] for k in document["examination"]["keys"]} == {"stored"}
 
 
 class TestOpencryptoki(KeptOpen):

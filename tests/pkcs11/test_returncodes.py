@@ -13,6 +13,7 @@ from pkcs11 import exceptions as ck
 from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.mechanisms import KeyType, Mechanism
 from support.services import nss
+from support.services.opencryptoki import opencryptoki
 
 from hsmwrap.ckr import CKR
 from hsmwrap.errors import HsmError, HsmUnavailable, PinError
@@ -203,7 +204,17 @@ NO_CONFIGURATION = {"SOFTHSM2_CONF": "/nonexistent"}
     ids=["NSS without library_parameters", "SoftHSM without its configuration"],
 )
 def test_why_a_module_does_not_start_reaches_the_user(module, environment, answer, tmp_path):
-    path, pin = str(module()), tmp_path / "pin"
+    require_reason(str(module()), environment, answer, tmp_path)
+
+
+def test_why_opencryptoki_does_not_start_without_its_daemon(tmp_path):
+    with opencryptoki(tmp_path, daemon_runs=False) as token:
+        answer = "C_Initialize answered CKR_FUNCTION_FAILED (0x6)"
+        require_reason(token.module, {}, answer, tmp_path)
+
+
+def require_reason(path, environment, answer, directory):
+    pin = directory / "a-pin"
     pin.write_text("0000")
     pin.chmod(0o400)
     command = [sys.executable, "-m", "hsmwrap.cli", "keys", "list", "--module", path]

@@ -62,7 +62,7 @@ class Opencryptoki:
 
 
 @contextmanager
-def opencryptoki(directory: Path):
+def opencryptoki(directory: Path, *, daemon_runs=True):
     """A token in ``directory`` and its daemon; skips without opencryptoki or without root."""
     needs_service()
     found = sorted(path for place in _PLACES for path in Path("/usr").glob(place))
@@ -74,13 +74,17 @@ def opencryptoki(directory: Path):
         (directory / name).chmod(0o400)
     with _private_namespaces():
         name = _lay_out(directory)
+        token = Opencryptoki(str(found[0]), directory / "pin", directory / "so-pin")
+        if not daemon_runs:
+            yield token
+            return
         daemon = subprocess.Popen(
             [_DAEMON, "-f"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
             _initialise(daemon)
-            yield Opencryptoki(str(found[0]), directory / "pin", directory / "so-pin")
+            yield token
         finally:
             daemon.terminate()
             daemon.wait()
