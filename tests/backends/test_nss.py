@@ -1,21 +1,25 @@
 """NSS softokn under the conformance kit: a token that differs from SoftHSM where it can.
 
 It unwraps OAEP with SHA-256 itself and knows the length of what it unwrapped; it has no SM2 and
-no officer who could make trusted keys, pads key wrap by PKCS#7, and ignores CKA_UNWRAP_TEMPLATE.
+no officer who could make trusted keys, pads key wrap by PKCS#7, ignores CKA_UNWRAP_TEMPLATE, and
+wraps keys that are not extractable.
 """
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 
 import pytest
 from support.backends.kept_open import KeptOpen
+from support.pkcs11.holder import Holder
 from support.services.nss import LABEL, make_nss
 
 from hsmwrap import registry
-from hsmwrap.backend import Custody, Exposure
+from hsmwrap.backend import Custody, Exposure, Outcome
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm
+from hsmwrap.testing._conformance.base import any_conversation
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +28,23 @@ def nss(tmp_path_factory):
 
 
 class _Nss(KeptOpen):
+    @pytest.fixture
+    def holder_reads(self):
+        """For the kit: it would be red. See below."""
+        return
+
+    def test_the_holder_of_the_pin_reads_keys_and_the_report_says_how(self, backend):
+        """By wrapping them, which softokn does with EXTRACTABLE false (field note 84)."""
+        material = secrets.token_bytes(32)
+        conversation = any_conversation(backend)
+        ciphertext = conversation.encrypt(material)
+        imported = conversation.import_material(ciphertext, KeySpec.ALIYUN_AES_256)
+        assert material in Holder(backend).reads(imported.key)
+        conversation.clean_up()
+        told = {each.name: each for each in backend.capabilities().protections}
+        assert told["CKA_EXTRACTABLE"].outcome is Outcome.NOT_HONOURED
+        assert "wrapping a key out" in told["CKA_EXTRACTABLE"].control
+
     def check_report(self, backend, custody):
         report = backend.capabilities()
         rsa = [a for a in WrappingAlgorithm if a is not WrappingAlgorithm.SM2PKE]
@@ -45,7 +66,7 @@ class TestNssSealed(_Nss):
 
     def test_the_report_says_what_is_weaker(self, backend):
         notes = " ".join(backend.capabilities().notes)
-        weaker = ("UNWRAP_TEMPLATE", "ALLOWED_MECHANISMS", "COPYABLE", "TRUSTED")
+        weaker = ("EXTRACTABLE", "UNWRAP_TEMPLATE", "ALLOWED_MECHANISMS", "COPYABLE", "TRUSTED")
         assert [name for name in weaker if f"CKA_{name}" not in notes] == []
         assert "CKA_MODIFIABLE" not in notes
 

@@ -237,7 +237,7 @@ class _Trials:
     ) -> Protection:
         own = self._own
         if own is None:
-            control = "There is no key-encryption key to try it on."
+            control = "The HSM token has no key-encryption key to try it on."
             return _told(attribute, Outcome.NOT_PROVABLE, control)
         key = None if attribute in own.lacks else own.key
         return self._judged(attribute, attacks, lambda: key, lambda: bare_kek)

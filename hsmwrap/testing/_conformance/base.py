@@ -16,7 +16,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from hsmwrap.backend import Backend, Custody, ImportedKey, WrappingCapability, WrappingKey
+from hsmwrap.backend import (
+    Backend,
+    Custody,
+    ImportedKey,
+    KeyRef,
+    WrappingCapability,
+    WrappingKey,
+)
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial
 from hsmwrap.guard import guarded
@@ -34,6 +41,7 @@ FORK_TIMEOUT = 60
 
 CountObjects = Callable[[], int]
 Reopen = Callable[[], Backend]
+HolderReads = Callable[[KeyRef], bytes | None]
 UsableKey = tuple[ImportedKey, bytes]
 """An imported key that can encrypt, and its material."""
 Outcome = tuple[object, ...]
@@ -245,6 +253,15 @@ class ConformanceFixtures:
     @pytest.fixture
     def count_objects(self) -> CountObjects | None:
         """Counts the objects in the HSM, session objects too; None where there are none."""
+        return None
+
+    @pytest.fixture
+    def holder_reads(self) -> HolderReads | None:
+        """Tries to read an imported key as the holder of the HSM's PIN, by every call that it has.
+
+        The function returns the bytes that it could read, or None. None instead of a function where
+        a backend has no such holder.
+        """
         return None
 
     @pytest.fixture

@@ -21,6 +21,7 @@ from hsmwrap.testing._conformance.base import (
     ConformanceFixtures,
     Conversation,
     CountObjects,
+    HolderReads,
     Outcome,
     any_conversation,
     any_key_spec,
@@ -55,6 +56,15 @@ class ImportConformance(ConformanceFixtures):
         assert imported.key.key_spec is key_spec
         assert imported.key.custody is capability.custody
         assert imported.key.backend == conversation.backend.name
+
+    def test_the_holder_of_the_pin_does_not_read_the_key(
+        self, conversation: Conversation, key_spec: KeySpec, holder_reads: HolderReads | None
+    ) -> None:
+        if holder_reads is None:
+            pytest.skip("capability: no holder of a PIN who could try to read keys")
+        material = secrets.token_bytes(key_spec.material_length)
+        imported = conversation.import_material(conversation.encrypt(material), key_spec)
+        assert material not in (holder_reads(imported.key) or b"")
 
     def test_neither_reference_nor_check_value_shows_the_material(
         self, backend: Backend, key_spec: KeySpec

@@ -12,6 +12,7 @@ class HonestBackend(MemoryBackend):
 
     def __init__(self, settings):
         super().__init__(replace(settings, algorithms=self.algorithms, key_specs=self.key_specs))
+        self.readable = {}  # what a holder of its PIN could read, if it had one
 
 
 class Sm4Only(HonestBackend):

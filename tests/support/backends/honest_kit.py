@@ -26,6 +26,11 @@ class HonestKit(BackendConformance):
         return lambda: len(DirectoryStore(settings["directory"]))
 
     @pytest.fixture
+    def holder_reads(self, backend):
+        backend = backend.ability(self.plugin) or backend
+        return lambda key: backend.readable.get(key.data)
+
+    @pytest.fixture
     def cannot_count(self):
         return None
 

@@ -7,6 +7,7 @@ import pytest
 from hsmwrap import registry
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.testing.conformance import BackendConformance
+from support.pkcs11.holder import Holder
 from support.pkcs11.objects import count_objects
 
 
@@ -38,6 +39,10 @@ class KeptOpen(BackendConformance):
     @pytest.fixture
     def reopen(self, settings):
         return lambda: registry.open_backend("pkcs11", settings)
+
+    @pytest.fixture
+    def holder_reads(self, backend):
+        return Holder(backend).reads
 
     @pytest.fixture
     def count_objects(self, backend):

@@ -712,6 +712,18 @@ class TakesEverySetting(HonestBackend):
         return super().from_settings(known)
 
 
+# --- protection ------------------------------------------------------------------------------
+
+
+@mutant("protection", "test_the_holder_of_the_pin_does_not_read_the_key", RESIDENT)
+class LeavesKeysReadable(HonestBackend):
+    """As an HSM that ignores CKA_SENSITIVE."""
+
+    def keep(self, material, key_spec, object_id):
+        self.readable[object_id] = material
+        return super().keep(material, key_spec, object_id)
+
+
 # --- B14 -------------------------------------------------------------------------------------
 
 
