@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import platform
+import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -81,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     }
     verdict = document["verdict"]
     try:
-        findings = _examine(args, settings, document)
+        with _terminable():
+            findings = _examine(args, settings, document)
     except HsmwrapError as error:
         verdict["cannot_run"] = f"{type(error).__name__}: {error}"
     else:
@@ -100,6 +103,16 @@ def run(args: argparse.Namespace) -> int:
     chosen = next((form for name, form in forms.items() if getattr(args, name)), None)
     print((chosen or doctor_report.as_text)(document))
     return 2 if verdict["cannot_run"] else 0 if verdict["kept"] else 1
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the examination as an interrupt does: what it made is destroyed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _plugin(name: str) -> Document:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +164,24 @@ def test_no_secret_is_in_the_output(softhsm, capsys):
     assert "## Protections" in captured.out or "## Notes" in captured.out
 
 
+def test_a_doctor_that_is_terminated_leaves_nothing(softhsm):
+    checked = Pkcs11Settings.from_mapping(softhsm.bare_settings())
+    before = inspection.token_objects(checked)
+    command = [sys.executable, "-m", "hsmwrap.cli", "doctor", "--key-prefix", "nothing-here"]
+    with subprocess.Popen(
+        [*command, *options(softhsm.bare_settings())], stderr=subprocess.PIPE, text=True
+    ) as doctor:
+        for line in doctor.stderr:
+            if line.startswith("importing"):
+                between = inspection.token_objects(checked)
+                doctor.terminate()
+                break
+        doctor.stderr.read()
+    assert doctor.returncode == 143
+    assert between != before  # the key set of the examination
+    assert inspection.token_objects(checked) == before
+
+
 # --- NSS -----------------------------------------------------------------------------------------
 
 
@@ -269,6 +288,18 @@ def test_a_child_that_cannot_verify_is_a_promise_that_is_not_kept(plug_in, run_j
     status, document = run_json("doctor", *plug_in(Broken))
     assert status == 1
     assert document["verdict"]["broken"][0].startswith("fork: the child ended with status 1")
+
+
+def test_a_thread_that_fails_is_a_promise_that_is_not_kept(plug_in, run_json, monkeypatch):
+    def mac(self, data):
+        if threading.current_thread() is not threading.main_thread():
+            raise HsmError("by one thread only")
+        return MemoryBackend.mac(self, data)
+
+    monkeypatch.setattr(Broken, "mac", mac)
+    status, document = run_json("doctor", *plug_in(Broken))
+    assert status == 1
+    assert document["verdict"]["broken"] == ["8 threads: HsmError: by one thread only"]
 
 
 def test_a_requirement_that_is_not_met(run_json):
