@@ -1,5 +1,6 @@
 """NSS softokn as an HSM token: a database in a directory, reached by pReserved of C_Initialize."""
 
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ def find_module():
 def make_nss(directory: Path, *, fips=False) -> Nss:
     """A fresh token in ``directory``, in FIPS mode or not; skips without NSS."""
     needs_service()
+    # Otherwise 10,000 rounds for each private attribute of each object; NSS's own tests set it too.
+    os.environ["NSS_MAX_MP_PBE_ITERATION_COUNT"] = "1"
     module = find_module()
     if module is None:
         pytest.skip(NO_NSS)
