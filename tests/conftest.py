@@ -30,8 +30,7 @@ def pytest_configure(config):
     hypothesis.settings.register_profile("patient", deadline=None, max_examples=examples)
     hypothesis.settings.load_profile("patient")
     fast.configure(config)
-    if not config.option.fast:
-        rsa_pairs.use()
+    rsa_pairs.use(preload=not config.option.fast)
     skips.register(config)
 
 

@@ -13,12 +13,16 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def demo(softhsm, tmp_path):
-    """Run ``hsmwrap demo --json`` on the token in ``tmp_path``: (exit code, document)."""
+    """Run ``hsmwrap demo --json`` on the token in ``tmp_path``: (exit code, document).
+
+    Not with the RSA pairs of the tests: each is generated, as everywhere outside of them.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
     def run():
         done = subprocess.run(
             [ROOT / "softhsm/init-token", sys.executable, "-m", "hsmwrap.cli", "demo", "--json"],
-            env={**os.environ, "HSMWRAP_TOKEN_DIR": str(tmp_path)},
+            env={**environment, "HSMWRAP_TOKEN_DIR": str(tmp_path)},
             cwd=ROOT,
             capture_output=True,
             check=False,

@@ -8,15 +8,13 @@
  * It is not linked with libcrypto: psycopg has another version of it in the same process.
  *
  * Compiled with PRIMES, a file of one string in hexadecimal digits for each prime of 1024 bits, and
- * COUNTER, the path of a file of eight bytes, zero at first, that all processes share.
+ * GIVEN, the path of a file that all processes append a byte to for each pair.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 enum { BITS = 2048, EXPONENT = 65537 };
@@ -63,8 +61,6 @@ static const struct {
     {&bn.set_crt, "RSA_set0_crt_params"},
 };
 
-static atomic_ulong *given;
-
 static void load(void)
 {
     void *libcrypto = dlopen("libcrypto.so.3", RTLD_LAZY | RTLD_NOLOAD);
@@ -73,12 +69,15 @@ static void load(void)
     for (size_t i = 0; i < sizeof functions / sizeof *functions; i++)
         if (!(*(void **)functions[i].function = dlsym(libcrypto, functions[i].name)))
             abort();
-    int file = open(COUNTER, O_RDWR | O_CLOEXEC);
-    if (file < 0)
-        return;
-    void *map = mmap(NULL, sizeof *given, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-    given = map == MAP_FAILED ? NULL : map;
+}
+
+/* One that no other process gets. */
+static unsigned long next_number(void)
+{
+    int file = open(GIVEN, O_WRONLY | O_APPEND | O_CLOEXEC);
+    off_t end = write(file, ".", 1) == 1 ? lseek(file, 0, SEEK_CUR) : 0;
     close(file);
+    return (unsigned long)end - 1;
 }
 
 /* n = pq, d = 1/e mod (p - 1)(q - 1), and what the Chinese remainder theorem needs. */
@@ -113,9 +112,9 @@ int RSA_generate_key_ex(RSA *rsa, int bits, BIGNUM *e, void *callback)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, load);
-    if (bits == BITS && bn.is_word(e, EXPONENT) && given) {
+    if (bits == BITS && bn.is_word(e, EXPONENT)) {
         /* Distances up to half of the list: each two primes meet once. */
-        unsigned long number = atomic_fetch_add(given, 1);
+        unsigned long number = next_number();
         if (number < (unsigned long)COUNT * ((COUNT - 1) / 2))
             return give(rsa, e, number);
     }
