@@ -1,12 +1,33 @@
+import shutil
+
 import pytest
 from support.kms.fakes import Client, Clock, DirectoryBackend, build_kms
+
+from hsmwrap.kms.database import Database
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request, tmp_path):
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/kms.db"
+    return request.getfixturevalue("postgres_cluster").new_database()
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory):
+    file = tmp_path_factory.mktemp("migrated") / "kms.db"
+    database = Database(f"sqlite:///{file}")
+    database.migrate()
+    database.close()
+    return file
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request, tmp_path):
+    """A database with the schema, copied: the migrations take longer than most tests."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/kms.db"
-    return request.getfixturevalue("postgres_cluster").new_database()
+        return f"sqlite:///{shutil.copy(request.getfixturevalue('migrated_sqlite'), tmp_path)}"
+    return request.getfixturevalue("postgres_cluster").new_database(migrated=True)
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import signal
 
 import pytest
 from sqlalchemy import text
-from support.kms.fakes import AES_MATERIAL, Client, import_request, run_elsewhere
+from support.kms.crasher import run_elsewhere
+from support.kms.fakes import AES_MATERIAL, Client, import_request
 
 from hsmwrap.kms.objects import LEASE
 

@@ -22,8 +22,8 @@ from hsmwrap.kms.schema import Row
 
 
 @pytest.fixture
-def database(database_url):
-    database = Database(database_url, sync=False)
+def database(empty_database_url):
+    database = Database(empty_database_url, sync=False)
     yield database
     database.close()
 
@@ -36,8 +36,8 @@ def test_migrations_make_the_schema(database):
         assert compare_metadata(context, Row.metadata) == []
 
 
-def test_processes_migrate_at_once(database_url):
-    databases = [Database(database_url, sync=False) for _ in range(4)]
+def test_processes_migrate_at_once(empty_database_url):
+    databases = [Database(empty_database_url, sync=False) for _ in range(4)]
     failed = []
 
     def migrate(database):

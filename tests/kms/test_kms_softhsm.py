@@ -4,7 +4,8 @@ import signal
 
 import pytest
 from pkcs11 import Attribute
-from support.kms.fakes import AES_MATERIAL, Client, build_kms, import_request, run_elsewhere
+from support.kms.crasher import run_elsewhere
+from support.kms.fakes import AES_MATERIAL, Client, build_kms, import_request
 
 from hsmwrap.kms.objects import LEASE
 from hsmwrap.pkcs11 import Pkcs11Backend

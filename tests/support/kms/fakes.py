@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import json
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+from sqlalchemy import inspect
 
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import HsmUnavailable
@@ -136,21 +135,11 @@ def import_request(parameters, material):
     }
 
 
-def run_elsewhere(arguments):
-    """Run an operation in another process, by ``support.kms.crasher``."""
-    return subprocess.run(
-        [sys.executable, "-m", "support.kms.crasher", json.dumps(arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def build_kms(url, backend, audit_file, clock=None, **more):
-    """A KMS with one backend for all levels that it serves, with a migrated database."""
+    """A KMS with one backend for all levels that it serves; migrates a database without schema."""
     database = Database(url, sync=False)
-    database.migrate()
+    if not inspect(database.engine).has_table("keys"):
+        database.migrate()
     clock = clock or (lambda: datetime.now(UTC))
     return Kms(
         database,

@@ -13,6 +13,7 @@ import warnings
 from datetime import datetime
 
 from hsmwrap.errors import HsmwrapError
+from support import rsa_pairs
 from support.backends.scripted import OnePair
 from support.kms.fakes import Client, Clock, DirectoryBackend, build_kms, hsm_of
 
@@ -63,6 +64,7 @@ class Worker:
 
 
 def main(url, directory, audit_file):
+    rsa_pairs.use(preload=False)
     clock = Clock()
     die_at = []
 

@@ -12,10 +12,12 @@ import shutil
 import subprocess
 import tempfile
 import uuid
+from functools import cached_property
 from pathlib import Path
 
 import psycopg
 
+from hsmwrap.kms.database import Database
 from support.fast import needs_service
 
 _CANDIDATES = ("postgres", "nobody")
@@ -54,13 +56,22 @@ class PrivateCluster:
     def url(self, database):
         return f"postgresql+psycopg://hsmwrap@/{database}?host={self._home}"
 
-    def new_database(self):
-        """Make an empty database and return its URL."""
+    @cached_property
+    def _template(self):
+        url = self.new_database()
+        database = Database(url)
+        database.migrate()
+        database.close()
+        return database.engine.url.database
+
+    def new_database(self, *, migrated=False):
+        """Make an empty database, or a copy of one that was migrated, and return its URL."""
+        template = self._template if migrated else "template1"
         name = f"t{uuid.uuid4().hex}"
         with psycopg.connect(
             host=str(self._home), user="hsmwrap", dbname="postgres", autocommit=True
         ) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return self.url(name)
 
     def _give_away(self):
