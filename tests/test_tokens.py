@@ -130,7 +130,7 @@ def test_a_claim_that_does_not_fit_is_refused_and_not_cut():
             [
                 NOW.replace(microsecond=1),
                 NOW.replace(tzinfo=None),
-                datetime(1969, 12, 31, tzinfo=UTC),
+                datetime(1969, 12, 31, 23, 59, 59, tzinfo=UTC),
             ],
         ),
         "private_key": (

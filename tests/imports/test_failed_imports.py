@@ -117,7 +117,18 @@ def test_a_bound_that_would_refuse_everything_is_a_wrong_setting(spied, bound):
         spied.service(max_failed_imports=bound)
 
 
-def test_counts_are_forgotten_after_their_token_and_not_before():
+def test_a_count_above_the_bound_refuses_too(spied):
+    """Imports that ran at the same time, or a service with a higher bound on the same store."""
+    store = MemoryFailedImports(spied.clock)
+    service = spied.service(failed_imports=store, max_failed_imports=2)
+    parameters = spied.issue(OAEP1, service=service)
+    fail(spied, parameters, 3, spied.service(failed_imports=store, max_failed_imports=9))
+    refuse(spied, parameters, wrap(parameters, MATERIAL[AES]), service)
+
+
+@pytest.mark.parametrize("late", [timedelta(0), timedelta(seconds=1)])
+def test_counts_are_forgotten_after_their_token_and_not_before(late):
+    assert timedelta(hours=1) == MARK_MARGIN
     clock = Clock()
     store = MemoryFailedImports(clock)
     token, later = bytes(16), bytes([1] * 16)
@@ -126,7 +137,7 @@ def test_counts_are_forgotten_after_their_token_and_not_before():
     clock.now = expires + MARK_MARGIN - timedelta(seconds=1)
     store.record(later, expires + timedelta(days=1))
     assert store.count(token) == 3
-    clock.now = expires + MARK_MARGIN
+    clock.now = expires + MARK_MARGIN + late
     store.record(later, expires + timedelta(days=1))
     assert (store.count(token), store.count(later)) == (0, 2)
 

@@ -98,6 +98,13 @@ def test_the_api_s_five_fields(any_desk):
     assert parameters.to_api("request-7")["RequestId"] == "request-7"
 
 
+def test_what_a_client_sends_back_does_not_show(spied):
+    parameters = spied.issue(OAEP1)
+    shown = repr(parameters) + repr(spied.cmk(check_value=b"check value"))
+    assert "import_token" not in shown
+    assert "check_value" not in shown
+
+
 def test_the_api_s_time_is_utc_whatever_the_clock_s_zone(spied):
     spied.clock.now = datetime(2026, 1, 1, 20, 0, 0, 999999, timezone(timedelta(hours=8)))
     assert spied.issue(OAEP1).to_api()["TokenExpireTime"] == "2026-01-02T12:00:00Z"

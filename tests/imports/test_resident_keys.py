@@ -49,6 +49,8 @@ def test_expired_ones_do_not_count(spied):
     refuse(spied, service, "one", "this CMK")
     spied.clock.advance(minutes=1)
     issue(spied, service, "one")
+    spied.clock.advance(minutes=61)
+    issue(spied, service, "one")
 
 
 def test_a_key_that_was_not_made_does_not_count(spied):
@@ -96,3 +98,32 @@ def test_a_released_claim_makes_room():
         store.claim("one", clock.now + timedelta(hours=1), bounds)
     store.release(claim)
     store.claim("one", clock.now + timedelta(hours=1), bounds)
+
+
+def test_each_claim_counts_until_it_expires_or_is_released():
+    clock = Clock()
+    store, bounds = MemoryResidentKeys(clock), ResidentBounds(of_cmk=3, in_all=9)
+    first, *_ = [
+        store.claim("one", clock.now + timedelta(hours=hours), bounds) for hours in (3, 1, 2)
+    ]
+    store.release(first)
+    store.release(first)
+    store.claim("one", clock.now + timedelta(hours=4), bounds)
+    with pytest.raises(TooManyWrappingKeys):
+        store.claim("one", clock.now + timedelta(hours=4), bounds)
+    clock.advance(minutes=90)  # over is the one of an hour, which is not the newest
+    store.claim("one", clock.now + timedelta(hours=4), bounds)
+    with pytest.raises(TooManyWrappingKeys):
+        store.claim("one", clock.now + timedelta(hours=4), bounds)
+    clock.advance(hours=9)
+    store.release(store.claim("two", clock.now + timedelta(hours=1), bounds))
+    assert (store._of_cmk, store._claims) == ({}, {})  # nothing grows with what was
+
+
+def test_more_than_the_bound_are_refused_too(spied):
+    store = MemoryResidentKeys(spied.clock)
+    wide, narrow = ResidentBounds(of_cmk=9, in_all=9), ResidentBounds(of_cmk=2, in_all=2)
+    issue(spied, spied.service(resident_keys=store, resident_bounds=wide), "one", "one", "one")
+    service = spied.service(resident_keys=store, resident_bounds=narrow)
+    refuse(spied, service, "one", "this CMK has 3 ")
+    refuse(spied, service, "two", "all CMKs together have 3 ")
