@@ -30,6 +30,7 @@ from hsmwrap.errors import (
 )
 from hsmwrap.keypool import KeyPool, PoolSettings
 from hsmwrap.keypool import _pool as pool_module
+from hsmwrap.keypool._stock import LONGEST_PAUSE, PairFacts, ReadyPair, Stock
 
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)
@@ -303,6 +304,70 @@ def test_a_thread_sleeps_until_the_next_pair_ages(filled):
     stock = next(iter(filled._stocks.values()))
     filled.time.move(HOUR - 10 * SECOND)
     assert stock.pause(filled.time.now, filled.time.tick) == 10
+
+
+# --- the arithmetic of a stock, without a pool
+
+
+@pytest.fixture
+def stock(backend):
+    return Stock(backend, *OAEP, SMALL)
+
+
+def made_before(age, backend):
+    key = backend.generate_wrapping_key(*OAEP, expires_at=NOW + DAY)
+    return ReadyPair(key, NOW - age, NOW + DAY)
+
+
+def test_a_new_stock_counts_from_zero_and_wants_to_be_filled(stock, backend):
+    facts = PairFacts("fake", *OAEP, 0, 0, 0, 0, 0, 0, stopped=False)
+    assert (stock.facts(), stock.emptied().facts()) == (facts, facts)
+    assert (stock.level, stock.failures, stock.resume_at) == (0, 0, 0)
+    assert stock.wants_refill
+
+
+@pytest.mark.parametrize(("making", "wants"), [(3, True), (4, False), (5, False)])
+def test_a_refill_makes_no_more_than_high_water(stock, making, wants):
+    stock.making = making
+    assert stock.wants_refill == wants
+
+
+@pytest.mark.parametrize("there", [3, 4])
+def test_a_refill_ends_at_high_water_or_above(stock, backend, there):
+    stock.ready.extend(made_before(SECOND, backend) for _ in range(there))
+    stock.put(made_before(SECOND, backend))
+    assert not stock.refilling
+
+
+def test_the_oldest_pair_is_the_first_to_age(stock, backend):
+    old, new = (made_before(HOUR - left * SECOND, backend) for left in (10, 20))
+    stock.ready.extend([old, new])
+    stock.refilling = False
+    assert stock.pause(NOW, 0) == 10
+    stock.drop_aged(NOW + 10 * SECOND)
+    assert list(stock.ready) == [new]
+
+
+def test_a_thread_sleeps_at_most_a_minute_and_not_at_all_when_there_is_work(stock, backend):
+    assert stock.pause(NOW, 5.0) == 0
+    stock.refilling = False
+    assert stock.pause(NOW, 5.0) == LONGEST_PAUSE == 60
+    stock.ready.append(made_before(2 * HOUR, backend))
+    assert stock.pause(NOW, 5.0) == 0
+
+
+@pytest.mark.parametrize("work", ["refill", "discard"])
+def test_any_work_waits_for_the_backoff(stock, work):
+    stock.refilling = work == "refill"
+    stock.discards.extend([None] if work == "discard" else [])
+    assert stock.failed(5.0) == 1
+    assert stock.pause(NOW, 5.25) == 0.75
+
+
+def test_a_success_takes_all_of_the_backoff_back(stock):
+    assert [stock.failed(0.0) for _ in range(3)] == [1, 2, 4]
+    stock.succeeded()
+    assert (stock.resume_at, stock.failed(7.0), stock.resume_at) == (0, 1, 8)
 
 
 # --- errors
