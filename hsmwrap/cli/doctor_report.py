@@ -151,8 +151,9 @@ def _examined(examined: Document) -> Iterator[tuple[str, _Table | list[str]]]:
         yield "Protections", [_protection(each) for each in examined["protections"]]
     if examined["failed"]:
         yield "What does not work", [_tried(trial) for trial in examined["failed"]]
-    if examined["notes"]:
-        yield "Notes", examined["notes"]
+    said = tuple(f"{each['name']} is " for each in examined["protections"])
+    if notes := [note for note in examined["notes"] if not note.startswith(said)]:
+        yield "Notes", notes
     threads, fork = examined["threads"], examined["fork"]["failure"]
     one, several = (threads.get(f"calls_per_second_of_{who}", "-") for who in ("one", "all"))
     yield (
