@@ -1,8 +1,8 @@
 """The mechanism of a failed call, noted on python-pkcs11's exception.
 
 python-pkcs11 raises a class for each return code and says no more. The function can be read from
-the traceback; the mechanism cannot (field note 85). So the methods that take one note it on whatever
-PKCS11Error passes. Nothing else changes, for other code of this process neither.
+the traceback; the mechanism cannot (field note 85). So the methods that take one note it on each
+PKCS11Error that passes. Nothing else changes, for other code of this process neither.
 """
 
 from __future__ import annotations
