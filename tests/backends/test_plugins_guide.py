@@ -91,5 +91,6 @@ def test_it_passes_the_kit(installed):
         "capability: does not serve SM2PKE",
         "capability: does not import Aliyun_SM4",
         "capability: has no objects to count",
+        "capability: no holder of a PIN who could try to read keys",
         "capability: does not re-seal keys",
     }
