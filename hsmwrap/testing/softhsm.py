@@ -245,7 +245,7 @@ class _Module:
     def _call(self, function: str, *arguments: object) -> None:
         code = getattr(self._library, function)(*arguments)
         if code:
-            raise SoftHsmError(f"{function} answered {code:#x}")
+            raise SoftHsmError(f"{function} answered 0x{code:X}")
 
     def tokens(self) -> Iterator[tuple[c_ulong, _TokenInfo]]:
         """Yield each slot and its token's CK_TOKEN_INFO."""
