@@ -17,6 +17,7 @@ from support.services.opencryptoki import opencryptoki
 
 from hsmwrap.ckr import CKR
 from hsmwrap.errors import HsmError, HsmUnavailable, PinError
+from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import attribute_reads
 from hsmwrap.pkcs11.binding.mechanisms import noted
 from hsmwrap.pkcs11.binding.returncodes import (
@@ -31,6 +32,7 @@ from hsmwrap.pkcs11.binding.returncodes import (
     said,
     typed_error,
 )
+from hsmwrap.pkcs11.binding.templates import secret_key
 from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.selection import find_token
@@ -134,7 +136,9 @@ def test_function_and_mechanism_of_every_call(session):
     become = (ObjectClass.SECRET_KEY, KeyType.AES)
     point = (1, None, b"")
     calls = {
-        "C_GenerateKey": lambda: session.generate_key(KeyType.AES, 56),
+        "C_GenerateKey(CKM_AES_KEY_GEN)": lambda: objects.generate_key(
+            session, secret_key(KeyType.AES), 7
+        ),
         "C_GenerateKeyPair(CKM_RSA_PKCS_KEY_PAIR_GEN)": lambda: session.generate_keypair(
             KeyType.RSA, 8
         ),

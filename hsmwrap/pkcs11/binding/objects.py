@@ -13,12 +13,14 @@ from enum import Enum, auto
 from typing import Any
 
 from pkcs11.constants import Attribute, MechanismFlag
+from pkcs11.defaults import DEFAULT_GENERATE_MECHANISMS
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.errors import ProtectionNotKept
 from hsmwrap.pkcs11.binding.client_errors import attribute_reads
+from hsmwrap.pkcs11.binding.mechanisms import noted
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
 from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, USES, Template, for_unwrap, without
 
@@ -125,13 +127,14 @@ def generate_key(session: Session, template: Template, length: int) -> Any:
         ProtectionNotKept: The key had other attributes, and was destroyed.
         PKCS11Error: The HSM token refuses.
     """
-    key = session.generate_key(
-        template[Attribute.KEY_TYPE],
-        8 * length,
-        store=template[Attribute.TOKEN],
-        capabilities=MechanismFlag(0),
-        template=template,
-    )
+    with noted("mechanism", DEFAULT_GENERATE_MECHANISMS.get(template[Attribute.KEY_TYPE])):
+        key = session.generate_key(
+            template[Attribute.KEY_TYPE],
+            8 * length,
+            store=template[Attribute.TOKEN],
+            capabilities=MechanismFlag(0),
+            template=template,
+        )
     return _kept(key, template)
 
 
