@@ -9,7 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import latency, machine, operations, outstanding, over_http, plot, throughput
+from benchmarks import (
+    latency,
+    machine,
+    operations,
+    outstanding,
+    over_http,
+    plot,
+    protection,
+    throughput,
+)
 from benchmarks.hsm import RawToken
 from benchmarks.machine import Others
 from benchmarks.measured import open_measured_backends, token_settings
@@ -46,6 +55,7 @@ def measure(plan: Plan, parts: Sequence[str]) -> Results:
         if "operations" in parts:
             for measured in (software, hsm):
                 results.comparisons += operations.compare(measured, token, plan)
+            results.protection = protection.measure(token, plan)
         if "throughput" in parts:
             for load in throughput.loads(hsm, token):
                 results.rates += throughput.measure(load, plan)

@@ -12,6 +12,7 @@ from benchmarks.operations import Comparison
 from benchmarks.outstanding import Cost
 from benchmarks.over_http import SIDES as HTTP_SIDES
 from benchmarks.over_http import Requests
+from benchmarks.protection import Protection
 from benchmarks.targets import Target
 from benchmarks.throughput import SIDES, Rates
 from benchmarks.timing import Timing
@@ -41,6 +42,7 @@ class Results:
     plan: str
     machine: dict[str, str]
     comparisons: list[Comparison] = field(default_factory=list)
+    protection: Protection | None = None
     rates: list[Rates] = field(default_factory=list)
     latency: Latency | None = None
     requests: list[Requests] = field(default_factory=list)
@@ -69,6 +71,7 @@ class Results:
             "others": self.others,
             "disturbed": self.disturbed,
             "operations": [each.to_json() for each in self.comparisons],
+            "protection": self.protection.to_json() if self.protection else None,
             "throughput": [each.to_json() for each in self.rates],
             "latency": self.latency.to_json() if self.latency else None,
             "http": [each.to_json() for each in self.requests],
@@ -90,6 +93,8 @@ class Results:
         if self.comparisons:
             yield f"Single calls, in milliseconds (median, p99)\n\n{_comparisons(self.comparisons)}"
             yield _NOTES
+        if self.protection:
+            yield f"Protection read back, in milliseconds\n\n{_protection(self.protection)}"
         if self.rates:
             yield f"Threads: calls per second\n\n{_rates(self.rates)}"
         if self.latency:
@@ -129,6 +134,14 @@ def _comparisons(comparisons: Iterable[Comparison]) -> str:
         for each in comparisons
     ]
     return render((*headings, *numbers), rows, right=numbers)
+
+
+def _protection(measured: Protection) -> str:
+    numbers = ("read back", "p99", "bare", "p99", "more")
+    kept, bare = measured.kept, measured.bare
+    more = f"{(kept.median - bare.median) * 1e3:.3f}"
+    row = ("unwrap a key", _ms(kept), _ms99(kept), _ms(bare), _ms99(bare), more)
+    return render(("operation", *numbers), [row], right=numbers)
 
 
 def _rates(rates: Iterable[Rates]) -> str:

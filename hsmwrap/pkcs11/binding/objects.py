@@ -212,7 +212,10 @@ def _kept(key: Any, asked: Template) -> Any:
 
 
 def _different(key: Any, asked: Template) -> Iterable[Attribute]:
-    """By one C_GetAttributeValue. A use that the HSM token does not know is not a difference."""
+    """All are read at once: python-pkcs11 asks for the lengths, then for the values.
+
+    A use that the HSM token does not know is not a difference.
+    """
     wanted = [each for each in READ_BACK if each in asked]
     with attribute_reads():
         told = key.get_attributes(wanted)
