@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from typing import Any, ClassVar, Self, TypeVar
 
+from pkcs11.constants import Attribute
 from pkcs11.mechanisms import Mechanism
 
 from hsmwrap import backend as contract
@@ -40,8 +41,9 @@ from hsmwrap.errors import (
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors
 from hsmwrap.pkcs11.binding.gcm import AesGcm
 from hsmwrap.pkcs11.binding.profiles import profile
+from hsmwrap.pkcs11.binding.templates import Template
 from hsmwrap.pkcs11.keysets import admin
-from hsmwrap.pkcs11.keysets.keys import KeySets, Role, is_trusted
+from hsmwrap.pkcs11.keysets.keys import KeySets, Role
 from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
@@ -52,13 +54,20 @@ from hsmwrap.pkcs11.wrapping.custody import (
     new_object_id,
     parse_ref,
 )
+from hsmwrap.pkcs11.wrapping.features import (
+    DATA_SPECIFIED,
+    ImportPath,
+    Row,
+    TokenFeatures,
+)
 from hsmwrap.pkcs11.wrapping.material import (
     HostMaterial,
     MaterialSource,
     MaterialStore,
+    material_custody,
     parse_key_ref,
 )
-from hsmwrap.pkcs11.wrapping.probe import OwnKeys, TokenFeatures, probe
+from hsmwrap.pkcs11.wrapping.probe import probe
 from hsmwrap.sm2 import parse
 
 _MESSAGE_HEAD = 1 + contract.NONCE_LENGTH
@@ -157,8 +166,7 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
         token = self._token()
         capability = token.capabilities.wrapping_for(spec, algorithm)
         resident = capability is None or capability.custody is Custody.HSM_INTERNAL
-        path = rsa.path_of(algorithm, token.features)
-        role = path.role if path else Role.WRAPPING_DERIVE
+        role = token.features.rows[algorithm].path.role
         if resident:
             public_key, private_key = self._keep_pair(token, spec, algorithm, role, expires_at)
             return WrappingKey(spec, algorithm, public_key, private_key)
@@ -199,8 +207,10 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
             template = token.wrapping.resident_template(
                 role, algorithm, pending.object_id, expires_at, trusted=trusted
             )
+            stays = (Attribute.TOKEN, Attribute.ID, Attribute.LABEL)
+            placed = {} if token.features.session_objects else {a: template[a] for a in stays}
             with pooled.creating(pending):
-                public, _private = self._generate(pooled, spec, template)
+                public, _private = self._generate(pooled, spec, template, placed)
             try:
                 return _public_key_der(spec, public)
             finally:
@@ -210,11 +220,15 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
         return der, token.wrapping.resident(role, pending.object_id)
 
     def _generate(
-        self, pooled: PooledSession, spec: WrappingKeySpec, template: dict[Any, Any]
+        self,
+        pooled: PooledSession,
+        spec: WrappingKeySpec,
+        template: Template,
+        placed: Template | None = None,
     ) -> tuple[Any, Any]:
         if spec is WrappingKeySpec.RSA_2048:
-            return rsa.generate(pooled.session, template)
-        return sm2.generate(pooled.session, template, self._vendor)
+            return rsa.generate(pooled.session, template, placed)
+        return sm2.generate(pooled.session, template, self._vendor, placed)
 
     def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:
         """Destroy a resident wrapping key; nothing to do for a sealed one."""
@@ -251,22 +265,24 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
     def _source(
         self, features: TokenFeatures, role: Role, private: Any, wrapped: _Wrapped
     ) -> MaterialSource:
+        row = features.rows.get(wrapped.algorithm)
         if role is Role.WRAPPING_UNWRAP:
-            return rsa.WrappedMaterial(
-                private, wrapped.algorithm, wrapped.ciphertext, features.ways.material
-            )
-        decrypt = cache(partial(self._decrypted, features, role, private, wrapped))
+            source = DATA_SPECIFIED if row is None else row.source
+            way = features.ways.material
+            return rsa.WrappedMaterial(private, wrapped.algorithm, wrapped.ciphertext, way, source)
+        decrypt = cache(partial(self._decrypted, row, role, private, wrapped))
         return HostMaterial(decrypt, wrapped.key_spec.material_length)
 
-    def _decrypted(
-        self, features: TokenFeatures, role: Role, private: Any, wrapped: _Wrapped
-    ) -> bytes:
+    def _decrypted(self, row: Row | None, role: Role, private: Any, wrapped: _Wrapped) -> bytes:
         if role is Role.WRAPPING_DERIVE:
             layouts = self._settings.sm2_layouts
             parsed = parse(wrapped.ciphertext, wrapped.key_spec.material_length, layouts)
             return sm2.decrypt(private, parsed, self._vendor)
-        native = wrapped.algorithm in features.decrypts
-        return rsa.decrypt(private, wrapped.algorithm, wrapped.ciphertext, native=native)
+        native = row is None or row.path is not ImportPath.RAW
+        source = DATA_SPECIFIED if row is None else row.source
+        return rsa.decrypt(
+            private, wrapped.algorithm, wrapped.ciphertext, native=native, source=source
+        )
 
     # --- use ---------------------------------------------------------------------------------
 
@@ -380,14 +396,10 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
 
     def _probe(self, pooled: PooledSession) -> _Token:
         number = self._keys.current(pooled)
-        own = OwnKeys(
-            self._keys.require(pooled, Role.WRAPPING_UNWRAP, number),
-            self._keys.require(pooled, Role.WRAPPING_DERIVE, number),
-        )
         gcm = AesGcm(self._settings.module)
-        features = probe(pooled.session, own, gcm, self._vendor)
-        trusted = is_trusted(own.unwrap)
-        custody = report.material_custody(self._settings, features)
+        features = probe(pooled, self._keys, self._settings, gcm, self._vendor)
+        trusted = self._keys.trusts(number)
+        custody = material_custody(self._settings, features)
         prefix = self._settings.key_prefix
         return _Token(
             features=features,
@@ -398,7 +410,6 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
             capabilities=report.capabilities(
                 self._settings,
                 features,
-                self._vendor,
                 trusted=trusted,
                 origin_told=bool(self._keys.origin_told(pooled.session)),
             ),

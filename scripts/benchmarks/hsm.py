@@ -30,7 +30,8 @@ from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.selection import find_token
 from hsmwrap.pkcs11.wrapping import rsa, sm2
 from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, intermediate, new_object_id, parse_ref
-from hsmwrap.pkcs11.wrapping.probe import MECHANISMS, OwnKeys, TokenFeatures, probe
+from hsmwrap.pkcs11.wrapping.features import TokenFeatures, mechanism_of
+from hsmwrap.pkcs11.wrapping.probe import probe
 from hsmwrap.sm2 import DEFAULT_LAYOUTS, parse
 from hsmwrap.tokens import ImportTokenClaims
 
@@ -60,9 +61,9 @@ class RawToken:
             self._token = find_token(module, checked.selector)
         self._keys = KeySets(self.prefix)
         session = self.session()
-        own = OwnKeys(session.key(Role.WRAPPING_UNWRAP), session.key(Role.WRAPPING_DERIVE))
-        self.trusted = is_trusted(own.unwrap)
-        self.features: TokenFeatures = probe(session.session, own, AesGcm(checked.module))
+        self.trusted = is_trusted(session.key(Role.MATERIAL_AES))
+        gcm = AesGcm(checked.module)
+        self.features: TokenFeatures = probe(session.pooled, self._keys, checked, gcm)
 
     def session(self) -> RawSession:
         """Open a session like the backend's own."""
@@ -87,14 +88,14 @@ class RawSession:
     """One session, and the backend's keys on it."""
 
     def __init__(self, token: RawToken, pooled: PooledSession, keys: KeySets) -> None:
-        self._token, self._pooled, self._keys = token, pooled, keys
+        self._token, self.pooled, self._keys = token, pooled, keys
         self._number = keys.current(pooled)
         self._mac = self.key(Role.MAC)
         self.session = pooled.session
 
     def key(self, role: Role) -> Any:
         """One of the backend's own keys."""
-        return self._keys.require(self._pooled, role, self._number)
+        return self._keys.require(self.pooled, role, self._number)
 
     def authenticate(self, token: bytes = TOKEN_BYTES) -> None:
         """Compute the MAC of an import token."""
@@ -109,8 +110,7 @@ class RawSession:
         return self._issue_resident(algorithm)
 
     def _issue_sealed(self, algorithm: WrappingAlgorithm) -> Raw:
-        path = rsa.path_of(algorithm, self._token.features)
-        assert path is not None  # noqa: S101  # the backend serves this row
+        path = self._token.features.rows[algorithm].path
         template, kek = self._token.wrapping_template(algorithm, path.role), self.key(path.role)
 
         def loop() -> None:
@@ -156,7 +156,7 @@ class RawSession:
         return self._by_decryption(data, ciphertext, material)
 
     def _by_unwrapping(self, blob: bytes, algorithm: WrappingAlgorithm, ciphertext: bytes) -> Raw:
-        mechanism, parameter = MECHANISMS[algorithm]
+        mechanism, parameter = mechanism_of(algorithm)
         becomes = self._token.features.fit(intermediate(trusted=self._token.trusted))
         arguments = {
             "key_data": ciphertext,

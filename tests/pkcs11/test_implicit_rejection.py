@@ -7,9 +7,11 @@ from pkcs11.exceptions import DeviceError, GeneralError
 from support.importing import AES, MATERIAL, OAEP1, PKCS1, Desk, open_pkcs11, wrap
 
 from hsmwrap.errors import CombinationRefused
+from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.wrapping import report
-from hsmwrap.pkcs11.wrapping.probe import _BROKEN_CIPHERTEXTS, _Probe
+from hsmwrap.pkcs11.wrapping.features import ImportPath
+from hsmwrap.pkcs11.wrapping.probe import _BROKEN_CIPHERTEXTS, Probe
 from hsmwrap.software.rsa import generate, load
 
 SETTINGS = Pkcs11Settings(module="/m")
@@ -39,11 +41,10 @@ class Token:
 
 
 def rejects(token, served=("unwrap", "decrypt")):
-    trials = _Probe(None, frozenset(), None)
-    unwraps, decrypts = (
-        frozenset({PKCS1} if each in served else ()) for each in ("unwrap", "decrypt")
-    )
-    return trials._rejects_implicitly(token, token.key.public_key(), unwraps, decrypts)
+    trials = Probe(PooledSession(None, None), None, SETTINGS, None, None)
+    paths = {"unwrap": ImportPath.UNWRAP, "decrypt": ImportPath.DECRYPT}
+    functions = [paths[each] for each in served]
+    return trials._rejects_implicitly(token, token.key.public_key(), functions)
 
 
 def test_each_function_that_serves_it_has_to_reject_implicitly():
@@ -123,7 +124,7 @@ def test_the_report_says_what_is_there(desks, there, implicit, demanded, said):
     features = desks[0].backend._backend._token().features
     features = replace(features, implicit_rejection=implicit)
     settings = replace(SETTINGS, require_implicit_rejection=demanded)
-    told = report.capabilities(settings, features, None, trusted=True, origin_told=True)
+    told = report.capabilities(settings, features, trusted=True, origin_told=True)
     (note,) = (each for each in told.notes if "RSAES_PKCS1_V1_5" in each)
     assert said in note
     served = {each.algorithm for each in told.wrapping}

@@ -3,7 +3,6 @@
 import dataclasses
 import secrets
 from datetime import UTC, datetime, timedelta
-from types import SimpleNamespace
 
 import pytest
 from pkcs11.constants import Attribute, ObjectClass
@@ -11,19 +10,23 @@ from pkcs11.exceptions import TemplateInconsistent
 from pkcs11.mechanisms import KeyType
 from support.pkcs11.vendor_token import VendorToken, packed
 
+from hsmwrap.backend import Custody
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
 from hsmwrap.pkcs11.binding.profiles import PROFILES, CiphertextForm, vendor_key_type
 from hsmwrap.pkcs11.binding.templates import USES
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, KeySets, Role, unwrapped_template
+from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.wrapping import probe, sm2
 from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, new_object_id
+from hsmwrap.pkcs11.wrapping.features import TokenFeatures
 from hsmwrap.sm2 import decode_spki, open_engine
 
 DECRYPTING = {name: vendor for name, vendor in PROFILES.items() if vendor.decrypt is not None}
 DECRYPTING["sansec, DER"] = dataclasses.replace(PROFILES["sansec"], form=CiphertextForm.DER)
-EVERYTHING = SimpleNamespace(fit=dict)
+EVERYTHING = TokenFeatures()
 """A token that refuses no attribute."""
+SETTINGS = Pkcs11Settings(module="/m")
 SEALED, RESIDENT = "sealed", "resident"
 DERIVE = Role.WRAPPING_DERIVE
 
@@ -137,22 +140,31 @@ def test_a_vendor_s_symmetric_key_in_the_partition_stops_nothing(token_and_store
     assert store.keys.current(token.pooled()) == 1
 
 
-def test_the_probe_tries_the_vendor_s_own_mechanisms(vendor):
-    token, store = with_keys(vendor, vendor)
-    own = next(found.key for found in store.keys._search(token) if found.role is DERIVE)
-    trials = probe._Probe(token, frozenset(), vendor)
-    assert trials._sm2()
-    assert trials._wrap_sm2(own)
+def imported(token, store, vendor, custody):
+    """Whether what the probe encrypts is decrypted with a private key in this custody."""
+    trials = probe.Probe(token.pooled(), store.keys, SETTINGS, None, vendor)
+    trials._number = 1
+    material = secrets.token_bytes(32)
+    with trials._sm2_key(custody) as (der, private):
+        ciphertext = probe._encrypt_sm2(decode_spki(der), material)
+        return sm2.decrypt(private, ciphertext, vendor) == material
 
 
-def test_the_probe_finds_out_that_the_vendor_takes_another_form(vendor):
-    token, _store = with_keys(vendor, vendor)
+@pytest.mark.parametrize("custody", Custody)
+def test_the_probe_tries_the_vendor_s_own_mechanisms(vendor, custody):
+    assert imported(*with_keys(vendor, vendor), vendor, custody)
+
+
+@pytest.mark.parametrize("custody", Custody)
+def test_the_probe_finds_out_that_the_vendor_takes_another_form(vendor, custody):
     form = CiphertextForm.DER if vendor.form is not CiphertextForm.DER else CiphertextForm.C1C3C2
-    assert not probe._Probe(token, frozenset(), dataclasses.replace(vendor, form=form))._sm2()
+    other = dataclasses.replace(vendor, form=form)
+    with pytest.raises(InvalidKeyMaterial):
+        imported(*with_keys(vendor, vendor), other, custody)
 
 
 def test_the_probe_finds_out_that_a_key_set_was_made_without_the_profile(vendor):
-    token, store = with_keys(vendor, None)
-    own = next(found.key for found in store.keys._search(token) if found.role is DERIVE)
-    trials = probe._Probe(token, frozenset(), vendor)
-    assert not trials._works(lambda: trials._wrap_sm2(own))
+    token, _ = with_keys(vendor, None)
+    store = WrappingKeyStore(KeySets("p", vendor=vendor), "p", TokenFeatures())
+    with pytest.raises((InvalidImportToken, TemplateInconsistent)):
+        imported(token, store, vendor, Custody.HSM_ENCRYPTED_DATABASE)

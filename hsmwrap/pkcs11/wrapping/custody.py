@@ -26,7 +26,6 @@ from hsmwrap.errors import InvalidImportToken
 from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors
 from hsmwrap.pkcs11.binding.templates import (
-    AES_KEY_WRAP,
     NestedTemplate,
     Template,
     secret_key,
@@ -35,7 +34,7 @@ from hsmwrap.pkcs11.binding.templates import (
 from hsmwrap.pkcs11.keysets.keys import KeySets, Role
 from hsmwrap.pkcs11.sessions.session import HANDLE_INVALID, PooledSession
 from hsmwrap.pkcs11.wrapping import reaper
-from hsmwrap.pkcs11.wrapping.probe import MECHANISMS, TokenFeatures
+from hsmwrap.pkcs11.wrapping.features import TokenFeatures, mechanism_of
 
 OBJECT_ID_LENGTH = 16
 _KEK_HANDLE_INVALID = (*HANDLE_INVALID, WrappingKeyHandleInvalid)
@@ -69,7 +68,7 @@ def _pinned(algorithm: WrappingAlgorithm, becomes: Template) -> Template:
     """
     return {
         Attribute.UNWRAP_TEMPLATE: NestedTemplate(becomes),
-        Attribute.ALLOWED_MECHANISMS: (MECHANISMS[algorithm][0],),
+        Attribute.ALLOWED_MECHANISMS: (mechanism_of(algorithm)[0],),
     }
 
 
@@ -128,7 +127,7 @@ class WrappingKeyStore:
 
     def _seal(self, pooled: PooledSession, role: Role, private: Any, number: int) -> PrivateKeyRef:
         kek = self.keys.require(pooled, role, number)
-        blob = kek.wrap_key(private, mechanism=AES_KEY_WRAP)
+        blob = kek.wrap_key(private, mechanism=self.features.key_wrap)
         head = _HEAD.pack(_VERSION, _ROLES.index(role), number)
         return PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, head + blob)
 
@@ -158,6 +157,7 @@ class WrappingKeyStore:
             kek,
             data,
             self.features.fit(self.keys.unwrapped_template(role)),
+            mechanism=self.features.key_wrap,
             answers=map_client_errors(kek, error=InvalidImportToken),
             way=self.features.ways.sealed_private,
         )

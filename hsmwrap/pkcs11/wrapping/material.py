@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.mechanisms import Mechanism
 from pkcs11.types import Session
 
 from hsmwrap import checkvalue
@@ -38,11 +37,12 @@ from hsmwrap.pkcs11.binding.client_errors import (
     may_leave_an_object,
 )
 from hsmwrap.pkcs11.binding.objects import Way
-from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, Template, stored
+from hsmwrap.pkcs11.binding.templates import Template, stored
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, KeySets, Role
 from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
+from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.wrapping.custody import OBJECT_ID_LENGTH, intermediate
-from hsmwrap.pkcs11.wrapping.probe import TokenFeatures
+from hsmwrap.pkcs11.wrapping.features import CheckMethod, TokenFeatures
 
 ROLE_OF = {KeySpec.ALIYUN_AES_256: Role.MATERIAL_AES, KeySpec.ALIYUN_SM4: Role.MATERIAL_SM4}
 _VERSION = 1
@@ -61,6 +61,13 @@ class MaterialSource(Protocol):
     @property
     def way(self) -> Way:
         """How an object of it comes to have the attributes of its template."""
+
+    def check_value(self) -> bytes:
+        """Its check value, where only the host can compute it.
+
+        Raises:
+            InvalidKeyMaterial: The client's ciphertext does not decrypt; it is not in the host.
+        """
 
     def make_object(self, session: Session, template: Template) -> Any:
         """Make it an object with ``template``.
@@ -97,6 +104,17 @@ class HostMaterial:
         if len(value) != self.length:
             raise InvalidKeyMaterial
         return objects.create(session, template, value)
+
+    def check_value(self) -> bytes:
+        """Its check value.
+
+        Raises:
+            InvalidKeyMaterial: It does not decrypt, or has another length.
+        """
+        value = self.decrypt()
+        if len(value) != self.length:
+            raise InvalidKeyMaterial
+        return checkvalue.check_value(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +168,11 @@ class MaterialStore:
         kek = self._kek(pooled, ROLE_OF[key_spec], number)
         final = self.features.fit(self._final(key_spec, pending.object_id))
         with pooled.creating(pending):
-            objects.unwrap(kek, blob, final, way=self.features.ways.sealed_secret)
+            objects.unwrap(
+                *(kek, blob, final),
+                mechanism=self.features.key_wrap,
+                way=self.features.ways.sealed_secret,
+            )
         return self._object_ref(key_spec, pending.object_id), check
 
     @contextmanager
@@ -171,6 +193,7 @@ class MaterialStore:
             kek,
             data,
             self.features.fit(UNWRAPPED[role]),
+            mechanism=self.features.key_wrap,
             answers=map_client_errors(kek, error=KeyNotFound),
             way=self.features.ways.sealed_secret,
         )
@@ -189,11 +212,11 @@ class MaterialStore:
         template = self.features.fit(intermediate(trusted=self.keys.trusts(number)))
         with self._tried(pooled, source, template, key_spec) as material:
             try:
-                check = _aes_check(material)
+                check = self._check(source, material)
             except InvalidKeyMaterial:
-                _wrap_in_vain(kek, material)
+                self._wrap_in_vain(kek, material)
                 raise
-            blob = kek.wrap_key(material, mechanism=AES_KEY_WRAP)
+            blob = kek.wrap_key(material, mechanism=self.features.key_wrap)
         if len(blob) != self.features.wrapped_lengths[key_spec.material_length]:
             raise InvalidKeyMaterial
         return blob, check
@@ -207,19 +230,19 @@ class MaterialStore:
         Raises:
             InvalidKeyMaterial: After the block, if it was given the stand-in.
         """
-        refused = False
+        refused = None
         try:
             material = source.make_object(pooled.session, template)
         except InvalidKeyMaterial as error:
-            refused = True
+            refused = error  # the probe tells what the HSM token answered
             pooled.tainted |= may_leave_an_object(error)
             material = self._stand_in(pooled.session, template, key_spec, source.way)
         try:
             yield material
         finally:
             material.destroy()
-        if refused:
-            raise InvalidKeyMaterial
+        if refused is not None:
+            raise refused
 
     def _stand_in(self, session: Session, template: Template, key_spec: KeySpec, way: Way) -> Any:
         length = key_spec.material_length
@@ -244,19 +267,42 @@ class MaterialStore:
         pending: PendingObject,
     ) -> tuple[KeyRef, bytes]:
         final = self.features.fit(self._final(key_spec, pending.object_id))
-        template = {**intermediate(trusted=False), Attribute.EXTRACTABLE: False}
-        length: int | None = key_spec.material_length
-        with self._tried(pooled, source, self.features.fit(template), key_spec) as material:
-            # Without CKA_VALUE_LEN the material came through the host, which checked its length.
-            if self.features.value_length:
-                length = _told_length(material)
-            check = _aes_check(material)
-        if length != key_spec.material_length:
-            raise InvalidKeyMaterial
-        _require_same(expected, check)
+        template = self.features.fit({**intermediate(trusted=False), Attribute.EXTRACTABLE: False})
+        if not self.features.session_objects:
+            # What fails leaves a token object: :meth:`Connection.run` destroys it by its id.
+            named = {a: final[a] for a in (Attribute.TOKEN, Attribute.ID, Attribute.LABEL)}
+            with pooled.creating(pending):
+                check = self._try_object(pooled, source, template | named, key_spec, expected)
+        else:
+            check = self._try_object(pooled, source, template, key_spec, expected)
         with pooled.creating(pending):
             source.make_object(pooled.session, final)
         return self._object_ref(key_spec, pending.object_id), check
+
+    def _try_object(
+        self,
+        pooled: PooledSession,
+        source: MaterialSource,
+        template: Template,
+        key_spec: KeySpec,
+        expected: bytes | None,
+    ) -> bytes:
+        """Return the check value of material that has the right length."""
+        length: int | None = key_spec.material_length
+        with self._tried(pooled, source, template, key_spec) as material:
+            # Without CKA_VALUE_LEN the material came through the host, which checked its length.
+            if self.features.value_length:
+                length = _told_length(material)
+            check = self._check(source, material)
+        if length != key_spec.material_length:
+            raise InvalidKeyMaterial
+        _require_same(expected, check)
+        return check
+
+    def _check(self, source: MaterialSource, material: Any) -> bytes:
+        if self.features.check is None:
+            return source.check_value()
+        return _aes_check(self.features.check, material)
 
     # --- references --------------------------------------------------------------------------
 
@@ -267,15 +313,38 @@ class MaterialStore:
         label = f"{self.prefix}:material:{key_spec}"
         return stored(UNWRAPPED[ROLE_OF[key_spec]], object_id, label)
 
-    @staticmethod
-    def _find(pooled: PooledSession, object_id: bytes) -> Any:
+    def _find(self, pooled: PooledSession, object_id: bytes) -> Any:
         usable = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.ENCRYPT: True}
         found = pooled.find(usable | {Attribute.ID: object_id})
         if not found:
             raise KeyNotFound("the key object is not in the HSM token (any more)")
-        if not _are_one_key(found):
+        if not self._are_one_key(found):
             raise KeyNotFound("more than one key in the HSM token has the id of this one")
         return found[0]
+
+    def _wrap_in_vain(self, kek: Any, material: Any) -> None:
+        """Call the HSM as for a key.
+
+        A wrapping is two calls, the first for the length. Where that fails, as for a key of no
+        bytes, it is made again.
+        """
+        for _ in range(2):
+            with suppress(InvalidKeyMaterial), map_client_errors(kek):
+                kek.wrap_key(material, mechanism=self.features.key_wrap)
+                return
+
+    def _are_one_key(self, found: list[Any]) -> bool:
+        """Whether these handles mean one key; another that was planted under its id is not used.
+
+        SoftHSM 2.6.1 gives an object a second handle, in the process that made it, if another
+        thread looks at the token between the making of the object's file and its entry in the list,
+        and another process has written meanwhile (field note 41), and until the object is
+        destroyed.
+        """
+        check = self.features.check
+        if len(found) == 1 or check is None:
+            return len(found) == 1
+        return len({_aes_check(check, each, error=KeyNotFound) for each in found}) == 1
 
 
 def _told_length(material: Any) -> int | None:
@@ -289,26 +358,9 @@ def _told_length(material: Any) -> int | None:
     return length
 
 
-def _wrap_in_vain(kek: Any, material: Any) -> None:
-    """Call the HSM as for a key.
-
-    A wrapping is two calls, the first for the length. Where that fails, as for a key of no bytes,
-    it is made again.
-    """
-    for _ in range(2):
-        with suppress(InvalidKeyMaterial), map_client_errors(kek):
-            kek.wrap_key(material, mechanism=AES_KEY_WRAP)
-            return
-
-
-def _are_one_key(found: list[Any]) -> bool:
-    """Whether these handles mean one key; another that was planted under its id must not be used.
-
-    SoftHSM 2.6.1 gives an object a second handle, in the process that made it, if another thread
-    looks at the token between the making of the object's file and its entry in the list, and
-    another process has written meanwhile (field note 41), and until the object is destroyed.
-    """
-    return len(found) == 1 or len({_aes_check(each, error=KeyNotFound) for each in found}) == 1
+def material_custody(settings: Pkcs11Settings, features: TokenFeatures) -> Custody:
+    """How imported keys are kept: as configured, or as objects where nothing can be wrapped."""
+    return settings.material_custody if features.wraps_secret_keys else Custody.HSM_INTERNAL
 
 
 def parse_key_ref(ref: KeyRef) -> tuple[int, bytes]:
@@ -330,11 +382,12 @@ def parse_key_ref(ref: KeyRef) -> tuple[int, bytes]:
     return number, ref.data[_HEAD.size :]
 
 
-def _aes_check(key: Any, *, error: type[HsmwrapError] = InvalidKeyMaterial) -> bytes:
+def _aes_check(
+    method: CheckMethod, key: Any, *, error: type[HsmwrapError] = InvalidKeyMaterial
+) -> bytes:
     # Fails for material that is not an AES key, of which SoftHSM has made an object all the same.
     with map_client_errors(key, error=error):
-        value = bytes(key.encrypt(checkvalue.CHECK_BLOCK, mechanism=Mechanism.AES_ECB))
-    return bytes([checkvalue.METHOD_AES_ECB]) + value
+        return bytes([checkvalue.METHOD_AES_ECB]) + method.of(key)
 
 
 def _require_same(expected: bytes | None, check: bytes) -> None:

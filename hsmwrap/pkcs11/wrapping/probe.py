@@ -1,212 +1,169 @@
 """What an HSM token can do, found out by doing it: mechanism lists do not say (field note 8).
 
-Everything is done with session objects in one session, once per backend.
+What is used is what is tried: for each wrapping algorithm an import with known answers, by the code
+that imports, from ciphertext over check value to use. A step that fails takes away what needs it,
+is told, and the next best way is tried. Everything is done in one session, once per backend, with
+session objects where the HSM token has them, and with one RSA pair.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from pkcs11 import MGF
-from pkcs11.constants import Attribute, MechanismFlag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+from pkcs11.constants import Attribute
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType, Mechanism
-from pkcs11.types import Session
 
-from hsmwrap.backend import Protection
-from hsmwrap.catalog import WrappingAlgorithm
-from hsmwrap.errors import InvalidKeyMaterial, ProtectionNotKept
+from hsmwrap.backend import Custody, FailedTrial, PrivateKeyRef, Protection
+from hsmwrap.catalog import KeySpec, WrappingAlgorithm
+from hsmwrap.checkvalue import check_value
+from hsmwrap.errors import (
+    HsmwrapError,
+    InvalidCiphertext,
+    InvalidKeyMaterial,
+    ProtectionNotKept,
+)
 from hsmwrap.pkcs11.binding import objects
-from hsmwrap.pkcs11.binding.client_errors import read
+from hsmwrap.pkcs11.binding.client_errors import map_client_errors
 from hsmwrap.pkcs11.binding.gcm import AesGcm
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
-from hsmwrap.pkcs11.binding.returncodes import recovery_of
+from hsmwrap.pkcs11.binding.returncodes import answer_of, mechanism_name, recovery_of, said
 from hsmwrap.pkcs11.binding.templates import (
-    AES_KEY_WRAP,
+    AES_KEY_WRAPS,
     Template,
     for_unwrap,
     private_key,
     secret_key,
-    without,
+    stored,
 )
 from hsmwrap.pkcs11.keysets import hardening
-from hsmwrap.pkcs11.keysets.keys import Role, is_trusted, unwrapped_template
+from hsmwrap.pkcs11.keysets.keys import KeySets, Role
+from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
+from hsmwrap.pkcs11.settings import Pkcs11Settings, WrappingCustody
 from hsmwrap.pkcs11.wrapping import protections, sm2
-from hsmwrap.sm2 import decode_spki, open_engine
-from hsmwrap.sm2.curve import FIELD_BYTES, GX, GY, encode_point
-
-MECHANISMS: Mapping[WrappingAlgorithm, tuple[Mechanism, Any]] = MappingProxyType(
-    {
-        WrappingAlgorithm.RSAES_PKCS1_V1_5: (Mechanism.RSA_PKCS, None),
-        WrappingAlgorithm.RSAES_OAEP_SHA_1: (
-            Mechanism.RSA_PKCS_OAEP,
-            (Mechanism.SHA_1, MGF.SHA1, None),
-        ),
-        WrappingAlgorithm.RSAES_OAEP_SHA_256: (
-            Mechanism.RSA_PKCS_OAEP,
-            (Mechanism.SHA256, MGF.SHA256, None),
-        ),
-    }
+from hsmwrap.pkcs11.wrapping import rsa as rsa_keys
+from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, new_object_id
+from hsmwrap.pkcs11.wrapping.features import (
+    CHECK_METHODS,
+    OAEP_SOURCES,
+    RSA_ALGORITHMS,
+    CheckMethod,
+    ImportPath,
+    Row,
+    TokenFeatures,
 )
-"""Mechanism and parameter of each RSA wrapping algorithm."""
+from hsmwrap.pkcs11.wrapping.material import (
+    HostMaterial,
+    MaterialSource,
+    MaterialStore,
+    material_custody,
+)
+from hsmwrap.sm2 import Sm2Ciphertext, decode_spki, sm2_kdf, sm3
+from hsmwrap.sm2.curve import GX, GY
+from hsmwrap.sm2.kdf import xor
 
 _T = TypeVar("_T")
-_AES_128, _AES_256, _BLOCK = 16, 32, 16
+_AES_128, _AES_256 = 16, 32
 _BROKEN_CIPHERTEXTS = 3
+_SEALED, _RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, Custody.HSM_INTERNAL
+_KEY_ENCRYPTION_ROLES = tuple(role for role in Role if role is not Role.MAC)
+_UNKNOWN = "its length or its check value cannot be told without bringing it into the host"
+_USES = (Attribute.UNWRAP, Attribute.DECRYPT)
+
+
+class _Wrong(Exception):
+    """The HSM token answered, but not what it had to."""
 
 
 @dataclass(frozen=True, slots=True)
-class TokenFeatures:
-    """What the probe found.
+class _Try:
+    """One way of importing, to be tried."""
 
-    Attributes:
-        unwraps: Algorithms whose ciphertext C_UnwrapKey turns into a key object.
-        decrypts: Algorithms that C_Decrypt does natively.
-        raw_rsa: CKM_RSA_X_509 decrypts.
-        wrapped_lengths: Length of AES keys of each material length under CKM_AES_KEY_WRAP_PAD, in
-            bytes; empty where the token does not wrap and unwrap them. Not the same everywhere:
-            SoftHSM pads by RFC 5649, NSS as PKCS#7 does (field note 39).
-        wraps_rsa: CKM_AES_KEY_WRAP_PAD wraps and unwraps RSA private keys.
-        wraps_sm2: The same for SM2 private keys.
-        sm2: SM2 key pairs and CKM_ECDH1_DERIVE on them work.
-        gcm: CKM_AES_GCM works, additional data and forgery check included.
-        ecb: CKM_AES_ECB works (for check values).
-        value_length: CKA_VALUE_LEN of an unwrapped key tells its true length.
-        implicit_rejection: A ciphertext of wrong PKCS#1 v1.5 padding becomes random bytes, in each
-            function that serves RSAES_PKCS1_V1_5; False where it is an error.
-        creates_keys: C_CreateObject makes AES keys from plaintext.
-        ways: How unwrapped keys come to have the attributes of their templates.
-        refused: Hardening attributes that the token's keys have to do without.
-        protections: What the token honours, each tried with a control.
-    """
-
-    unwraps: frozenset[WrappingAlgorithm]
-    decrypts: frozenset[WrappingAlgorithm]
-    raw_rsa: bool
-    wrapped_lengths: Mapping[int, int]
-    wraps_rsa: bool
-    wraps_sm2: bool
-    sm2: bool
-    gcm: bool
-    ecb: bool
-    value_length: bool
-    implicit_rejection: bool
-    creates_keys: bool
-    ways: Ways
-    refused: frozenset[Attribute]
-    protections: tuple[Protection, ...]
-
-    @property
-    def wraps_secret_keys(self) -> bool:
-        """CKM_AES_KEY_WRAP_PAD wraps and unwraps AES keys."""
-        return bool(self.wrapped_lengths)
-
-    def fit(self, template: Mapping[Attribute, Any]) -> Template:
-        """The template without the attributes that this token refuses."""
-        return without(template, self.refused)
-
-
-@dataclass(frozen=True, slots=True)
-class Ways:
-    """How unwrapped keys come to have the attributes of their templates, by what is unwrapped.
-
-    Attributes:
-        material: Clients' ciphertexts, by RSA.
-        sealed_secret: Imported keys, by AES key wrap.
-        sealed_private: Private wrapping keys, by AES key wrap.
-    """
-
-    material: Way
-    sealed_secret: Way
-    sealed_private: Way
-
-
-@dataclass(frozen=True, slots=True)
-class OwnKeys:
-    """The backend's own key-encryption keys that the probe tries: by the role of what they wrap."""
-
-    unwrap: Any
-    derive: Any
+    algorithm: WrappingAlgorithm
+    row: Row
+    private: Any
+    encrypt: Callable[[bytes], Any]
 
 
 def probe(
-    session: Session, own: OwnKeys, gcm: AesGcm, vendor: VendorSm2 | None = None
+    pooled: PooledSession,
+    keys: KeySets,
+    settings: Pkcs11Settings,
+    gcm: AesGcm,
+    vendor: VendorSm2 | None = None,
 ) -> TokenFeatures:
     """Try everything that the backend might want to do.
 
     Args:
-        session: A session to make session objects in.
-        own: The backend's own key-encryption keys of wrapping keys.
+        pooled: A session to work in.
+        keys: The backend's own keys.
+        settings: How keys are to be kept.
         gcm: How the backend will use imported keys.
         vendor: The vendor's SM2, if the profile names some.
 
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
-        ConfigurationError: A vendor's SM2 cannot be tried, without an engine to encrypt with.
+        ConfigurationError: The HSM token has no current key set.
     """
-    trials = _Probe(session, hardening.missing_on(own.unwrap), vendor)
+    trials = Probe(pooled, keys, settings, gcm, vendor)
     try:
-        return trials.run(own, gcm)
+        return trials.run()
     finally:
         trials.clean_up()
 
 
-class _Probe:
-    def __init__(
-        self, session: Session, refused: frozenset[Attribute], vendor: VendorSm2 | None
-    ) -> None:
-        self._session = session
-        self._refused = refused
-        self._vendor = vendor
-        self._made: list[Any] = []
-        self._ways = dict.fromkeys(("material", "sealed_secret", "sealed_private"), Way.AS_ASKED)
+class Probe:
+    """The trials; :attr:`features` is what they have found until now."""
 
-    def run(self, own: OwnKeys, gcm: AesGcm) -> TokenFeatures:
-        public, private = self._keep_pair(
-            self._session.generate_keypair(
-                KeyType.RSA,
-                2048,
-                capabilities=MechanismFlag.UNWRAP | MechanismFlag.DECRYPT | MechanismFlag.ENCRYPT,
-                private_template={Attribute.EXTRACTABLE: True},
-            )
-        )
-        client = _public_key(public)
-        wraps = MechanismFlag.WRAP | MechanismFlag.UNWRAP
-        kek = self._keep(self._session.generate_key(KeyType.AES, 256, capabilities=wraps))
-        rsa_key = private_key(KeyType.RSA, Attribute.UNWRAP)
-        works, in_a_way = self._works, self._in_a_way
-        unwraps = self._unwraps(private, client)
-        decrypts = self._working(lambda a: self._decrypt(private, client, a))
-        tried = self._protections(own.unwrap, private)
-        return TokenFeatures(
-            unwraps=unwraps,
-            decrypts=decrypts,
-            raw_rsa=works(lambda: self._raw(private, client)),
-            wrapped_lengths=in_a_way("sealed_secret", lambda: self._wrapped_lengths(kek), {}),
-            wraps_rsa=in_a_way(
-                "sealed_private",
-                lambda: self._wrap_and_unwrap(kek, private, rsa_key),
-                otherwise=False,
-            ),
-            wraps_sm2=works(lambda: self._wrap_sm2(own.derive)),
-            sm2=works(self._sm2),
-            gcm=works(lambda: self._gcm(gcm)),
-            ecb=works(self._ecb),
-            value_length=works(lambda: self._value_length(private, client, sorted(unwraps))),
-            implicit_rejection=self._rejects_implicitly(private, client, unwraps, decrypts),
-            creates_keys=works(self._creates_keys),
-            ways=Ways(**self._ways),
-            refused=self._refused | protections.useless(tried),
-            protections=tried,
-        )
+    def __init__(
+        self,
+        pooled: PooledSession,
+        keys: KeySets,
+        settings: Pkcs11Settings,
+        gcm: AesGcm,
+        vendor: VendorSm2 | None,
+    ) -> None:
+        """Try nothing yet."""
+        self.features = TokenFeatures()
+        self._pooled = pooled
+        self._session = pooled.session
+        self._keys = keys
+        self._settings = settings
+        self._gcm = gcm
+        self._vendor = vendor
+        self._number = 0
+        self._gcm_tried = False
+        self._known_ways: set[str] = set()
+        self._made: list[Any] = []
+        self._failed: list[FailedTrial] = []
+
+    def run(self) -> TokenFeatures:
+        """Try everything; returns what was found."""
+        self._number = self._keys.current(self._pooled)
+        keks = list(filter(None, map(self._own, _KEY_ENCRYPTION_ROLES)))
+        refused = hardening.missing_on(keks[0]) if keks else hardening.refused_by(self._session)
+        self.features = replace(self.features, refused=refused, key_specs=frozenset(KeySpec))
+        self._basics()
+        pair = self._rsa_pair()
+        tried = self._protections(pair and pair[1])
+        self._found(refused=refused | protections.useless(tried), protections=tried)
+        self._rsa(pair)
+        self._sm2()
+        if not self.features.rows:
+            self._found(gcm=False, key_specs=frozenset())
+        self._found(failed=tuple(self._failed))
+        return self.features
 
     def clean_up(self) -> None:
         """Destroy what was made; what cannot be destroyed goes with the session."""
@@ -217,203 +174,537 @@ class _Probe:
                 if recovery_of(error) is not None:
                     raise
 
-    @staticmethod
-    def _try(attempt: Callable[[], _T], otherwise: _T) -> _T:
+    # --- how a trial is made -----------------------------------------------------------------
+
+    def _try(self, attempt: Callable[[], _T], failed: Callable[[Exception], None]) -> _T | None:
         # The answer is kept for as long as the backend is open: what fails once may work again.
-        for _ in range(2):
+        for again in (True, False):
             try:
                 return attempt()
-            except ProtectionNotKept:
-                break  # the HSM token's answer, and no failure
-            except PKCS11Error as error:
-                if recovery_of(error) is not None:
-                    raise
-        return otherwise
+            except (PKCS11Error, HsmwrapError, _Wrong) as error:
+                if _speaks_of_the_connection(error):
+                    raise _answer_behind(error) from None
+                if not again or isinstance(error, ProtectionNotKept):
+                    failed(error)
+                    break
+        return None
 
-    def _works(self, attempt: Callable[[], bool]) -> bool:
-        return self._try(attempt, otherwise=False)
+    def _step(self, step: str, attempt: Callable[[], _T], consequence: str = "") -> _T | None:
+        """Make a trial that is told of if it fails; None if it does."""
+        return self._try(
+            attempt, lambda error: self._failed.append(failed_trial(step, error, consequence))
+        )
 
-    def _working(
-        self, attempt: Callable[[WrappingAlgorithm], bool]
-    ) -> frozenset[WrappingAlgorithm]:
-        return frozenset(a for a in MECHANISMS if self._works(partial(attempt, a)))
+    def _works(self, attempt: Callable[[], object]) -> bool:
+        return bool(self._try(attempt, lambda _error: None))
 
-    def _keep(self, key: Any) -> Any:
+    def _found(self, **what: Any) -> None:
+        self.features = replace(self.features, **what)
+
+    def _own(self, role: Role) -> Any:
+        return self._keys.find(self._pooled, role, self._number)
+
+    def _keep(self, key: _T) -> _T:
         self._made.append(key)
         return key
 
-    def _keep_pair(self, pair: tuple[Any, Any]) -> tuple[Any, Any]:
-        self._made.extend(pair)
-        return pair
+    def _placed(self, template: Template) -> Template:
+        """The template of an object that can be made: a token object where there are no others."""
+        if self.features.session_objects:
+            return template
+        return stored(template, new_object_id(), f"{self._settings.key_prefix}:probe")
 
-    def _unwraps(self, private: Any, client: rsa.RSAPublicKey) -> frozenset[WrappingAlgorithm]:
-        return self._in_a_way(
-            "material",
-            lambda: self._working(lambda a: bool(self._unwrapped(private, client, a, _AES_256))),
-            frozenset(),
+    # --- what does not depend on an algorithm ------------------------------------------------
+
+    def _aes(self, *uses: Attribute, length: int = _AES_256, extractable: bool = False) -> Any:
+        template = secret_key(KeyType.AES, *uses, extractable=extractable)
+        placed = self.features.fit(self._placed(template))
+        return self._keep(objects.generate_key(self._session, placed, length))
+
+    def _basics(self) -> None:
+        use = Attribute.ENCRYPT
+        session_objects = self._step(
+            "make a session object",
+            lambda: self._aes(use),
+            "Wrapping keys and imported keys are token objects, and no key is sealed.",
         )
+        self._found(session_objects=session_objects is not None)
+        if self.features.session_objects:
+            self._key_wrap()
+        self._check_method()
+        creates = self._step(
+            "make an AES key by C_CreateObject",
+            self._create,
+            "Material that comes through the host does not become a key: pairs that are not "
+            "unwrapped inside the HSM token are not served.",
+        )
+        self._found(creates_keys=bool(creates))
 
-    def _in_a_way(self, what: str, attempt: Callable[[], _T], otherwise: _T) -> _T:
-        """What the attempt returns in the first way in which it does not fail."""
-        for self._ways[what] in Way:
-            if found := self._try(attempt, otherwise):
-                return found
-        self._ways[what] = Way.AS_ASKED
-        return otherwise
+    def _create(self) -> bool:
+        template = self._placed(secret_key(KeyType.AES, Attribute.ENCRYPT, extractable=True))
+        value = secrets.token_bytes(_AES_256)
+        self._keep(objects.create(self._session, self.features.fit(template), value))
+        return True
+
+    def _key_wrap(self) -> None:
+        failed: list[Exception] = []
+        for mechanism in AES_KEY_WRAPS:
+            lengths = self._try(partial(self._wrapped_lengths, mechanism), failed.append)
+            if lengths:
+                self._found(key_wrap=mechanism, wrapped_lengths=MappingProxyType(lengths))
+                return
+        self._failed += [
+            failed_trial("wrap an AES key", error, "No key is sealed.") for error in failed
+        ]
+
+    def _wrapped_lengths(self, mechanism: Mechanism) -> dict[int, int]:
+        kek = self._aes(Attribute.WRAP, Attribute.UNWRAP)
+        lengths = {}
+        for length in (_AES_128, _AES_256):
+            key = self._aes(Attribute.ENCRYPT, length=length, extractable=True)
+            blob = kek.wrap_key(key, mechanism=mechanism)
+            becomes = self.features.fit(secret_key(KeyType.AES, Attribute.ENCRYPT))
+            unwrap = partial(self._unwrapped, kek, blob, becomes, mechanism)
+            self._by_way("sealed_secret", unwrap)
+            lengths[length] = len(blob)
+        if lengths[_AES_128] == lengths[_AES_256]:
+            raise _Wrong("keys of 16 and 32 bytes have the same length when they are wrapped")
+        return lengths
 
     def _unwrapped(
-        self, private: Any, client: rsa.RSAPublicKey, algorithm: WrappingAlgorithm, length: int
-    ) -> Any:
-        ciphertext = client.encrypt(secrets.token_bytes(length), _padding(algorithm))
-        mechanism, parameter = MECHANISMS[algorithm]
-        return self._keep(
-            objects.unwrap(
-                private,
-                ciphertext,
-                without(secret_key(KeyType.AES, Attribute.ENCRYPT), self._refused),
-                mechanism=mechanism,
-                parameter=parameter,
-                way=self._ways["material"],
+        self, kek: Any, blob: bytes, becomes: Template, mechanism: Mechanism, way: Way
+    ) -> None:
+        self._keep(objects.unwrap(kek, blob, becomes, mechanism=mechanism, way=way))
+
+    def _by_way(self, what: str, attempt: Callable[[Way], _T]) -> _T:
+        """Find out by the first unwrapping which way the HSM token needs for this kind."""
+        if what in self._known_ways:
+            return attempt(getattr(self.features.ways, what))
+        not_kept: Exception | None = None
+        for way in Way:
+            try:
+                result = attempt(way)
+            except ProtectionNotKept as error:
+                not_kept = not_kept or error
+            except (PKCS11Error, HsmwrapError) as error:
+                if not_kept is None or _speaks_of_the_connection(error):
+                    raise
+            else:
+                self._found(ways=replace(self.features.ways, **{what: way}))
+                self._known_ways.add(what)
+                return result
+        raise not_kept or _Wrong("no way")
+
+    def _check_method(self) -> None:
+        for method, then in zip(CHECK_METHODS, (*CHECK_METHODS[1:], None), strict=True):
+            consequence = (
+                f"The check value is computed by {mechanism_name(then.mechanism)}."
+                if then
+                else "The check value is computed in the host, where the material is; nothing is "
+                "unwrapped inside the HSM token."
             )
+            step = f"compute a check value by {mechanism_name(method.mechanism)}"
+            if self._step(step, partial(self._encrypts, method), consequence):
+                self._found(check=method)
+                return
+
+    def _encrypts(self, method: CheckMethod) -> bool:
+        value = method.of(self._aes(Attribute.ENCRYPT))
+        if len(value) != len(method.block):
+            raise _Wrong(f"one block became {len(value)} bytes")
+        return True
+
+    # --- RSA ---------------------------------------------------------------------------------
+
+    def _rsa_pair(self) -> tuple[bytes, Any] | None:
+        """DER public key and private key of a pair for all rows; extractable if possible."""
+        for extractable in (True, False):
+            template = private_key(KeyType.RSA, *_USES, extractable=extractable)
+            fitting = self.features.fit(self._placed(template))
+            kind = "extractable" if extractable else "unextractable"
+            step = f"generate an RSA pair with an {kind} private key"
+            consequence = "RSA wrapping keys are not sealed." if extractable else "No RSA."
+            made = self._step(step, partial(self._pair, fitting), consequence)
+            if made is not None:
+                return made
+        return None
+
+    def _pair(self, template: Template) -> tuple[bytes, Any]:
+        public, private = rsa_keys.generate(
+            self._session, template, None if self.features.session_objects else self._placed({})
+        )
+        self._made += [public, private]
+        return rsa_keys.public_key_der(public), private
+
+    def _rsa(self, pair: tuple[bytes, Any] | None) -> None:
+        if pair is None:
+            for algorithm in RSA_ALGORITHMS:
+                self._told(algorithm, self._failed[-1:])
+            return
+        der, private = pair
+        client = load_der_public_key(der)
+        assert isinstance(client, rsa.RSAPublicKey)  # noqa: S101  # what rsa_keys.generate makes
+        held = _Held(self, private)
+        for algorithm in RSA_ALGORITHMS:
+            self._rsa_row(algorithm, client, held)
+        row = self.features.rows.get(WrappingAlgorithm.RSAES_PKCS1_V1_5)
+        if row is not None:
+            served = {row.path}
+            if self._works(partial(self._decrypts, private, client)):
+                served.add(ImportPath.DECRYPT)
+            self._found(implicit_rejection=self._rejects_implicitly(private, client, served))
+
+    @staticmethod
+    def _decrypts(private: Any, client: rsa.RSAPublicKey) -> bool:
+        message = secrets.token_bytes(_AES_256)
+        ciphertext = client.encrypt(message, padding.PKCS1v15())
+        return bool(private.decrypt(ciphertext, mechanism=Mechanism.RSA_PKCS) == message)
+
+    def _rsa_row(self, algorithm: WrappingAlgorithm, client: rsa.RSAPublicKey, held: _Held) -> None:
+        tried: list[FailedTrial] = []
+        # PKCS#1 v1.5 is never decoded in the host, and has no parameters.
+        oaep = algorithm is not WrappingAlgorithm.RSAES_PKCS1_V1_5
+        native = OAEP_SOURCES if oaep else OAEP_SOURCES[:1]
+        ways = [(p, source) for p in (ImportPath.UNWRAP, ImportPath.DECRYPT) for source in native]
+        ways += [(ImportPath.RAW, OAEP_SOURCES[0])] if oaep else []
+        for path, source in ways:
+            # What an odd parameter is answered says less than what the standard one is.
+            told = tried if source == OAEP_SOURCES[0] else []
+            attempt = partial(self._rsa_import, algorithm, path, source, client, held)
+            if self._row(algorithm, path, attempt, told):
+                break
+        self._told(algorithm, tried)
+
+    def _rsa_import(
+        self,
+        algorithm: WrappingAlgorithm,
+        path: ImportPath,
+        source: int,
+        client: rsa.RSAPublicKey,
+        held: _Held,
+    ) -> Row:
+        encrypt = partial(client.encrypt, padding=_padding(algorithm))
+        with held.by(path.role) as (custody, key):
+            row = Row(path, custody, source)
+            trial = _Try(algorithm, row, key, encrypt)
+            if path is ImportPath.UNWRAP and not self._knows_unwrapped(trial):
+                raise _Wrong(_UNKNOWN)
+            self._rehearse(trial)
+            return row
+
+    def _knows_unwrapped(self, trial: _Try) -> bool:
+        """Whether an unwrapped key's length and check value can be told."""
+        if self.features.check is None:
+            return False
+        if not self.features.knows_length:
+            self._found(value_length=bool(self._works(partial(self._value_length, trial))))
+        return self.features.knows_length
+
+    def _value_length(self, trial: _Try) -> bool:
+        becomes = self.features.fit(self._placed(secret_key(KeyType.AES, Attribute.ENCRYPT)))
+
+        def unwrapped(way: Way) -> Any:
+            features = replace(self.features, ways=replace(self.features.ways, material=way))
+            source = self._source(features, trial, bytes(_AES_128), KeySpec.ALIYUN_SM4)
+            return self._keep(source.make_object(self._session, becomes))
+
+        return bool(self._by_way("material", unwrapped)[Attribute.VALUE_LEN] == _AES_128)
+
+    def _row(
+        self,
+        algorithm: WrappingAlgorithm,
+        path: ImportPath,
+        attempt: Callable[[], Row],
+        tried: list[FailedTrial],
+    ) -> bool:
+        """Whether an import works; then it is a row, else told in ``tried``."""
+        step = f"import by {algorithm}: {path.description}"
+        row = self._try(attempt, lambda error: tried.append(failed_trial(step, error)))
+        if row is not None:
+            self._found(rows=MappingProxyType({**self.features.rows, algorithm: row}))
+        return row is not None
+
+    def _told(self, algorithm: WrappingAlgorithm, tried: list[FailedTrial]) -> None:
+        told = {**self.features.tried, algorithm: tuple(tried)}
+        self._found(tried=MappingProxyType(told))
+
+    # --- an import with known answers --------------------------------------------------------
+
+    def _rehearse(self, trial: _Try) -> None:
+        """Import as the backend does, and use the key.
+
+        Raises:
+            PKCS11Error, HsmwrapError: The HSM token does not do it.
+            _Wrong: What came out is not what went in.
+        """
+        custody = material_custody(self._settings, self.features)
+
+        def first(way: Way) -> MaterialStore:
+            features = replace(self.features, ways=replace(self.features.ways, material=way))
+            name, prefix = self._settings.name, self._settings.key_prefix
+            store = MaterialStore(name, self._keys, prefix, custody, features)
+            self._import(store, trial, KeySpec.ALIYUN_AES_256)
+            return store
+
+        unwraps = trial.row.path is ImportPath.UNWRAP
+        store = self._by_way("material", first) if unwraps else first(Way.AS_ASKED)
+        with suppress(InvalidKeyMaterial):
+            self._import(store, trial, KeySpec.ALIYUN_AES_256, length=_AES_128)
+            raise _Wrong("a key of 16 bytes passes for one of 32")
+        sm4 = KeySpec.ALIYUN_SM4
+        if sm4 in self.features.key_specs and not self._step(
+            f"import an {sm4} key by {trial.algorithm}",
+            lambda: self._import(store, trial, sm4),
+            f"{sm4} keys are not imported.",
+        ):
+            self._found(key_specs=self.features.key_specs - {sm4})
+
+    def _import(
+        self,
+        store: MaterialStore,
+        trial: _Try,
+        key_spec: KeySpec,
+        length: int | None = None,
+    ) -> bool:
+        material = secrets.token_bytes(length or key_spec.material_length)
+        source = self._source(store.features, trial, material, key_spec)
+        pending = PendingObject(new_object_id())
+        try:
+            ref, check = store.make(self._pooled, source, key_spec, None, pending)
+            if length is None and check != check_value(material):
+                raise _Wrong("the check value is not that of the material")
+            if key_spec is KeySpec.ALIYUN_AES_256 and length is None:
+                with store.opened(self._pooled, ref) as key:
+                    self._use(key, material)
+        finally:
+            if pending.may_exist:
+                self._pooled.destroy({Attribute.ID: pending.object_id})
+        return True
+
+    def _source(
+        self, features: TokenFeatures, trial: _Try, material: bytes, key_spec: KeySpec
+    ) -> MaterialSource:
+        ciphertext, row = trial.encrypt(material), trial.row
+        if row.path is ImportPath.UNWRAP:
+            return rsa_keys.WrappedMaterial(
+                trial.private, trial.algorithm, ciphertext, features.ways.material, row.source
+            )
+        if isinstance(ciphertext, Sm2Ciphertext):
+            decrypt = partial(sm2.decrypt, trial.private, ciphertext, self._vendor)
+        else:
+            decrypt = partial(
+                rsa_keys.decrypt,
+                trial.private,
+                trial.algorithm,
+                ciphertext,
+                native=row.path is ImportPath.DECRYPT,
+                source=row.source,
+            )
+        return HostMaterial(cache(decrypt), key_spec.material_length)
+
+    def _use(self, key: Any, material: bytes) -> None:
+        """AES-GCM with the imported key; an HSM token without it can keep keys all the same."""
+        if self._gcm_tried and not self.features.gcm:
+            return
+        works = self._step(
+            "encrypt with an imported key",
+            lambda: self._encrypts_by_gcm(key, material),
+            "Imported keys can be kept but not used.",
+        )
+        self._gcm_tried = True
+        self._found(gcm=bool(works))
+
+    def _encrypts_by_gcm(self, key: Any, material: bytes) -> bool:
+        nonce, message = secrets.token_bytes(12), secrets.token_bytes(24)
+        sealed = self._gcm.encrypt(key, nonce, message, b"a")
+        if sealed != AESGCM(material).encrypt(nonce, message, b"a"):
+            raise _Wrong("the ciphertext is not that of AES-GCM under the imported key")
+        if self._gcm.decrypt(key, nonce, sealed, b"a") != message:
+            raise _Wrong("AES-GCM does not decrypt what it encrypted")
+        if not self._gcm_tried:
+            with suppress(InvalidCiphertext):
+                with map_client_errors(key, error=InvalidCiphertext):
+                    self._gcm.decrypt(key, nonce, sealed, b"b")
+                raise _Wrong("AES-GCM decrypts under other additional data")
+        return True
+
+    # --- SM2 ---------------------------------------------------------------------------------
+
+    def _sm2(self) -> None:
+        algorithm = WrappingAlgorithm.SM2PKE
+        by_vendor = self._vendor is not None and self._vendor.decrypt is not None
+        path = ImportPath.VENDOR if by_vendor else ImportPath.DERIVE
+        tried: list[FailedTrial] = []
+        for custody in self.custodies():
+            if self._row(algorithm, path, partial(self._sm2_import, path, custody), tried):
+                break
+        self._told(algorithm, tried)
+
+    def _sm2_import(self, path: ImportPath, custody: Custody) -> Row:
+        row = Row(path, custody)
+        with self._sm2_key(custody) as (der, private):
+            encrypt = partial(_encrypt_sm2, decode_spki(der))
+            trial = _Try(WrappingAlgorithm.SM2PKE, row, private, encrypt)
+            self._rehearse(trial)
+        return row
+
+    @contextmanager
+    def _sm2_key(self, custody: Custody) -> Iterator[tuple[bytes, Any]]:
+        sealed = custody is _SEALED
+        store, role = self.store(), Role.WRAPPING_DERIVE
+        template = self._keys.unwrapped_template(role)
+        if sealed:
+            template = store.sealing_template(role, trusted=self._keys.trusts(self._number))
+        fitting = self.features.fit(self._placed(template))
+        placed = None if self.features.session_objects else self._placed({})
+        public, private = sm2.generate(self._session, fitting, self._vendor, placed)
+        self._made += [public, private]
+        der = sm2.public_key_der(public)
+        if not sealed:
+            yield der, private
+            return
+        ref = store.seal(self._pooled, role, private, self._number)
+        self._opens(ref)
+        with self.store().fetched(self._pooled, ref) as (_role, opened):
+            yield der, opened
+
+    # --- sealing -----------------------------------------------------------------------------
+
+    def custodies(self) -> tuple[Custody, ...]:
+        """How private wrapping keys can be kept, the best first, as far as is known by now."""
+        wanted = self._settings.wrapping_custody
+        sealed = (_SEALED,) if self.features.wraps_secret_keys else ()
+        if wanted is WrappingCustody.AUTO:
+            return (*sealed, _RESIDENT)
+        return (_RESIDENT,) if wanted is WrappingCustody.HSM_INTERNAL else sealed
+
+    def store(self) -> WrappingKeyStore:
+        """The store of wrapping keys, as the backend has it."""
+        return WrappingKeyStore(self._keys, self._settings.key_prefix, self.features)
+
+    def _opens(self, ref: PrivateKeyRef) -> None:
+        def opens(way: Way) -> None:
+            ways = replace(self.features.ways, sealed_private=way)
+            store = replace(self.store(), features=replace(self.features, ways=ways))
+            with store.fetched(self._pooled, ref):
+                pass
+
+        self._by_way("sealed_private", opens)
+
+    def sealed(self, role: Role, private: Any) -> PrivateKeyRef | None:
+        """The private key, sealed under our own key of this role; None if it cannot be."""
+        if _SEALED not in self.custodies():
+            return None
+
+        def attempt() -> PrivateKeyRef:
+            ref = self.store().seal(self._pooled, role, private, self._number)
+            self._opens(ref)
+            return ref
+
+        return self._step(
+            f"seal an RSA private key under {self._keys.label(role, self._number)}",
+            attempt,
+            "RSA wrapping keys for this use are not sealed.",
         )
 
-    def _decrypt(
-        self, private: Any, client: rsa.RSAPublicKey, algorithm: WrappingAlgorithm
-    ) -> bool:
-        message = secrets.token_bytes(32)
-        mechanism, parameter = MECHANISMS[algorithm]
-        ciphertext = client.encrypt(message, _padding(algorithm))
-        return bool(
-            private.decrypt(ciphertext, mechanism=mechanism, mechanism_param=parameter) == message
-        )
+    # --- attributes and paddings -------------------------------------------------------------
 
     def _rejects_implicitly(
-        self,
-        private: Any,
-        client: rsa.RSAPublicKey,
-        unwraps: frozenset[WrappingAlgorithm],
-        decrypts: frozenset[WrappingAlgorithm],
+        self, private: Any, client: rsa.RSAPublicKey, served: Collection[ImportPath]
     ) -> bool:
-        algorithm = WrappingAlgorithm.RSAES_PKCS1_V1_5
-        mechanism, numbers = MECHANISMS[algorithm][0], client.public_numbers()
+        """Whether each of these functions makes random bytes of wrong padding."""
+        mechanism, numbers = Mechanism.RSA_PKCS, client.public_numbers()
         # Not an AES key: the random bytes have a random length.
-        becomes = self._for_unwrap(secret_key(KeyType.GENERIC_SECRET))
-        tries: list[Callable[[bytes], Any]] = []
-        if algorithm in unwraps:
-            tries.append(
-                lambda c: self._keep(private.unwrap_key(key_data=c, mechanism=mechanism, **becomes))
-            )
-        if algorithm in decrypts:
-            tries.append(lambda c: private.decrypt(c, mechanism=mechanism))
+        becomes = for_unwrap(self.features.fit(self._placed(secret_key(KeyType.GENERIC_SECRET))))
+        functions: Mapping[ImportPath, Callable[[bytes], Any]] = {
+            ImportPath.UNWRAP: lambda c: self._keep(
+                private.unwrap_key(key_data=c, mechanism=mechanism, **becomes)
+            ),
+            ImportPath.DECRYPT: lambda c: private.decrypt(c, mechanism=mechanism),
+        }
 
-        def accepted(attempt: Callable[[bytes], Any]) -> bool:
+        def accepted(function: Callable[[bytes], Any]) -> bool:
             # As a block it starts with 00 03 where 00 02 is due.
             block = int.from_bytes(b"\3" + secrets.token_bytes(254), "big")
             ciphertext = pow(block, numbers.e, numbers.n).to_bytes(256, "big")
-            return self._works(lambda: attempt(ciphertext) is not None)
+            return self._works(lambda: function(ciphertext) is not None)
 
         # Several, as the random length may be one that cannot be a key: none.
-        return bool(tries) and all(
-            any(accepted(each) for _ in range(_BROKEN_CIPHERTEXTS)) for each in tries
+        return bool(served) and all(
+            any(accepted(functions[each]) for _ in range(_BROKEN_CIPHERTEXTS)) for each in served
         )
 
-    def _creates_keys(self) -> bool:
-        template = secret_key(KeyType.AES, Attribute.ENCRYPT, extractable=True)
-        value = secrets.token_bytes(_AES_256)
-        self._keep(objects.create(self._session, without(template, self._refused), value))
-        return True
-
-    def _raw(self, private: Any, client: rsa.RSAPublicKey) -> bool:
-        numbers = client.public_numbers()
-        message = 2
-        ciphertext = pow(message, numbers.e, numbers.n).to_bytes(256, "big")
-        plain = private.decrypt(ciphertext, mechanism=Mechanism.RSA_X_509)
-        return int.from_bytes(plain, "big") == message
-
-    def _value_length(
-        self, private: Any, client: rsa.RSAPublicKey, algorithms: list[WrappingAlgorithm]
-    ) -> bool:
-        if not algorithms:
-            return False
-        key = self._unwrapped(private, client, algorithms[0], _AES_128)
-        return bool(key[Attribute.VALUE_LEN] == _AES_128)
-
-    def _wrapped_lengths(self, kek: Any) -> Mapping[int, int]:
-        lengths = {length: self._wrapped_length(kek, length) for length in (_AES_128, _AES_256)}
-        return lengths if lengths[_AES_128] != lengths[_AES_256] else {}
-
-    def _wrapped_length(self, kek: Any, length: int) -> int:
-        key = self._keep(
-            self._session.generate_key(
-                KeyType.AES,
-                length * 8,
-                capabilities=MechanismFlag.ENCRYPT,
-                template={Attribute.EXTRACTABLE: True},
-            )
-        )
-        blob = kek.wrap_key(key, mechanism=AES_KEY_WRAP)
-        becomes = without(secret_key(KeyType.AES, Attribute.ENCRYPT), self._refused)
-        self._keep(objects.unwrap(kek, blob, becomes, way=self._ways["sealed_secret"]))
-        return len(blob)
-
-    def _wrap_and_unwrap(self, kek: Any, private: Any, becomes: Template) -> bool:
-        blob = kek.wrap_key(private, mechanism=AES_KEY_WRAP)
-        fitting = without(becomes, self._refused)
-        way = self._ways["sealed_private"]
-        self._keep(objects.unwrap(kek, blob, fitting, way=way))
-        return True
-
-    def _sm2_pair(self) -> tuple[Any, Any]:
-        template = {
-            **unwrapped_template(Role.WRAPPING_DERIVE, self._vendor),
-            Attribute.EXTRACTABLE: True,
-        }
-        fitting = without(template, self._refused)
-        return self._keep_pair(sm2.generate(self._session, fitting, self._vendor))
-
-    def _wrap_sm2(self, own: Any) -> bool:
-        # By our own key: its unwrap template has to let this very kind of key through.
-        becomes = unwrapped_template(Role.WRAPPING_DERIVE, self._vendor)
-        return self._wrap_and_unwrap(own, self._sm2_pair()[1], becomes)
-
-    def _sm2(self) -> bool:
-        public, private = self._sm2_pair()
-        if self._vendor is None or self._vendor.decrypt is None:
-            return len(sm2.derive_x(private, encode_point(GX, GY))) == FIELD_BYTES
-        message, point = secrets.token_bytes(_AES_256), decode_spki(sm2.public_key_der(public))
-        ciphertext = open_engine("libcrypto").encrypt(point, message)
-        try:
-            return sm2.decrypt(private, ciphertext, self._vendor) == message
-        except InvalidKeyMaterial:
-            return False
-
-    def _gcm(self, gcm: AesGcm) -> bool:
-        capabilities = MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT
-        key = self._keep(self._session.generate_key(KeyType.AES, 256, capabilities=capabilities))
-        nonce, message = secrets.token_bytes(12), secrets.token_bytes(24)
-        sealed = gcm.encrypt(key, nonce, message, b"a")
-        opened = gcm.decrypt(key, nonce, sealed, b"a")
-        forged = self._works(lambda: bool(gcm.decrypt(key, nonce, sealed, b"b")))
-        return bool(opened == message) and not forged
-
-    def _ecb(self) -> bool:
-        key = self._keep(
-            self._session.generate_key(KeyType.AES, 256, capabilities=MechanismFlag.ENCRYPT)
-        )
-        return len(key.encrypt(bytes(_BLOCK), mechanism=Mechanism.AES_ECB)) == _BLOCK
-
-    def _protections(self, own: Any, private: Any) -> tuple[Protection, ...]:
-        key = protections.OwnKey(
+    def _protections(self, private: Any) -> tuple[Protection, ...]:
+        own = self._own(Role.WRAPPING_UNWRAP)
+        tried = own and protections.OwnKey(
             key=own,
             becomes=private_key(KeyType.RSA, Attribute.UNWRAP),
             private=private,
-            trusted=is_trusted(own),
-            lacks=self._refused,
+            trusted=self._keys.trusts(self._number),
+            lacks=self.features.refused,
         )
-        return protections.tried(self._session, key, lambda t: without(t, self._refused))
+        return protections.tried(
+            self._session,
+            tried,
+            lambda template: self.features.fit(self._placed(template)),
+            mechanism=self.features.key_wrap,
+        )
 
-    def _for_unwrap(self, template: Template) -> dict[str, Any]:
-        return for_unwrap(without(template, self._refused))
+
+class _Held:
+    """The RSA private key as the rows use it: sealed, once for each role, or as it is."""
+
+    def __init__(self, trials: Probe, private: Any) -> None:
+        self._trials, self._private = trials, private
+        self._refs: dict[Role, PrivateKeyRef | None] = {}
+
+    @contextmanager
+    def by(self, role: Role) -> Iterator[tuple[Custody, Any]]:
+        """Custody and private key object for this role.
+
+        Raises:
+            _Wrong: The configuration asks for sealed keys, and the HSM token seals none.
+        """
+        if role not in self._refs:
+            self._refs[role] = self._trials.sealed(role, self._private)
+        ref = self._refs[role]
+        if ref is not None:
+            with self._trials.store().fetched(self._trials._pooled, ref) as (_role, key):  # noqa: SLF001
+                yield _SEALED, key
+        elif _RESIDENT in self._trials.custodies():
+            yield _RESIDENT, self._private
+        else:
+            raise _Wrong("the configuration forbids resident wrapping keys, and none is sealed")
+
+
+def failed_trial(step: str, error: Exception, consequence: str = "") -> FailedTrial:
+    """What is told of a trial that ended with this error."""
+    fault = _answer_behind(error)
+    answer = answer_of(fault) if isinstance(fault, PKCS11Error) else None
+    if answer is None:
+        wrong = said(fault) if isinstance(fault, PKCS11Error) else str(fault)
+        return FailedTrial(step, wrong=wrong or type(error).__name__, consequence=consequence)
+    mechanism = None if answer.mechanism is None else mechanism_name(answer.mechanism)
+    return FailedTrial(step, answer.function, mechanism, answer.code, consequence=consequence)
+
+
+def _answer_behind(error: Exception) -> BaseException:
+    """The HSM token's answer, also where it was mapped to a client's error."""
+    if isinstance(error, HsmwrapError) and isinstance(error.__context__, PKCS11Error):
+        return error.__context__
+    return error
+
+
+def _speaks_of_the_connection(error: Exception) -> bool:
+    fault = _answer_behind(error)
+    return isinstance(fault, PKCS11Error) and recovery_of(fault) is not None
+
+
+def _encrypt_sm2(public: bytes, material: bytes) -> Sm2Ciphertext:
+    """Encrypt with k = 1: C1 is the generator, and the shared point is the public key itself."""
+    x, y = public[-64:-32], public[-32:]
+    c2 = xor(material, sm2_kdf(x, y, len(material)))
+    return Sm2Ciphertext(GX, GY, sm3(x + material + y), c2)
 
 
 def _padding(algorithm: WrappingAlgorithm) -> padding.AsymmetricPadding:
@@ -422,10 +713,3 @@ def _padding(algorithm: WrappingAlgorithm) -> padding.AsymmetricPadding:
     sha1 = algorithm is WrappingAlgorithm.RSAES_OAEP_SHA_1
     digest = hashes.SHA1() if sha1 else hashes.SHA256()  # noqa: S303  # the API's algorithm
     return padding.OAEP(padding.MGF1(digest), digest, None)
-
-
-def _public_key(public: Any) -> rsa.RSAPublicKey:
-    return rsa.RSAPublicNumbers(
-        int.from_bytes(read(public, Attribute.PUBLIC_EXPONENT), "big"),
-        int.from_bytes(read(public, Attribute.MODULUS), "big"),
-    ).public_key()

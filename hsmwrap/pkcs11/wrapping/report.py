@@ -6,22 +6,22 @@ from collections.abc import Iterator
 
 from hsmwrap.backend import (
     Capabilities,
-    Custody,
     Exposure,
+    FailedTrial,
     KeyCapability,
+    MissingCapability,
     WrappingCapability,
 )
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
-from hsmwrap.pkcs11.binding.profiles import VendorSm2
-from hsmwrap.pkcs11.settings import Pkcs11Settings, WrappingCustody
-from hsmwrap.pkcs11.wrapping import rsa
-from hsmwrap.pkcs11.wrapping.probe import MECHANISMS, TokenFeatures
+from hsmwrap.ckr import answered
+from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.pkcs11.wrapping.features import RSA_ALGORITHMS, TokenFeatures
+from hsmwrap.pkcs11.wrapping.material import material_custody
 
 
 def capabilities(
     settings: Pkcs11Settings,
     features: TokenFeatures,
-    vendor: VendorSm2 | None,
     *,
     trusted: bool,
     origin_told: bool,
@@ -31,46 +31,63 @@ def capabilities(
     return Capabilities(
         backend=settings.name,
         protection_levels=frozenset({ProtectionLevel.HSM}),
-        wrapping=tuple(_wrapping(settings, features, vendor)),
-        keys=(
-            KeyCapability(KeySpec.ALIYUN_AES_256, usable=features.gcm, custody=custody),
-            KeyCapability(KeySpec.ALIYUN_SM4, usable=False, custody=custody),
+        wrapping=tuple(_wrapping(settings, features)),
+        keys=tuple(
+            KeyCapability(spec, features.gcm and spec is KeySpec.ALIYUN_AES_256, custody)
+            for spec in KeySpec
+            if spec in features.key_specs
         ),
         notes=tuple(_notes(settings, features, trusted=trusted, origin_told=origin_told)),
+        missing=tuple(_missing(settings, features)),
+        failed=features.failed,
         protections=features.protections,
     )
 
 
-def material_custody(settings: Pkcs11Settings, features: TokenFeatures) -> Custody:
-    """How imported keys are kept: as configured, or as objects where nothing can be wrapped."""
-    return settings.material_custody if features.wraps_secret_keys else Custody.HSM_INTERNAL
+_PAIRS = (
+    *((WrappingKeySpec.RSA_2048, algorithm) for algorithm in RSA_ALGORITHMS),
+    (WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE),
+)
 
 
-def _wrapping(
-    settings: Pkcs11Settings, features: TokenFeatures, vendor: VendorSm2 | None
-) -> Iterator[WrappingCapability]:
-    for algorithm in MECHANISMS:
-        if _refused(settings, features, algorithm):
+def _wrapping(settings: Pkcs11Settings, features: TokenFeatures) -> Iterator[WrappingCapability]:
+    for spec, algorithm in _PAIRS:
+        row = features.rows.get(algorithm)
+        if row is None or _refused(settings, features, algorithm):
             continue
-        path = rsa.path_of(algorithm, features)
-        custody = _wrapping_custody(settings, can_seal=features.wraps_rsa)
-        if path and custody:
-            in_hsm = path.exposure is Exposure.IN_HSM
-            yield WrappingCapability(
-                *(WrappingKeySpec.RSA_2048, algorithm, path.exposure, custody, path.description),
-                reason="" if in_hsm else f"The HSM token does not unwrap by {algorithm}.",
-            )
-    custody = _wrapping_custody(settings, can_seal=features.wraps_sm2)
-    if features.sm2 and custody:
-        by_vendor = vendor is not None and vendor.decrypt is not None
+        tried = features.tried.get(algorithm, ())
         yield WrappingCapability(
-            WrappingKeySpec.EC_SM2,
-            WrappingAlgorithm.SM2PKE,
-            Exposure.HOST,
-            custody,
-            "vendor mechanism" if by_vendor else "CKM_ECDH1_DERIVE, KDF and C3 in the host",
-            reason="PKCS#11 has no unwrapping by SM2PKE: its decryption ends in the host.",
+            *(spec, algorithm, row.path.exposure, row.custody, row.path.description),
+            reason="" if row.path.exposure is Exposure.IN_HSM else _why_host(algorithm, tried),
+            tried=tried,
         )
+
+
+def _why_host(algorithm: WrappingAlgorithm, tried: tuple[FailedTrial, ...]) -> str:
+    if algorithm is WrappingAlgorithm.SM2PKE:
+        return "PKCS#11 has no unwrapping by SM2PKE: its decryption ends in the host."
+    unwrapping = next((_what(t) for t in tried), "it was not tried")
+    return f"The HSM token does not unwrap by {algorithm}: {unwrapping}."
+
+
+def _missing(settings: Pkcs11Settings, features: TokenFeatures) -> Iterator[MissingCapability]:
+    for spec, algorithm in _PAIRS:
+        tried = features.tried.get(algorithm, ())
+        if algorithm not in features.rows:
+            steps = "; ".join(f"{t.step}: {_what(t)}" for t in tried)
+            reason = (
+                f"Every way failed: {steps}." if steps else "The HSM token has no way to do it."
+            )
+            yield MissingCapability(spec, algorithm, reason, tried)
+        elif _refused(settings, features, algorithm):
+            reason = "require_implicit_rejection: the HSM token answers an error (tried)."
+            yield MissingCapability(spec, algorithm, reason, tried)
+
+
+def _what(trial: FailedTrial) -> str:
+    if trial.code is None:
+        return trial.wrong
+    return answered(trial.code, trial.function, trial.mechanism)
 
 
 def _refused(
@@ -82,16 +99,6 @@ def _refused(
         and algorithm is WrappingAlgorithm.RSAES_PKCS1_V1_5
         and not features.implicit_rejection
     )
-
-
-def _wrapping_custody(settings: Pkcs11Settings, *, can_seal: bool) -> Custody | None:
-    """Sealed, resident, or None where the configuration asks for what the token cannot do."""
-    wanted = settings.wrapping_custody
-    if wanted is WrappingCustody.HSM_INTERNAL:
-        return Custody.HSM_INTERNAL
-    if can_seal:
-        return Custody.HSM_ENCRYPTED_DATABASE
-    return None if wanted is WrappingCustody.HSM_ENCRYPTED_DATABASE else Custody.HSM_INTERNAL
 
 
 def _notes(
@@ -118,19 +125,14 @@ def _notes(
         yield "The HSM token has no working AES key wrap: imported keys are token objects."
     if not features.gcm:
         yield "The HSM token has no working AES-GCM: imported keys can be kept but not used."
-    if not features.sm2:
+    if WrappingAlgorithm.SM2PKE not in features.rows:
         yield "The HSM token serves no SM2: no key pairs on its curve, or no ECDH with them."
     yield "Aliyun_SM4 keys are kept as generic secrets and cannot encrypt on this HSM token."
-    if (
-        settings.wrapping_custody is WrappingCustody.HSM_ENCRYPTED_DATABASE
-        and not features.wraps_sm2
-    ):
-        yield "The HSM token cannot seal SM2 keys and the configuration forbids resident ones."
 
 
 def _pkcs1_note(settings: Pkcs11Settings, features: TokenFeatures) -> str:
     algorithm = WrappingAlgorithm.RSAES_PKCS1_V1_5
-    if rsa.path_of(algorithm, features) is None:
+    if algorithm not in features.rows:
         return "The HSM token does not serve RSAES_PKCS1_V1_5."
     if features.implicit_rejection:
         return (

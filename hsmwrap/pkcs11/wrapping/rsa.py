@@ -8,7 +8,6 @@ an unwrapped key is. PKCS#1 v1.5 is never decoded in the host: that is Bleichenb
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, ClassVar
 
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -25,8 +24,7 @@ from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors, read
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.templates import Template
-from hsmwrap.pkcs11.keysets.keys import Role
-from hsmwrap.pkcs11.wrapping.probe import MECHANISMS, TokenFeatures
+from hsmwrap.pkcs11.wrapping.features import DATA_SPECIFIED, mechanism_of
 
 MODULUS_BYTES = 256
 _OAEP_HASH: dict[WrappingAlgorithm, oaep.HashName] = {
@@ -35,49 +33,20 @@ _OAEP_HASH: dict[WrappingAlgorithm, oaep.HashName] = {
 }
 
 
-class RsaPath(Enum):
-    """How an algorithm is done; value: key-encryption key role, exposure, description."""
-
-    UNWRAP = (Role.WRAPPING_UNWRAP, Exposure.IN_HSM, "C_UnwrapKey")
-    DECRYPT = (Role.WRAPPING_DECRYPT, Exposure.HOST, "C_Decrypt, then C_CreateObject")
-    RAW = (Role.WRAPPING_DECRYPT, Exposure.HOST, "CKM_RSA_X_509, OAEP decoded in the host")
-
-    @property
-    def role(self) -> Role:
-        """Role of the key-encryption key for private keys of this path."""
-        return self.value[0]
-
-    @property
-    def exposure(self) -> Exposure:
-        """Where the material is in plaintext."""
-        return self.value[1]
-
-    @property
-    def description(self) -> str:
-        """For the capability report."""
-        return self.value[2]
-
-
-def path_of(algorithm: WrappingAlgorithm, features: TokenFeatures) -> RsaPath | None:
-    """The best path that the HSM token has for this algorithm."""
-    knows_length = features.wraps_secret_keys or features.value_length
-    if algorithm in features.unwraps and knows_length and features.ecb:
-        return RsaPath.UNWRAP
-    if algorithm in features.decrypts:
-        return RsaPath.DECRYPT
-    if algorithm in _OAEP_HASH and features.raw_rsa:
-        return RsaPath.RAW
-    return None
-
-
-def generate(session: Session, private_template: Template) -> tuple[Any, Any]:
+def generate(
+    session: Session, private_template: Template, placed: Template | None = None
+) -> tuple[Any, Any]:
     """Generate an RSA-2048 pair (e = 65537); returns the public and private key objects.
 
-    The public key is a session object for the host to read. It may encrypt, as public keys may: NSS
-    tries a pair that decrypts before it hands it out (field note 51).
+    The public key is a session object for the host to read, unless ``placed`` says otherwise. It
+    may encrypt, as public keys may: NSS tries a pair that decrypts before it hands it out (field
+    note 51).
     """
     return objects.generate_pair(
-        session, private_template, public_template={Attribute.ENCRYPT: True}, length=2048
+        session,
+        private_template,
+        public_template={Attribute.ENCRYPT: True, **(placed or {})},
+        length=2048,
     )
 
 
@@ -100,6 +69,7 @@ class WrappedMaterial:
     algorithm: WrappingAlgorithm
     ciphertext: bytes
     way: Way
+    source: int = DATA_SPECIFIED
 
     def make_object(self, _session: Session, template: Template) -> Any:
         """Make it an object with ``template``, in the session of the private key.
@@ -109,7 +79,7 @@ class WrappedMaterial:
             ProtectionNotKept: The object is readable, or usable for more; it was destroyed.
         """
         _require_length(self.ciphertext)
-        mechanism, parameter = MECHANISMS[self.algorithm]
+        mechanism, parameter = mechanism_of(self.algorithm, self.source)
         return objects.unwrap(
             self.private,
             self.ciphertext,
@@ -120,9 +90,22 @@ class WrappedMaterial:
             way=self.way,
         )
 
+    def check_value(self) -> bytes:
+        """Not in the host.
+
+        Raises:
+            InvalidKeyMaterial: Always.
+        """
+        raise InvalidKeyMaterial
+
 
 def decrypt(
-    private: Any, algorithm: WrappingAlgorithm, ciphertext: bytes, *, native: bool
+    private: Any,
+    algorithm: WrappingAlgorithm,
+    ciphertext: bytes,
+    *,
+    native: bool,
+    source: int = DATA_SPECIFIED,
 ) -> bytes:
     """Decrypt into the host; returns the material, of any length.
 
@@ -131,7 +114,7 @@ def decrypt(
     """
     _require_length(ciphertext)
     if native:
-        mechanism, parameter = MECHANISMS[algorithm]
+        mechanism, parameter = mechanism_of(algorithm, source)
         with map_client_errors(private):
             return bytes(
                 private.decrypt(ciphertext, mechanism=mechanism, mechanism_param=parameter)

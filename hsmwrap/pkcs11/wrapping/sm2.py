@@ -20,19 +20,32 @@ from hsmwrap.pkcs11.binding.profiles import CiphertextForm, VendorSm2
 from hsmwrap.pkcs11.binding.templates import Template
 from hsmwrap.sm2 import OID_DER, Sm2Ciphertext, decode_point, decrypt_with_x2, encode_spki
 
-_OCTET_STRING_65 = b"\x04\x41"
+_POINT_HEADS = {
+    68: b"\x03\x42\x00\x04",  # DER BIT STRING
+    67: b"\x04\x41\x04",  # DER OCTET STRING, as PKCS#11 has it
+    66: b"\x04\x40",  # DER OCTET STRING of x and y
+    65: b"\x04",  # the bare point
+    64: b"",  # x and y
+}
+"""What comes before x and y in CKA_EC_POINT, by its length: each of these occurs."""
 
 
 def generate(
-    session: Session, private_template: Template, vendor: VendorSm2 | None
+    session: Session,
+    private_template: Template,
+    vendor: VendorSm2 | None,
+    placed: Template | None = None,
 ) -> tuple[Any, Any]:
-    """Generate an SM2 pair; returns the public and private key objects."""
+    """Generate an SM2 pair; returns the public and private key objects.
+
+    The public key is a session object, unless ``placed`` says otherwise.
+    """
     key_type = (vendor and vendor.key_type) or KeyType.EC
     mechanism = (vendor and vendor.generate) or Mechanism.EC_KEY_PAIR_GEN
     return objects.generate_pair(
         session,
         {**private_template, Attribute.KEY_TYPE: key_type},
-        public_template={Attribute.EC_PARAMS: OID_DER},
+        public_template={Attribute.EC_PARAMS: OID_DER, **(placed or {})},
         mechanism=mechanism,
     )
 
@@ -43,9 +56,9 @@ def public_key_der(public: Any) -> bytes:
     Raises:
         HsmError: The token's CKA_EC_POINT is not a point of the curve.
     """
-    point = bytes(read(public, Attribute.EC_POINT))
-    # PKCS#11 v2.40 wants a DER OCTET STRING; older tokens give the bare point.
-    point = point.removeprefix(_OCTET_STRING_65) if len(point) > 65 else point  # noqa: PLR2004
+    told = bytes(read(public, Attribute.EC_POINT))
+    head = _POINT_HEADS.get(len(told), b"")
+    point = b"\x04" + told[len(head) :] if told.startswith(head) else told
     try:
         decode_point(point)
     except ValueError:

@@ -8,8 +8,7 @@ agrees with it, attribute by attribute.
 import ctypes
 import itertools
 
-from pkcs11.attributes import ALL_CAPABILITIES
-from pkcs11.constants import DEFAULT, Attribute, MechanismFlag, ObjectClass
+from pkcs11.constants import DEFAULT, Attribute
 from pkcs11.exceptions import (
     EncryptedDataInvalid,
     MechanismInvalid,
@@ -119,14 +118,10 @@ class VendorToken:
         asked = packed(wanted).items()
         return [key for key in self.objects if asked <= key.told.items()]
 
-    def generate_key(self, key_type, _bits, *, capabilities, store=False, **more):
+    def generate_key(self, _key_type, _bits, *, store=False, template=None, **_more):
         if not store:
             raise MechanismInvalid  # keys that only show what the token says of a key's origin
-        id, label, template = (more[name] for name in ("id", "label", "template"))  # noqa: A001
-        uses = {use: bool(MechanismFlag[use.name] & capabilities) for use in ALL_CAPABILITIES}
-        named = {Attribute.ID: id, Attribute.LABEL: label, Attribute.TOKEN: store}
-        made = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.KEY_TYPE: key_type}
-        return self.keep(packed({**made, **uses, **named, **template}))
+        return self.keep(packed(template))
 
     def generate_keypair(
         self, key_type, *, capabilities, mechanism, public_template, private_template
