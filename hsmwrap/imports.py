@@ -99,7 +99,7 @@ class Cmk:
 
     def __post_init__(self) -> None:
         try:
-            fits = 0 < len(self.key_id.encode()) <= tokens.MAX_CMK_ID_LENGTH
+            fits = 1 <= len(self.key_id.encode()) <= tokens.MAX_CMK_ID_LENGTH
         except UnicodeEncodeError:
             fits = False
         if not fits:

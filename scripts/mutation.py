@@ -22,12 +22,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import cache_from_source
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
+from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).parents[1]
@@ -71,13 +73,13 @@ def main() -> int:
     explained = tomllib.loads(SURVIVORS.read_text()).get("survivor", [])
     status = 0
     for module in arguments.modules or listed:
-        everything = list(_mutants(COPY / module, settings["operators"]))
-        mutants = everything
-        if arguments.sample is not None and arguments.sample < len(everything):
+        places = _places(COPY / module, settings["operators"])
+        if arguments.sample is not None:
             # Not for a secret: the same seed makes the same sample.
-            mutants = random.Random(arguments.seed).sample(everything, arguments.sample)  # noqa: S311
+            random.Random(arguments.seed).shuffle(places)  # noqa: S311
+        mutants = list(islice(_mutants(COPY / module, places), arguments.sample))
         if arguments.list:
-            print(f"{module}: {len(everything)} mutants", *(m.change for m in mutants), sep="\n")
+            print(f"{module}: {len(mutants)} mutants", *(m.change for m in mutants), sep="\n")
             continue
         known = Counter(
             {
@@ -86,7 +88,7 @@ def main() -> int:
                 if entry["module"] == module
             }
         )
-        print(f"{module}: {len(mutants)} of {len(everything)} mutants", flush=True)
+        print(f"{module}: {len(mutants)} mutants", flush=True)
         status |= _judge(module, mutants, shlex.split(listed[module]), known)
     return status
 
@@ -112,20 +114,29 @@ def _judge(module: str, mutants: list[Mutant], tests: list[str], known: Counter[
 # --- the mutants --------------------------------------------------------------------------------
 
 
-def _mutants(module: Path, wanted: list[str]) -> Iterator[Mutant]:
+def _places(module: Path, wanted: list[str]) -> list[tuple[Operator, int, str]]:
+    """Each place that an operator can change: the operator, the number of the place, and where."""
+    tree = get_ast(module.read_text())
+    names = [n for n in operator_names() if re.fullmatch("|".join(wanted), n.removeprefix("core/"))]
+    operators = [get_operator(name)() for name in names]
+    return [
+        (operator, occurrence, _where(node))
+        for operator in operators
+        for occurrence, node in enumerate(
+            node for node in ast_nodes(tree) for _ in operator.mutation_positions(node)
+        )
+    ]
+
+
+def _mutants(module: Path, places: list[tuple[Operator, int, str]]) -> Iterator[Mutant]:
     source = module.read_text()
-    tree, meaning = get_ast(source), _meaning(source)
-    for name in operator_names():
-        if not any(re.fullmatch(pattern, name.removeprefix("core/")) for pattern in wanted):
-            continue
-        operator = get_operator(name)()
-        places = [n for n in ast_nodes(tree) for _ in operator.mutation_positions(n)]
-        for occurrence, node in enumerate(places):
-            # AttributeError: cosmic-ray cannot replace a dotted name in a tuple of exceptions.
-            with suppress(SyntaxError, AttributeError):
-                mutated = mutate_code(source, operator, occurrence)
-                if _meaning(mutated) != meaning:
-                    yield Mutant(Change(_where(node), *_changed_lines(source, mutated)), mutated)
+    meaning = _meaning(source)
+    for operator, occurrence, where in places:
+        # AttributeError: cosmic-ray cannot replace a dotted name in a tuple of exceptions.
+        with suppress(SyntaxError, AttributeError):
+            mutated = mutate_code(source, operator, occurrence)
+            if _meaning(mutated) != meaning:
+                yield Mutant(Change(where, *_changed_lines(source, mutated)), mutated)
 
 
 def _where(node: object) -> str:

@@ -26,6 +26,7 @@ POINT_BYTES: Final = 1 + 2 * FIELD_BYTES
 OID_DER: Final = bytes.fromhex("06082a811ccf5501822d")
 """DER of the curve's OID, as in EC_PARAMS and SubjectPublicKeyInfo."""
 
+_FIELD: Final = range(P)
 _UNCOMPRESSED: Final = b"\x04"
 
 _root = FixedPower((P + 1) // 4, P)
@@ -37,8 +38,7 @@ def is_on_curve(x: int, y: int) -> bool:
 
     The point at infinity has no coordinates; (0, 0) is not on the curve.
     """
-    in_field = 0 <= x < P and 0 <= y < P
-    return in_field and y * y % P == _right_side(x)
+    return x in _FIELD and y in _FIELD and y * y % P == _right_side(x)
 
 
 def recover_y(x: int) -> int | None:

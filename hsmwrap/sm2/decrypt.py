@@ -51,4 +51,4 @@ def _single(candidates: list[tuple[bool, bytes]]) -> bytes:
     plaintexts = [plaintext for confirmed, plaintext in candidates if confirmed]
     if len(plaintexts) != 1:
         raise InvalidKeyMaterial
-    return plaintexts[0]
+    return plaintexts.pop()

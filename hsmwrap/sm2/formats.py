@@ -141,10 +141,10 @@ def parse(
     fitting = [reading for reading in readings if reading is not None]
     if len(fitting) != 1:
         raise InvalidKeyMaterial
-    return fitting[0]
+    return fitting.pop()
 
 
-_checked = functools.lru_cache(maxsize=16)(check_layouts)
+_checked = functools.cache(check_layouts)
 
 
 def _read(layout: Layout, data: bytes, material_length: int) -> Sm2Ciphertext | None:

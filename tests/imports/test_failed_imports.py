@@ -103,9 +103,9 @@ def test_nothing_is_unwrapped_under_a_token_that_is_refused(spied):
 
 
 def test_the_operator_is_told_once(spied, caplog):
-    service = spied.service(max_failed_imports=2)
+    service = spied.service(max_failed_imports=3)
     parameters = spied.issue(OAEP1, service=service)
-    fail(spied, parameters, 2, service)
+    fail(spied, parameters, 3, service)
     refuse(spied, parameters, BAD, service)
     told = [record for record in caplog.records if "too many failed imports" in record.message]
     assert [(record.levelname, len(record.token_id)) for record in told] == [("WARNING", 32)]

@@ -185,6 +185,11 @@ def test_access_key_file_errors_quote_no_secret(access_file, text):
     assert "hush-hush" not in str(caught.value)
 
 
+def test_the_first_unknown_entry_is_named():
+    with pytest.raises(ConfigurationError, match="access keys: alpha is none of access_key$"):
+        parse_access_keys({"zeta": 1, "access_key": [], "alpha": 2})
+
+
 def test_access_key_file_that_is_missing(tmp_path):
     with pytest.raises(ConfigurationError):
         FileAccessKeys(tmp_path / "none")

@@ -11,6 +11,7 @@ from hsmwrap.sm2 import (
     decrypt,
     decrypt_with_point,
     decrypt_with_x2,
+    kdf,
     known_answer,
     recover_y,
     sm2_kdf,
@@ -65,6 +66,14 @@ def test_sm3_known_answers():
 def test_kdf_is_a_counter_behind_the_point(x2, y2, length):
     blocks = [sm3(x2 + y2 + counter.to_bytes(4)) for counter in range(1, 9)]
     assert sm2_kdf(x2, y2, length) == b"".join(blocks)[:length]
+
+
+@pytest.mark.parametrize(("length", "blocks"), [(0, 0), (1, 1), (32, 1), (33, 2), (64, 2), (65, 3)])
+def test_kdf_hashes_no_block_more_than_it_needs(monkeypatch, length, blocks):
+    hashed = []
+    monkeypatch.setattr(kdf, "sm3", lambda data: hashed.append(data) or bytes(32))
+    assert sm2_kdf(b"x", b"y", length) == bytes(length)
+    assert hashed == [b"xy" + number.to_bytes(4) for number in range(1, blocks + 1)]
 
 
 def encrypt(reference, scalar, message):

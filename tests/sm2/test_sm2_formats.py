@@ -63,6 +63,25 @@ def test_writers_agree_with_bytes_put_together_by_hand():
     assert GOOD.c1 == encode_point(GX, GY)
 
 
+@pytest.mark.parametrize(
+    ("length", "encoded"),
+    [
+        (127, "7f"),
+        (128, "8180"),
+        (255, "81ff"),
+        (256, "820100"),
+        (65_535, "82ffff"),
+        (65_536, "83010000"),
+    ],
+)
+def test_lengths_in_der_have_as_many_octets_as_they_need(length, encoded):
+    """X.690, 8.1.3 and 10.1; a key has 32 bytes at most, other plaintexts may have more."""
+    ciphertext = replace(GOOD, c2=bytes(length))
+    written = ciphertext.to_der()
+    assert written.endswith(C3 + b"\x04" + bytes.fromhex(encoded) + bytes(length))
+    assert parse(written, length, [Layout.DER]) == ciphertext
+
+
 @LENGTHS
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_each_layout_is_read(layout, length):
