@@ -171,3 +171,12 @@ def raw_decrypt(group, vector, hash_name):
         return decode(encoded.to_bytes(K), hash_name)
     except InvalidKeyMaterial:
         return None
+
+
+@pytest.mark.parametrize(("length", "blocks"), [(0, 0), (1, 1), (20, 1), (21, 2), (40, 2), (41, 3)])
+def test_mgf1_hashes_no_block_more_than_it_needs(monkeypatch, length, blocks):
+    """More of them would be cut off unnoticed."""
+    hashed, new = [], hashlib.new
+    monkeypatch.setattr(hashlib, "new", lambda name, *data: hashed.extend(data) or new(name, *data))
+    assert len(mgf1(b"seed", length, "sha1")) == length
+    assert hashed == [b"seed" + counter.to_bytes(4) for counter in range(blocks)]

@@ -186,7 +186,7 @@ def test_access_key_file_errors_quote_no_secret(access_file, text):
 
 
 def test_the_first_unknown_entry_is_named():
-    with pytest.raises(ConfigurationError, match="access keys: alpha is none of access_key$"):
+    with pytest.raises(ConfigurationError, match=r"^access keys: alpha is none of access_key$"):
         parse_access_keys({"zeta": 1, "access_key": [], "alpha": 2})
 
 

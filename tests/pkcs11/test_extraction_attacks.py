@@ -276,7 +276,7 @@ def trusted_scene(scenes):
     return scenes.get(True, SEALED)
 
 
-def test_a_wrapping_key_that_is_being_sealed_cannot_be_wrapped(
+def test_a_wrapping_key_that_is_being_sealed_cannot_be_wrapped_nor_used(
     trusted_scene, attacker, monkeypatch
 ):
     seal, seen = WrappingKeyStore.seal, []
@@ -291,6 +291,9 @@ def test_a_wrapping_key_that_is_being_sealed_cannot_be_wrapped(
             private[Attribute.DECRYPT] = True
         with attacker.refused(ck.AttributeSensitive):
             private[Attribute.PRIVATE_EXPONENT]
+        assert not any(
+            private[use] for use in (Attribute.UNWRAP, Attribute.DECRYPT, Attribute.SIGN)
+        )
         seen.append(private)
         return seal(store, pooled, role, private, number)
 

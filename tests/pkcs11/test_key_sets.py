@@ -20,7 +20,6 @@ from pkcs11.mechanisms import KeyType
 from support.pkcs11.attacker import OAEP1, Attacker, bring, issue
 from support.services.softhsm import ROOT, make_softhsm
 
-from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.errors import ConfigurationError, InvalidImportToken, PinError, TokenSelectionError
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.host import ModuleHost
@@ -425,14 +424,6 @@ def test_a_failed_reading_costs_the_session(read):
 
 
 # --- references
-
-
-@pytest.mark.parametrize("length", [0, 15, 17, 255])
-def test_a_resident_reference_has_an_id_of_16_bytes(length):
-    head = WrappingKeyStore.resident(Role.WRAPPING_UNWRAP, b"").data
-    with pytest.raises(InvalidImportToken, match="names no object"):
-        parse_ref(PrivateKeyRef(Custody.HSM_INTERNAL, head + bytes(length)))
-    parse_ref(PrivateKeyRef(Custody.HSM_INTERNAL, head + bytes(16)))
 
 
 def test_discarding_a_reference_without_an_id_destroys_nothing(softhsm, attacker, prefix):
