@@ -6,8 +6,11 @@ Usage: python -m support.pkcs11.protection_scenarios SCENARIO SHIM_DIRECTORY SET
 import secrets
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
 from hsmwrap.backend import Exposure, Outcome
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.errors import ProtectionNotKept
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.testing.faults import CKR, Restriction
@@ -35,12 +38,16 @@ def outcomes(backend):
     return {each.name.removeprefix("CKA_"): each.outcome for each in report.protections}
 
 
-def bring_in(backend, algorithm=OAEP1):
+def new_key(backend, algorithm=OAEP1):
     expires = datetime.now(UTC) + timedelta(hours=1)
-    key = backend.generate_wrapping_key(WrappingKeySpec.RSA_2048, algorithm, expires_at=expires)
-    ciphertext = encrypt_as_client(algorithm, key.public_key, bytes(range(32)))
+    return backend.generate_wrapping_key(WrappingKeySpec.RSA_2048, algorithm, expires_at=expires)
+
+
+def bring_in(backend, key, ciphertext=None):
+    if ciphertext is None:
+        ciphertext = encrypt_as_client(key.algorithm, key.public_key, bytes(range(32)))
     return backend.unwrap_material(
-        key.private_key, algorithm, ciphertext, key_spec=KeySpec.ALIYUN_AES_256
+        key.private_key, key.algorithm, ciphertext, key_spec=KeySpec.ALIYUN_AES_256
     )
 
 
@@ -106,11 +113,30 @@ def keys_that_unwrapping_leaves_readable_are_copied(shim, settings):
     backend = opened(settings, "ignores")
     assert backend.capabilities().wrapping_for(WrappingKeySpec.RSA_2048, OAEP1)
     assert backend._probed.features.ways.material is not Way.AS_ASKED
-    imported = bring_in(backend)
+    imported = bring_in(backend, new_key(backend))
     assert imported.exposure is Exposure.IN_HSM
     before = shim.counters()
     backend.encrypt(imported.key, b"message")
     assert shim.counters().held == before.held
+
+
+def an_import_that_would_leave_a_readable_key_is_refused(shim, settings):
+    """What the probe found is not relied on: each key is read back."""
+    plain = Restriction.UNWRAP_TEMPLATE_IGNORED  # it would refuse what the other ignores
+    shim.restrict(plain)
+    for more in ({}, {"wrapping_custody": "HsmInternal", "material_custody": "HsmInternal"}):
+        backend = opened(settings | more, "changing")
+        key = new_key(backend)
+        ciphertext = encrypt_as_client(OAEP1, key.public_key, bytes(range(32)))
+        bring_in(backend, key, ciphertext)
+        before = shim.counters()
+        shim.restrict(plain, Restriction.UNWRAP_IGNORES_PROTECTION)
+        with pytest.raises(ProtectionNotKept, match="CKA_SENSITIVE"):
+            bring_in(backend, key, ciphertext)
+        assert shim.counters().held[1:] == before.held[1:]  # the session is closed, too
+        shim.restrict(plain)
+        bring_in(backend, key, ciphertext)
+        backend.close()
 
 
 def what_cannot_be_repaired_is_not_offered(shim, settings):
@@ -120,7 +146,8 @@ def what_cannot_be_repaired_is_not_offered(shim, settings):
     backend = opened(settings, "unrepaired")
     served = backend.capabilities().wrapping
     assert {w.exposure for w in served} <= {Exposure.HOST}
-    assert bring_in(backend, served[0].algorithm).exposure is Exposure.HOST
+    key = new_key(backend, served[0].algorithm)
+    assert bring_in(backend, key).exposure is Exposure.HOST
 
 
 if __name__ == "__main__":
