@@ -271,8 +271,8 @@ class ReSealsKeys(Ability):
 
         Args:
             key: Reference to a sealed key.
-            expected_check_value: From the key's import, if the caller has it: the key that is
-                sealed has to have the same.
+            expected_check_value: From the key's import, if the caller has it: a key that the
+                backend can use has to have the same.
 
         Returns:
             Its reference under the current key set: ``key`` if it is that already.

@@ -29,6 +29,7 @@ from hsmwrap.backend import (
     PrivateKeyRef,
     ReapReport,
     ReapsWrappingKeys,
+    ReSealsKeys,
     WrappingKey,
 )
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
@@ -95,7 +96,7 @@ class _Wrapped:
     key_spec: KeySpec
 
 
-class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
+class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSealsKeys):
     """CMKs of protection level HSM, on one HSM token."""
 
     contract_version: ClassVar[int] = 2
@@ -350,6 +351,15 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys):
         """Number of the current key set."""
         # By a MAC: a handle that this process has kept does not show that the set was retired.
         return self.mac(b"").key_set
+
+    def key_set_of(self, key: KeyRef) -> str | None:
+        """Number of the key set that the key is sealed under."""
+        return str(parse_key_ref(key)[0])
+
+    def reseal(self, key: KeyRef, *, expected_check_value: bytes | None = None) -> KeyRef:
+        """Unwrap the key and wrap it under the current key set, both inside the HSM token."""
+        material = self._token().material
+        return self._run(lambda pooled: material.reseal(pooled, key, expected_check_value))
 
     # --- upkeep ------------------------------------------------------------------------------
 

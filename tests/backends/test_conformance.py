@@ -33,6 +33,13 @@ class TestSoftwareWithGmssl(TestSoftware):
 
 
 class _SoftHsm(KeptOpen):
+    trusted = True
+
+    @pytest.fixture
+    def rotate_keys(self, softhsm, settings):
+        prefix = settings["key_prefix"]
+        return lambda: softhsm.run_keys("rotate", prefix, trusted=self.trusted)
+
     @pytest.fixture
     def count_objects(self, backend, count_token_objects):
         backend.capabilities()  # the probe makes session objects of its own
@@ -56,6 +63,8 @@ class TestSoftHsmResident(_SoftHsm):
 
 
 class TestSoftHsmWithoutTrust(_SoftHsm):
+    trusted = False
+
     @pytest.fixture(scope="class")
     @classmethod
     def settings(cls, softhsm):

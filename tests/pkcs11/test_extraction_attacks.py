@@ -3,7 +3,10 @@
 Each fails against what the backend makes, and succeeds against a naive key.
 """
 
+import os
 import secrets
+import subprocess
+import sys
 
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -22,12 +25,14 @@ from support.pkcs11.attacker import (
     SEALED,
     SHA1_OAEP,
     SM2,
+    SM4,
     Scenes,
     issue,
     readable,
 )
 
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
+from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
 from hsmwrap.pkcs11.wrapping import material as material_module
 from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, intermediate
 
@@ -98,7 +103,7 @@ def test_a_blob_under_a_naive_key_unwraps_into_a_readable_object(attacker):
 
 @pytest.mark.parametrize("role", SEALED_ROLES)
 def test_a_blob_does_not_unwrap_into_a_readable_object(sealed, attacker, role):
-    asked = UNWRAPPED[role]
+    asked = sealed.becomes(role)
     wanted = readable(asked[Attribute.CLASS], asked[Attribute.KEY_TYPE])
     for template in (wanted, asked | wanted):
         with attacker.refused(ck.TemplateInconsistent):
@@ -108,7 +113,7 @@ def test_a_blob_does_not_unwrap_into_a_readable_object(sealed, attacker, role):
 @pytest.mark.parametrize("role", SEALED_ROLES)
 def test_a_blob_unwraps_with_no_attribute_changed_or_left_out(sealed, attacker, role):
     """Sensitive, extractable, copyable, modifiable, private, and each use; one at a time."""
-    kek, blob, asked = sealed.kek(role), sealed.blob(role), UNWRAPPED[role]
+    kek, blob, asked = sealed.kek(role), sealed.blob(role), sealed.becomes(role)
     attacker.unwrap(kek, blob, asked).destroy()
     keeps = {Attribute.CLASS, Attribute.KEY_TYPE, Attribute.TOKEN}
     for name in asked.keys() - keeps:
@@ -124,7 +129,7 @@ def test_a_blob_unwraps_with_no_attribute_changed_or_left_out(sealed, attacker, 
 
 @pytest.mark.parametrize("role", SEALED_ROLES)
 def test_a_blob_does_not_unwrap_as_another_kind_of_key(sealed, attacker, role):
-    kek, blob, asked = sealed.kek(role), sealed.blob(role), UNWRAPPED[role]
+    kek, blob, asked = sealed.kek(role), sealed.blob(role), sealed.becomes(role)
     kinds = [(SECRET, kind) for kind in (KeyType.AES, KeyType.DES3, KeyType.GENERIC_SECRET)]
     kinds += [(PRIVATE, KeyType.RSA), (PRIVATE, KeyType.EC)]
     kinds.remove((asked[Attribute.CLASS], asked[Attribute.KEY_TYPE]))
@@ -146,7 +151,7 @@ def test_an_unsealed_wrapping_key_cannot_be_stored(sealed, attacker, role):
 def test_no_other_role_opens_a_blob(sealed, attacker, role):
     for other in UNWRAPPED.keys() - {role}:
         with attacker.refused(ck.GeneralError):
-            attacker.unwrap(sealed.kek(other), sealed.blob(role), UNWRAPPED[other])
+            attacker.unwrap(sealed.kek(other), sealed.blob(role), sealed.becomes(other))
 
 
 # --- decrypting a sealed blob ---------------------------------------------------------------------
@@ -214,13 +219,102 @@ def test_a_naive_key_can_be_wrapped_copied_changed_and_read(attacker):
     assert open_key[Attribute.VALUE] == value
 
 
+def unwrappable(target):
+    """What the token answers: keys of a movable set are extractable, but not for these."""
+    return ck.KeyNotWrappable if target[Attribute.EXTRACTABLE] else ck.KeyUnextractable
+
+
+def moves(scene, target):
+    """An imported key that was sealed under a trusted set: the backend seals it again."""
+    if not scene.trusted or target[Attribute.CLASS] is not SECRET:
+        return False
+    return not (target[Attribute.WRAP] or target[Attribute.SIGN])
+
+
 def test_nothing_that_the_backend_keeps_can_be_wrapped(scene, attacker):
-    keks = [(scene.kek(role), KWP, None) for role in SEALED_ROLES]
     with scene.everything() as targets:
-        for own, mechanism, parameter in (*ways_to_wrap(attacker), *keks):
+        for own, mechanism, parameter in ways_to_wrap(attacker):
             for target in targets:
-                with attacker.refused(ck.KeyUnextractable):
+                with attacker.refused(unwrappable(target)):
                     own.wrap_key(target, mechanism=mechanism, mechanism_param=parameter)
+        for role in SEALED_ROLES:
+            for target in (each for each in targets if not moves(scene, each)):
+                with attacker.refused(unwrappable(target)):
+                    scene.kek(role).wrap_key(target, mechanism=KWP)
+
+
+# --- keys that move to another key set ------------------------------------------------------------
+
+
+@pytest.fixture
+def moving(scenes):
+    return scenes.get(True, SEALED)
+
+
+@pytest.fixture
+def careless(softhsm, attacker):
+    """A trusted key-encryption key that pins what it unwraps, but not what it wraps."""
+    label = f"careless-{secrets.token_hex(4)}"
+    run = [sys.executable, "-m", "support.pkcs11.careless_officer", label]
+    subprocess.run(run, env=os.environ | softhsm.environment, check=True)
+    yield attacker.ours(LABEL=label)
+    attacker.ours(LABEL=label).destroy()
+
+
+def opened(moving, attacker, kek, blob):
+    return attacker.unwrap(kek, blob, moving.becomes(Role.MATERIAL_AES))
+
+
+@pytest.mark.parametrize("victim", [*SEALED_ROLES, Role.MAC])
+def test_a_key_encryption_key_under_a_careless_one_decrypts(moving, attacker, careless, victim):
+    """The control of the next test: blobs of this set would open in the host."""
+    blob = careless.wrap_key(moving.kek(victim), mechanism=KWP)
+    key = opened(moving, attacker, careless, blob)
+    if victim is Role.MATERIAL_AES:
+        read = unwrapped_by_ecb(key, moving.blob(victim))
+        assert read == moving.materials[AES]
+
+
+@pytest.mark.parametrize("victim", [*SEALED_ROLES, Role.MAC])
+def test_no_key_of_a_key_set_is_wrapped_by_another(moving, attacker, victim):
+    for role in SEALED_ROLES:
+        with attacker.refused(ck.KeyNotWrappable):
+            moving.kek(role).wrap_key(moving.kek(victim), mechanism=KWP)
+
+
+def test_a_key_that_moves_stays_what_it_is(moving, attacker):
+    """Wrapped again by whichever key-encryption key wraps it, it opens for no other use."""
+    aes, sm4 = Role.MATERIAL_AES, Role.MATERIAL_SM4
+    key = moving.imported_key(AES)
+    assert moving.kek(aes).wrap_key(key, mechanism=KWP) == moving.blob(aes)
+    for role in (aes, sm4):
+        blob = moving.kek(role).wrap_key(key, mechanism=KWP)
+        wanted = readable(SECRET, moving.becomes(role)[Attribute.KEY_TYPE])
+        weaker = [wanted, moving.becomes(role) | wanted]
+        weaker += [moving.becomes(role) | {name: False} for name in ONLY_UNDER_TRUSTED]
+        for template in weaker:
+            with attacker.refused(ck.TemplateInconsistent):
+                attacker.unwrap(moving.kek(role), blob, template)
+    for role in (Role.WRAPPING_UNWRAP, Role.WRAPPING_DECRYPT):
+        with attacker.refused(ck.KeyNotWrappable):
+            moving.kek(role).wrap_key(key, mechanism=KWP)
+    # A secret that has no use becomes no key that encrypts.
+    secret = moving.imported_key(SM4)
+    with attacker.refused(ck.KeyNotWrappable):
+        moving.kek(aes).wrap_key(secret, mechanism=KWP)
+
+
+def test_a_key_set_that_says_that_it_is_trusted_cannot_be_planted(attacker):
+    """SoftHSM leaves what it refuses as a session object, without CKA_TRUSTED."""
+    template = {Attribute.TRUSTED: True, **ONLY_UNDER_TRUSTED}
+    kek, (known, _) = attacker.naive_key(), attacker.known_key(EXTRACTABLE=True)
+    blob = kek.wrap_key(known, mechanism=KWP)
+    with pytest.raises(ck.AttributeReadOnly):
+        attacker.session.generate_key(KeyType.AES, 256, template=template)
+    with pytest.raises(ck.AttributeReadOnly):
+        attacker.unwrap(kek, blob, template | readable(SECRET, KeyType.AES))
+    left = attacker.objects({Attribute.TOKEN: False, Attribute.CLASS: SECRET})
+    assert not any(key[Attribute.TRUSTED] for key in left)
 
 
 def test_nothing_that_the_backend_keeps_can_be_copied(scene, attacker):

@@ -39,6 +39,7 @@ from hsmwrap.catalog import Origin, ProtectionLevel, WrappingKeySpec
 from hsmwrap.guard import bound, plugin_ref
 from hsmwrap.imports import Cmk, ImportService
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
+from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
 from hsmwrap.pkcs11.wrapping import material as material_module
 from hsmwrap.pkcs11.wrapping.custody import intermediate
 from hsmwrap.pkcs11.wrapping.sm2 import derive_x
@@ -110,7 +111,9 @@ def test_known_limit_sealed_blobs_open_until_their_key_set_is_retired(scenes, at
         (Role.WRAPPING_UNWRAP, plugin_ref(expired.private_key).data[4:]),
         (Role.MATERIAL_AES, deleted.data[3:]),
     ):
-        attacker.unwrap(attacker.ours(LABEL=f"{prefix}:{role}:1"), blob, UNWRAPPED[role])
+        moves = ONLY_UNDER_TRUSTED if role is Role.MATERIAL_AES else {}
+        kek = attacker.ours(LABEL=f"{prefix}:{role}:1")
+        attacker.unwrap(kek, blob, UNWRAPPED[role] | moves)
 
 
 def test_known_limit_the_pin_uses_imported_keys(scenes, attacker):
@@ -131,7 +134,10 @@ def test_known_limit_guesses_of_key_material_can_be_confirmed(scenes, attacker):
     guess = scene.materials[AES]
     digest = attacker.session.digest(scene.imported_key(AES), mechanism=Mechanism.SHA256)
     assert digest == hashlib.sha256(guess).digest()
-    own = attacker.session.create_object(READABLE_AES | {Attribute.VALUE: guess})
+    idle = dict.fromkeys(
+        (Attribute.WRAP, Attribute.UNWRAP, Attribute.SIGN, Attribute.VERIFY), False
+    )
+    own = attacker.session.create_object(READABLE_AES | idle | {Attribute.VALUE: guess})
     blob = scene.kek(Role.MATERIAL_AES).wrap_key(own, mechanism=KWP)
     assert blob == scene.blob(Role.MATERIAL_AES)
 

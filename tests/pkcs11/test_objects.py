@@ -14,11 +14,12 @@ from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.templates import secret_key, stored
 
-FINAL = stored(secret_key(KeyType.AES, Attribute.ENCRYPT), b"id", "label")
+ENCRYPTS = secret_key(KeyType.AES, Attribute.ENCRYPT) | {Attribute.WRAP_WITH_TRUSTED: True}
+FINAL = stored(ENCRYPTS, b"id", "label")
 READABLE = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
 MAKERS = {"unwrap_key", "generate_key", "generate_keypair", "create_object", "copy"}
 # Keys for trials, which are destroyed at once.
-TRIALS = {"hardening.py", "origin.py", "probe.py", "protections.py"}
+TRIALS = {"hardening.py", "movability.py", "origin.py", "probe.py", "protections.py"}
 
 
 class Key:

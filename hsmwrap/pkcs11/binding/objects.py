@@ -29,6 +29,7 @@ READ_BACK = (
     Attribute.EXTRACTABLE,
     Attribute.PRIVATE,
     Attribute.TOKEN,
+    Attribute.WRAP_WITH_TRUSTED,
     *USES,
 )
 """What a key has to have as its template says. Whether the HSM token heeds the other attributes,

@@ -86,7 +86,8 @@ class HsmAttributeMapper(AttributeMapper):
         for attribute, kind in _NUMBERS.items():
             pack, _ = self.attribute_types[attribute]
             self.register_handler(attribute, pack, partial(_unpack_member, kind))
-        self.register_handler(Attribute.UNWRAP_TEMPLATE, lambda t: t.packed, bytes)
+        for nested in (Attribute.UNWRAP_TEMPLATE, Attribute.WRAP_TEMPLATE):
+            self.register_handler(nested, lambda t: t.packed, bytes)
         self.register_handler(Attribute.ALLOWED_MECHANISMS, _pack_mechanisms, _unpack_mechanisms)
 
 

@@ -30,6 +30,7 @@ from hsmwrap.pkcs11.binding.mechanisms import noted
 from hsmwrap.pkcs11.binding.profiles import profile
 from hsmwrap.pkcs11.binding.returncodes import code_name, recovery_of, said, typed_error
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
+from hsmwrap.pkcs11.keysets import movability
 from hsmwrap.pkcs11.keysets.keys import HIGHEST_NUMBER, KeySet, KeySets, Role
 from hsmwrap.pkcs11.sessions.connecting import PAUSES, sleep_with_jitter
 from hsmwrap.pkcs11.sessions.connection import Connection
@@ -186,14 +187,17 @@ def _create(
 ) -> KeySetInfo:
     """Make a key set, or leave nothing of it. The MAC key comes last: with it, the set counts."""
     made_by = secrets.token_hex(8)
+    movable: bool | None = None
     try:
         for roles in (_KEY_ENCRYPTION_ROLES, (Role.MAC,)):
             if so_pin is None:
                 _make(settings, keys, number, made_by, roles)
             else:
                 with _officer_session(settings, so_pin) as session:
+                    if movable is None:
+                        movable = movability.is_kept(session)
                     for role in roles:
-                        keys.create(session, role, number, made_by, trusted=True)
+                        keys.create(session, role, number, made_by, trusted=True, movable=movable)
             with connected(settings) as connection:
                 made = _EVERY_ROLE if Role.MAC in roles else frozenset(roles)
                 _require_complete(connection, keys, number, made)

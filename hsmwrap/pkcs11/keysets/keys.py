@@ -7,6 +7,11 @@ object that this backend would make, sensitive, not extractable, and of no other
 security officer helps, it is CKA_TRUSTED too, and what it is to wrap is marked
 CKA_WRAP_WITH_TRUSTED, so that no other key can wrap it (field note 20).
 
+Where the token also keeps extractable keys for trusted keys alone (:mod:`.movability`), the set is
+*movable*: what it unseals can be wrapped again under the next set, inside the token, and its own
+keys can be cloned by a trusted key that the security officer makes. Its key-encryption keys wrap no
+key of a key set (CKA_WRAP_TEMPLATE).
+
 Keys are found by their label, and the holder of the PIN can give any key that label. So a key is
 accepted only if it has the attributes of one that was generated here; and beside a trusted
 key-encryption key none is that is not trusted, neither in its own set nor as a newer set.
@@ -48,6 +53,7 @@ from hsmwrap.pkcs11.binding.templates import (
     without,
 )
 from hsmwrap.pkcs11.keysets import hardening, origin
+from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
 from hsmwrap.pkcs11.sessions.session import HANDLE_INVALID, PooledSession, find_objects
 
 CURRENT_SET_LIFETIME = 60.0
@@ -105,6 +111,7 @@ class _FoundKey:
     role: Role
     number: int
     trusted: bool
+    movable: bool
     generated_here: bool
     key: Any
 
@@ -117,6 +124,7 @@ class KeySet:
     current: bool
     roles: tuple[Role, ...]
     trusted: bool
+    movable: bool
 
     @property
     def finished(self) -> bool:
@@ -127,6 +135,8 @@ class KeySet:
         """For ``hsmwrap keys list``."""
         trust = "trusted" if self.trusted else "NOT trusted (made without the SO PIN)"
         detail = f"{len(self.roles)} keys, key-encryption keys {trust}"
+        if not self.movable:
+            detail += "; keys cannot move to another set"
         if not self.finished:
             detail = f"{len(self.roles)} keys, NOT finished: `hsmwrap keys retire` removes them"
         return KeySetInfo(str(self.number), self.current, detail, self.finished)
@@ -150,6 +160,7 @@ class KeySets:
         self._vendor = vendor
         self._current: tuple[int, float, int] | None = None
         self._trusted: frozenset[int] = frozenset()
+        self._movable: frozenset[int] = frozenset()
         self._trusted_sets: frozenset[int] = frozenset()
         self._listed: frozenset[int] = frozenset()
         self._origin_told: frozenset[Attribute] | None = None
@@ -159,8 +170,12 @@ class KeySets:
         return f"{self._prefix}:{role}:{number}"
 
     def unwrapped_template(self, role: Role) -> Template:
-        """What this key-encryption key unwraps a blob into."""
+        """What this key-encryption key unwraps a blob into, where keys do not move."""
         return unwrapped_template(role, self._vendor)
+
+    def material_template(self, role: Role, number: int) -> Template:
+        """What this key-encryption key of a set unwraps imported keys into."""
+        return UNWRAPPED[role] | (ONLY_UNDER_TRUSTED if self.moves(number) else {})
 
     def current(self, pooled: PooledSession) -> int:
         """Number of the current key set.
@@ -198,6 +213,10 @@ class KeySets:
     def trusts(self, number: int) -> bool:
         """Whether this set's keys were seen to be CKA_TRUSTED."""
         return number in self._trusted
+
+    def moves(self, number: int) -> bool:
+        """Whether keys sealed under this set were seen to be movable to another one."""
+        return number in self._movable
 
     def find(self, pooled: PooledSession, role: Role, number: int) -> Any:
         """The key object of this session, or None if it does not exist."""
@@ -241,6 +260,7 @@ class KeySets:
         self._listed |= {each.number for each in present}
         found = [each for each in present if each.generated_here]
         self._trusted |= {each.number for each in found if each.trusted}
+        self._movable |= {each.number for each in found if each.movable}
         roles: dict[int, set[Role]] = {}
         for each in filter(self._is_accepted, found):
             roles.setdefault(each.number, set()).add(each.role)
@@ -254,6 +274,7 @@ class KeySets:
                 current=number == current,
                 roles=tuple(sorted(roles[number])),
                 trusted=number in self._trusted,
+                movable=number in self._movable,
             )
             for number in sorted(roles)
         ]
@@ -278,7 +299,7 @@ class KeySets:
         secret: Template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.TOKEN: True}
         seen: set[int | None] = set()
         origin_told = self.origin_told(session)
-        wanted_attributes = (Attribute.LABEL, Attribute.TRUSTED, *_IDENTIFYING, *origin_told)
+        wanted_attributes = (Attribute.LABEL, *_TRUST, *_IDENTIFYING, *origin_told)
         for key in chain.from_iterable(find_objects(session, secret | each) for each in wanted):
             attributes = _read(key, *wanted_attributes)
             named = self._parse(attributes.get(Attribute.LABEL, ""))
@@ -286,8 +307,9 @@ class KeySets:
                 continue
             seen.add(key.handle)
             trusted = bool(attributes.get(Attribute.TRUSTED, False))
-            generated_here = _generated_here(named[0], attributes, origin_told)
-            yield _FoundKey(*named, trusted, generated_here, key)
+            movable = trusted and attributes.get(Attribute.EXTRACTABLE) is True
+            generated_here = _generated_here(named[0], attributes, origin_told, movable=movable)
+            yield _FoundKey(*named, trusted, movable, generated_here, key)
 
     def _parse(self, label: str) -> tuple[Role, int] | None:
         try:
@@ -304,14 +326,24 @@ class KeySets:
         return found.generated_here and (found.trusted or not needs_trust)
 
     def create(
-        self, session: Session, role: Role, number: int, made_by: str, *, trusted: bool
+        self,
+        session: Session,
+        role: Role,
+        number: int,
+        made_by: str,
+        *,
+        trusted: bool,
+        movable: bool = False,
     ) -> None:
         """Create one key, as hardened as the HSM token can.
 
-        A trusted key needs the security officer's session. ``made_by`` is a fresh word that
-        :meth:`destroy` finds these keys again by, and no others.
+        A trusted key needs the security officer's session, and may be one of a set whose keys move
+        (:mod:`hsmwrap.pkcs11.keysets.movability`). ``made_by`` is a fresh word that :meth:`destroy`
+        finds these keys again by, and no others.
         """
-        create = partial(self._create, session, role, number, made_by, trusted=trusted)
+        create = partial(
+            self._create, session, role, number, made_by, trusted=trusted, movable=movable
+        )
         try:
             create(refused=hardening.NOTHING)
         except PKCS11Error:
@@ -328,12 +360,20 @@ class KeySets:
         made_by: str,
         *,
         trusted: bool,
+        movable: bool,
         refused: frozenset[Attribute],
     ) -> None:
         if role is Role.MAC:
             template = _MAC_KEY
         else:
-            template = _key_encryption_key(role, self.unwrapped_template(role), refused=refused)
+            becomes = self.unwrapped_template(role)
+            if movable and role in _MATERIAL_ROLES:
+                becomes = becomes | ONLY_UNDER_TRUSTED
+            template = _key_encryption_key(role, becomes, refused=refused)
+            if movable:
+                template[Attribute.WRAP_TEMPLATE] = NestedTemplate(_wrappable(role))
+        if movable:
+            template = template | ONLY_UNDER_TRUSTED
         if trusted:
             # The security officer sees public objects only. Private or not, the key is sensitive,
             # and what a key-encryption key unwraps has to be private, which takes a login.
@@ -385,6 +425,21 @@ def _key_encryption_key(
     }
 
 
+def _wrappable(role: Role) -> Template:
+    """What a key-encryption key of a movable set wraps: no key of a key set.
+
+    A key-encryption key that another one has wrapped could be unwrapped as a key that decrypts.
+    """
+    if role not in _MATERIAL_ROLES:
+        return {Attribute.CLASS: ObjectClass.PRIVATE_KEY}
+    idle = (Attribute.WRAP, Attribute.UNWRAP, Attribute.SIGN, Attribute.VERIFY, Attribute.DERIVE)
+    wrappable: Template = {Attribute.CLASS: ObjectClass.SECRET_KEY, **dict.fromkeys(idle, False)}
+    # Or an SM4 key would become an AES key that encrypts. Material is an AES key while it is tried.
+    aes: Template = {Attribute.KEY_TYPE: KeyType.AES} if role is Role.MATERIAL_AES else {}
+    return wrappable | aes
+
+
+_TRUST = (Attribute.TRUSTED, Attribute.WRAP_WITH_TRUSTED)
 _IDENTIFYING = (
     Attribute.CLASS,
     Attribute.KEY_TYPE,
@@ -397,16 +452,25 @@ _IDENTIFYING = (
 
 
 def _generated_here(
-    role: Role, attributes: Mapping[Attribute, Any], origin_told: frozenset[Attribute]
+    role: Role,
+    attributes: Mapping[Attribute, Any],
+    origin_told: frozenset[Attribute],
+    *,
+    movable: bool,
 ) -> bool:
     """Whether the HSM token generated this key, it never left the token, and has its own uses only.
 
     Its histories alone do not tell: a key that is derived from data that the holder of the PIN
     can encrypt is always sensitive and never extractable, and its value is known. What an HSM
-    token does not tell of an object is taken for granted.
+    token does not tell of an object is taken for granted. A movable key is extractable, but only
+    under a trusted key.
     """
     made = _MAC_KEY if role is Role.MAC else _KEY_ENCRYPTION_KEY
-    made = made | {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: True}
+    made = made | {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: not movable}
+    if movable:
+        made |= ONLY_UNDER_TRUSTED
+        if not attributes.get(Attribute.WRAP_WITH_TRUSTED):
+            return False
     generated = origin.GENERATED[made[Attribute.KEY_TYPE]]
     return all(attributes.get(each, made[each]) == made[each] for each in _IDENTIFYING) and all(
         attributes.get(each) == generated[each] for each in origin_told

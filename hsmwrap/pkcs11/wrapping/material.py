@@ -20,7 +20,7 @@ import secrets
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from pkcs11.constants import Attribute, ObjectClass
@@ -29,7 +29,13 @@ from pkcs11.types import Session
 from hsmwrap import checkvalue
 from hsmwrap.backend import Custody, Exposure, KeyRef
 from hsmwrap.catalog import KeySpec
-from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial, KeyNotFound
+from hsmwrap.errors import (
+    HsmError,
+    HsmwrapError,
+    InvalidKeyMaterial,
+    KeyNotFound,
+    UnsupportedOperation,
+)
 from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import (
     attribute_reads,
@@ -166,7 +172,7 @@ class MaterialStore:
             data = _HEAD.pack(_VERSION, number) + blob
             return KeyRef(self.backend, key_spec, self.custody, data), check
         kek = self._kek(pooled, ROLE_OF[key_spec], number)
-        final = self.features.fit(self._final(key_spec, pending.object_id))
+        final = self.features.fit(self._final(key_spec, pending.object_id, number))
         with pooled.creating(pending):
             objects.unwrap(
                 *(kek, blob, final),
@@ -192,7 +198,7 @@ class MaterialStore:
         key = objects.unwrap(
             kek,
             data,
-            self.features.fit(UNWRAPPED[role]),
+            self.features.fit(self.keys.material_template(role, number)),
             mechanism=self.features.key_wrap,
             answers=map_client_errors(kek, error=KeyNotFound),
             way=self.features.ways.sealed_secret,
@@ -201,6 +207,46 @@ class MaterialStore:
             yield key
         finally:
             key.destroy()
+
+    def reseal(self, pooled: PooledSession, ref: KeyRef, expected: bytes | None) -> KeyRef:
+        """Wrap a sealed key under the current key set, inside the HSM token.
+
+        Args:
+            pooled: The session to work in.
+            ref: The key, sealed.
+            expected: Its check value. Compared for AES keys: the token only keeps others.
+
+        Raises:
+            KeyNotFound: The key does not open.
+            UnsupportedOperation: The old or the current key set is not one whose keys move.
+            HsmError: Another check value, before or after.
+        """
+        number, _ = parse_key_ref(ref)
+        role, current = ROLE_OF[ref.key_spec], self.keys.current(pooled)
+        with self.opened(pooled, ref) as key:
+            self._require_check_value(key, role, expected)
+            if number == current:
+                return ref
+            for each in (number, current):
+                if not self.keys.moves(each):
+                    raise UnsupportedOperation(
+                        f"keys do not move between key sets {number} and {current}: set {each} "
+                        "was made without the SO PIN, or on a token that does not protect keys "
+                        "which move; its keys have to be imported again"
+                    )
+            kek = self.keys.require(pooled, role, current)
+            blob = kek.wrap_key(key, mechanism=self.features.key_wrap)
+        resealed = replace(ref, data=_HEAD.pack(_VERSION, current) + blob)
+        with self.opened(pooled, resealed) as key:
+            self._require_check_value(key, role, expected)
+        return resealed
+
+    def _require_check_value(self, key: Any, role: Role, expected: bytes | None) -> None:
+        method = self.features.check
+        if expected is None or method is None or not UNWRAPPED[role][Attribute.ENCRYPT]:
+            return
+        if not checkvalue.same_check_value(expected, _aes_check(method, key, error=HsmError)):
+            raise HsmError("the key to seal again does not have the expected check value")
 
     # --- with AES key wrap -------------------------------------------------------------------
 
@@ -309,9 +355,11 @@ class MaterialStore:
     def _object_ref(self, key_spec: KeySpec, object_id: bytes) -> KeyRef:
         return KeyRef(self.backend, key_spec, Custody.HSM_INTERNAL, object_id)
 
-    def _final(self, key_spec: KeySpec, object_id: bytes) -> Template:
-        label = f"{self.prefix}:material:{key_spec}"
-        return stored(UNWRAPPED[ROLE_OF[key_spec]], object_id, label)
+    def _final(self, key_spec: KeySpec, object_id: bytes, number: int | None = None) -> Template:
+        """A token object; unwrapped by a key-encryption key of the set ``number``, if by one."""
+        label, role = f"{self.prefix}:material:{key_spec}", ROLE_OF[key_spec]
+        becomes = UNWRAPPED[role] if number is None else self.keys.material_template(role, number)
+        return stored(becomes, object_id, label)
 
     def _find(self, pooled: PooledSession, object_id: bytes) -> Any:
         usable = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.ENCRYPT: True}

@@ -286,7 +286,9 @@ class _Trials:
         )
 
     def _wraps_otherwise(self, kek: Any) -> bool:
-        key = self._generate(self._template() | _EXTRACTABLE)
+        # Of the kind that the key-encryption key is for: a movable set's wrap no other.
+        private = self._own and self._own.private
+        key = private or self._generate(self._template() | _EXTRACTABLE)
         return any(
             self._try(partial(kek.wrap_key, key, mechanism=mechanism, mechanism_param=parameter))
             for mechanism, parameter in _OTHER_MECHANISMS

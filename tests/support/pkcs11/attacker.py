@@ -31,6 +31,7 @@ from hsmwrap.guard import plugin_ref
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.templates import USES, HsmAttributeMapper, for_unwrap
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
+from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
 from hsmwrap.pkcs11.token.pin import Pin
 from hsmwrap.pkcs11.wrapping.custody import parse_ref
 from support.clients import encrypt_as_client
@@ -313,6 +314,11 @@ class Scene:
     def kek(self, role, number=1):
         return self.attacker.ours(LABEL=f"{self.prefix}:{role}:{number}")
 
+    def becomes(self, role):
+        """What the backend unwraps a blob of this role into."""
+        moves = self.trusted and role in _MATERIAL_ROLE.values()
+        return UNWRAPPED[role] | (ONLY_UNDER_TRUSTED if moves else {})
+
     def own_keys(self):
         """The backend's own keys."""
         found = self.attacker.own_keys(self.prefix)
@@ -332,7 +338,7 @@ class Scene:
         role, number, data = parse_ref(plugin_ref(self.wrapping[algorithm].private_key))
         if self.wrapping[algorithm].private_key.custody is Custody.HSM_INTERNAL:
             return self.attacker.ours(CLASS=ObjectClass.PRIVATE_KEY, ID=data)
-        return self.attacker.unwrap(self.kek(role, number), data, UNWRAPPED[role])
+        return self.attacker.unwrap(self.kek(role, number), data, self.becomes(role))
 
     def imported_key(self, spec):
         """The imported key: the object, or unsealed as the backend does it."""
@@ -340,7 +346,7 @@ class Scene:
         if self.imported[spec].key.custody is Custody.HSM_INTERNAL:
             return self.attacker.ours(CLASS=ObjectClass.SECRET_KEY, ID=data)
         role = _MATERIAL_ROLE[spec]
-        return self.attacker.unwrap(self.kek(role), data, UNWRAPPED[role])
+        return self.attacker.unwrap(self.kek(role), data, self.becomes(role))
 
     @contextmanager
     def everything(self):
