@@ -26,6 +26,7 @@ from support.vectors import wycheproof
 from hsmwrap.errors import InvalidKeyMaterial
 from hsmwrap.guard import bound
 from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
     for_unwrap,
@@ -219,7 +220,9 @@ def rsa_vectors(session, algorithm):
 
 def unwrapped(key, algorithm, ciphertext):
     """C_UnwrapKey into a key that the test may read."""
-    secret = rsa.WrappedMaterial(key, algorithm, ciphertext).make_object(None, READABLE)
+    secret = rsa.WrappedMaterial(key, algorithm, ciphertext, Way.AS_ASKED).make_object(
+        None, READABLE
+    )
     try:
         return bytes(secret[Attribute.VALUE])
     finally:
