@@ -135,10 +135,9 @@ def _examined(examined: Document) -> Iterator[tuple[str, _Table | list[str]]]:
         ),
     )
     reasons = [
-        f"{row['wrapping_key_spec']} {row['wrapping_algorithm']}: {row['reason']}"
-        + "".join(f" Tried: {_tried(trial)}." for trial in row["tried"])
+        f"{row['wrapping_algorithm']}: {reason}"
         for row in rows
-        if row["reason"]
+        for reason in filter(None, (row["reason"], *map(_tried, row["tried"])))
     ]
     if reasons:
         yield "Why not in_hsm", reasons

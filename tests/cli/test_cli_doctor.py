@@ -125,6 +125,8 @@ def test_a_token_without_a_key_set_is_left_as_it_was(softhsm, run_json):
     }
     for row in document["examination"]["rows"]:
         assert (row["failure"], bool(row["reason"])) == (None, row["exposure"] == "host")
+    tried = document["examination"]["rows"][2]["tried"][0]
+    assert tried["answer"] == "C_UnwrapKey(CKM_RSA_PKCS_OAEP) answered CKR_ARGUMENTS_BAD (0x7)"
     assert {k["key_spec"]: k["outcome"] for k in document["examination"]["keys"]} == {
         "Aliyun_AES_256": "used",
         "Aliyun_SM4": "stored",
