@@ -53,16 +53,17 @@ _OF_COPIES = frozenset(
 class Way(Enum):
     """How an HSM token is brought to give an unwrapped key the attributes of its template.
 
-    In the order in which they are tried. Whichever it is, until the key is as it should be it is a
-    session object, which other processes do not see.
+    In the order in which they are tried.
     """
 
     AS_ASKED = auto()
     """C_UnwrapKey heeds its template."""
     COPIED = auto()
-    """C_CopyObject heeds its template: the key is unwrapped as a session object and copied."""
+    """C_CopyObject heeds its template: the key is unwrapped as a session object, which other
+    processes do not see, and copied."""
     CHANGED = auto()
-    """C_SetAttributeValue does, on a key without CKA_MODIFIABLE = false; for session objects."""
+    """C_SetAttributeValue does, on a key without CKA_MODIFIABLE = false. It stays modifiable, and
+    other processes see a token object before it is changed: the report says so."""
 
 
 def unwrap(

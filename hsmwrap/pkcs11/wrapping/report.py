@@ -14,6 +14,7 @@ from hsmwrap.backend import (
 )
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.ckr import answered
+from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.wrapping.features import RSA_ALGORITHMS, TokenFeatures
 from hsmwrap.pkcs11.wrapping.material import material_custody
@@ -121,6 +122,12 @@ def _notes(
             "what is sealed under it."
         )
     yield _pkcs1_note(settings, features)
+    if Way.CHANGED in {features.ways.material, features.ways.sealed_secret}:
+        yield (
+            "The HSM token ignores the template of C_UnwrapKey, and C_CopyObject does not help: "
+            "imported keys can be read for the moment until they are changed, and be given other "
+            "uses later, by the holder of the PIN."
+        )
     if not features.wraps_secret_keys:
         yield "The HSM token has no working AES key wrap: imported keys are token objects."
     if not features.gcm:

@@ -120,6 +120,16 @@ def keys_that_unwrapping_leaves_readable_are_copied(shim, settings):
     assert shim.counters().held == before.held
 
 
+def keys_that_cannot_be_copied_are_changed_and_the_report_says_what_that_leaves(shim, settings):
+    shim.restrict(Restriction.UNWRAP_IGNORES_PROTECTION, Restriction.UNWRAP_TEMPLATE_IGNORED)
+    shim.fail("C_CopyObject", CKR.FUNCTION_NOT_SUPPORTED, always=True)
+    backend = opened(settings, "uncopied")
+    assert backend.capabilities().wrapping_for(WrappingKeySpec.RSA_2048, OAEP1)
+    assert backend._probed.features.ways.material is Way.CHANGED
+    assert any("C_CopyObject does not help" in note for note in backend.capabilities().notes)
+    assert bring_in(backend, new_key(backend)).exposure is Exposure.IN_HSM
+
+
 def an_import_that_would_leave_a_readable_key_is_refused(shim, settings):
     """What the probe found is not relied on: each key is read back."""
     plain = Restriction.UNWRAP_TEMPLATE_IGNORED  # it would refuse what the other ignores
