@@ -170,8 +170,9 @@ def test_a_doctor_that_is_terminated_leaves_nothing(softhsm):
     checked = Pkcs11Settings.from_mapping(softhsm.bare_settings())
     before = inspection.token_objects(checked)
     command = [sys.executable, "-m", "hsmwrap.cli", "doctor", "--key-prefix", "nothing-here"]
+    trusted = ["--so-pin-file", softhsm.environment["HSMWRAP_SO_PIN_FILE"]]
     with subprocess.Popen(
-        [*command, *options(softhsm.bare_settings())], stderr=subprocess.PIPE, text=True
+        [*command, *trusted, *options(softhsm.bare_settings())], stderr=subprocess.PIPE, text=True
     ) as doctor:
         for line in doctor.stderr:
             if line.startswith("importing"):
