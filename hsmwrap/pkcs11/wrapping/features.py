@@ -69,7 +69,7 @@ class CheckMethod:
         """Encrypt it under a key object.
 
         Raises:
-            PKCS11Error: The HSM token refuses; this is no AES key.
+            PKCS11Error: The HSM token refuses; this is not an AES key.
         """
         return bytes(
             key.encrypt(self.block, mechanism=self.mechanism, mechanism_param=self.parameter)

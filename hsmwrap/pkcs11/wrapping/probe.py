@@ -1,7 +1,7 @@
 """What an HSM token can do, found out by doing it: mechanism lists do not say (field note 8).
 
 What is used is what is tried: for each wrapping algorithm an import with known answers, by the code
-that imports, from ciphertext over check value to use. A step that fails takes away what needs it,
+that imports, from ciphertext over check value to use. A step that fails removes what needs it,
 is told, and the next best way is tried. Everything is done in one session, once per backend, with
 session objects where the HSM token has them, and with one RSA pair.
 """
@@ -209,7 +209,7 @@ class Probe:
         return key
 
     def _placed(self, template: Template) -> Template:
-        """The template of an object that can be made: a token object where there are no others."""
+        """The template of an object that can be made: a token object where no other exists."""
         if self.features.session_objects:
             return template
         return stored(template, new_object_id(), f"{self._settings.key_prefix}:probe")
