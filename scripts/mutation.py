@@ -155,7 +155,7 @@ def _changed_lines(source: str, mutated: str) -> tuple[str, str]:
         del was[0], becomes[0]
     while was and becomes and was[-1] == becomes[-1]:
         del was[-1], becomes[-1]
-    return " ".join(map(str.strip, was)), " ".join(map(str.strip, becomes))
+    return " ".join(" ".join(was).split()), " ".join(" ".join(becomes).split())
 
 
 def _meaning(source: str) -> str:

@@ -50,6 +50,13 @@ def test_known_answer(shared):
     assert decrypt_with_point(known_answer.CIPHERTEXT, x2, y2) == known_answer.MESSAGE
 
 
+def test_sm3_is_looked_up_once(monkeypatch):
+    """Field note 62: each time would take longer than the hashing."""
+    expected = sm3(b"abc")
+    monkeypatch.setattr(kdf.hashes, "Hash", None)
+    assert sm3(b"abc") == expected
+
+
 def test_sm3_known_answers():
     # GB/T 32905-2016, Annex A.
     short = "66c7f0f462eeedd9d1f2d46bdc10e4e24167c4875cf2f7a2297da02b8f4ba8e0"
