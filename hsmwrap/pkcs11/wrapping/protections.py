@@ -240,6 +240,10 @@ class _Trials:
             control = "The HSM token has no key-encryption key to try it on."
             return _told(attribute, Outcome.NOT_PROVABLE, control)
         key = None if attribute in own.lacks else own.key
+        # It differs from the control in more than the attribute: what it is for has to work.
+        if key and not self._try(partial(self._is_unwrapped, {}, key)):
+            control = "Nothing shows it: no RSA private key was wrapped and unwrapped as intended."
+            return _told(attribute, Outcome.NOT_PROVABLE, control)
         return self._judged(attribute, attacks, lambda: key, lambda: bare_kek)
 
     def _trusted(self) -> Protection:

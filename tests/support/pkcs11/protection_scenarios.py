@@ -18,6 +18,8 @@ from support.clients import encrypt_as_client
 from support.pkcs11 import scenarios
 
 HONOURED, NOT_HONOURED, NOT_PROVABLE = Outcome
+HIDDEN = {Restriction.COPYABLE_IGNORED, Restriction.MODIFIABLE_IGNORED}
+"""The shim hides these: then no key-encryption key unwraps as its own template has it."""
 OAEP1 = WrappingAlgorithm.RSAES_OAEP_SHA_1
 
 
@@ -69,6 +71,8 @@ def an_ignored_attribute_is_not_honoured_and_the_others_are(shim, settings):
         assert found.pop("TRUSTED") is NOT_PROVABLE  # its keys are not trusted
         name = restriction.name.removesuffix("_IGNORED")
         assert found.pop(name) is NOT_HONOURED, restriction
+        if restriction in HIDDEN:
+            assert found.pop("UNWRAP_TEMPLATE") is found.pop("ALLOWED_MECHANISMS") is NOT_PROVABLE
         assert set(found.values()) == {HONOURED}, (restriction, found)
         backend.close()
 
@@ -93,6 +97,17 @@ def a_token_that_refuses_readable_keys_proves_by_another_attack(shim, settings):
         assert found["UNWRAP_TEMPLATE"] is outcome
         assert found["SENSITIVE"] is NOT_PROVABLE
         backend.close()
+
+
+def a_key_that_does_not_even_do_what_it_is_for_proves_nothing(shim, settings):
+    """Its refusals would pass for protections."""
+    settings = settings | {"key_prefix": f"useless-{secrets.token_hex(4)}"}
+    Pkcs11Backend.initialise_keys(settings)
+    before = outcomes(opened(settings))
+    assert before["UNWRAP_TEMPLATE"] is before["ALLOWED_MECHANISMS"] is HONOURED
+    shim.fail("C_WrapKey", CKR.KEY_NOT_WRAPPABLE, always=True)
+    after = outcomes(opened(settings))
+    assert after["UNWRAP_TEMPLATE"] is after["ALLOWED_MECHANISMS"] is NOT_PROVABLE
 
 
 def a_failure_of_the_moment_is_not_taken_for_a_protection(shim, settings):
