@@ -122,19 +122,23 @@ def create(session: Session, template: Template, value: bytes, *, way: Way = Way
     return _made(make, template, way)
 
 
-def generate_key(session: Session, template: Template, length: int) -> Any:
-    """Generate a secret key of ``length`` bytes.
+def generate_key(
+    session: Session, template: Template, length: int, *, mechanism: Mechanism | None = None
+) -> Any:
+    """Generate a secret key of ``length`` bytes, by the mechanism of its type or by another.
 
     Raises:
         ProtectionNotKept: The key had other attributes, and was destroyed.
         PKCS11Error: The HSM token refuses.
     """
-    with noted("mechanism", DEFAULT_GENERATE_MECHANISMS.get(template[Attribute.KEY_TYPE])):
+    used = mechanism or DEFAULT_GENERATE_MECHANISMS.get(template[Attribute.KEY_TYPE])
+    with noted("mechanism", used):
         key = session.generate_key(
             template[Attribute.KEY_TYPE],
             8 * length,
             store=template[Attribute.TOKEN],
             capabilities=MechanismFlag(0),
+            mechanism=mechanism,
             template=template,
         )
     return _kept(key, template)

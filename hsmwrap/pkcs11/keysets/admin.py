@@ -31,7 +31,8 @@ from hsmwrap.pkcs11.binding.profiles import profile
 from hsmwrap.pkcs11.binding.returncodes import code_name, recovery_of, said, typed_error
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
 from hsmwrap.pkcs11.keysets import movability
-from hsmwrap.pkcs11.keysets.keys import HIGHEST_NUMBER, KeySet, KeySets, Role
+from hsmwrap.pkcs11.keysets.keys import HIGHEST_NUMBER, KeySet, KeySets, Needs, Role
+from hsmwrap.pkcs11.keysets.needs import needs_of
 from hsmwrap.pkcs11.sessions.connecting import PAUSES, sleep_with_jitter
 from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.sessions.session import PooledSession, close_quietly
@@ -39,8 +40,6 @@ from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.pin import PinSource
 from hsmwrap.pkcs11.token.selection import find_token
 
-_EVERY_ROLE = frozenset(Role)
-_KEY_ENCRYPTION_ROLES = tuple(role for role in Role if role is not Role.MAC)
 _DOUBTFUL_SO_PIN = (
     TokenFlag.SO_PIN_COUNT_LOW,
     TokenFlag.SO_PIN_FINAL_TRY,
@@ -188,18 +187,26 @@ def _create(
     """Make a key set, or leave nothing of it. The MAC key comes last: with it, the set counts."""
     made_by = secrets.token_hex(8)
     movable: bool | None = None
+    with connected(settings) as connection:
+        needs = connection.run(lambda pooled: needs_of(pooled.session), retry=False)
+    key_encryption_roles = tuple(role for role in needs.roles if role is not Role.MAC)
     try:
-        for roles in (_KEY_ENCRYPTION_ROLES, (Role.MAC,)):
+        for roles in filter(None, (key_encryption_roles, (Role.MAC,))):
             if so_pin is None:
-                _make(settings, keys, number, made_by, roles)
+                _make(settings, keys, number, made_by, roles, needs=needs)
             else:
                 with _officer_session(settings, so_pin) as session:
                     if movable is None:
                         movable = movability.is_kept(session)
                     for role in roles:
-                        keys.create(session, role, number, made_by, trusted=True, movable=movable)
+                        keys.create(
+                            *(session, role, number, made_by),
+                            trusted=True,
+                            movable=movable,
+                            needs=needs,
+                        )
             with connected(settings) as connection:
-                made = _EVERY_ROLE if Role.MAC in roles else frozenset(roles)
+                made = frozenset(needs.roles if Role.MAC in roles else roles)
                 _require_complete(connection, keys, number, made)
                 listed = connection.run(lambda pooled: keys.list(pooled.session))
         return next(each.info() for each in listed if each.number == number)
@@ -213,13 +220,19 @@ def _create(
 
 
 def _make(
-    settings: Pkcs11Settings, keys: KeySets, number: int, made_by: str, roles: Iterable[Role]
+    settings: Pkcs11Settings,
+    keys: KeySets,
+    number: int,
+    made_by: str,
+    roles: Iterable[Role],
+    *,
+    needs: Needs,
 ) -> None:
     """Make keys that are not trusted, as the user."""
 
     def create(pooled: PooledSession, role: Role) -> None:
         with pooled.token_writes:
-            keys.create(pooled.session, role, number, made_by, trusted=False)
+            keys.create(pooled.session, role, number, made_by, trusted=False, needs=needs)
 
     with connected(settings) as connection:
         for role in roles:

@@ -19,7 +19,13 @@ from pkcs11.mechanisms import KeyType
 from pkcs11.types import Session
 
 from hsmwrap.pkcs11.binding.client_errors import read_if_known
-from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, NestedTemplate, Template, secret_key
+from hsmwrap.pkcs11.binding.templates import (
+    AES_KEY_WRAP,
+    AES_KEY_WRAPS,
+    NestedTemplate,
+    Template,
+    secret_key,
+)
 
 NOTHING: frozenset[Attribute] = frozenset()
 _READABLE: Mapping[Attribute, Any] = MappingProxyType(
@@ -29,6 +35,10 @@ _READABLE: Mapping[Attribute, Any] = MappingProxyType(
         Attribute.ALLOWED_MECHANISMS: (AES_KEY_WRAP,),
     }
 )
+_AS_MADE: Mapping[Attribute, Any] = MappingProxyType(
+    {Attribute.ALLOWED_MECHANISMS: tuple((mechanism,) for mechanism in AES_KEY_WRAPS)}
+)
+"""Values of which a key-encryption key has one."""
 _NESTED = NestedTemplate(secret_key(KeyType.AES))
 _HARDENING: Template = {**_READABLE, Attribute.UNWRAP_TEMPLATE: _NESTED}
 
@@ -77,5 +87,5 @@ def missing_on(key_encryption_key: Any) -> frozenset[Attribute]:
     return frozenset(
         attribute
         for attribute, value in _READABLE.items()
-        if read_if_known(key_encryption_key, attribute) != value
+        if read_if_known(key_encryption_key, attribute) not in _AS_MADE.get(attribute, (value,))
     )

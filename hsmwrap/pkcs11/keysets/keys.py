@@ -34,7 +34,7 @@ from typing import Any
 
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.exceptions import KeyHandleInvalid, PKCS11Error
-from pkcs11.mechanisms import KeyType
+from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.backend import KeySetInfo
@@ -76,6 +76,27 @@ class Role(StrEnum):
     MATERIAL_SM4 = "kek-material-sm4"
     """Wraps imported SM4 keys that the token only keeps (as generic secrets)."""
 
+
+MAC_KEY_TYPES = (KeyType.GENERIC_SECRET, KeyType.SHA256_HMAC)
+"""Types of MAC keys: some HSM tokens compute SHA256-HMAC with keys of the second alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Which own keys an HSM token can use, and how (:func:`hsmwrap.pkcs11.keysets.needs.needs_of`).
+
+    Attributes:
+        roles: Of the keys that a set has, the MAC key last in making.
+        mac_key_type: Of the MAC key.
+        key_wrap: What key-encryption keys wrap by.
+    """
+
+    roles: tuple[Role, ...] = tuple(Role)
+    mac_key_type: KeyType = KeyType.GENERIC_SECRET
+    key_wrap: Mechanism = AES_KEY_WRAP
+
+
+EVERYTHING = Needs()
 
 UNWRAPPED: Mapping[Role, Template] = MappingProxyType(
     {
@@ -334,6 +355,7 @@ class KeySets:
         *,
         trusted: bool,
         movable: bool = False,
+        needs: Needs = EVERYTHING,
     ) -> None:
         """Create one key, as hardened as the HSM token can.
 
@@ -341,9 +363,8 @@ class KeySets:
         (:mod:`hsmwrap.pkcs11.keysets.movability`). ``made_by`` is a fresh word that :meth:`destroy`
         finds these keys again by, and no others.
         """
-        create = partial(
-            self._create, session, role, number, made_by, trusted=trusted, movable=movable
-        )
+        named = (session, role, number, made_by)
+        create = partial(self._create, *named, trusted=trusted, movable=movable, needs=needs)
         try:
             create(refused=hardening.NOTHING)
         except PKCS11Error:
@@ -361,15 +382,18 @@ class KeySets:
         *,
         trusted: bool,
         movable: bool,
+        needs: Needs,
         refused: frozenset[Attribute],
     ) -> None:
+        mechanism = Mechanism.AES_KEY_GEN
         if role is Role.MAC:
-            template = _MAC_KEY
+            template = {**_MAC_KEY, Attribute.KEY_TYPE: needs.mac_key_type}
+            mechanism = Mechanism.GENERIC_SECRET_KEY_GEN
         else:
             becomes = self.unwrapped_template(role)
             if movable and role in _MATERIAL_ROLES:
                 becomes = becomes | ONLY_UNDER_TRUSTED
-            template = _key_encryption_key(role, becomes, refused=refused)
+            template = _key_encryption_key(role, becomes, needs.key_wrap, refused=refused)
             if movable:
                 template[Attribute.WRAP_TEMPLATE] = NestedTemplate(_wrappable(role))
         if movable:
@@ -379,7 +403,7 @@ class KeySets:
             # and what a key-encryption key unwraps has to be private, which takes a login.
             template = {**template, Attribute.TRUSTED: True, Attribute.PRIVATE: False}
         template = stored(template, self._id(role, number, made_by), self.label(role, number))
-        objects.generate_key(session, without(template, refused), _BYTES)
+        objects.generate_key(session, without(template, refused), _BYTES, mechanism=mechanism)
 
     def _id(self, role: Role, number: int, made_by: str) -> bytes:
         """CKA_ID; never used twice: NSS replaces a key by another of its id (field note 46)."""
@@ -412,7 +436,7 @@ _KEY_ENCRYPTION_KEY = secret_key(KeyType.AES, Attribute.WRAP, Attribute.UNWRAP)
 
 
 def _key_encryption_key(
-    role: Role, becomes: Template, *, refused: frozenset[Attribute]
+    role: Role, becomes: Template, key_wrap: Mechanism, *, refused: frozenset[Attribute]
 ) -> Template:
     # Imported keys may become token objects. Wrapping keys may not: what was unsealed while the
     # set was there must not outlive its retirement.
@@ -421,7 +445,7 @@ def _key_encryption_key(
     return {
         **_KEY_ENCRYPTION_KEY,
         Attribute.UNWRAP_TEMPLATE: NestedTemplate(without(pinned, refused)),
-        Attribute.ALLOWED_MECHANISMS: (AES_KEY_WRAP,),
+        Attribute.ALLOWED_MECHANISMS: (key_wrap,),
     }
 
 
@@ -466,6 +490,8 @@ def _generated_here(
     under a trusted key.
     """
     made = _MAC_KEY if role is Role.MAC else _KEY_ENCRYPTION_KEY
+    if role is Role.MAC and attributes.get(Attribute.KEY_TYPE) in MAC_KEY_TYPES:
+        made = {**made, Attribute.KEY_TYPE: attributes[Attribute.KEY_TYPE]}
     made = made | {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: not movable}
     if movable:
         made |= ONLY_UNDER_TRUSTED

@@ -22,18 +22,22 @@ from pkcs11.types import Session
 
 from hsmwrap.pkcs11.binding.client_errors import read_if_known
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
-from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP
+from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAPS
 
+_GENERATED_SECRET: Mapping[Attribute, Any] = MappingProxyType(
+    {
+        Attribute.LOCAL: True,
+        Attribute.KEY_GEN_MECHANISM: Mechanism.GENERIC_SECRET_KEY_GEN,
+    }
+)
 GENERATED: Mapping[KeyType, Mapping[Attribute, Any]] = MappingProxyType(
     {
         KeyType.AES: {
             Attribute.LOCAL: True,
             Attribute.KEY_GEN_MECHANISM: Mechanism.AES_KEY_GEN,
         },
-        KeyType.GENERIC_SECRET: {
-            Attribute.LOCAL: True,
-            Attribute.KEY_GEN_MECHANISM: Mechanism.GENERIC_SECRET_KEY_GEN,
-        },
+        KeyType.GENERIC_SECRET: _GENERATED_SECRET,
+        KeyType.SHA256_HMAC: _GENERATED_SECRET,
     }
 )
 """What a token that tells the truth says of a key of this type that it generated."""
@@ -61,7 +65,8 @@ def told_by(session: Session) -> frozenset[Attribute]:
     base = base or _made(partial(generate, capabilities=uses))
     if base is None:
         return frozenset()
-    ways = [partial(_create, session), partial(_unwrap, session, base)]
+    ways = [partial(_create, session)]
+    ways += [partial(_unwrap, session, base, mechanism) for mechanism in AES_KEY_WRAPS]
     ways += [partial(_derive, base, *derivation) for derivation in derivations]
     try:
         told = _said(base)
@@ -96,13 +101,13 @@ def _create(session: Session) -> Any:
     )
 
 
-def _unwrap(session: Session, base: Any) -> Any:
+def _unwrap(session: Session, base: Any, mechanism: Mechanism) -> Any:
     key = _create(session)
     try:
-        blob = base.wrap_key(key, mechanism=AES_KEY_WRAP)
+        blob = base.wrap_key(key, mechanism=mechanism)
     finally:
         _discard(key)
-    return base.unwrap_key(ObjectClass.SECRET_KEY, KeyType.AES, blob, mechanism=AES_KEY_WRAP)
+    return base.unwrap_key(ObjectClass.SECRET_KEY, KeyType.AES, blob, mechanism=mechanism)
 
 
 def _derive(base: Any, mechanism: Mechanism, parameter: Any) -> Any:

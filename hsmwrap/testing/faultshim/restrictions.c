@@ -13,7 +13,6 @@ enum {
     CKA_PRIVATE = 0x02,
     CKA_KEY_TYPE = 0x100,
     CKA_SENSITIVE = 0x103,
-    CKA_START_DATE = 0x110,
     CKA_EXTRACTABLE = 0x162,
     CKA_MODIFIABLE = 0x170,
     CKA_COPYABLE = 0x171,
@@ -81,8 +80,9 @@ struct template {
 
 static const unsigned char no = 0, yes = 1;
 static const CK_ULONG generic_secret = CKK_GENERIC_SECRET;
-/* By its date the shim knows a generic secret again that it made for a CKK_SHA256_HMAC key. */
-static const char hmac_mark[8] = {'1', '9', '9', '9', '1', '2', '3', '1'};
+/* By its CKA_ALLOWED_MECHANISMS the shim knows a generic secret again that it made for a
+ * CKK_SHA256_HMAC key. */
+static const CK_ULONG hmac_mark = CKM_SHA256_HMAC;
 
 /* --- templates ----------------------------------------------------------------------------- */
 
@@ -160,7 +160,8 @@ static void rewrite(uint64_t set, enum function_id id, const struct ck_attribute
             continue;
         if ((set & HMAC_KEYS_ONLY) && type == CKA_KEY_TYPE && is_number(&from[i], CKK_SHA256_HMAC)) {
             append(to, type, &generic_secret, sizeof generic_secret);
-            append(to, CKA_START_DATE, hmac_mark, sizeof hmac_mark);
+            if (id != FN_C_FindObjectsInit)
+                append(to, CKA_ALLOWED_MECHANISMS, &hmac_mark, sizeof hmac_mark);
         } else if ((set & KEY_WRAP_KWP_ONLY) && type == CKA_ALLOWED_MECHANISMS) {
             append_mechanisms(to, &from[i]);
         } else {
@@ -232,10 +233,10 @@ static const struct {
 
 static bool is_hmac_key(const word a[], CK_ULONG object, forward call)
 {
-    char date[sizeof hmac_mark] = {0};
-    struct ck_attribute read = {CKA_START_DATE, date, sizeof date};
+    CK_ULONG allowed = 0;
+    struct ck_attribute read = {CKA_ALLOWED_MECHANISMS, &allowed, sizeof allowed};
     CK_RV rv = call(FN_C_GetAttributeValue, (const word[]){a[0], object, (word)&read, 1});
-    return rv == CKR_OK && read.length == sizeof date && memcmp(date, hmac_mark, sizeof date) == 0;
+    return rv == CKR_OK && is_number(&read, hmac_mark);
 }
 
 static CK_RV refused_mechanism(uint64_t set, enum function_id id, const word a[], forward call)
