@@ -29,6 +29,7 @@ def of_findings(findings: Findings) -> Document:
         "failed": [_trial(trial) for trial in report.failed],
         "notes": list(report.notes),
         "threads": findings.threads,
+        "import_tokens": {"failure": findings.import_tokens},
         "fork": {"failure": findings.fork},
         "health": findings.health,
         "durations": [asdict(duration) for duration in findings.durations],

@@ -44,6 +44,7 @@ EXAMINATION = {
     "failed",
     "notes",
     "threads",
+    "import_tokens",
     "fork",
     "health",
     "durations",
@@ -291,6 +292,21 @@ def test_a_child_that_cannot_verify_is_a_promise_that_is_not_kept(plug_in, run_j
     status, document = run_json("doctor", *plug_in(Broken))
     assert status == 1
     assert document["verdict"]["broken"][0].startswith("fork: the child ended with status 1")
+
+
+def test_without_import_tokens_there_is_a_report_all_the_same(plug_in, run_json, monkeypatch):
+    def mac(*_arguments):
+        raise HsmError("C_SignInit(CKM_SHA256_HMAC) answered CKR_KEY_TYPE_INCONSISTENT (0x63)")
+
+    monkeypatch.setattr(Broken, "mac", mac)
+    status, document = run_json("doctor", *plug_in(Broken))
+    assert status == 1
+    assert [each.split(":")[0] for each in document["verdict"]["broken"]] == [
+        "import tokens",
+        "8 threads",
+        "fork",
+    ]
+    assert len(document["examination"]["rows"]) == 4
 
 
 def test_a_thread_that_fails_is_a_promise_that_is_not_kept(plug_in, run_json, monkeypatch):
