@@ -12,6 +12,7 @@ import signal
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -371,7 +372,9 @@ def _fork(backend: Backend) -> str | None:
     except HsmwrapError as error:
         return f"not tried: {type(error).__name__}: {error}"
     sys.stdout.flush()
-    child = os.fork()
+    with warnings.catch_warnings():  # Python 3.12 warns where threads run: that is the trial
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child == 0:
         failed = _failure(lambda: backend.verify_mac(_DATA, mac))
         os._exit(0 if failed is None else 1)
