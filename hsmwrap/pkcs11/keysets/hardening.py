@@ -28,6 +28,8 @@ from hsmwrap.pkcs11.binding.templates import (
 )
 
 NOTHING: frozenset[Attribute] = frozenset()
+OF_UNWRAPPED_KEYS = frozenset({Attribute.COPYABLE, Attribute.MODIFIABLE})
+"""Those that are in the unwrap templates of key-encryption keys."""
 _READABLE: Mapping[Attribute, Any] = MappingProxyType(
     {
         Attribute.COPYABLE: False,

@@ -365,13 +365,21 @@ class KeySets:
         """
         named = (session, role, number, made_by)
         create = partial(self._create, *named, trusted=trusted, movable=movable, needs=needs)
+        refused = hardening.NOTHING
         try:
-            create(refused=hardening.NOTHING)
+            key = create(refused=refused)
         except PKCS11Error:
             refused = hardening.refused_by(session)
             if not refused:
                 raise
-            create(refused=refused)
+            key = create(refused=refused)
+        if role is Role.MAC:
+            return
+        # What the token ignores no unwrapped key will have, so no unwrap template may ask for it.
+        ignored = (hardening.missing_on(key) & hardening.OF_UNWRAPPED_KEYS) - refused
+        if ignored:
+            key.destroy()
+            create(refused=refused | ignored)
 
     def _create(
         self,
@@ -384,7 +392,7 @@ class KeySets:
         movable: bool,
         needs: Needs,
         refused: frozenset[Attribute],
-    ) -> None:
+    ) -> Any:
         mechanism = Mechanism.AES_KEY_GEN
         if role is Role.MAC:
             template = {**_MAC_KEY, Attribute.KEY_TYPE: needs.mac_key_type}
@@ -403,7 +411,9 @@ class KeySets:
             # and what a key-encryption key unwraps has to be private, which takes a login.
             template = {**template, Attribute.TRUSTED: True, Attribute.PRIVATE: False}
         template = stored(template, self._id(role, number, made_by), self.label(role, number))
-        objects.generate_key(session, without(template, refused), _BYTES, mechanism=mechanism)
+        return objects.generate_key(
+            session, without(template, refused), _BYTES, mechanism=mechanism
+        )
 
     def _id(self, role: Role, number: int, made_by: str) -> bytes:
         """CKA_ID; never used twice: NSS replaces a key by another of its id (field note 46)."""
