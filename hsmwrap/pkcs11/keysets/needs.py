@@ -126,7 +126,7 @@ class _Trials:
                 return key_type
             answers.append(f"with a CKK_{key_type.name} key: {works.why}")
         raise ConfigurationError(
-            "the HSM token cannot authenticate import tokens, so there is no use in a key set: "
+            "the HSM token cannot authenticate import tokens, and a key set would be useless: "
             f"CKM_SHA256_HMAC does not work. {'; '.join(answers)}"
         )
 
