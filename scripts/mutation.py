@@ -161,8 +161,8 @@ def _changed_lines(source: str, mutated: str) -> tuple[str, str]:
 def _meaning(source: str) -> str:
     """The program without what a mutant cannot change the behaviour by.
 
-    Annotations are texts here (``from __future__``). The arguments frozen, slots and eq of
-    dataclasses say what the code must not do, and it does not do that.
+    Annotations are texts here (``from __future__``), and protocols are for the type checker. The
+    arguments frozen, slots and eq of dataclasses say what the code must not do, and it does not.
     """
     return ast.dump(_Meaning().visit(ast.parse(source)))
 
@@ -181,6 +181,8 @@ class _Meaning(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        if "Protocol" in map(ast.unparse, node.bases):
+            node.body.clear()
         for decorator in node.decorator_list:
             if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "dataclass":
                 decorator.keywords.clear()

@@ -1,4 +1,4 @@
-"""Material on a token without AES key wrap: its length is what the token tells, where it tells it."""
+"""Material on a token without AES key wrap: its length is what the token tells, if it does."""
 
 from types import SimpleNamespace
 
