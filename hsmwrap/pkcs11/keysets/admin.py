@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -82,9 +82,9 @@ class _Survey:
 
 def _survey(settings: Pkcs11Settings, keys: KeySets) -> _Survey:
     def survey(pooled: PooledSession) -> _Survey:
-        found = _Survey(tuple(keys.list(pooled.session)), keys.numbers(pooled.session))
+        sets, numbers = keys.survey(pooled.session)
         pooled.require_login()  # without one, the private keys are not seen
-        return found
+        return _Survey(sets, numbers)
 
     with connected(settings) as connection:
         return connection.run(survey)
@@ -190,6 +190,7 @@ def _create(
     with connected(settings) as connection:
         needs = connection.run(lambda pooled: needs_of(pooled.session), retry=False)
     key_encryption_roles = tuple(role for role in needs.roles if role is not Role.MAC)
+    listed: Sequence[KeySet] = ()
     try:
         for roles in filter(None, (key_encryption_roles, (Role.MAC,))):
             if so_pin is None:
@@ -208,7 +209,8 @@ def _create(
             with connected(settings) as connection:
                 made = frozenset(needs.roles if Role.MAC in roles else roles)
                 _require_complete(connection, keys, number, made)
-                listed = connection.run(lambda pooled: keys.list(pooled.session))
+                if Role.MAC in roles:
+                    listed = connection.run(lambda pooled: keys.list(pooled.session))
         return next(each.info() for each in listed if each.number == number)
     except PinError:
         # Cleaning up would try a PIN again, which may lock the HSM token. What there is of the

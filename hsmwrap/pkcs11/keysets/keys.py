@@ -277,8 +277,13 @@ class KeySets:
 
     def list(self, session: Session) -> list[KeySet]:
         """All key sets, oldest first; one without a MAC key is unfinished and never current."""
+        return [*self.survey(session)[0]]
+
+    def survey(self, session: Session) -> tuple[tuple[KeySet, ...], frozenset[int]]:
+        """What :meth:`list` and :meth:`numbers` say, by one search."""
         present = list(self._search(session))
-        self._listed |= {each.number for each in present}
+        numbers = frozenset(each.number for each in present)
+        self._listed |= numbers
         found = [each for each in present if each.generated_here]
         self._trusted |= {each.number for each in found if each.trusted}
         self._movable |= {each.number for each in found if each.movable}
@@ -289,7 +294,7 @@ class KeySets:
         self._trusted_sets |= finished & self._trusted
         only_trusted = self._must_be_trusted or self._trusted_sets
         current = max(finished & self._trusted if only_trusted else finished, default=None)
-        return [
+        sets = tuple(
             KeySet(
                 number=number,
                 current=number == current,
@@ -298,7 +303,8 @@ class KeySets:
                 movable=number in self._movable,
             )
             for number in sorted(roles)
-        ]
+        )
+        return sets, numbers
 
     def numbers(self, session: Session) -> frozenset[int]:
         """Numbers in any label of ours: of finished and unfinished sets, and of foreign keys."""

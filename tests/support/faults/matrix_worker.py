@@ -56,6 +56,8 @@ class FaultedBackend:
         self.settings = settings
         self.keys = settings | {"key_prefix": "administered"}
         self.so_pin_file = so_pin_file
+        self.sets = ()  # under the prefix of self.keys
+        self.held = None  # as settle() said, and nothing was done since
         self.backend = self.open()
         self.undisturbed = self.backend.capabilities()
         self.prepared = {
@@ -228,7 +230,7 @@ class FaultedBackend:
 
     def keys_retire(self):
         def act():
-            Pkcs11Backend.retire_keys(self.keys, self.oldest)
+            Pkcs11Backend.retire_keys(self.keys, self.sets[0].key_set)
 
         return self.administer(act, before=2, after=1)
 
@@ -236,52 +238,52 @@ class FaultedBackend:
         """One command; if it failed, it can be repeated. ``before``, ``after``: numbers of sets."""
         self.shim.clear()
         self.backend.close()
-        self.provide(before, Pkcs11Backend.list_keys(self.keys))
-        if before > after:
-            self.oldest = Pkcs11Backend.list_keys(self.keys)[0].key_set
+        self.provide(before)
         self.arm()
         try:
             act()
         except HsmwrapError as error:
             self.disarm()
             self.rule = NEVER
-            self.require_as_before(error, before)
-            if len(Pkcs11Backend.list_keys(self.keys)) != after:  # the error may have come last
+            sets = self.require_as_before(error, before)
+            if len(sets) != after:  # the error may have come last
                 act()
             raise
         finally:
             self.disarm()
-            sets = Pkcs11Backend.list_keys(self.keys)
-            assert len(sets) == after, sets
-            assert all("6 keys" in each.detail for each in sets), sets
-            assert [each.current for each in sets] == [False] * (after - 1) + [True]
-            self.provide(before, sets)
+            self.sets = Pkcs11Backend.list_keys(self.keys)
+            assert len(self.sets) == after, self.sets
+            assert all("6 keys" in each.detail for each in self.sets), self.sets
+            assert [each.current for each in self.sets] == [False] * (after - 1) + [True]
+            self.provide(before)
         return True
 
     def require_as_before(self, error, before):
-        """Nothing is left of a set that was not finished.
+        """Nothing is left of a set that was not finished; returns the sets that there are.
 
         But after an error that speaks of the PIN: cleaning up would try it again.
         """
         sets = Pkcs11Backend.list_keys(self.keys)
         if type(error).__name__ == "PinError":
-            for each in sets:
-                if "NOT finished" in each.detail:
-                    Pkcs11Backend.retire_keys(self.keys, each.key_set)
-            return
+            unfinished = [each for each in sets if "NOT finished" in each.detail]
+            for each in unfinished:
+                Pkcs11Backend.retire_keys(self.keys, each.key_set)
+            return Pkcs11Backend.list_keys(self.keys) if unfinished else sets
         assert not any("NOT finished" in each.detail for each in sets), sets
         assert len(sets) <= before, sets
+        return sets
 
-    def provide(self, count, sets):
-        """So many key sets, where there are ``sets`` now."""
-        for each in sets[: max(0, len(sets) - count)]:
+    def provide(self, count):
+        """So many key sets, where there are ``self.sets`` now."""
+        for each in self.sets[: max(0, len(self.sets) - count)]:
             settings = Pkcs11Settings.from_mapping(self.keys)
             made, number = admin._key_sets(settings), int(each.key_set)
-            with admin._connected(settings) as connection:
+            with admin.connected(settings) as connection:
                 connection.run(lambda pooled: made.destroy(pooled, number))  # noqa: B023
-        for there in range(len(sets), count):
+            self.sets = self.sets[1:]
+        for there in range(len(self.sets), count):
             make = Pkcs11Backend.rotate_keys if there else Pkcs11Backend.initialise_keys
-            make(self.keys, so_pin_file=self.so_pin_file)
+            self.sets = (*self.sets, make(self.keys, so_pin_file=self.so_pin_file))
 
     # --- one case ------------------------------------------------------------------------------
 
@@ -297,7 +299,8 @@ class FaultedBackend:
         raise last
 
     def case(self, operation, rule):
-        before, violations = self.settle(), self.shim.counters().violations
+        before, violations = self.held or self.settle(), self.shim.counters().violations
+        self.held = None
         self.begin(rule)
         try:
             outcome = "right" if getattr(self, operation)() else "WRONG ANSWER"
@@ -308,8 +311,8 @@ class FaultedBackend:
         self.disarm()
         try:
             self.recover()
-            after_state = self.settle()
-            left = [now - then for now, then in zip(after_state, before, strict=True)]
+            self.held = self.settle()
+            left = [now - then for now, then in zip(self.held, before, strict=True)]
         except Exception as error:
             left = f"NOT RECOVERED {type(error).__name__}: {error}"
         misuse = self.shim.counters().violations != violations
