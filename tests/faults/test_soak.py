@@ -12,7 +12,7 @@ SOAK = ["-m", "soak", "--seconds", "20", "--least-speed", "0.3", "--seed", "2026
 BROKEN = """
 import sys
 from hsmwrap.pkcs11.wrapping import material
-material._aes_check = lambda key: b"\\x01" + bytes(16)
+material._aes_check = lambda method, key: b"\\x01" + bytes(16)
 from soak.__main__ import main
 sys.exit(main(["--seconds", "8", "--seed", "1"]))
 """

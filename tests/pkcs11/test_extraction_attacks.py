@@ -402,7 +402,7 @@ def test_material_that_is_being_imported_cannot_be_wrapped(
 ):
     check, seen = material_module._aes_check, []
 
-    def spy(key):
+    def spy(method, key):
         for own, mechanism, parameter in ways_to_wrap(attacker):
             with attacker.refused(ck.KeyNotWrappable):
                 own.wrap_key(key, mechanism=mechanism, mechanism_param=parameter)
@@ -411,7 +411,7 @@ def test_material_that_is_being_imported_cannot_be_wrapped(
         with attacker.refused(ck.AttributeSensitive):
             key[Attribute.VALUE]
         seen.append(key)
-        return check(key)
+        return check(method, key)
 
     monkeypatch.setattr(material_module, "_aes_check", spy)
     wrapping, ciphertext = trusted_scene.wrapping[algorithm], trusted_scene.ciphertexts[algorithm]

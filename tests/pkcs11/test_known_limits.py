@@ -207,9 +207,9 @@ def test_known_limit_without_trust_material_in_transit_can_be_wrapped(
 ):
     scene, stolen, check = scenes.get(False, SEALED), [], material_module._aes_check
 
-    def spy(key):
+    def spy(method, key):
         stolen.append(attacker.stolen(key))
-        return check(key)
+        return check(method, key)
 
     monkeypatch.setattr(material_module, "_aes_check", spy)
     bring(scene.backend, scene.wrapping[OAEP1], scene.materials[AES])
