@@ -7,16 +7,21 @@ VENV=$ROOT/.venv
 # package | what shows that it is there | the scripts that need it, or all | what for
 debian_packages() {
   cat <<'TABLE'
-python3-venv    | module  ensurepip                           | all                   | makes the virtual environment
-softhsm2        | command softhsm2-util                       | demo,serve,bench,test | the token
-openssl         | command openssl                             | all                   | a client that is not ours
-libnss3         | file    /usr/lib/*/libsoftokn3.so           | test                  | a second token
-p11-kit         | file    /usr/libexec/p11-kit/p11-kit-server | test                  | a token in another process
-p11-kit-modules | file    /usr/lib/*/pkcs11/p11-kit-client.so | test                  | the client of that token
-opencryptoki    | command pkcsslotd                         | test                  | a token that ignores templates
-gcc             | command gcc                                 | test                  | compiles the fault shim
-libc6-dev       | file    /usr/include/stdio.h                | test                  | headers for the fault shim
-postgresql      | file    /usr/lib/postgresql/*/bin/initdb    | test                  | a second database
+python3-venv         | module  ensurepip                           | all                   | makes the virtual environment
+softhsm2             | command softhsm2-util                       | demo,serve,bench,test | the token
+openssl              | command openssl                             | all                   | a client that is not ours
+libnss3              | file    /usr/lib/*/libsoftokn3.so           | test                  | a second token
+p11-kit              | file    /usr/libexec/p11-kit/p11-kit-server | test                  | a token in another process
+p11-kit-modules      | file    /usr/lib/*/pkcs11/p11-kit-client.so | test                  | the client of that token
+opencryptoki         | command pkcsslotd                           | test                  | a token that ignores templates
+libtpm2-pkcs11-1     | file    /usr/lib/*/libtpm2_pkcs11.so.1      | test                  | a token that cannot serve
+libtpm2-pkcs11-tools | command tpm2_ptool                          | test                  | makes that token
+libtss2-tcti-swtpm0  | file    /usr/lib/*/libtss2-tcti-swtpm.so.0  | test                  | its way to the TPM
+swtpm                | command swtpm                               | test                  | the TPM, in software
+tpm2-tools           | command tpm2_flushcontext                   | test                  | frees the TPM's memory
+gcc                  | command gcc                                 | test                  | compiles the fault shim
+libc6-dev            | file    /usr/include/stdio.h                | test                  | headers for the fault shim
+postgresql           | file    /usr/lib/postgresql/*/bin/initdb    | test                  | a second database
 TABLE
 }
 

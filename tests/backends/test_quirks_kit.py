@@ -26,3 +26,7 @@ class TestNetworkHsm(_Quirk):
 
 class TestCard(_Quirk):
     quirk = CARD
+
+    @pytest.fixture
+    def holder_reads(self):
+        """The holder of the PIN makes session objects, of which this token has none."""

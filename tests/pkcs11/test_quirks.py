@@ -3,7 +3,7 @@
 import pytest
 from support.faults.shim import fault_shim
 from support.importing import AES, MATERIAL, SM4, spec_of
-from support.pkcs11.quirks import CARD, NETWORK_HSM, QUIRKS, R
+from support.pkcs11.quirks import CARD, NETWORK_HSM, ONE_SESSION_CARD, QUIRKS, R
 
 from hsmwrap import registry
 from hsmwrap.backend import Exposure
@@ -34,7 +34,9 @@ def backend(request, softhsm, shim):
     assert not shim.counters().violations
 
 
-@pytest.mark.parametrize("backend", [*QUIRKS, NETWORK_HSM, CARD], indirect=True, ids=str)
+@pytest.mark.parametrize(
+    "backend", [*QUIRKS, NETWORK_HSM, CARD, ONE_SESSION_CARD], indirect=True, ids=str
+)
 def test_what_the_report_says_is_what_happens(backend):
     backend, quirk = backend
     report = backend.capabilities()

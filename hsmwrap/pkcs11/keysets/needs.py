@@ -127,7 +127,7 @@ class _Trials:
             answers.append(f"with a CKK_{key_type.name} key: {works.why}")
         raise ConfigurationError(
             "the HSM token cannot authenticate import tokens, and a key set would be useless: "
-            f"CKM_SHA256_HMAC does not work. {'; '.join(answers)}"
+            f"CKM_SHA256_HMAC does not work: {'; '.join(answers)}"
         )
 
     def _signs(self, key_type: KeyType) -> bool:

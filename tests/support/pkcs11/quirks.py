@@ -1,6 +1,6 @@
 """Other HSM tokens, played by SoftHSM2 behind the fault shim: quirk, expected report, behaviour."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hsmwrap.backend import Custody, Exposure
@@ -143,12 +143,10 @@ NETWORK_HSM = Quirk(
     | R.BLANK_LABEL
 )
 CARD = Quirk(
-    R.ONE_SESSION
-    | R.NO_SESSION_OBJECTS
-    | R.NO_EXTRACTABLE_PRIVATE_KEYS
-    | R.PIN_PAD
-    | R.NO_HARDENING,
+    R.NO_SESSION_OBJECTS | R.NO_EXTRACTABLE_PRIVATE_KEYS | R.PIN_PAD | R.NO_HARDENING,
     without(RESIDENT_HOST, SM2PKE),
     own_keys=1,
 )
-"""Many quirks at once: these two are under the whole conformance kit."""
+"""Many quirks at once: these two are under the whole conformance kit, which
+opens several backends at once."""
+ONE_SESSION_CARD = replace(CARD, restrictions=CARD.restrictions | R.ONE_SESSION)
