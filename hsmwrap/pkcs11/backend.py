@@ -111,7 +111,7 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSe
             vendor=self._vendor,
         )
         self._probed: _Token | None = None
-        self._connection = Connection(settings)
+        self._connection = Connection(settings, self._trial)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
@@ -337,7 +337,7 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSe
         number = _key_set_number(mac)
 
         def operation(pooled: PooledSession) -> bytes | None:
-            key = self._keys.find(pooled, Role.MAC, number)
+            key = self._keys.find(pooled, Role.MAC, number, authentic=False)
             return None if key is None else _tag(key, data)
 
         # Judged outside: an error inside would close the session, for each token that is forged.
@@ -394,6 +394,11 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSe
     def close(self) -> None:
         """Wait for running calls, then close every session."""
         self._connection.close()
+
+    def _trial(self, pooled: PooledSession) -> None:
+        """Use a key that every call needs, of the set that is found now."""
+        self._keys.look(pooled)
+        _tag(self._keys.require(pooled, Role.MAC, self._keys.current(pooled)), b"")
 
     # --- the probe ---------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from pkcs11.constants import TokenFlag
 from support.services.softhsm import make_softhsm
 
 from hsmwrap import registry
@@ -28,6 +29,7 @@ from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.sessions.pool import PoolState, SessionPool, Ticket
 from hsmwrap.pkcs11.sessions.session import HandleEpoch, PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.pkcs11.token import login
 
 FORK = multiprocessing.get_context("fork")
 DEADLINE = 60
@@ -371,19 +373,22 @@ assert "PIN_INCORRECT" in backend.health().detail
     run_on(locked_out, code, json.dumps(settings))
 
 
+def test_a_low_count_stops_no_first_login(connect, monkeypatch):
+    """Another program's wrong PIN sets it, and no server could start any more."""
+    monkeypatch.setattr(login, "flags_of", lambda _session: TokenFlag.USER_PIN_COUNT_LOW)
+    assert connect().run(random_bytes)
+    assert login._refused == set()
+
+
 @pytest.mark.parametrize("flag", ["USER_PIN_COUNT_LOW", "USER_PIN_FINAL_TRY", "USER_PIN_LOCKED"])
 def test_a_doubtful_pin_is_not_tried_unless_forced(connect, monkeypatch, flag):
-    import pkcs11.types
-    from pkcs11.constants import TokenFlag
-
-    from hsmwrap.pkcs11.token import login as module
-
-    bit = TokenFlag[flag]
-    monkeypatch.setattr(module, "flags_of", lambda session: bit)
+    """A low count is doubtful after a refusal in this process."""
+    serial = connect()._connector.connected.token.serial
+    monkeypatch.setattr(login, "_refused", {serial} if flag.endswith("COUNT_LOW") else set())
+    monkeypatch.setattr(login, "flags_of", lambda _session: TokenFlag[flag])
     with pytest.raises(PinError, match=flag):
         connect()
     assert connect(force_login=True).run(random_bytes)
-    assert pkcs11.types
 
 
 # --- which token --------------------------------------------------------------------------------

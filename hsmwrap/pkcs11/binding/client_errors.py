@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from pkcs11.constants import Attribute
 from pkcs11.exceptions import FunctionFailed, PKCS11Error, SessionHandleInvalid
 
+from hsmwrap.ckr import CKR
 from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial
-from hsmwrap.pkcs11.binding.returncodes import recovery_of, said
+from hsmwrap.pkcs11.binding.returncodes import answer_of, recovery_of, return_code, said
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +47,44 @@ class map_client_errors:  # noqa: N801  # read as a statement: with map_client_e
             if _log.isEnabledFor(logging.DEBUG):
                 _log.debug("refused", extra={"said": said(fault), "error": self._error.__name__})
             raise self._error from None
+
+
+_DAMAGED = frozenset(
+    {
+        CKR.WRAPPED_KEY_INVALID,
+        CKR.WRAPPED_KEY_LEN_RANGE,
+        CKR.ENCRYPTED_DATA_INVALID,
+        CKR.ENCRYPTED_DATA_LEN_RANGE,
+        CKR.DATA_INVALID,
+        CKR.DATA_LEN_RANGE,
+    }
+)
+"""What the standard has for a wrapped key that does not unwrap."""
+
+
+@contextmanager
+def map_damage(error: HsmwrapError, control: Callable[[], None]) -> Iterator[None]:
+    """Map what the HSM token answers to a damaged blob of ours to one error; nothing else.
+
+    A blob of ours is authentic, and no client chose it: no oracle is to be feared, and another
+    answer is the HSM's fault, which is said with its code.
+
+    Args:
+        error: What is raised if the blob is damaged.
+        control: Unwraps a blob that is not; asked where the answer is GENERAL_ERROR, which is
+            SoftHSM's word for a damaged blob and every module's for trouble.
+    """
+    try:
+        yield
+    except PKCS11Error as fault:
+        code = return_code(fault)
+        if code == CKR.FUNCTION_FAILED and answer_of(fault) is None:
+            raise SessionHandleInvalid(said(fault)) from None  # of reading attributes
+        if code == CKR.GENERAL_ERROR:
+            control()
+        elif code not in _DAMAGED:
+            raise
+        raise error from None
 
 
 def may_leave_an_object(error: HsmwrapError) -> bool:

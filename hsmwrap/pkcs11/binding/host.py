@@ -15,6 +15,8 @@ cannot be told, is called by one at a time, in the order in which they came.
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +33,15 @@ from hsmwrap.pkcs11.binding.module import Module
 from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, ObjectLock, softhsm_object_lock
 from hsmwrap.pkcs11.binding.returncodes import HsmLost, said
 
+EXIT_WAIT = 10.0
+"""Seconds that the end of the interpreter waits for calls in flight before it goes on regardless:
+key generation takes some."""
+
 FORK_WAIT = 5.0
 """Seconds that ``fork()`` waits for calls in flight before it goes ahead regardless."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class ModuleHost(ForkAware):
@@ -197,3 +206,17 @@ class ModuleHost(ForkAware):
         """The module has to be initialised again, at the first call."""
         self._forked = self._module is not None
         self._ready = False
+
+    def let_no_call_in(self, timeout: float) -> bool:
+        """Wait for the calls inside, and let none in from now on; False if some do not return."""
+        return self._calls.acquire_write(timeout)
+
+
+@atexit.register
+def _leave_at_exit() -> None:
+    # A daemon thread inside a module while exit() runs the module's destructors, and those of the
+    # libcrypto below it, crashes the process (field note 86).
+    deadline = time.monotonic() + EXIT_WAIT
+    for host in list(ModuleHost._hosts.values()):
+        if not host.let_no_call_in(max(0.0, deadline - time.monotonic())):
+            _log.error("calls into the PKCS#11 module do not return", extra={"path": host.path})

@@ -38,10 +38,11 @@ from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.backend import KeySetInfo
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, HsmUnavailable, KeyNotFound
 from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import attribute_reads, read_if_known
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
+from hsmwrap.pkcs11.binding.returncodes import HsmLost
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
     USES,
@@ -180,6 +181,8 @@ class KeySets:
         self._must_be_trusted = must_be_trusted
         self._vendor = vendor
         self._current: tuple[int, float, int] | None = None
+        self._newest: KeySet | None = None
+        self._highest = 0
         self._trusted: frozenset[int] = frozenset()
         self._movable: frozenset[int] = frozenset()
         self._trusted_sets: frozenset[int] = frozenset()
@@ -202,7 +205,8 @@ class KeySets:
         """Number of the current key set.
 
         Raises:
-            ConfigurationError: There is none, or the trusted ones that were there are gone.
+            ConfigurationError: There is none, and none was there before.
+            HsmLost: The keys that were there are gone.
         """
         number, until, epoch = self._current or (0, 0.0, -1)
         if (
@@ -210,20 +214,54 @@ class KeySets:
             and epoch == pooled.epoch.number
             # Costs a search in a session's first use: one that replaces a session that failed looks
             # whether the set was retired meanwhile.
-            and self.find(pooled, Role.MAC, number) is not None
+            and self._found(pooled, Role.MAC, number) is not None
         ):
             return number
         epoch = pooled.epoch.number
-        current = next((each.number for each in self.list(pooled.session) if each.current), None)
-        if current is None:
-            pooled.require_login()
+        number = self.look(pooled)
+        if not number:
             kind = "trusted " if self._must_be_trusted else ""
-            lost = "lost its trusted" if self._trusted_sets else f"has no {kind}".rstrip()
             raise ConfigurationError(
-                f"the HSM token {lost} keys labelled {self._prefix}:…; run `hsmwrap keys init`"
+                f"the HSM token has no {kind}keys labelled {self._prefix}:…; "
+                "run `hsmwrap keys init`"
             )
-        self._current = (current, time.monotonic() + CURRENT_SET_LIFETIME, epoch)
-        return current
+        self._current = (number, time.monotonic() + CURRENT_SET_LIFETIME, epoch)
+        return number
+
+    def look(self, pooled: PooledSession) -> int:
+        """Number of the current key set by a search; 0 if there is none, and none was before.
+
+        A key of the current set that was seen before is not retired and does not vanish: the HSM
+        token, or its state, is another one. The module is restarted then. If it goes on with an
+        older set after that (a backup from before a rotation), that is the current one.
+
+        Raises:
+            HsmLost: Keys that were there are gone.
+            UserNotLoggedIn: Nothing can be seen.
+        """
+        found = self._newest_in(pooled)
+        known = self._newest
+        if known is not None and not _has_all_of(found, known):
+            pooled.require_login()
+            found = self._newest_in(pooled)  # the login may have come between
+        if known is not None and not _has_all_of(found, known):
+            if found is not None and found.number < known.number:
+                self._newest = found
+            pooled.epoch.end()
+            kind = "trusted " if self._trusted_sets else ""
+            raise HsmLost(
+                f"the HSM token lost its {kind}keys labelled {self._prefix}:…:{known.number}: is "
+                "it another one, or an old backup?"
+            )
+        if found is None:
+            pooled.require_login()
+            return 0
+        self._newest = found
+        self._highest = max(self._highest, found.number)
+        return found.number
+
+    def _newest_in(self, pooled: PooledSession) -> KeySet | None:
+        return next((each for each in self.list(pooled.session) if each.current), None)
 
     def origin_told(self, session: Session) -> frozenset[Attribute]:
         """Attributes by which the HSM token tells a key that it generated; tried once."""
@@ -239,8 +277,45 @@ class KeySets:
         """Whether keys sealed under this set were seen to be movable to another one."""
         return number in self._movable
 
-    def find(self, pooled: PooledSession, role: Role, number: int) -> Any:
-        """The key object of this session, or None if it does not exist."""
+    def find(
+        self, pooled: PooledSession, role: Role, number: int, *, authentic: bool = True
+    ) -> Any:
+        """The key object of this session, or None if its set was retired.
+
+        Args:
+            pooled: The session.
+            role: What the key does.
+            number: Of its set.
+            authentic: Whether a reference of ours says the number. If a client does, only a set
+                that this process has seen is missed.
+
+        Raises:
+            HsmLost: Keys that were there are gone.
+            HsmUnavailable: It is of a newer set that was there and is gone.
+        """
+        key = self._found(pooled, role, number)
+        if key is None and (authentic or number <= self._highest):
+            newest = self.look(pooled)
+            if newest < number <= self._highest:
+                raise _is_older(newest, number)
+        return key
+
+    def opening(self, pooled: PooledSession, role: Role, number: int) -> Any:
+        """The key-encryption key that sealed an imported key.
+
+        Raises:
+            KeyNotFound: Its set was retired.
+            HsmLost, HsmUnavailable: As for :meth:`find`, or this process has never seen its set.
+        """
+        key = self.find(pooled, role, number)
+        if key is not None:
+            return key
+        newest = self.look(pooled)
+        if number > newest:
+            raise _is_older(newest, number)
+        raise KeyNotFound(f"key set {number}, which sealed this key, was retired")
+
+    def _found(self, pooled: PooledSession, role: Role, number: int) -> Any:
         label, epoch = self.label(role, number), pooled.epoch.number
         known = pooled.objects.get(label)
         if known is not None and known[0] == epoch:
@@ -263,8 +338,9 @@ class KeySets:
         Raises:
             KeyHandleInvalid: The set was retired since, and another one is current: try again.
             ConfigurationError: The key does not exist, or more than one does.
+            HsmLost: It existed.
         """
-        key = self.find(pooled, role, number)
+        key = self._found(pooled, role, number)
         if key is not None:
             return key
         pooled.epoch.end()
@@ -517,6 +593,20 @@ def _generated_here(
     return all(attributes.get(each, made[each]) == made[each] for each in _IDENTIFYING) and all(
         attributes.get(each) == generated[each] for each in origin_told
     )
+
+
+def _is_older(newest: int, number: int) -> HsmUnavailable:
+    return HsmUnavailable(
+        f"the HSM token has no key set {number}, its newest is {newest}: is it another one, or an "
+        "old backup?"
+    )
+
+
+def _has_all_of(found: KeySet | None, known: KeySet) -> bool:
+    """Whether it is a newer set, or the same one with the same keys."""
+    if found is None or found.number < known.number:
+        return False
+    return found.number > known.number or set(found.roles) >= set(known.roles)
 
 
 def is_trusted(key: Any) -> bool:

@@ -53,6 +53,11 @@ class Breaker:
         return "half-open" if self._trial_under_way or self._clock() >= self._open_until else "open"
 
     @property
+    def reason(self) -> str:
+        """Why it opened last."""
+        return self._reason
+
+    @property
     def wait(self) -> float:
         """Seconds until a trial call may pass; 0 where one may now, or none is needed."""
         until = self._open_until

@@ -1,32 +1,49 @@
-"""A thread that makes a trial call to a lost HSM after each backoff.
+"""A thread that makes trial calls to an HSM that is not known to work.
 
 Without it only traffic would bring an HSM back, and a load balancer that believes the health
-report sends none.
+report sends none; and an HSM that is lost between two calls would be reported as ready.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from weakref import WeakSet
 
-from hsmwrap.errors import BackendClosed, HsmwrapError, PinError
-from hsmwrap.pkcs11.sessions._breaker import Breaker
+from hsmwrap.errors import HsmwrapError
 
 SHORTEST_PAUSE = 0.1
 """Seconds between two trial calls, however short the backoff."""
 _LONGEST_END = 5.0
 
+_log = logging.getLogger(__name__)
+
 
 class Reconnector:
-    """Runs from :meth:`start` until the breaker is closed; not in a child until started there."""
+    """Runs from :meth:`start` for as long as it is wanted; in a child only if started there."""
 
-    def __init__(self, breaker: Breaker, trial_call: Callable[[], object]) -> None:
-        """Take what says when to try, and a call that goes through the breaker."""
-        self._breaker = breaker
+    def __init__(
+        self,
+        trial_call: Callable[[], object],
+        wanted: Callable[[], bool],
+        wait: Callable[[], float],
+        pauses: tuple[float, float],
+    ) -> None:
+        """Take what is called.
+
+        Args:
+            trial_call: A call that finds out whether calls succeed.
+            wanted: Whether another trial call is wanted.
+            wait: How many seconds none may be made.
+            pauses: The first and the longest of those between two trial calls, in seconds.
+        """
         self._trial_call = trial_call
+        self._wanted = wanted
+        self._wait = wait
+        self._first, self._longest = pauses
         self._thread: threading.Thread | None = None
         self.reset()
         _RECONNECTORS.add(self)
@@ -56,14 +73,16 @@ class Reconnector:
         self._thread = None
 
     def _work(self) -> None:
+        pause = 0.0
         while self._is_wanted():
-            if not self._stopped.wait(max(SHORTEST_PAUSE, self._breaker.wait)):
+            if not self._stopped.wait(max(SHORTEST_PAUSE, self._wait(), pause)):
                 self._try()
+            pause = min(max(self._first, 2 * pause), self._longest)
 
     def _is_wanted(self) -> bool:
-        # Under the lock: if the breaker opens after this, another thread is started.
+        # Under the lock: if it becomes wanted after this, another thread is started.
         with self._lock:
-            wanted = self._breaker.state != "closed" and not self._stopped.is_set()
+            wanted = not self._stopped.is_set() and self._wanted()
             if not wanted:
                 self._thread = None
             return wanted
@@ -71,10 +90,10 @@ class Reconnector:
     def _try(self) -> None:
         try:
             self._trial_call()
-        except (BackendClosed, PinError):
-            self._stopped.set()
         except HsmwrapError:
             pass  # not yet
+        except Exception:  # noqa: BLE001  # without this thread no outage would end
+            _log.exception("trial call failed")
 
 
 _RECONNECTORS: WeakSet[Reconnector] = WeakSet()

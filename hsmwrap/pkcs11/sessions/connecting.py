@@ -81,7 +81,7 @@ class Connector:
         Raises:
             TokenSelectionError: Not exactly one HSM token matches, and none did before.
             PinError: The PIN is refused, or the next wrong one may lock the HSM token.
-            VendorLogin: The PIN may have been refused.
+            NoLogin: The PIN may have been refused.
             PKCS11Error: The HSM does not answer.
         """
         present = self.connected
@@ -102,7 +102,7 @@ class Connector:
         """Log in, unless another thread has since the login number ``seen`` of this generation.
 
         Raises:
-            PinError, VendorLogin, PKCS11Error: As for :meth:`connect`.
+            PinError, NoLogin, PKCS11Error: As for :meth:`connect`.
         """
         with self._lock:
             present = self.connected
@@ -165,28 +165,28 @@ class Connector:
         Some HSM tokens have one session. On some a login covers only the session that it was made
         in: there each logs in for itself.
         """
-        with _unavailable_if_refused():
-            try:
-                session = open_worker_session(token, self._mapper)
-            except SessionCount:
-                with self._lock:
-                    present = self.connected
-                    if present is None or present.login_session is None:
-                        raise
-                    session, present.login_session = present.login_session, None
-            try:
+        try:
+            session = open_worker_session(token, self._mapper)
+        except SessionCount:
+            with self._lock:
+                present = self.connected
+                if present is None or present.login_session is None:
+                    raise
+                session, present.login_session = present.login_session, None
+        try:
+            with _unavailable_if_refused():
                 if not module.is_logged_in(session):
                     self._cover(module, session)
-            except BaseException:
-                close_quietly(session)
-                raise
-            return session
+        except BaseException:
+            close_quietly(session)
+            raise
+        return session
 
     def _cover(self, module: Module, session: Session) -> None:
         """Log in through a worker session, unless all have lost the login: that is recovered from.
 
         Raises:
-            PinError, VendorLogin, PKCS11Error: As for :meth:`connect`.
+            PinError, NoLogin, PKCS11Error: As for :meth:`connect`.
         """
         with self._lock:
             present = self.connected

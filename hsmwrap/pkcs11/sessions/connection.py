@@ -7,14 +7,22 @@ function, mends what can be mended, and runs the function once more where that i
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from pkcs11.constants import Attribute
 
 from hsmwrap import forks
 from hsmwrap.ckr import CKR
-from hsmwrap.errors import TokenSelectionError, strip_tracebacks
+from hsmwrap.errors import (
+    ConfigurationError,
+    HsmError,
+    PinError,
+    TokenSelectionError,
+    strip_tracebacks,
+)
 from hsmwrap.forks import ForkAware
 from hsmwrap.gate import Gate
 from hsmwrap.pkcs11.binding.host import ModuleHost
@@ -30,17 +38,28 @@ _COLLISION = frozenset({CKR.GENERAL_ERROR, CKR.FUNCTION_FAILED})
 """What SoftHSM answers to the creation of a token object when another process does the same. Not
 tried again blindly: what the first try left is found by its id and destroyed before."""
 
+_TROUBLES = (ConfigurationError, PinError)
+"""Errors that all calls end with until the operator has done something."""
+
+PROOF_LIFETIME = 10.0
+"""Seconds after the last call that succeeded until :meth:`Connection.health` has one tried."""
+
 _T = TypeVar("_T")
 
 
 class Connection(ForkAware):
     """One HSM token, shared by all threads of a backend."""
 
-    def __init__(self, settings: Pkcs11Settings) -> None:
+    def __init__(
+        self,
+        settings: Pkcs11Settings,
+        trial: Callable[[PooledSession], object] = lambda _pooled: None,
+    ) -> None:
         """Load the module and log in; with ``settings.lazy`` at the first call instead.
 
         Args:
             settings: Which module, token and PIN; how many sessions.
+            trial: An operation that succeeds if calls do; by it is tried whether the HSM works.
 
         Raises:
             ConfigurationError: The module cannot be loaded.
@@ -53,9 +72,21 @@ class Connection(ForkAware):
         self._host = ModuleHost.acquire(settings.module, settings.library_parameters)
         self._connector = Connector(settings, self._host)
         self._breaker = Breaker(settings.initial_backoff, settings.max_backoff)
-        self._reconnector = Reconnector(self._breaker, self._trial_call)
+        self._reconnector = Reconnector(
+            self._trial_call,
+            self._needs_trial,
+            lambda: self._breaker.wait,
+            (settings.initial_backoff, settings.max_backoff),
+        )
+        self._trial = trial
+        self._trouble: str | None = None
         self._attempts = Attempts(
-            self._host, self._connector, self._breaker, self._reconnector, settings.session_wait
+            self._host,
+            self._connector,
+            self._breaker,
+            self._reconnector,
+            trial=trial,
+            session_wait=settings.session_wait,
         )
         self._pending = PendingObjects(self._attempts)
         self._released = False
@@ -117,7 +148,9 @@ class Connection(ForkAware):
                 self._pending.require_free(pending.object_id)
             try:
                 return self._run(operation, retry=retry, pending=pending)
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, _TROUBLES):
+                    self._trouble = str(error)
                 self._pending.destroy(pending)
                 raise
 
@@ -166,8 +199,13 @@ class Connection(ForkAware):
             self._pending.destroy_all()
 
     def health(self) -> tuple[bool, str, dict[str, Any]]:
-        """Whether calls can succeed, why not, and numbers; never waits for the HSM."""
+        """Whether calls can succeed, why not, and numbers; never waits for the HSM.
+
+        Where that is not known, or was found out long ago, a thread tries it meanwhile.
+        """
         connected = self._connector.connected
+        if self._needs_trial():
+            self._reconnector.start()
         facts: dict[str, Any] = {
             "generation": self._host.generation,
             "breaker": self._breaker.state,
@@ -183,7 +221,10 @@ class Connection(ForkAware):
         if stopped is not None:
             return False, stopped, facts
         if self._breaker.state != "closed":
-            return False, "the HSM is unavailable", facts
+            return False, f"the HSM is unavailable ({self._breaker.reason})", facts
+        trouble = self._trouble
+        if trouble is not None:
+            return False, trouble, facts
         return connected is not None, "ready" if connected else "not connected yet", facts
 
     def close(self) -> None:
@@ -209,14 +250,42 @@ class Connection(ForkAware):
         self._connector.reset()
         self._pending.reset()
 
+    def _needs_trial(self) -> bool:
+        """Whether it is not known that calls succeed, and may be found out."""
+        if self._gate.closed or self._connector.login.stopped is not None:
+            return False
+        connected = self._connector.connected
+        return (
+            connected is None
+            or connected.generation != self._host.generation
+            or self._trouble is not None
+            or self._breaker.state != "closed"
+            or time.monotonic() - self._attempts.proved > PROOF_LIFETIME
+        )
+
     def _trial_call(self) -> None:
-        self.run(lambda _pooled: None)
+        try:
+            self.run(self._trial)
+        except HsmError as error:
+            self._trouble = str(error)
+            raise
+        self._trouble = None
 
     def _first_call(self) -> None:
         for pause in PAUSES:
             try:
-                return self._trial_call()
+                self.run(_connect_only)
+                break
             except TokenSelectionError:
                 sleep_with_jitter(pause)
                 self._host.restart(self._host.generation, self._settings.session_wait)
-        return self._trial_call()
+        else:
+            self.run(_connect_only)
+        self._trouble = None
+        with suppress(HsmError, *_TROUBLES):
+            # It opens without keys, too, so that they can be made; it is not ready then.
+            self._trial_call()
+
+
+def _connect_only(_pooled: PooledSession) -> None:
+    """Use no key: there may be none yet."""

@@ -8,20 +8,25 @@ exception is an error of the client's: it says nothing of the session.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-from pkcs11.exceptions import SessionCount
+from pkcs11.exceptions import PKCS11Error, SessionCount
 from pkcs11.types import Session
 
 from hsmwrap.errors import HsmResourceExhausted, PoolTimeout
 from hsmwrap.pkcs11.binding.objectlock import ObjectLock
+from hsmwrap.pkcs11.binding.returncodes import HsmLost, Remedy, recovery_of, said
 from hsmwrap.pkcs11.sessions.session import HandleEpoch, PooledSession, close_quietly
 
 CAP_LIFETIME = 2.0
 """Seconds until the HSM, which had no more sessions, is asked again whether it has."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class StalePool(Exception):
@@ -108,6 +113,10 @@ class PoolState:
             ticket.stale = True
             ticket.called.set()
         self.queue.clear()
+        return self.take_idle()
+
+    def take_idle(self) -> list[PooledSession]:
+        """Take all idle sessions out of the pool, to be closed."""
         idle, self.idle = self.idle, []
         self.total -= len(idle)
         return idle
@@ -156,6 +165,7 @@ class SessionPool:
         Raises:
             PoolTimeout: None became free in time.
             HsmResourceExhausted: The HSM token has no session for us at all.
+            HsmLost: It opens none, with a code that may mean anything.
             PKCS11Error: Opening one failed otherwise.
         """
         while True:
@@ -167,10 +177,17 @@ class SessionPool:
                 return PooledSession(
                     self._open(), self._is_logged_in, self._object_lock, self._epoch
                 )
-            except SessionCount:
-                self._failed_to_open(lower_cap=True)
-                if not self._state.total:
+            except PKCS11Error as error:
+                enough = _may_be_too_many(error)
+                self._failed_to_open(lower_cap=enough)
+                if enough and self._state.total:
+                    _log.warning("no more sessions", extra={"said": said(error), **self.facts()})
+                    continue
+                if isinstance(error, SessionCount):
                     raise HsmResourceExhausted("the HSM token has no free session") from None
+                if recovery_of(error) is None:
+                    raise HsmLost(said(error), error) from None
+                raise
             except BaseException:
                 self._failed_to_open(lower_cap=False)
                 raise
@@ -182,6 +199,14 @@ class SessionPool:
             self._state.serve()
         if not kept:
             self._discard(session.session)
+
+    def close_idle(self) -> None:
+        """Close the idle sessions: one was dead, and others may have died with it."""
+        with self._lock:
+            idle = self._state.take_idle()
+            self._state.serve()
+        for pooled in idle:
+            self._discard(pooled.session)
 
     def close(self) -> None:
         """Close the idle sessions and open no more; those on loan are closed as they come back."""
@@ -263,3 +288,13 @@ class SessionPool:
                 unclosed, self._unclosed = self._unclosed, []
             for session in unclosed:
                 self._discard(session)
+
+
+def _may_be_too_many(error: PKCS11Error) -> bool:
+    """Whether C_OpenSession may mean that there are enough sessions.
+
+    SESSION_COUNT says so; HSM tokens say it by no memory, too, and by any code that has no meaning
+    there (ARGUMENTS_BAD, a vendor's own).
+    """
+    recovery = recovery_of(error)
+    return recovery is None or recovery.remedy in {Remedy.FEWER_SESSIONS, Remedy.REAP}

@@ -2,11 +2,15 @@
 
 HSM tokens lock after a few wrong PINs, some for good. So after a refusal the backend stops all
 logins for as long as it is open, and before each login the token is asked whether the next try may
-be the last.
+be the last. An answer that may be a refusal counts as one the third time in a row.
+
+USER_PIN_COUNT_LOW says that the last PIN that was tried on the token was wrong, by whichever
+program. A PIN that this process has logged in with is tried all the same; another one once.
 """
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
@@ -14,23 +18,35 @@ from pkcs11.constants import TokenFlag
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.types import Session
 
-from hsmwrap.errors import HsmUnavailable, PinError
+from hsmwrap.errors import HsmUnavailable, HsmwrapError, PinError
 from hsmwrap.pkcs11.binding.module import Module
-from hsmwrap.pkcs11.binding.returncodes import Remedy, is_vendor_defined, recovery_of, said
-from hsmwrap.pkcs11.token.pin import PinSource
-
-VENDOR_LOGINS = 3
-"""Answers to C_Login in a row with a vendor's own code, until no more is tried."""
-
-_DOUBTFUL_PIN = (
-    TokenFlag.USER_PIN_COUNT_LOW,
-    TokenFlag.USER_PIN_FINAL_TRY,
-    TokenFlag.USER_PIN_LOCKED,
+from hsmwrap.pkcs11.binding.returncodes import (
+    HsmLost,
+    Remedy,
+    is_vendor_defined,
+    recovery_of,
+    said,
 )
+from hsmwrap.pkcs11.token.pin import Pin, PinSource
+
+UNKNOWN_LOGINS = 3
+"""Answers to C_Login in a row that may mean a wrong PIN, until no more is tried."""
+
+_LAST_TRY = TokenFlag.USER_PIN_FINAL_TRY | TokenFlag.USER_PIN_LOCKED
+_WARNINGS = TokenFlag.USER_PIN_COUNT_LOW | _LAST_TRY
+
+_refused: set[bytes] = set()
+"""Serial numbers of HSM tokens that refused a PIN of this process after the last right one."""
+
+_log = logging.getLogger(__name__)
 
 
-class VendorLogin(HsmUnavailable):
-    """C_Login answered with a vendor's own code, which may be its word for a refused PIN."""
+class NoLogin(HsmUnavailable):
+    """Not logged in: C_Login may have refused the PIN, or the PIN cannot be read again."""
+
+
+class UnknownLogin(HsmLost):
+    """C_Login answered with a code that says nothing of the PIN, or may be a refusal."""
 
 
 class UserLogin:
@@ -48,7 +64,8 @@ class UserLogin:
         self.stopped: str | None = None
         self._pin = pin
         self._force = force
-        self._vendor_logins = 0
+        self._worked = False
+        self._unknown_answers = 0
 
     def require_not_stopped(self) -> None:
         """Return if there may be another login.
@@ -60,31 +77,48 @@ class UserLogin:
         if self.stopped is not None:
             raise PinError(self.stopped)
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the last answer to C_Login may have been a refusal."""
+        return self._unknown_answers > 0
+
     def log_in(self, module: Module, session: Session) -> None:
         """Log in through a session that was opened without PIN; the caller holds a lock.
 
         Raises:
             PinError: Refused, now or before, or the next wrong PIN may lock the HSM token.
-            VendorLogin: Perhaps refused.
+            NoLogin: Perhaps refused, or a PIN that was read before cannot be read now.
             PKCS11Error: The HSM token does not answer.
         """
-        if self._pin is None and not flags_of(session) & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
+        flags = flags_of(session)
+        if self._pin is None and not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
             return
         self.require_not_stopped()
-        self._heed_warnings(session)
+        serial = bytes(session.token.serial)
+        self._heed_warnings(flags, serial)
         try:
-            typed: AbstractContextManager[None] = nullcontext()
-            with typed if self._pin is None else self._pin.read() as pin:
+            with self._read_pin() as pin:
                 module.log_in(session, pin)
         except PKCS11Error as error:
-            answer, recovery = said(error), recovery_of(error)
             # Here and not where it is recovered from: no other thread may log in in between.
-            if recovery is not None and recovery.remedy is Remedy.STOP:
-                self.stop(answer)
-            if is_vendor_defined(error):
-                self._doubt(answer)
+            recovery = recovery_of(error)
+            if recovery is None or recovery.remedy is Remedy.STOP:
+                _refused.add(serial)
+                self._refuse(error, warned=bool(flags & _WARNINGS))
             raise
-        self._vendor_logins = 0
+        self._worked = True
+        self._unknown_answers = 0
+        _refused.discard(serial)
+
+    def _read_pin(self) -> AbstractContextManager[Pin | None]:
+        if self._pin is None:
+            return nullcontext()
+        try:
+            return self._pin.read()
+        except HsmwrapError as error:
+            if not self._worked:
+                raise
+            raise NoLogin(f"cannot log in again: {error}") from None
 
     def stop(self, answer: str) -> NoReturn:
         """Allow no more logins, because of this answer (:func:`said`).
@@ -98,21 +132,37 @@ class UserLogin:
         )
         raise PinError(self.stopped)
 
-    def _heed_warnings(self, session: Session) -> None:
-        flags = flags_of(session)
-        doubtful = [str(flag.name) for flag in _DOUBTFUL_PIN if flags & flag]
-        if doubtful and not self._force:
-            raise PinError(
-                f"not logging in: the HSM token says {', '.join(doubtful)}, so a wrong PIN may "
-                "lock it. Check the PIN, then set force_login once"
-            )
+    def _heed_warnings(self, flags: TokenFlag, serial: bytes) -> None:
+        """Return if a login may be tried.
 
-    def _doubt(self, answer: str) -> NoReturn:
-        """A few tries, each after the breaker's backoff."""
-        self._vendor_logins += 1
-        if self._vendor_logins >= VENDOR_LOGINS:
+        Raises:
+            PinError: A wrong PIN may lock the HSM token.
+        """
+        flags &= _WARNINGS
+        if not flags or self._force:
+            return
+        said_so = ", ".join(str(flag.name) for flag in TokenFlag if flag & flags)
+        if flags & _LAST_TRY or (serial in _refused and not self._worked):
+            raise PinError(
+                f"not logging in: the HSM token says {said_so}, so a wrong PIN may lock it. Check "
+                "the PIN, then set force_login once"
+            )
+        _log.warning("the last PIN given to the HSM token was wrong", extra={"flags": said_so})
+
+    def _refuse(self, error: PKCS11Error, *, warned: bool) -> NoReturn:
+        """A refused PIN stops at once; another answer the third time, or where it was a last try.
+
+        A vendor's code is tried again after the breaker's backoff. Others may be a collision with
+        another process (field note 35): they are tried again at once.
+        """
+        answer = said(error)
+        self._unknown_answers += 1
+        once = recovery_of(error) is not None or (warned and not self._worked)
+        if once or self._unknown_answers >= UNKNOWN_LOGINS:
             self.stop(answer)
-        raise VendorLogin(answer)
+        if is_vendor_defined(error):
+            raise NoLogin(answer)
+        raise UnknownLogin(answer, error)
 
 
 def flags_of(session: Session) -> TokenFlag:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from pkcs11.constants import Attribute, ObjectClass
@@ -24,7 +25,7 @@ from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken
 from hsmwrap.pkcs11.binding import objects
-from hsmwrap.pkcs11.binding.client_errors import map_client_errors
+from hsmwrap.pkcs11.binding.client_errors import map_damage
 from hsmwrap.pkcs11.binding.templates import (
     NestedTemplate,
     Template,
@@ -143,7 +144,8 @@ class WrappingKeyStore:
 
         Raises:
             InvalidImportToken: The key, or the key-encryption key that sealed it, is gone, or
-                the blob does not open.
+                the blob is damaged.
+            PKCS11Error: The HSM token does not unwrap it, for another reason.
             ProtectionNotKept: The key would be readable.
         """
         role, number, data = parse_ref(ref)
@@ -153,12 +155,13 @@ class WrappingKeyStore:
         kek = self.keys.find(pooled, role, number)
         if kek is None:
             raise InvalidImportToken("the key set that sealed this import token was retired")
+        damaged = InvalidImportToken("the private key in this import token does not unwrap")
         private = objects.unwrap(
             kek,
             data,
             self.features.fit(self.keys.unwrapped_template(role)),
             mechanism=self.features.key_wrap,
-            answers=map_client_errors(kek, error=InvalidImportToken),
+            answers=map_damage(damaged, partial(unwrap_another, pooled, self.keys, self.features)),
             way=self.features.ways.sealed_private,
         )
         try:
@@ -166,14 +169,34 @@ class WrappingKeyStore:
         finally:
             private.destroy()
 
-    @staticmethod
-    def _find_resident(pooled: PooledSession, object_id: bytes) -> Any:
+    def _find_resident(self, pooled: PooledSession, object_id: bytes) -> Any:
         found = pooled.find({Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.ID: object_id})
         if not found:
+            self.keys.look(pooled)  # is anything there?
             raise InvalidImportToken("the wrapping key of this import token is gone")
         # Two may be one (see hsmwrap.pkcs11.wrapping.material). A planted one opens nothing that
         # was encrypted under the public key that the client got: it denies, as destroying would.
         return found[0]
+
+
+def unwrap_another(pooled: PooledSession, keys: KeySets, features: TokenFeatures) -> None:
+    """Wrap and unwrap a new key under a key-encryption key of ours: does C_UnwrapKey work?
+
+    Raises:
+        PKCS11Error: It does not.
+    """
+    number = keys.current(pooled)
+    kek = keys.find(pooled, Role.MATERIAL_AES, number)
+    if kek is None:
+        return  # this key set needs none
+    template = features.fit(intermediate(trusted=keys.trusts(number)))
+    made = objects.generate_key(pooled.session, template, 32)
+    blob = kek.wrap_key(made, mechanism=features.key_wrap)
+    made.destroy()
+    becomes = features.fit(keys.material_template(Role.MATERIAL_AES, number))
+    objects.unwrap(
+        *(kek, blob, becomes), mechanism=features.key_wrap, way=features.ways.sealed_secret
+    ).destroy()
 
 
 _ACTIVE = frozenset({Attribute.UNWRAP, Attribute.DECRYPT, Attribute.DERIVE, Attribute.SIGN})

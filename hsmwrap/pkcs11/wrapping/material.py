@@ -21,6 +21,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 from pkcs11.constants import Attribute, ObjectClass
@@ -40,6 +41,7 @@ from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import (
     attribute_reads,
     map_client_errors,
+    map_damage,
     may_leave_an_object,
 )
 from hsmwrap.pkcs11.binding.objects import Way
@@ -47,7 +49,7 @@ from hsmwrap.pkcs11.binding.templates import Template, stored
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, KeySets, Role
 from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.pkcs11.wrapping.custody import OBJECT_ID_LENGTH, intermediate
+from hsmwrap.pkcs11.wrapping.custody import OBJECT_ID_LENGTH, intermediate, unwrap_another
 from hsmwrap.pkcs11.wrapping.features import CheckMethod, TokenFeatures
 
 ROLE_OF = {KeySpec.ALIYUN_AES_256: Role.MATERIAL_AES, KeySpec.ALIYUN_SM4: Role.MATERIAL_SM4}
@@ -171,7 +173,7 @@ class MaterialStore:
         if self.custody is Custody.HSM_ENCRYPTED_DATABASE:
             data = _HEAD.pack(_VERSION, number) + blob
             return KeyRef(self.backend, key_spec, self.custody, data), check
-        kek = self._kek(pooled, ROLE_OF[key_spec], number)
+        kek = self.keys.opening(pooled, ROLE_OF[key_spec], number)
         final = self.features.fit(self._final(key_spec, pending.object_id, number))
         with pooled.creating(pending):
             objects.unwrap(
@@ -186,7 +188,9 @@ class MaterialStore:
         """Yield the key object for the length of a ``with`` block.
 
         Raises:
-            KeyNotFound: The key, or the key-encryption key that sealed it, is gone.
+            KeyNotFound: The key, or the key-encryption key that sealed it, is gone, or the blob is
+                damaged.
+            PKCS11Error: The HSM token does not unwrap it, for another reason.
             ProtectionNotKept: The key would be readable.
         """
         number, data = parse_key_ref(ref)
@@ -194,13 +198,14 @@ class MaterialStore:
             yield self._find(pooled, data)
             return
         role = ROLE_OF[ref.key_spec]
-        kek = self._kek(pooled, role, number)
+        kek = self.keys.opening(pooled, role, number)
+        damaged = KeyNotFound("the key's blob is damaged, or another key-encryption key sealed it")
         key = objects.unwrap(
             kek,
             data,
             self.features.fit(self.keys.material_template(role, number)),
             mechanism=self.features.key_wrap,
-            answers=map_client_errors(kek, error=KeyNotFound),
+            answers=map_damage(damaged, partial(unwrap_another, pooled, self.keys, self.features)),
             way=self.features.ways.sealed_secret,
         )
         try:
@@ -296,12 +301,6 @@ class MaterialStore:
             return objects.generate_key(session, template, length)
         return objects.create(session, template, secrets.token_bytes(length), way=way)
 
-    def _kek(self, pooled: PooledSession, role: Role, number: int) -> Any:
-        kek = self.keys.find(pooled, role, number)
-        if kek is None:
-            raise KeyNotFound(f"key set {number}, which sealed this key, was retired")
-        return kek
-
     # --- without -----------------------------------------------------------------------------
 
     def _make_object(
@@ -365,6 +364,7 @@ class MaterialStore:
         usable = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.ENCRYPT: True}
         found = pooled.find(usable | {Attribute.ID: object_id})
         if not found:
+            self.keys.look(pooled)  # is anything there?
             raise KeyNotFound("the key object is not in the HSM token (any more)")
         if not self._are_one_key(found):
             raise KeyNotFound("more than one key in the HSM token has the id of this one")
@@ -392,7 +392,8 @@ class MaterialStore:
         check = self.features.check
         if len(found) == 1 or check is None:
             return len(found) == 1
-        return len({_aes_check(check, each, error=KeyNotFound) for each in found}) == 1
+        with attribute_reads():
+            return len({check.of(each) for each in found}) == 1
 
 
 def _told_length(material: Any) -> int | None:
