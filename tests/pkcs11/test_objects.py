@@ -19,7 +19,7 @@ FINAL = stored(ENCRYPTS, b"id", "label")
 READABLE = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
 MAKERS = {"unwrap_key", "generate_key", "generate_keypair", "create_object", "copy"}
 # Keys for trials, which are destroyed at once.
-TRIALS = {"hardening.py", "movability.py", "origin.py", "probe.py", "protections.py"}
+TRIALS = {"hardening.py", "movability.py", "needs.py", "origin.py", "probe.py", "protections.py"}
 
 
 class Key:

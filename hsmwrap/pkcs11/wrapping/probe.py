@@ -641,7 +641,6 @@ class Probe:
             becomes=private_key(KeyType.RSA, Attribute.UNWRAP),
             private=private,
             trusted=self._keys.trusts(self._number),
-            lacks=self.features.refused,
         )
         return protections.tried(
             self._session,

@@ -79,14 +79,12 @@ class OwnKey:
         becomes: The only template that it unwraps into: of an RSA private key.
         private: An extractable RSA private key to wrap; None where there are none.
         trusted: Whether it is CKA_TRUSTED.
-        lacks: Hardening attributes that it was made without.
     """
 
     key: Any
     becomes: Template
     private: Any
     trusted: bool
-    lacks: frozenset[Attribute]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,15 +234,16 @@ class _Trials:
         self, attribute: Attribute, attacks: Sequence[_Attack], bare_kek: Any
     ) -> Protection:
         own = self._own
+        if attribute not in self._fit({attribute: None}):
+            return _told(attribute, Outcome.NOT_HONOURED, "The HSM token makes no key with it.")
         if own is None:
             control = "The HSM token has no key-encryption key to try it on."
             return _told(attribute, Outcome.NOT_PROVABLE, control)
-        key = None if attribute in own.lacks else own.key
         # It differs from the control in more than the attribute: what it is for has to work.
-        if key and not self._try(partial(self._is_unwrapped, {}, key)):
+        if not self._try(partial(self._is_unwrapped, {}, own.key)):
             control = "Nothing shows it: no RSA private key was wrapped and unwrapped as intended."
             return _told(attribute, Outcome.NOT_PROVABLE, control)
-        return self._judged(attribute, attacks, lambda: key, lambda: bare_kek)
+        return self._judged(attribute, attacks, lambda: own.key, lambda: bare_kek)
 
     def _trusted(self) -> Protection:
         plain = self._template() | {Attribute.PRIVATE: False}
