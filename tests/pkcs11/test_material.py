@@ -1,5 +1,6 @@
 """Material on a token without AES key wrap: its length is what the token tells, if it does."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -59,3 +60,26 @@ def test_other_material_is_refused(told):
     with pytest.raises(InvalidKeyMaterial):
         check_value_of(Key(32), told=told, expected=CHECK[:-1] + b"\x01")
     assert check_value_of(Key(32), told=told, expected=CHECK) == CHECK
+
+
+@pytest.mark.parametrize("session_objects", [True, False])
+def test_where_session_objects_are_refused_the_trial_has_the_id_of_the_key(session_objects):
+    """Whatever a failed import leaves in the token is found by that id."""
+    features = TokenFeatures(value_length=True, session_objects=session_objects)
+    store = MaterialStore("pkcs11", KeySets("p"), "p", Custody.HSM_INTERNAL, features)
+    made = []
+    source = SimpleNamespace(
+        make_object=lambda _session, template: made.append(template) or Key(32),
+        check_value=lambda: CHECK,
+        way=None,
+    )
+    pooled = SimpleNamespace(session=None, tainted=False, creating=lambda _pending: nullcontext())
+    pending = SimpleNamespace(object_id=bytes(range(16)))
+    ref, check = store._make_object(pooled, source, KeySpec.ALIYUN_AES_256, None, pending)
+    assert (ref.custody, ref.data, check) == (Custody.HSM_INTERNAL, pending.object_id, CHECK)
+
+    trial, final = made
+    assert (final[Attribute.TOKEN], final[Attribute.ID]) == (True, pending.object_id)
+    assert not trial[Attribute.EXTRACTABLE]
+    assert bool(trial.get(Attribute.TOKEN)) is not session_objects
+    assert trial.get(Attribute.ID) == (None if session_objects else pending.object_id)

@@ -1,0 +1,94 @@
+"""One attempt at an operation: what it does to its session, and which errors it ends with."""
+
+import time
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+from pkcs11.exceptions import PinIncorrect, SessionHandleInvalid
+from pkcs11.types import Object
+
+from hsmwrap.errors import PinError
+from hsmwrap.pkcs11.sessions.recovery import Attempts
+
+
+class Pool:
+    """Lends one session."""
+
+    def __init__(self):
+        self.session = SimpleNamespace(tainted=False, lock=SimpleNamespace(read=nullcontext))
+        self.released = []
+
+    def acquire(self, _deadline):
+        return self.session
+
+    def release(self, session):
+        self.released.append(session)
+
+
+class Host:
+    """A module that is there; tells how long the callers would have waited for it."""
+
+    generation = 7
+
+    def __init__(self):
+        self.waits = []
+
+    @contextmanager
+    def inside(self, wait):
+        self.waits.append(wait)
+        yield "module", self.generation
+
+
+def attempts(connector, host=None):
+    return Attempts(host or Host(), connector, None, None, session_wait=1.0)
+
+
+def raising(error):
+    def operation(_session):
+        raise error
+
+    return operation
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), KeyboardInterrupt(), AttributeError("of ours")])
+def test_a_session_that_saw_an_error_that_no_client_causes_is_not_used_again(error):
+    pool = Pool()
+    with pytest.raises(type(error)):
+        Attempts._lend(pool, raising(error), 0.0)
+    assert pool.session.tainted
+    assert pool.released == [pool.session]
+
+
+def test_an_object_without_methods_is_a_session_that_failed():
+    """python-pkcs11 gives one whose attributes it could not read no methods."""
+    pool = Pool()
+    with pytest.raises(SessionHandleInvalid):
+        Attempts._lend(pool, raising(AttributeError("encrypt", obj=Object.__new__(Object))), 0.0)
+    assert pool.session.tainted
+    assert pool.released == [pool.session]
+
+
+def test_a_session_whose_operation_succeeds_stays_good():
+    pool = Pool()
+    assert Attempts._lend(pool, lambda _session: "done", 0.0) == "done"
+    assert not pool.session.tainted
+    assert pool.released == [pool.session]
+
+
+def test_a_call_whose_time_is_over_does_not_wait_for_the_module():
+    host, pool = Host(), Pool()
+    connected = SimpleNamespace(logins=0, pool=pool)
+    trying = attempts(SimpleNamespace(connect=lambda *_: connected), host)
+    assert trying._attempt(lambda _session: "done", time.monotonic() - 5, None) == "done"
+    assert host.waits == [0]
+
+
+def test_a_pin_that_is_refused_on_the_way_is_a_typed_error():
+    def log_in_again(_module, _generation, _logins):
+        raise PinIncorrect
+
+    with pytest.raises(PinError):
+        attempts(SimpleNamespace(log_in_again=log_in_again))._log_in_again(
+            SimpleNamespace(logins=1)
+        )
