@@ -65,8 +65,7 @@ def told_by(session: Session) -> frozenset[Attribute]:
     base = base or _made(partial(generate, capabilities=uses))
     if base is None:
         return frozenset()
-    ways = [partial(_create, session)]
-    ways += [partial(_unwrap, session, base, mechanism) for mechanism in AES_KEY_WRAPS]
+    ways = [partial(_create, session), partial(_unwrap, session, base)]
     ways += [partial(_derive, base, *derivation) for derivation in derivations]
     try:
         told = _said(base)
@@ -101,13 +100,23 @@ def _create(session: Session) -> Any:
     )
 
 
-def _unwrap(session: Session, base: Any, mechanism: Mechanism) -> Any:
+def _unwrap(session: Session, base: Any) -> Any:
     key = _create(session)
     try:
-        blob = base.wrap_key(key, mechanism=mechanism)
+        mechanism, blob = _wrapped(base, key)
     finally:
         _discard(key)
     return base.unwrap_key(ObjectClass.SECRET_KEY, KeyType.AES, blob, mechanism=mechanism)
+
+
+def _wrapped(base: Any, key: Any) -> tuple[Mechanism, bytes]:
+    first, second = AES_KEY_WRAPS
+    try:
+        return first, base.wrap_key(key, mechanism=first)
+    except PKCS11Error as error:
+        if recovery_of(error) is not None:
+            raise
+    return second, base.wrap_key(key, mechanism=second)
 
 
 def _derive(base: Any, mechanism: Mechanism, parameter: Any) -> Any:

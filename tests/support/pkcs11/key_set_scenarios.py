@@ -60,7 +60,8 @@ def seals_under(settings, key_set):
 
 # First it is tried whether the HSM token tells where a key is from: with one session key that is
 # generated, and five that are created, unwrapped and derived (hsmwrap.pkcs11.keysets.origin).
-MAKING = range(2, 2 + len(Role))
+# Then three keys show which own keys it can use (hsmwrap.pkcs11.keysets.needs).
+MAKING = range(5, 5 + len(Role))
 """Which calls of C_GenerateKey make a key set."""
 RETIRING = range(7, 7 + len(Role))
 """Which calls of C_DestroyObject retire one."""
