@@ -40,8 +40,10 @@ class Host:
         yield "module", self.generation
 
 
-def attempts(connector, host=None):
-    return Attempts(host or Host(), connector, None, None, session_wait=1.0)
+def attempts(connector, host=None, breaker=None):
+    return Attempts(
+        host or Host(), connector, breaker, None, session_wait=1.0, trial=lambda _session: None
+    )
 
 
 def raising(error):
@@ -92,3 +94,15 @@ def test_a_pin_that_is_refused_on_the_way_is_a_typed_error():
         attempts(SimpleNamespace(log_in_again=log_in_again))._log_in_again(
             SimpleNamespace(logins=1)
         )
+
+
+def test_a_module_that_is_back_is_restarted_once():
+    host, told, restarted = Host(), [], []
+    host.restart = lambda seen, _wait: restarted.append(seen)
+    login = SimpleNamespace(in_doubt=False)
+    connected = SimpleNamespace(logins=1, pool=Pool())
+    connector = SimpleNamespace(connect=lambda *_: connected, login=login)
+    breaker = SimpleNamespace(is_current=lambda _held: True, succeeded=told.append)
+    trying = attempts(connector, host, breaker)
+    trying._restart(SimpleNamespace(generation=6, held="held", said="lost"))
+    assert (restarted, told) == ([6], ["held"])
