@@ -57,7 +57,7 @@ def public_key_der(public: Any) -> bytes:
         HsmError: The token's CKA_EC_POINT is not a point of the curve.
     """
     told = bytes(read(public, Attribute.EC_POINT))
-    head = _POINT_HEADS.get(len(told), b"")
+    head = _POINT_HEADS.get(len(told), told)
     point = b"\x04" + told[len(head) :] if told.startswith(head) else told
     try:
         decode_point(point)
