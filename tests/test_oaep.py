@@ -180,3 +180,13 @@ def test_mgf1_hashes_no_block_more_than_it_needs(monkeypatch, length, blocks):
     monkeypatch.setattr(hashlib, "new", lambda name, *data: hashed.extend(data) or new(name, *data))
     assert len(mgf1(b"seed", length, "sha1")) == length
     assert hashed == [b"seed" + counter.to_bytes(4) for counter in range(blocks)]
+
+
+@each_hash
+def test_the_shortest_block_holds_an_empty_message(hash_name):
+    block = hashlib.new(hash_name).digest() + b"\x01"
+    shortest = encode_block(seed_for(hash_name), block, hash_name)
+    assert len(shortest) == 2 * hashlib.new(hash_name).digest_size + 2
+    assert decode(shortest, hash_name) == b""
+    with pytest.raises(InvalidKeyMaterial):
+        decode(shortest[:-1], hash_name)

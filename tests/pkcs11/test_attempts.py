@@ -9,6 +9,7 @@ from pkcs11.exceptions import PinIncorrect, SessionHandleInvalid
 from pkcs11.types import Object
 
 from hsmwrap.errors import PinError
+from hsmwrap.pkcs11.sessions.pool import StalePool
 from hsmwrap.pkcs11.sessions.recovery import Attempts
 
 
@@ -106,3 +107,18 @@ def test_a_module_that_is_back_is_restarted_once():
     trying = attempts(connector, host, breaker)
     trying._restart(SimpleNamespace(generation=6, held="held", said="lost"))
     assert (restarted, told) == ([6], ["held"])
+
+
+def test_a_call_that_waited_while_the_module_was_restarted_begins_again():
+    answers, told = [StalePool(), SimpleNamespace(logins=1, pool=Pool())], []
+
+    def connect(_module, _generation):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    breaker = SimpleNamespace(check=lambda: "held", succeeded=told.append)
+    trying = attempts(SimpleNamespace(connect=connect), breaker=breaker)
+    assert trying.attempt(lambda _session: "done") == "done"
+    assert (answers, told) == ([], ["held"])
