@@ -368,11 +368,18 @@ class Probe:
         ways = [(p, source) for p in (ImportPath.UNWRAP, ImportPath.DECRYPT) for source in native]
         ways += [(ImportPath.RAW, OAEP_SOURCES[0])] if oaep else []
         for path, source in ways:
-            # What an odd parameter is answered says less than what the standard one is.
-            told = tried if source == OAEP_SOURCES[0] else []
             attempt = partial(self._rsa_import, algorithm, path, source, client, held)
-            if self._row(algorithm, path, attempt, told):
+            answers: list[FailedTrial] = []
+            if self._row(algorithm, path, attempt, answers):
                 break
+            # The other source field is of interest where it makes a difference.
+            known = [replace(each, step="") for each in tried]
+            odd = "" if source == OAEP_SOURCES[0] else f" (source field {source})"
+            tried += [
+                replace(each, step=each.step + odd)
+                for each in answers
+                if not odd or replace(each, step="") not in known
+            ]
         self._told(algorithm, tried)
 
     def _rsa_import(

@@ -16,7 +16,7 @@ from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, Wrappin
 from hsmwrap.ckr import answered
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.pkcs11.wrapping.features import RSA_ALGORITHMS, TokenFeatures
+from hsmwrap.pkcs11.wrapping.features import RSA_ALGORITHMS, ImportPath, TokenFeatures
 from hsmwrap.pkcs11.wrapping.material import material_custody
 
 
@@ -67,7 +67,8 @@ def _wrapping(settings: Pkcs11Settings, features: TokenFeatures) -> Iterator[Wra
 def _why_host(algorithm: WrappingAlgorithm, tried: tuple[FailedTrial, ...]) -> str:
     if algorithm is WrappingAlgorithm.SM2PKE:
         return "PKCS#11 has no unwrapping by SM2PKE: its decryption ends in the host."
-    unwrapping = next((_what(t) for t in tried), "it was not tried")
+    steps = [t for t in tried if ImportPath.UNWRAP.description in t.step]
+    unwrapping = "; ".join(_what(t) for t in steps) or "it was not tried"
     return f"The HSM token does not unwrap by {algorithm}: {unwrapping}."
 
 

@@ -115,7 +115,13 @@ QUIRKS = (
     ),
     Quirk(R.NO_RAW_RSA, without(SOFTHSM, OAEP256), (refused("C_DecryptInit", "CKM_RSA_X_509"),)),
     Quirk(R.NO_ECDH, without(SOFTHSM, SM2PKE), (refused("C_DeriveKey", "CKM_ECDH1_DERIVE"),)),
-    Quirk(R.OAEP_SOURCE_ZERO),
+    Quirk(
+        R.OAEP_SOURCE_ZERO,
+        says=tuple(
+            refused("C_UnwrapKey", "CKM_RSA_PKCS_OAEP", code)
+            for code in ("CKR_MECHANISM_PARAM_INVALID (0x71)", "CKR_ARGUMENTS_BAD (0x7)")
+        ),
+    ),
     Quirk(R.HMAC_KEYS_ONLY),
     Quirk(R.ONE_SESSION),
     Quirk(R.LOGIN_PER_SESSION),
