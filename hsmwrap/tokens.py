@@ -238,8 +238,8 @@ def _prefixed(length: struct.Struct, data: bytes) -> bytes:
 
 def _take(length: struct.Struct, body: bytes, at: int) -> tuple[bytes, int]:
     start = at + length.size
-    end = start + length.unpack_from(body, at)[0]
-    return body[start:end], end
+    (count,) = length.unpack_from(body, at)
+    return body[start : start + count], start + count
 
 
 def _member(members: Sequence[_T], code: int) -> _T:

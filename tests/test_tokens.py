@@ -160,6 +160,7 @@ def test_what_just_fits_is_taken():
         replace(EXAMPLE, cmk_id="x" * MAX_CMK_ID_LENGTH),
         replace(EXAMPLE, expires_at=datetime.fromtimestamp(0, UTC)),
     ]
+    assert MAX_CMK_ID_LENGTH == 255
     for claims in fitting:
         assert tokens.decode(tokens.encode(claims, mac), verify_mac) == claims
     with pytest.raises(HsmError, match="4097 bytes, and 4096 is the most"):
