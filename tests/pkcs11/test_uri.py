@@ -282,3 +282,18 @@ def test_p11_kit_reads_what_is_written_and_the_reverse(p11_kit, uri, fields):
 
 def test_replace_keeps_working():
     assert replace(Pkcs11Uri(token="A"), serial="1").to_uri() == "pkcs11:token=A;serial=1"
+
+
+@pytest.mark.parametrize("before", ["", "object=B;"])
+def test_a_stray_pin_is_shown_by_its_position(before):
+    uri = f"pkcs11:{before}token=A&pin-value=1234"
+    with pytest.raises(
+        ConfigurationError, match=rf"character {uri.index('&') + 1}: a PIN attribute"
+    ):
+        parse(uri)
+
+
+def test_a_uri_with_a_pin_has_the_hash_of_one_without():
+    """A PIN that is overwritten would change it."""
+    one = parse("pkcs11:token=A?pin-value=1234", allow_pin_value=True)
+    assert hash(one) == hash(parse("pkcs11:token=A"))
