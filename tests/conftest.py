@@ -4,6 +4,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from support import fast, memory_disk, rsa_pairs, skips
+from support.pkcs11 import keys_command
 from support.pkcs11.objects import destroy_imported
 
 from hsmwrap.testing.softhsm import SoftHsm
@@ -46,6 +47,7 @@ TOKEN = pytest.StashKey[SoftHsm]()
 def softhsm(request):
     """The private token of this process, by the fixture that embedders use."""
     fast.needs_service()
+    keys_command.use()
     token = request.getfixturevalue("hsmwrap_softhsm")
     request.config.stash[TOKEN] = token
     return token
