@@ -206,12 +206,17 @@ class FaultedBackend:
         self.backend.close()
         self.backend = self.open()
         self.arm()
+        met = None
         try:
             self.backend.capabilities()
-        finally:
-            self.disarm()
-            self.recover(probed=False)
-            assert self.backend.capabilities() == self.undisturbed
+        except HsmwrapError as error:
+            met = error
+        # Not while that is handled: the report has the return codes behind errors.
+        self.disarm()
+        self.recover(probed=False)
+        assert self.backend.capabilities() == self.undisturbed
+        if met is not None:
+            raise met
         return True
 
     # --- the backend's own keys, under another prefix; with the SO PIN, so no user is logged in
