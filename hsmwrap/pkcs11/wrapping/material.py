@@ -293,11 +293,7 @@ class MaterialStore:
         finally:
             material.destroy()
         if refused is not None:
-            answer = refused.__context__
-            try:
-                raise refused
-            finally:  # raising puts what a caller is handling in its place
-                refused.__context__ = answer
+            raise refused
 
     def _stand_in(self, session: Session, template: Template, key_spec: KeySpec, way: Way) -> Any:
         length = key_spec.material_length
