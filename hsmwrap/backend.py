@@ -329,6 +329,74 @@ class ManagesKeySets(Ability):
         """
 
 
+class ClonesKeySets(Ability):
+    """For backends whose key sets can be copied to another HSM, never in plaintext outside one.
+
+    Three steps, on two machines if the HSMs never share one. What was sealed on one side opens on
+    the other. Called while no backend is open.
+    """
+
+    @classmethod
+    @abstractmethod
+    def make_transport_key(
+        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
+    ) -> KeySetFile:
+        """On the target: make a key that unwraps key sets and nothing else; its public half.
+
+        Raises:
+            UnsupportedOperation: This HSM cannot protect key sets that come from another one.
+        """
+
+    @classmethod
+    @abstractmethod
+    def export_keys(
+        cls,
+        settings: Mapping[str, Any],
+        transport_key: str,
+        fingerprint: str,
+        *,
+        so_pin_file: str | None = None,
+    ) -> KeySetFile:
+        """On the source: wrap all key sets that can be cloned for a transport key.
+
+        Args:
+            settings: As for :meth:`Backend.from_settings`.
+            transport_key: Content of the target's file.
+            fingerprint: Of that file, as the target showed it by another way.
+            so_pin_file: File with the security officer's PIN.
+
+        Raises:
+            ConfigurationError: The fingerprint is another one, or no key set can be cloned.
+        """
+
+    @classmethod
+    @abstractmethod
+    def import_keys(
+        cls,
+        settings: Mapping[str, Any],
+        exported: str,
+        fingerprint: str,
+        *,
+        so_pin_file: str | None = None,
+    ) -> tuple[KeySetInfo, ...]:
+        """On the target: unwrap key sets; those that are there already are left alone.
+
+        Args:
+            settings: As for :meth:`Backend.from_settings`.
+            exported: Content of the source's file.
+            fingerprint: Of that file, as the source showed it by another way.
+            so_pin_file: File with the security officer's PIN.
+
+        Returns:
+            All key sets of the target.
+
+        Raises:
+            ConfigurationError: The fingerprint is another one, the file is for another target, or
+                the target has another key set of the same id. Nothing was made.
+            HsmError: A key does not unwrap; nothing is kept of its key set.
+        """
+
+
 # --- what the calls take and return -------------------------------------------------------------
 
 
@@ -670,6 +738,19 @@ class KeySetInfo:
     current: bool
     detail: str
     finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class KeySetFile:
+    """A file of :class:`ClonesKeySets`: not a secret, but to be compared before it is used.
+
+    Attributes:
+        content: The text of the file.
+        fingerprint: SHA-256, 64 hexadecimal digits.
+    """
+
+    content: str
+    fingerprint: str
 
 
 MESSAGE_VERSION = 1

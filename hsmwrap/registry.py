@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from hsmwrap.backend import CONTRACT_VERSION, Backend, KeySetInfo, ManagesKeySets
+from hsmwrap.backend import (
+    CONTRACT_VERSION,
+    Backend,
+    ClonesKeySets,
+    KeySetFile,
+    KeySetInfo,
+    ManagesKeySets,
+)
 from hsmwrap.errors import (
     BackendLoadError,
     HsmwrapError,
@@ -123,6 +130,35 @@ class KeySetManager:
         """Destroy a key set that is not current."""
         declared, call = ManagesKeySets.retire_keys, self._plugin.retire_keys
         checked(self._name, declared, call, self._settings, key_set)
+
+    @strip_tracebacks
+    def make_transport_key(self, *, so_pin_file: str | None = None) -> KeySetFile:
+        """Make a key that key sets of another HSM are wrapped for."""
+        declared, call = ClonesKeySets.make_transport_key, self._cloning().make_transport_key
+        return checked(self._name, declared, call, self._settings, so_pin_file=so_pin_file)
+
+    @strip_tracebacks
+    def export(
+        self, transport_key: str, fingerprint: str, *, so_pin_file: str | None = None
+    ) -> KeySetFile:
+        """Wrap the key sets for a transport key; see :meth:`ClonesKeySets.export_keys`."""
+        declared, call = ClonesKeySets.export_keys, self._cloning().export_keys
+        arguments = self._settings, transport_key, fingerprint
+        return checked(self._name, declared, call, *arguments, so_pin_file=so_pin_file)
+
+    @strip_tracebacks
+    def import_exported(
+        self, exported: str, fingerprint: str, *, so_pin_file: str | None = None
+    ) -> tuple[KeySetInfo, ...]:
+        """Unwrap key sets; see :meth:`ClonesKeySets.import_keys`."""
+        declared, call = ClonesKeySets.import_keys, self._cloning().import_keys
+        arguments = self._settings, exported, fingerprint
+        return checked(self._name, declared, call, *arguments, so_pin_file=so_pin_file)
+
+    def _cloning(self) -> type[ClonesKeySets]:
+        if not issubclass(self._plugin, ClonesKeySets):
+            raise UnsupportedOperation(f"backend plug-in {self._name} does not clone key sets")
+        return self._plugin
 
 
 def load_all() -> tuple[dict[str, type[Backend]], dict[str, BackendLoadError]]:

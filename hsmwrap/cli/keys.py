@@ -55,6 +55,12 @@ the rotation, plus the max_age of key-pair pools, plus 60 seconds in which runni
 use the set that they know; by default 25 hours and a minute. Without --config nothing tells what
 the set sealed, so it takes --force. A set that `list` shows as not finished sealed nothing.
 
+A key set is cloned to another HSM token in three steps, with the SO PIN on both sides, never in
+plaintext outside a token: `transport-key --out FILE` on the target, `export --file FILE --out FILE`
+on the source, `import --file FILE` on the target. Each file has a fingerprint, which the next step
+takes by --fingerprint: compare it by another way than the file came, by telephone for example. What
+was sealed on one side then opens on the other, and import tokens hold.
+
 `reap` removes resident wrapping keys whose import tokens expired more than 15 minutes ago, also
 those of other processes.
 """
@@ -72,7 +78,13 @@ def add_parser(subparsers: Subparsers) -> None:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=("init", "rotate", "reseal", "retire", "list", "reap"))
+    parser.add_argument(
+        "action",
+        choices=(
+            *("init", "rotate", "reseal", "retire", "list", "reap"),
+            *("transport-key", "export", "import"),
+        ),
+    )
     parser.add_argument("key_set", nargs="?", help="the key set to retire; see above for when")
     add_backend_options(parser)
     parser.set_defaults(backend=None)
@@ -92,6 +104,13 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--force", action="store_true", help="retire: also what is needed; that is lost"
     )
+    parser.add_argument("--file", type=Path, help="export, import: the file of the step before")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="transport-key, export: new file")
+    parser.add_argument(
+        "--fingerprint",
+        metavar="HEX",
+        help="export, import: of --file, as the other side showed it",
+    )
     add_json_option(parser)
     parser.set_defaults(run=run)
 
@@ -107,7 +126,12 @@ def run(args: argparse.Namespace) -> int:
     so_pin_file = args.so_pin_file or os.environ.get(ENVIRONMENT["so_pin_file"])
     if args.action in {"init", "rotate"} and plugin == "pkcs11" and not so_pin_file:
         print(_WEAKER, file=sys.stderr)
-    if args.action == "init":
+    if args.action in {"transport-key", "export"}:
+        return _write_file(args, key_sets, so_pin_file)
+    if args.action == "import":
+        content, fingerprint = _confirmed(args)
+        key_sets.import_exported(content, fingerprint, so_pin_file=so_pin_file)
+    elif args.action == "init":
         key_sets.initialise(so_pin_file=so_pin_file)
     elif args.action == "rotate":
         key_sets.rotate(so_pin_file=so_pin_file)
@@ -116,6 +140,42 @@ def run(args: argparse.Namespace) -> int:
         key_sets.retire(args.key_set or "")
     _print(key_sets.list(), _usage(args, plugin, settings), as_json=args.json)
     return 0
+
+
+def _write_file(
+    args: argparse.Namespace, key_sets: registry.KeySetManager, so_pin_file: str | None
+) -> int:
+    """A step of cloning that makes a file: write it, and show its fingerprint."""
+    out: Path | None = args.out
+    if out is None or out.exists():
+        raise ConfigurationError(f"{args.action}: name a new file by --out FILE")
+    if args.action == "transport-key":
+        made = key_sets.make_transport_key(so_pin_file=so_pin_file)
+    else:
+        made = key_sets.export(*_confirmed(args), so_pin_file=so_pin_file)
+    try:
+        out.write_text(made.content, "utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"--out {out}: {error.strerror}") from None
+    if args.json:
+        print(tables.to_json({"file": str(out), "fingerprint": made.fingerprint}))
+    else:
+        print(f"{out}\nfingerprint {made.fingerprint}\nCompare it on the other side.")
+    return 0
+
+
+def _confirmed(args: argparse.Namespace) -> tuple[str, str]:
+    """The content of --file, and the fingerprint that was confirmed."""
+    if args.file is None or args.fingerprint is None:
+        raise ConfigurationError(
+            f"{args.action}: give --file FILE, and --fingerprint with what the other side showed; "
+            "do not take it from where the file came from"
+        )
+    try:
+        return args.file.read_text("utf-8"), args.fingerprint
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise ConfigurationError(f"--file {args.file}: {why}") from None
 
 
 def _usage(

@@ -18,11 +18,13 @@ from hsmwrap import backend as contract
 from hsmwrap.backend import (
     Backend,
     Capabilities,
+    ClonesKeySets,
     Custody,
     HasKeySets,
     Health,
     ImportedKey,
     KeyRef,
+    KeySetFile,
     KeySetInfo,
     Mac,
     ManagesKeySets,
@@ -34,6 +36,7 @@ from hsmwrap.backend import (
 )
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import (
+    ConfigurationError,
     HsmResourceExhausted,
     HsmwrapError,
     InvalidCiphertext,
@@ -43,7 +46,7 @@ from hsmwrap.pkcs11.binding.client_errors import map_client_errors
 from hsmwrap.pkcs11.binding.gcm import AesGcm
 from hsmwrap.pkcs11.binding.profiles import profile
 from hsmwrap.pkcs11.binding.templates import Template
-from hsmwrap.pkcs11.keysets import admin
+from hsmwrap.pkcs11.keysets import admin, cloning
 from hsmwrap.pkcs11.keysets.keys import KeySets, Role
 from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
@@ -96,7 +99,9 @@ class _Wrapped:
     key_spec: KeySpec
 
 
-class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSealsKeys):
+class Pkcs11Backend(
+    Backend, HasKeySets, ManagesKeySets, ClonesKeySets, ReapsWrappingKeys, ReSealsKeys
+):
     """CMKs of protection level HSM, on one HSM token."""
 
     contract_version: ClassVar[int] = 2
@@ -145,6 +150,41 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSe
     def retire_keys(cls, settings: Mapping[str, Any], key_set: str) -> None:
         """Destroy a key set that is not current."""
         admin.retire(Pkcs11Settings.from_mapping(settings), key_set)
+
+    @classmethod
+    def make_transport_key(
+        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
+    ) -> KeySetFile:
+        """Make a transport key in the HSM token; needs the SO PIN."""
+        made = cloning.make_transport_key(*_officer(settings, so_pin_file))
+        return KeySetFile(made.to_json(), made.fingerprint)
+
+    @classmethod
+    def export_keys(
+        cls,
+        settings: Mapping[str, Any],
+        transport_key: str,
+        fingerprint: str,
+        *,
+        so_pin_file: str | None = None,
+    ) -> KeySetFile:
+        """Wrap the movable key sets for a transport key; needs the SO PIN."""
+        wanted = cloning.TransportKey.from_json(transport_key)
+        made = cloning.export(*_officer(settings, so_pin_file), wanted, fingerprint)
+        return KeySetFile(made.to_json(), made.fingerprint)
+
+    @classmethod
+    def import_keys(
+        cls,
+        settings: Mapping[str, Any],
+        exported: str,
+        fingerprint: str,
+        *,
+        so_pin_file: str | None = None,
+    ) -> tuple[KeySetInfo, ...]:
+        """Unwrap key sets with the HSM token's transport key; needs the SO PIN."""
+        wrapped = cloning.WrappedSets.from_json(exported)
+        return cloning.import_sets(*_officer(settings, so_pin_file), wrapped, fingerprint)
 
     def __repr__(self) -> str:
         return f"<Pkcs11Backend {self.name} {self._connection!r}>"
@@ -429,6 +469,15 @@ class Pkcs11Backend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSe
                 origin_told=bool(self._keys.origin_told(pooled.session)),
             ),
         )
+
+
+def _officer(
+    settings: Mapping[str, Any], so_pin_file: str | None
+) -> tuple[Pkcs11Settings, PinFile]:
+    checked, so_pin = Pkcs11Settings.from_mapping(settings), _so_pin(so_pin_file)
+    if so_pin is None:
+        raise ConfigurationError("cloning key sets takes the security officer: give so_pin_file")
+    return checked, so_pin
 
 
 def _so_pin(path: str | None) -> PinFile | None:

@@ -18,8 +18,11 @@ ENCRYPTS = secret_key(KeyType.AES, Attribute.ENCRYPT) | {Attribute.WRAP_WITH_TRU
 FINAL = stored(ENCRYPTS, b"id", "label")
 READABLE = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
 MAKERS = {"unwrap_key", "generate_key", "generate_keypair", "create_object", "copy"}
-# Keys for trials, which are destroyed at once.
-TRIALS = {"hardening.py", "movability.py", "needs.py", "origin.py", "probe.py", "protections.py"}
+# Keys for trials, which are destroyed at once, and the public half of a transport key.
+TRIALS = {
+    *("cloning.py", "hardening.py", "movability.py", "needs.py", "origin.py"),
+    *("probe.py", "protections.py"),
+}
 
 
 class Key:

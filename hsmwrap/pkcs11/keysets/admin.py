@@ -51,11 +51,11 @@ _log = logging.getLogger(__name__)
 
 def list_key_sets(settings: Pkcs11Settings) -> tuple[KeySetInfo, ...]:
     """All key sets in the HSM token, oldest first; also those that were never finished."""
-    return tuple(each.info() for each in _survey(settings, _key_sets(settings)).sets)
+    return tuple(each.info() for each in survey(settings, key_sets_of(settings)).sets)
 
 
 @dataclass(frozen=True, slots=True)
-class _Survey:
+class Survey:
     """What there is: the key sets, and every number that a label of ours has."""
 
     sets: tuple[KeySet, ...]
@@ -63,6 +63,7 @@ class _Survey:
 
     @property
     def finished(self) -> tuple[KeySet, ...]:
+        """The complete ones."""
         return tuple(each for each in self.sets if each.finished)
 
     def free_number(self) -> int:
@@ -80,14 +81,16 @@ class _Survey:
         return number
 
 
-def _survey(settings: Pkcs11Settings, keys: KeySets) -> _Survey:
-    def survey(pooled: PooledSession) -> _Survey:
+def survey(settings: Pkcs11Settings, keys: KeySets) -> Survey:
+    """What there is, as the user sees it."""
+
+    def look(pooled: PooledSession) -> Survey:
         sets, numbers = keys.survey(pooled.session)
         pooled.require_login()  # without one, the private keys are not seen
-        return _Survey(sets, numbers)
+        return Survey(sets, numbers)
 
     with connected(settings) as connection:
-        return connection.run(survey)
+        return connection.run(look)
 
 
 def initialise(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo:
@@ -104,8 +107,8 @@ def initialise(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo
             tried again, keys that were made by then are left; :func:`list_key_sets` shows them.
         ServiceUnavailable, HsmError: The HSM failed; nothing is kept of the new set.
     """
-    keys = _key_sets(settings)
-    present = _survey(settings, keys)
+    keys = key_sets_of(settings)
+    present = survey(settings, keys)
     if present.finished:
         raise ConfigurationError(
             "the HSM token has keys of this prefix already; `hsmwrap keys rotate` makes new ones"
@@ -126,8 +129,8 @@ def rotate(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo:
             open.
         PinError, ServiceUnavailable, HsmError: As for :func:`initialise`.
     """
-    keys = _key_sets(settings)
-    present = _survey(settings, keys)
+    keys = key_sets_of(settings)
+    present = survey(settings, keys)
     if not present.finished:
         raise ConfigurationError("the HSM token has no key set to rotate; run `hsmwrap keys init`")
     if so_pin is None and any(each.trusted for each in present.finished):
@@ -155,8 +158,8 @@ def retire(settings: Pkcs11Settings, key_set: str) -> None:
         ConfigurationError: It is not there, or it is the current one.
         ServiceUnavailable, HsmError: The HSM failed; call again to destroy what is left.
     """
-    keys = _key_sets(settings)
-    present = _survey(settings, keys)
+    keys = key_sets_of(settings)
+    present = survey(settings, keys)
     if key_set not in map(str, present.numbers):
         there = ", ".join(map(str, sorted(present.numbers))) or "none"
         raise ConfigurationError(f"the HSM token has no key set {key_set}; it has {there}")
@@ -172,7 +175,7 @@ def destroy_all(settings: Pkcs11Settings) -> None:
     Raises:
         ServiceUnavailable, HsmError: The HSM failed; call again to destroy what is left.
     """
-    keys = _key_sets(settings)
+    keys = key_sets_of(settings)
     with connected(settings) as connection:
         for number in connection.run(lambda pooled: keys.numbers(pooled.session)):
             connection.run(partial(keys.destroy, number=number))
@@ -196,7 +199,7 @@ def _create(
             if so_pin is None:
                 _make(settings, keys, number, made_by, roles, needs=needs)
             else:
-                with _officer_session(settings, so_pin) as session:
+                with officer_session(settings, so_pin) as session:
                     if movable is None:
                         movable = movability.is_kept(session)
                     for role in roles:
@@ -208,7 +211,7 @@ def _create(
                         )
             with connected(settings) as connection:
                 made = frozenset(needs.roles if Role.MAC in roles else roles)
-                _require_complete(connection, keys, number, made)
+                require_complete(connection, keys, number, made)
                 if Role.MAC in roles:
                     listed = connection.run(lambda pooled: keys.list(pooled.session))
         return next(each.info() for each in listed if each.number == number)
@@ -217,7 +220,7 @@ def _create(
         # set, if anything, is listed as not finished.
         raise
     except BaseException:
-        _clean_up(settings, keys, number, made_by)
+        clean_up(settings, keys, number, made_by)
         raise
 
 
@@ -241,7 +244,7 @@ def _make(
             connection.run(partial(create, role=role), retry=False)
 
 
-def _require_complete(
+def require_complete(
     connection: Connection, keys: KeySets, number: int, roles: frozenset[Role]
 ) -> None:
     """Two at once may have chosen the same number; with two keys of a kind neither would be used.
@@ -257,7 +260,8 @@ def _require_complete(
         )
 
 
-def _clean_up(settings: Pkcs11Settings, keys: KeySets, number: int, made_by: str) -> None:
+def clean_up(settings: Pkcs11Settings, keys: KeySets, number: int, made_by: str) -> None:
+    """Destroy what was made of a key set; a failure is logged, as the caller has another error."""
     try:
         with connected(settings) as connection:
             connection.run(lambda pooled: keys.destroy(pooled, number, made_by))
@@ -270,7 +274,8 @@ def _clean_up(settings: Pkcs11Settings, keys: KeySets, number: int, made_by: str
 # --- sessions ----------------------------------------------------------------------------------
 
 
-def _key_sets(settings: Pkcs11Settings) -> KeySets:
+def key_sets_of(settings: Pkcs11Settings) -> KeySets:
+    """Finds and makes the keys that these settings name."""
     return KeySets(settings.key_prefix, vendor=profile(settings.profile))
 
 
@@ -285,7 +290,7 @@ def connected(settings: Pkcs11Settings) -> Iterator[Connection]:
 
 
 @contextmanager
-def _officer_session(settings: Pkcs11Settings, so_pin: PinSource) -> Iterator[Session]:
+def officer_session(settings: Pkcs11Settings, so_pin: PinSource) -> Iterator[Session]:
     """A security officer's session; no user may be logged in in this process."""
     host = ModuleHost.acquire(settings.module, settings.library_parameters)
     try:

@@ -188,6 +188,7 @@ class KeySets:
         self._trusted_sets: frozenset[int] = frozenset()
         self._listed: frozenset[int] = frozenset()
         self._origin_told: frozenset[Attribute] | None = None
+        self._trust_is_told: bool | None = None
 
     def label(self, role: Role, number: int) -> str:
         """CKA_LABEL of one key."""
@@ -268,6 +269,12 @@ class KeySets:
         if self._origin_told is None:  # two threads may both try; both find the same
             self._origin_told = origin.told_by(session)
         return self._origin_told
+
+    def _trust_told(self, session: Session) -> bool:
+        """Whether a user cannot make keys trusted; tried once, where a key says that it is."""
+        if self._trust_is_told is None:
+            self._trust_is_told = origin.trust_is_told(session)
+        return self._trust_is_told
 
     def trusts(self, number: int) -> bool:
         """Whether this set's keys were seen to be CKA_TRUSTED."""
@@ -410,7 +417,8 @@ class KeySets:
                 continue
             seen.add(key.handle)
             trusted = bool(attributes.get(Attribute.TRUSTED, False))
-            movable = trusted and attributes.get(Attribute.EXTRACTABLE) is True
+            extractable = attributes.get(Attribute.EXTRACTABLE) is True
+            movable = trusted and extractable and self._trust_told(session)
             generated_here = _generated_here(named[0], attributes, origin_told, movable=movable)
             yield _FoundKey(*named, trusted, movable, generated_here, key)
 
@@ -475,10 +483,32 @@ class KeySets:
         needs: Needs,
         refused: frozenset[Attribute],
     ) -> Any:
+        template = self.template(
+            *(role, number, made_by),
+            trusted=trusted,
+            movable=movable,
+            needs=needs,
+            refused=refused,
+        )
         mechanism = Mechanism.AES_KEY_GEN
         if role is Role.MAC:
-            template = {**_MAC_KEY, Attribute.KEY_TYPE: needs.mac_key_type}
             mechanism = Mechanism.GENERIC_SECRET_KEY_GEN
+        return objects.generate_key(session, template, _BYTES, mechanism=mechanism)
+
+    def template(
+        self,
+        role: Role,
+        number: int,
+        made_by: str,
+        *,
+        trusted: bool,
+        movable: bool,
+        needs: Needs,
+        refused: frozenset[Attribute] = hardening.NOTHING,
+    ) -> Template:
+        """Of the key object, for an HSM token that refuses some attributes."""
+        if role is Role.MAC:
+            template = {**_MAC_KEY, Attribute.KEY_TYPE: needs.mac_key_type}
         else:
             becomes = self.unwrapped_template(role)
             if movable and role in _MATERIAL_ROLES:
@@ -492,12 +522,10 @@ class KeySets:
             # The security officer sees public objects only. Private or not, the key is sensitive,
             # and what a key-encryption key unwraps has to be private, which takes a login.
             template = {**template, Attribute.TRUSTED: True, Attribute.PRIVATE: False}
-        template = stored(template, self._id(role, number, made_by), self.label(role, number))
-        return objects.generate_key(
-            session, without(template, refused), _BYTES, mechanism=mechanism
-        )
+        template = stored(template, self.key_id(role, number, made_by), self.label(role, number))
+        return without(template, refused)
 
-    def _id(self, role: Role, number: int, made_by: str) -> bytes:
+    def key_id(self, role: Role, number: int, made_by: str) -> bytes:
         """CKA_ID; never used twice: NSS replaces a key by another of its id (field note 46)."""
         return f"{self.label(role, number)}:{made_by}".encode()
 
@@ -516,7 +544,7 @@ class KeySets:
         for role in sorted(Role, key=lambda role: role is Role.MAC, reverse=mac_key_first):
             wanted: Template = {Attribute.LABEL: self.label(role, number), Attribute.TOKEN: True}
             if made_by is not None:
-                wanted[Attribute.ID] = self._id(role, number, made_by)
+                wanted[Attribute.ID] = self.key_id(role, number, made_by)
             destroyed += pooled.destroy(wanted)
         pooled.epoch.end()
         return destroyed
@@ -556,6 +584,7 @@ def _wrappable(role: Role) -> Template:
 
 
 _TRUST = (Attribute.TRUSTED, Attribute.WRAP_WITH_TRUSTED)
+_MOVABLE = (Attribute.CLASS, Attribute.KEY_TYPE, Attribute.SENSITIVE, *ONLY_UNDER_TRUSTED)
 _IDENTIFYING = (
     Attribute.CLASS,
     Attribute.KEY_TYPE,
@@ -584,11 +613,12 @@ def _generated_here(
     made = _MAC_KEY if role is Role.MAC else _KEY_ENCRYPTION_KEY
     if role is Role.MAC and attributes.get(Attribute.KEY_TYPE) in MAC_KEY_TYPES:
         made = {**made, Attribute.KEY_TYPE: attributes[Attribute.KEY_TYPE]}
-    made = made | {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: not movable}
     if movable:
-        made |= ONLY_UNDER_TRUSTED
-        if not attributes.get(Attribute.WRAP_WITH_TRUSTED):
-            return False
+        # It may be a clone, whose histories are those of an unwrapped key (field note 23). That the
+        # security officer made it is told by CKA_TRUSTED, where a user cannot set that.
+        wanted = made | ONLY_UNDER_TRUSTED
+        return all(attributes.get(each) == wanted[each] for each in (*_MOVABLE, *USES))
+    made = made | {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: True}
     generated = origin.GENERATED[made[Attribute.KEY_TYPE]]
     return all(attributes.get(each, made[each]) == made[each] for each in _IDENTIFYING) and all(
         attributes.get(each) == generated[each] for each in origin_told

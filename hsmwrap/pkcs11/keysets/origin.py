@@ -23,6 +23,7 @@ from pkcs11.types import Session
 from hsmwrap.pkcs11.binding.client_errors import read_if_known
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
 from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAPS
+from hsmwrap.pkcs11.sessions.session import find_objects
 
 _GENERATED_SECRET: Mapping[Attribute, Any] = MappingProxyType(
     {
@@ -79,6 +80,37 @@ def told_by(session: Session) -> frozenset[Attribute]:
     finally:
         _discard(base)
     return told
+
+
+def trust_is_told(session: Session) -> bool:
+    """Whether the holder of the user PIN cannot make a key with CKA_TRUSTED, but one without.
+
+    Makes session objects, and destroys them: SoftHSM leaves the one that it refuses, without the
+    attribute.
+
+    Raises:
+        PKCS11Error: A return code that says something about the connection, not the token.
+    """
+    label = f"trust:{secrets.token_hex(8)}"
+
+    def generate(more: Mapping[Attribute, Any]) -> Any:
+        template = {Attribute.PRIVATE: False, **more}
+        return session.generate_key(
+            KeyType.AES,
+            8 * _BYTES,
+            label=label,
+            capabilities=MechanismFlag.WRAP,
+            template=template,
+        )
+
+    try:
+        plain = _made(partial(generate, {}))
+        trusted = _made(partial(generate, {Attribute.TRUSTED: True}))
+        says_so = trusted is not None and bool(read_if_known(trusted, Attribute.TRUSTED))
+        return plain is not None and not says_so
+    finally:
+        for key in list(find_objects(session, {Attribute.LABEL: label, Attribute.TOKEN: False})):
+            _discard(key)
 
 
 def _said(key: Any) -> frozenset[Attribute]:
