@@ -801,7 +801,7 @@ def test_smoke_under_sanitizers(home, tmp_path):
     subprocess.run([*command, *shared], check=True)
     subprocess.run([*command, tmp_path / "smoke", SMOKE], check=True)
     # SoftHSM keeps memory until exit; the shim keeps its tables.
-    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": ""}  # goes first
     FaultControl(home).random(FUNCTIONS[10:], [CKR.DEVICE_ERROR], probability=0.05, seed=1)
     FaultControl(home).fail("C_GetSessionInfo", CKR.FUNCTION_FAILED, always=True)
     done = subprocess.run(

@@ -273,7 +273,7 @@ class KeySets:
     def _trust_told(self, session: Session) -> bool:
         """Whether a user cannot make keys trusted; tried once, where a key says that it is."""
         if self._trust_is_told is None:
-            self._trust_is_told = origin.trust_is_told(session)
+            self._trust_is_told = origin.user_makes_trusted(session) is False
         return self._trust_is_told
 
     def trusts(self, number: int) -> bool:

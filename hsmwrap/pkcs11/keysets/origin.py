@@ -82,11 +82,11 @@ def told_by(session: Session) -> frozenset[Attribute]:
     return told
 
 
-def trust_is_told(session: Session) -> bool:
-    """Whether the holder of the user PIN cannot make a key with CKA_TRUSTED, but one without.
+def user_makes_trusted(session: Session) -> bool | None:
+    """Whether the holder of the user PIN can make a key with CKA_TRUSTED; None if not one without.
 
-    Makes session objects, and destroys them: SoftHSM leaves the one that it refuses, without the
-    attribute.
+    Makes session objects, and destroys them; by their label, as SoftHSM leaves the one that it
+    refuses, without the attribute (field note 84).
 
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
@@ -106,8 +106,9 @@ def trust_is_told(session: Session) -> bool:
     try:
         plain = _made(partial(generate, {}))
         trusted = _made(partial(generate, {Attribute.TRUSTED: True}))
-        says_so = trusted is not None and bool(read_if_known(trusted, Attribute.TRUSTED))
-        return plain is not None and not says_so
+        if trusted is not None and read_if_known(trusted, Attribute.TRUSTED):
+            return True
+        return None if plain is None else False
     finally:
         for key in list(find_objects(session, {Attribute.LABEL: label, Attribute.TOKEN: False})):
             _discard(key)

@@ -20,7 +20,6 @@ from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.backend import Outcome, Protection
-from hsmwrap.pkcs11.binding.client_errors import read_if_known
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
@@ -29,6 +28,7 @@ from hsmwrap.pkcs11.binding.templates import (
     secret_key,
     without,
 )
+from hsmwrap.pkcs11.keysets.origin import user_makes_trusted
 
 _BITS = 256
 _OTHER_MECHANISMS: tuple[tuple[Mechanism, bytes | None], ...] = (
@@ -246,16 +246,14 @@ class _Trials:
         return self._judged(attribute, attacks, lambda: own.key, lambda: bare_kek)
 
     def _trusted(self) -> Protection:
-        plain = self._template() | {Attribute.PRIVATE: False}
-        making = partial(self._generate, plain | {Attribute.TRUSTED: True})
-        made = self._try(lambda: read_if_known(making(), Attribute.TRUSTED))
+        made = user_makes_trusted(self._session)
         if made:
             control = "Succeeds with the user's PIN: making a trusted key."
             return _told(Attribute.TRUSTED, Outcome.NOT_HONOURED, control)
         if self._own is None or not self._own.trusted:
             control = "No key-encryption key is trusted, so none shows that the officer makes them."
             return _told(Attribute.TRUSTED, Outcome.NOT_PROVABLE, control)
-        if self._try(partial(self._generate, plain)) is None:
+        if made is None:
             control = "Fails without it, too: making a key that is not private."
             return _told(Attribute.TRUSTED, Outcome.NOT_PROVABLE, control)
         control = "Fails with the user's PIN: making a trusted key; the security officer made some."

@@ -121,8 +121,7 @@ static void record_success(enum function_id id, const word a[])
         ledger_slot_closed(a[0]);
         break;
     case FN_C_DestroyObject:
-        if (!ledger_object_destroyed(a[1]))
-            atomic_fetch_add(&control->token_objects_destroyed, 1);
+        ledger_object_destroyed(a[1]);
         break;
     default:
         record_made(id, a);
@@ -176,6 +175,17 @@ static CK_RV call_slot_without_token(enum function_id id, const word a[])
     return rv;
 }
 
+/* A module may leave a session object that it did not answer with: a refused one of SoftHSM. */
+static bool destroys_token_object(enum function_id id, const word a[])
+{
+    if (id != FN_C_DestroyObject || ledger_is_session_object(a[1]))
+        return false;
+    unsigned char stored = 1;
+    struct ck_attribute read = {CKA_TOKEN, &stored, sizeof stored};
+    call_real(FN_C_GetAttributeValue, (const word[]){a[0], a[1], (word)&read, 1});
+    return stored != 0;
+}
+
 static CK_RV call_device(enum function_id id, const word a[], uint64_t device)
 {
     bool absent = DEVICE_ABSENT(device);
@@ -187,7 +197,10 @@ static CK_RV call_device(enum function_id id, const word a[], uint64_t device)
         if (description[id].kind == SLOT && absent)
             return call_slot_without_token(id, a);
     }
+    bool token_object = destroys_token_object(id, a);
     CK_RV rv = restricted_call(control, id, description[id].arity, a, call_real);
+    if (rv == CKR_OK && token_object)
+        atomic_fetch_add(&control->token_objects_destroyed, 1);
     if (rv == CKR_OK)
         record_success(id, a);
     else if (id == FN_C_Initialize && rv == CKR_CRYPTOKI_ALREADY_INITIALIZED)

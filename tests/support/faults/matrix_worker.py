@@ -282,7 +282,7 @@ class FaultedBackend:
         """So many key sets, where there are ``self.sets`` now."""
         for each in self.sets[: max(0, len(self.sets) - count)]:
             settings = Pkcs11Settings.from_mapping(self.keys)
-            made, number = admin._key_sets(settings), int(each.key_set)
+            made, number = admin.key_sets_of(settings), int(each.key_set)
             with admin.connected(settings) as connection:
                 connection.run(lambda pooled: made.destroy(pooled, number))  # noqa: B023
             self.sets = self.sets[1:]

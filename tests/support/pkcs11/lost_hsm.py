@@ -49,7 +49,7 @@ def comes_back(shim, settings, *, sticky=False):
     assert backend.health().facts["generation"] > generation
     assert backend.health().ready
     backend.close()
-    assert shim.counters().held == (0, 0, 0)
+    assert shim.counters().held == (0, 0, 0), shim.counters().held
 
 
 def sticky(shim, settings):
