@@ -646,9 +646,11 @@ def is_trusted(key: Any) -> bool:
 
 def _read(key: Any, *attributes: Attribute) -> Mapping[Attribute, Any]:
     """Those of these attributes that the HSM token tells; none if the object is gone."""
-    try:
-        with attribute_reads():
-            found: Mapping[Attribute, Any] = key.get_attributes(attributes)
-    except HANDLE_INVALID:
-        return {}
-    return found
+    for _ in range(2):  # a handle that is refused once may be one that the token lost for a moment
+        try:
+            with attribute_reads():
+                found: Mapping[Attribute, Any] = key.get_attributes(attributes)
+        except HANDLE_INVALID:
+            continue
+        return found
+    return {}
