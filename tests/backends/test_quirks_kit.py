@@ -1,11 +1,25 @@
-"""HSM tokens that differ from SoftHSM2 in many ways at once, under the conformance kit."""
+"""HSM tokens that differ from SoftHSM2 in many ways at once, under the conformance kit.
+
+With ``HSMWRAP_QUIRKS=each`` in the environment, each token of the table as well, which takes long.
+"""
+
+import os
+from functools import partial
 
 import pytest
 from support.backends.kept_open import KeptOpen
 from support.faults.shim import fault_shim
-from support.pkcs11.quirks import CARD, NETWORK_HSM
+from support.pkcs11.holder import Holder
+from support.pkcs11.objects import count_objects
+from support.pkcs11.quirks import CARD, NETWORK_HSM, QUIRKS, R
 
 from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.testing.conformance import BackendConformance
+
+# Such a token does not keep the holder of the PIN from reading keys, and the report says so.
+READABLE = R.NO_HARDENING | R.UNWRAP_TEMPLATE_IGNORED | R.ALLOWED_MECHANISMS_IGNORED
+# The holder of the PIN works with objects and sessions of their own.
+NO_HOLDER = READABLE | R.NO_SESSION_OBJECTS | R.ONE_SESSION | R.LOGIN_PER_SESSION
 
 
 class _Quirk(KeptOpen):
@@ -30,3 +44,39 @@ class TestCard(_Quirk):
     @pytest.fixture
     def holder_reads(self):
         """The holder of the PIN makes session objects, of which this token has none."""
+
+
+class _Each(_Quirk):
+    @pytest.fixture
+    def holder_reads(self, request):
+        if self.quirk.restrictions & NO_HOLDER:
+            return None
+        return request.getfixturevalue("holder_of_the_pin")
+
+    @pytest.fixture
+    def holder_of_the_pin(self, backend):
+        return Holder(backend).reads
+
+
+class _OneSession(BackendConformance):
+    """No second backend beside the first."""
+
+    plugin = Pkcs11Backend
+    quirk = None
+    settings = _Quirk.settings
+
+    @pytest.fixture
+    def reopen(self):
+        return None
+
+    @pytest.fixture
+    def count_objects(self, backend):
+        backend.capabilities()
+        return partial(count_objects, backend.ability(Pkcs11Backend)._connection)
+
+
+if os.environ.get("HSMWRAP_QUIRKS") == "each":
+    for number, quirk in enumerate(QUIRKS):
+        kit = _OneSession if R.ONE_SESSION in quirk.restrictions else _Each
+        name = f"TestQuirk{number:02}"
+        globals()[name] = type(name, (kit,), {"quirk": quirk, "__doc__": str(quirk)})

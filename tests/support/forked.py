@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from functools import cache
 
 LONGEST = 120
@@ -25,13 +26,26 @@ def run(module, environment=None, **arguments):
 
     ``environment`` is laid over this process's; None removes a variable.
     """
-    server = _server(module)
     whole = dict(os.environ) | (environment or {})
     set_ = {name: value for name, value in whole.items() if value is not None}
     request = {"environment": set_, "arguments": arguments}
+    try:
+        server = _server(module)
+        _ask(server, request)
+    except OSError:  # it has ended: what was asked is not done yet
+        _server.cache_clear()
+        server = _server(module)
+        _ask(server, request)
+    try:
+        return subprocess.CompletedProcess(module, **json.loads(server.stdout.readline()))
+    except (OSError, ValueError):
+        _server.cache_clear()  # one test fails, and not all that come after it
+        raise
+
+
+def _ask(server, request):
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
-    return subprocess.CompletedProcess(module, **json.loads(server.stdout.readline()))
 
 
 @cache
@@ -39,8 +53,13 @@ def _server(module):
     command = [sys.executable, "-m", "support.forked", module]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     server = subprocess.Popen(command, text=True, **pipes)
-    atexit.register(server.communicate)
+    atexit.register(_end, server)
     return server
+
+
+def _end(server):
+    with suppress(OSError, ValueError):
+        server.communicate()
 
 
 def main(name):
