@@ -13,15 +13,12 @@ the same deviation without the attribute has to succeed:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from pkcs11.constants import Attribute, MechanismFlag
-from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType
 from pkcs11.types import Session
 
-from hsmwrap.pkcs11.binding.returncodes import recovery_of
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
     NestedTemplate,
@@ -29,6 +26,7 @@ from hsmwrap.pkcs11.binding.templates import (
     for_unwrap,
     secret_key,
 )
+from hsmwrap.pkcs11.binding.trials import unless_refused
 
 ONLY_UNDER_TRUSTED: Template = {Attribute.EXTRACTABLE: True, Attribute.WRAP_WITH_TRUSTED: True}
 """What a movable key has in place of CKA_EXTRACTABLE = false."""
@@ -56,10 +54,10 @@ class _Trial:
 
     def run(self) -> bool:
         try:
-            return bool(_answered(self._wrapping) and _answered(self._unwrapping))
+            return bool(unless_refused(self._wrapping) and unless_refused(self._unwrapping))
         finally:
             for key in reversed(self._made):
-                _answered(key.destroy)
+                unless_refused(key.destroy)
 
     def _wrapping(self) -> bool:
         trusted = {Attribute.TRUSTED: True}
@@ -109,18 +107,8 @@ class _Trial:
             self._made.append(kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments))
             return True
 
-        return bool(_answered(unwrap))
+        return bool(unless_refused(unwrap))
 
 
 def _wraps(kek: Any, key: Any) -> bool:
-    return bool(_answered(lambda: kek.wrap_key(key, mechanism=AES_KEY_WRAP)))
-
-
-def _answered(call: Callable[[], Any]) -> Any:
-    """The answer, or None where the HSM token refuses."""
-    try:
-        return call()
-    except PKCS11Error as error:
-        if recovery_of(error) is not None:
-            raise
-        return None
+    return bool(unless_refused(lambda: kek.wrap_key(key, mechanism=AES_KEY_WRAP)))

@@ -10,7 +10,7 @@ where a token is right about them. NSS is not (field note 47). So it is tried.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,7 @@ from pkcs11.types import Session
 from hsmwrap.pkcs11.binding.client_errors import read_if_known
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
 from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAPS
+from hsmwrap.pkcs11.binding.trials import unless_refused
 from hsmwrap.pkcs11.sessions.session import find_objects
 
 _GENERATED_SECRET: Mapping[Attribute, Any] = MappingProxyType(
@@ -61,9 +62,9 @@ def told_by(session: Session) -> frozenset[Attribute]:
     """
     uses = MechanismFlag.ENCRYPT | MechanismFlag.WRAP | MechanismFlag.UNWRAP
     generate = partial(session.generate_key, KeyType.AES, 8 * _BYTES)
-    base = _made(partial(generate, capabilities=uses | MechanismFlag.DERIVE))
+    base = unless_refused(partial(generate, capabilities=uses | MechanismFlag.DERIVE))
     derivations = () if base is None else _DERIVATIONS
-    base = base or _made(partial(generate, capabilities=uses))
+    base = base or unless_refused(partial(generate, capabilities=uses))
     if base is None:
         return frozenset()
     ways = [partial(_create, session), partial(_unwrap, session, base)]
@@ -71,7 +72,7 @@ def told_by(session: Session) -> frozenset[Attribute]:
     try:
         told = _said(base)
         for make in ways:
-            key = _made(make)
+            key = unless_refused(make)
             if key is not None:
                 try:
                     told -= _said(key)
@@ -104,8 +105,8 @@ def user_makes_trusted(session: Session) -> bool | None:
         )
 
     try:
-        plain = _made(partial(generate, {}))
-        trusted = _made(partial(generate, {Attribute.TRUSTED: True}))
+        plain = unless_refused(partial(generate, {}))
+        trusted = unless_refused(partial(generate, {Attribute.TRUSTED: True}))
         if trusted is not None and read_if_known(trusted, Attribute.TRUSTED):
             return True
         return None if plain is None else False
@@ -155,17 +156,6 @@ def _wrapped(base: Any, key: Any) -> tuple[Mechanism, bytes]:
 def _derive(base: Any, mechanism: Mechanism, parameter: Any) -> Any:
     length = 8 * _BYTES
     return base.derive_key(KeyType.AES, length, mechanism=mechanism, mechanism_param=parameter)
-
-
-def _made(make: Callable[[], Any]) -> Any:
-    """The key, or None where the HSM token says twice that it makes no such key."""
-    for _ in range(2):
-        try:
-            return make()
-        except PKCS11Error as error:
-            if recovery_of(error) is not None:
-                raise
-    return None
 
 
 def _discard(key: Any) -> None:

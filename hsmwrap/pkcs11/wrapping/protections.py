@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from pkcs11.constants import Attribute, MechanismFlag
-from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.backend import Outcome, Protection
-from hsmwrap.pkcs11.binding.returncodes import recovery_of
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
     Template,
@@ -28,6 +26,7 @@ from hsmwrap.pkcs11.binding.templates import (
     secret_key,
     without,
 )
+from hsmwrap.pkcs11.binding.trials import unless_refused
 from hsmwrap.pkcs11.keysets.origin import user_makes_trusted
 
 _BITS = 256
@@ -41,7 +40,6 @@ _READABLE: Template = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
 _EXTRACTABLE: Template = {Attribute.EXTRACTABLE: True}
 _ANOTHER_USE: Template = {Attribute.WRAP: True}
 _KEK_USES = (Attribute.WRAP, Attribute.UNWRAP)
-_T = TypeVar("_T")
 _CONSEQUENCES: Mapping[Attribute, str] = MappingProxyType(
     {
         Attribute.SENSITIVE: "The holder of the PIN may read keys.",
@@ -148,7 +146,7 @@ class _Trials:
 
     def run(self) -> Iterator[Protection]:
         """One protection after the other."""
-        bare_kek = self._try(lambda: self._generate(self._template(*_KEK_USES)))
+        bare_kek = unless_refused(lambda: self._generate(self._template(*_KEK_USES)))
         guarded, extractable = self._template(), self._template() | _EXTRACTABLE
         # SoftHSM copies no key with MODIFIABLE false, which would prove nothing.
         copied = without(guarded, {Attribute.MODIFIABLE})
@@ -185,20 +183,9 @@ class _Trials:
     def clean_up(self) -> None:
         """Destroy what was made; what cannot be destroyed goes with the session."""
         for key in self._made:
-            self._try(key.destroy)
+            unless_refused(key.destroy)
 
     # --- the judgement -----------------------------------------------------------------------
-
-    @staticmethod
-    def _try(attempt: Callable[[], _T]) -> _T | None:
-        # What fails once may work again, and must not pass for a protection.
-        for _ in range(2):
-            try:
-                return attempt()
-            except PKCS11Error as error:
-                if recovery_of(error) is not None:
-                    raise
-        return None
 
     def _judged(
         self,
@@ -208,17 +195,17 @@ class _Trials:
         make_bare: Callable[[], Any],
     ) -> Protection:
         """The outcome of attacks on a key with the attribute, and on one without as the control."""
-        bare = self._try(make_bare)
+        bare = unless_refused(make_bare)
         if bare is None:
             return _told(attribute, Outcome.NOT_PROVABLE, "The HSM token makes no key without it.")
-        guarded = self._try(make)
+        guarded = unless_refused(make)
         if guarded is None:
             return _told(attribute, Outcome.NOT_HONOURED, "The HSM token makes no key with it.")
         stopped, done, unproven = [], [], []
         for attack in attacks:
-            if not self._try(partial(attack.succeeds, bare)):
+            if not unless_refused(partial(attack.succeeds, bare)):
                 unproven.append(attack.words)
-            elif self._try(partial(attack.succeeds, guarded)):
+            elif unless_refused(partial(attack.succeeds, guarded)):
                 done.append(attack.words)
             else:
                 stopped.append(attack.words)
@@ -240,7 +227,7 @@ class _Trials:
             control = "The HSM token has no key-encryption key to try it on."
             return _told(attribute, Outcome.NOT_PROVABLE, control)
         # It differs from the control in more than the attribute: what it is for has to work.
-        if not self._try(partial(self._is_unwrapped, {}, own.key)):
+        if not unless_refused(partial(self._is_unwrapped, {}, own.key)):
             control = "Nothing shows it: no RSA private key was wrapped and unwrapped as intended."
             return _told(attribute, Outcome.NOT_PROVABLE, control)
         return self._judged(attribute, attacks, lambda: own.key, lambda: bare_kek)
@@ -282,7 +269,9 @@ class _Trials:
 
     def _is_wrapped(self, kek: Any, key: Any) -> bool:
         return kek is not None and any(
-            self._try(partial(kek.wrap_key, key, mechanism=mechanism, mechanism_param=parameter))
+            unless_refused(
+                partial(kek.wrap_key, key, mechanism=mechanism, mechanism_param=parameter)
+            )
             for mechanism, parameter in ((self._mechanism, None), *_OTHER_MECHANISMS)
         )
 
@@ -291,7 +280,9 @@ class _Trials:
         private = self._own and self._own.private
         key = private or self._generate(self._template() | _EXTRACTABLE)
         return any(
-            self._try(partial(kek.wrap_key, key, mechanism=mechanism, mechanism_param=parameter))
+            unless_refused(
+                partial(kek.wrap_key, key, mechanism=mechanism, mechanism_param=parameter)
+            )
             for mechanism, parameter in _OTHER_MECHANISMS
         )
 
@@ -323,6 +314,13 @@ class _Trials:
             kek.unwrap_key(key_data=blob, mechanism=self._mechanism, **for_unwrap(becomes))
         )
         return all(key[attribute] == value for attribute, value in deviation.items())
+
+
+def _wraps(kek: Any, key: Any, ways: Iterable[tuple[Mechanism, bytes | None]]) -> bool:
+    return any(
+        unless_refused(partial(kek.wrap_key, key, mechanism=mechanism, mechanism_param=parameter))
+        for mechanism, parameter in ways
+    )
 
 
 def _is_read(key: Any) -> bool:
