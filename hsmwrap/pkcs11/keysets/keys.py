@@ -27,7 +27,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
@@ -453,47 +452,34 @@ class KeySets:
         (:mod:`hsmwrap.pkcs11.keysets.movability`). ``made_by`` is a fresh word that :meth:`destroy`
         finds these keys again by, and no others.
         """
-        named = (session, role, number, made_by)
-        create = partial(self._create, *named, trusted=trusted, movable=movable, needs=needs)
+
+        def generate(refused: frozenset[Attribute]) -> Any:
+            template = self.template(
+                *(role, number, made_by),
+                trusted=trusted,
+                movable=movable,
+                needs=needs,
+                refused=refused,
+            )
+            of_mac = role is Role.MAC
+            mechanism = Mechanism.GENERIC_SECRET_KEY_GEN if of_mac else Mechanism.AES_KEY_GEN
+            return objects.generate_key(session, template, _BYTES, mechanism=mechanism)
+
         refused = hardening.NOTHING
         try:
-            key = create(refused=refused)
+            key = generate(refused)
         except PKCS11Error:
             refused = hardening.refused_by(session)
             if not refused:
                 raise
-            key = create(refused=refused)
+            key = generate(refused)
         if role is Role.MAC:
             return
         # What the token ignores no unwrapped key will have, so no unwrap template may ask for it.
         ignored = (hardening.missing_on(key) & hardening.OF_UNWRAPPED_KEYS) - refused
         if ignored:
             key.destroy()
-            create(refused=refused | ignored)
-
-    def _create(
-        self,
-        session: Session,
-        role: Role,
-        number: int,
-        made_by: str,
-        *,
-        trusted: bool,
-        movable: bool,
-        needs: Needs,
-        refused: frozenset[Attribute],
-    ) -> Any:
-        template = self.template(
-            *(role, number, made_by),
-            trusted=trusted,
-            movable=movable,
-            needs=needs,
-            refused=refused,
-        )
-        mechanism = Mechanism.AES_KEY_GEN
-        if role is Role.MAC:
-            mechanism = Mechanism.GENERIC_SECRET_KEY_GEN
-        return objects.generate_key(session, template, _BYTES, mechanism=mechanism)
+            generate(refused | ignored)
 
     def template(
         self,
