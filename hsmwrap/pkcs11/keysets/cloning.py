@@ -57,7 +57,7 @@ from hsmwrap.pkcs11.keysets.admin import (
 from hsmwrap.pkcs11.keysets.keys import HIGHEST_NUMBER, KeySet, KeySets, Needs, Role
 from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
 from hsmwrap.pkcs11.keysets.needs import needs_of
-from hsmwrap.pkcs11.sessions.session import find_objects
+from hsmwrap.pkcs11.sessions.session import PooledSession, find_objects
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.pin import PinSource
 
@@ -269,9 +269,10 @@ def import_sets(
     """
     _require_fingerprint(fingerprint, wrapped.fingerprint, "file of key sets")
     keys, label = key_sets_of(settings), _label(settings)
-    missing = [each for each in wrapped.sets if not _is_there(settings, keys, each)]
     with connected(settings) as connection:
-        needs = connection.run(lambda pooled: needs_of(pooled.session), retry=False)
+        missing, needs = connection.run(
+            lambda pooled: (_missing(pooled, keys, wrapped), needs_of(pooled.session)), retry=False
+        )
     for each in missing:
         key_encryption_roles = tuple(role for role in each.keys if role is not Role.MAC)
         try:
@@ -330,29 +331,27 @@ def _unwrap(keys: KeySets, wrapped: WrappedSet, role: Role, private: Any, needs:
         ) from None
 
 
-def _is_there(settings: Pkcs11Settings, keys: KeySets, wrapped: WrappedSet) -> bool:
-    """Whether the target has this very set.
+def _missing(pooled: PooledSession, keys: KeySets, wrapped: WrappedSets) -> list[WrappedSet]:
+    """Those sets that the target does not have.
 
     Raises:
-        ConfigurationError: It has another one of this number, or a part of this one.
+        ConfigurationError: It has another one of the same number, or a part of this one.
     """
-    present = survey(settings, keys)
-    if wrapped.number not in present.numbers:
-        return False
-
-    with connected(settings) as connection:
-        mac = connection.run(
-            lambda pooled: [
-                bytes(read(key, Attribute.ID))
-                for key in pooled.find({Attribute.LABEL: keys.label(Role.MAC, wrapped.number)})
-            ]
-        )
-    if mac == [keys.key_id(Role.MAC, wrapped.number, wrapped.made_by)]:
-        return True
-    raise ConfigurationError(
-        f"the HSM token has another key set {wrapped.number}: retire what is there, or take "
-        "another key_prefix"
-    )
+    _, numbers = keys.survey(pooled.session)
+    pooled.require_login()  # without one, the private keys are not seen
+    missing = []
+    for each in wrapped.sets:
+        if each.number not in numbers:
+            missing.append(each)
+            continue
+        found = pooled.find({Attribute.LABEL: keys.label(Role.MAC, each.number)})
+        ids = [bytes(read(key, Attribute.ID)) for key in found]
+        if ids != [keys.key_id(Role.MAC, each.number, each.made_by)]:
+            raise ConfigurationError(
+                f"the HSM token has another key set {each.number}: retire what is there, or take "
+                "another key_prefix"
+            )
+    return missing
 
 
 def _transport_key(session: Session, label: str, fingerprint: str) -> Any:
