@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,14 +117,14 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what ``args.action`` says and print the key sets that there are afterwards."""
-    plugin, settings = _backend(args)
+    chosen = _chosen(args)
     if args.action == "reap":
-        return _reap(args, plugin, settings)
+        return _reap(args, chosen)
     if args.action == "reseal":
-        return _reseal(args, plugin, settings)
-    key_sets = registry.KeySetManager(plugin, settings)
+        return _reseal(args, chosen)
+    key_sets = registry.KeySetManager(chosen.plugin, chosen.settings)
     so_pin_file = args.so_pin_file or os.environ.get(ENVIRONMENT["so_pin_file"])
-    if args.action in {"init", "rotate"} and plugin == "pkcs11" and not so_pin_file:
+    if args.action in {"init", "rotate"} and chosen.plugin == "pkcs11" and not so_pin_file:
         print(_WEAKER, file=sys.stderr)
     if args.action in {"transport-key", "export"}:
         return _write_file(args, key_sets, so_pin_file)
@@ -136,10 +136,21 @@ def run(args: argparse.Namespace) -> int:
     elif args.action == "rotate":
         key_sets.rotate(so_pin_file=so_pin_file)
     elif args.action == "retire":
-        _require_unneeded(args, plugin, settings, key_sets)
+        if not args.force:
+            _require_unneeded(args.key_set or "", chosen, key_sets)
         key_sets.retire(args.key_set or "")
-    _print(key_sets.list(), _usage(args, plugin, settings), as_json=args.json)
+    usage = _usage(chosen) if args.action == "list" else None
+    _print(key_sets.list(), usage, as_json=args.json)
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """The backend that the command is for, and the server whose it is; None without --config."""
+
+    plugin: str
+    settings: dict[str, Any] = field(repr=False)  # a PIN may be in it
+    config: ServerConfig | None = None
 
 
 def _write_file(
@@ -178,28 +189,20 @@ def _confirmed(args: argparse.Namespace) -> tuple[str, str]:
         raise ConfigurationError(f"--file {args.file}: {why}") from None
 
 
-def _usage(
-    args: argparse.Namespace, plugin: str, settings: dict[str, Any]
-) -> Mapping[str, int] | None:
+def _usage(chosen: _Chosen) -> Mapping[str, int] | None:
     """How many stored keys need each key set; None without a database to ask."""
-    if args.config is None or args.action != "list":
+    if chosen.config is None:
         return None
-    with _stored_keys(args, plugin, settings) as (stored, _config):
+    with _stored_keys(chosen, chosen.config) as stored:
         return stored.usage()
 
 
-def _require_unneeded(
-    args: argparse.Namespace,
-    plugin: str,
-    settings: dict[str, Any],
-    key_sets: registry.KeySetManager,
-) -> None:
-    key_set = args.key_set or ""
+def _require_unneeded(key_set: str, chosen: _Chosen, key_sets: registry.KeySetManager) -> None:
     known = {each.key_set: each for each in key_sets.list()}
     # What the backend refuses anyway, it says best; what is not finished sealed nothing.
-    if args.force or key_set not in known or known[key_set].current or not known[key_set].finished:
+    if key_set not in known or known[key_set].current or not known[key_set].finished:
         return
-    if args.config is None:
+    if chosen.config is None:
         raise ConfigurationError(
             f"without the server's file nothing tells what key set {key_set} sealed: give "
             "--config FILE, or --force to retire it and lose what needs it"
@@ -207,16 +210,18 @@ def _require_unneeded(
     from hsmwrap.pkcs11.keysets.keys import CURRENT_SET_LIFETIME  # noqa: PLC0415 (loads python-pkcs11)
 
     stale = timedelta(seconds=CURRENT_SET_LIFETIME)
-    with _stored_keys(args, plugin, settings) as (stored, config):
-        wait = config.token_lifetime + PoolSettings().max_age + stale
+    wait = chosen.config.token_lifetime + PoolSettings().max_age + stale
+    with _stored_keys(chosen, chosen.config) as stored:
         stored.require_unneeded(key_set, wait, datetime.now(UTC))
 
 
-def _reseal(args: argparse.Namespace, plugin: str, settings: dict[str, Any]) -> int:
+def _reseal(args: argparse.Namespace, chosen: _Chosen) -> int:
     """Move stored keys to the current key set; the exit code is 1 if one did not move."""
-    if args.config is None:
+    if chosen.config is None:
         raise ConfigurationError("reseal: give --config FILE, the server's; it names the database")
-    with _stored_keys(args, plugin, settings) as (stored, _config):
+    if not args.rate > 0:
+        raise ConfigurationError("--rate: takes more than 0 keys a second")
+    with _stored_keys(chosen, chosen.config) as stored:
         progress = _Progress(sum(stored.usage().values()), args.rate)
         done = stored.reseal(report=progress)
         current = stored.current_key_set
@@ -249,23 +254,19 @@ class _Progress:
 
 
 @contextmanager
-def _stored_keys(
-    args: argparse.Namespace, plugin: str, settings: dict[str, Any]
-) -> Iterator[tuple[StoredKeys, ServerConfig]]:
-    from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
+def _stored_keys(chosen: _Chosen, config: ServerConfig) -> Iterator[StoredKeys]:
     from hsmwrap.kms.opening import opened_stored_keys  # noqa: PLC0415 (the extra may be absent)
 
-    config = load_config(args.config)
     with (
-        registry.open_backend(plugin, settings) as backend,
+        registry.open_backend(chosen.plugin, chosen.settings) as backend,
         opened_stored_keys(config, backend) as stored,
     ):
-        yield stored, config
+        yield stored
 
 
-def _reap(args: argparse.Namespace, plugin: str, settings: dict[str, Any]) -> int:
+def _reap(args: argparse.Namespace, chosen: _Chosen) -> int:
     """Remove expired wrapping keys; the exit code is 1 if one could not be removed."""
-    with registry.open_backend(plugin, settings) as backend:
+    with registry.open_backend(chosen.plugin, chosen.settings) as backend:
         reaper = ReapsWrappingKeys.of(backend)
         report = reaper.reap(datetime.now(UTC)) if reaper else ReapReport()
     if args.json:
@@ -278,29 +279,22 @@ def _reap(args: argparse.Namespace, plugin: str, settings: dict[str, Any]) -> in
     return 1 if report.failed else 0
 
 
-def _backend(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """The plug-in and its settings."""
-    if args.config is not None:
-        if args.backend or args.settings or given_options(args):
-            raise ConfigurationError("--config names backend and settings: give no others")
-        return _configured(args.config, args.level)
-    args.backend = args.backend or "pkcs11"
-    return args.backend, backend_settings(args)
-
-
-def _configured(file: Path, level: str | None) -> tuple[str, dict[str, Any]]:
+def _chosen(args: argparse.Namespace) -> _Chosen:
+    if args.config is None:
+        args.backend = args.backend or "pkcs11"
+        return _Chosen(args.backend, backend_settings(args))
+    if args.backend or args.settings or given_options(args):
+        raise ConfigurationError("--config names backend and settings: give no others")
     require_server()
     from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
 
-    backends = load_config(file).backends
-    chosen = ProtectionLevel(level) if level else max(backends, key=_is_hsm)
-    if chosen not in backends:
-        raise ConfigurationError(f"{file} has no backend of level {chosen}")
-    return backends[chosen].plugin, backends[chosen].settings
-
-
-def _is_hsm(level: ProtectionLevel) -> bool:
-    return level is ProtectionLevel.HSM
+    config = load_config(args.config)
+    hsm = ProtectionLevel.HSM
+    level = args.level or (hsm if hsm in config.backends else next(iter(config.backends), hsm))
+    if level not in config.backends:
+        raise ConfigurationError(f"{args.config} has no backend of level {level}")
+    backend = config.backends[ProtectionLevel(level)]
+    return _Chosen(backend.plugin, backend.settings, config)
 
 
 def _print(sets: tuple[KeySetInfo, ...], usage: Mapping[str, int] | None, *, as_json: bool) -> None:

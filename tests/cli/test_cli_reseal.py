@@ -125,6 +125,12 @@ def test_what_contradicts_the_server_s_file_is_refused(config, options, why, cap
     assert why in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rate", ["0", "-1", "nan"])
+def test_a_rate_that_is_not_one_is_refused(config, rate, capsys):
+    assert main(["keys", "reseal", "--config", str(config), "--rate", rate]) == 2
+    assert "--rate: takes more than 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("action", [["reseal"], ["retire", "SET"]])
 def test_without_the_server_s_file_nothing_tells_what_a_set_sealed(
     action, run_json, capsys, tmp_path
