@@ -2,11 +2,12 @@
 
 import pytest
 from support.faults.shim import fault_shim
-from support.importing import AES, MATERIAL, SM4, spec_of
-from support.pkcs11.quirks import CARD, NETWORK_HSM, ONE_SESSION_CARD, QUIRKS, R
+from support.importing import AES, MATERIAL, OAEP1, SM4, spec_of
+from support.pkcs11.quirks import CARD, NETWORK_HSM, ONE_SESSION_CARD, QUIRKS, Quirk, R
 
 from hsmwrap import registry
-from hsmwrap.backend import Exposure
+from hsmwrap.backend import Exposure, ReSealsKeys
+from hsmwrap.catalog import WrappingKeySpec
 from hsmwrap.checkvalue import check_value
 from hsmwrap.ckr import answered
 from hsmwrap.errors import InvalidKeyMaterial
@@ -90,6 +91,24 @@ def _import(backend, row, key, key_spec):
     backend.destroy_key(imported.key)
     with pytest.raises(InvalidKeyMaterial):
         bring_in(material + b"x")
+
+
+@pytest.mark.parametrize("quirk", [Quirk(R.KEY_WRAP_PAD_ONLY), Quirk(R.KEY_WRAP_KWP_ONLY)], ids=str)
+def test_keys_move_under_either_number_of_aes_key_wrap(softhsm, shim, quirk):
+    settings = quirk.play(shim, softhsm, key_prefix=f"moves-{quirk}")
+    so_pin_file = softhsm.environment["HSMWRAP_SO_PIN_FILE"]
+    made = Pkcs11Backend.initialise_keys(settings, so_pin_file=so_pin_file)
+    assert "cannot move" not in made.detail
+    with registry.open_backend("pkcs11", settings) as backend:
+        key = backend.generate_wrapping_key(WrappingKeySpec.RSA_2048, OAEP1, expires_at=tomorrow())
+        ciphertext = openssl_encrypt(OAEP1, key.public_key, MATERIAL[AES])
+        old = backend.unwrap_material(key.private_key, OAEP1, ciphertext, key_spec=AES).key
+        message = backend.encrypt(old, b"hello")
+    Pkcs11Backend.rotate_keys(settings, so_pin_file=so_pin_file)
+    with registry.open_backend("pkcs11", settings) as backend:
+        moved = ReSealsKeys.of(backend).reseal(old)
+        assert ReSealsKeys.of(backend).key_set_of(moved) == "2"
+        assert backend.decrypt(moved, message) == b"hello"
 
 
 def test_every_restriction_is_in_the_table():

@@ -180,8 +180,10 @@ def make_transport_key(settings: Pkcs11Settings, so_pin: PinSource) -> Transport
         PinError, ServiceUnavailable, HsmError: As for :func:`~.admin.initialise`.
     """
     label = _label(settings)
+    with connected(settings) as connection:
+        needs = connection.run(lambda pooled: needs_of(pooled.session), retry=False)
     with officer_session(settings, so_pin) as session:
-        if not movability.is_kept(session):
+        if not movability.is_kept(session, needs.key_wrap):
             raise UnsupportedOperation(
                 "this HSM token does not keep extractable keys for trusted keys alone, so key sets "
                 "cannot come to it"

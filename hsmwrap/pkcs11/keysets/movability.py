@@ -13,19 +13,14 @@ the same deviation without the attribute has to succeed:
 
 from __future__ import annotations
 
+from itertools import starmap
 from typing import Any
 
 from pkcs11.constants import Attribute, MechanismFlag
-from pkcs11.mechanisms import KeyType
+from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
-from hsmwrap.pkcs11.binding.templates import (
-    AES_KEY_WRAP,
-    NestedTemplate,
-    Template,
-    for_unwrap,
-    secret_key,
-)
+from hsmwrap.pkcs11.binding.templates import NestedTemplate, Template, for_unwrap, secret_key
 from hsmwrap.pkcs11.binding.trials import unless_refused
 
 ONLY_UNDER_TRUSTED: Template = {Attribute.EXTRACTABLE: True, Attribute.WRAP_WITH_TRUSTED: True}
@@ -36,20 +31,25 @@ _WRAPS = MechanismFlag.WRAP | MechanismFlag.UNWRAP
 _DATA_KEY = secret_key(KeyType.AES, Attribute.ENCRYPT) | _PUBLIC | {Attribute.EXTRACTABLE: True}
 
 
-def is_kept(session: Session) -> bool:
+def is_kept(session: Session, key_wrap: Mechanism) -> bool:
     """Whether this HSM token refuses each deviation, and allows it without the attribute.
 
     Makes session objects in a security officer's session, and destroys them.
 
+    Args:
+        session: The security officer's.
+        key_wrap: The AES key wrap that works on this token.
+
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
     """
-    return _Trial(session).run()
+    return _Trial(session, key_wrap).run()
 
 
 class _Trial:
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, key_wrap: Mechanism) -> None:
         self._session = session
+        self._key_wrap = key_wrap
         self._made: list[Any] = []
 
     def run(self) -> bool:
@@ -74,7 +74,7 @@ class _Trial:
             (picky_key, marked),
         )
         refused = ((untrusted_key, marked), (picky_key, wrapping_key))
-        return all(_wraps(*pair) for pair in allowed) and not any(_wraps(*pair) for pair in refused)
+        return all(starmap(self._wraps, allowed)) and not any(starmap(self._wraps, refused))
 
     def _unwrapping(self) -> bool:
         asked = _DATA_KEY | ONLY_UNDER_TRUSTED
@@ -99,16 +99,15 @@ class _Trial:
         self._made.append(key)
         return key
 
+    def _wraps(self, kek: Any, key: Any) -> bool:
+        return bool(unless_refused(lambda: kek.wrap_key(key, mechanism=self._key_wrap)))
+
     def _unwraps(self, kek: Any, key: Any, template: Template) -> bool:
-        blob = kek.wrap_key(key, mechanism=AES_KEY_WRAP)
+        blob = kek.wrap_key(key, mechanism=self._key_wrap)
 
         def unwrap() -> bool:
             arguments = for_unwrap(template)
-            self._made.append(kek.unwrap_key(key_data=blob, mechanism=AES_KEY_WRAP, **arguments))
+            self._made.append(kek.unwrap_key(key_data=blob, mechanism=self._key_wrap, **arguments))
             return True
 
         return bool(unless_refused(unwrap))
-
-
-def _wraps(kek: Any, key: Any) -> bool:
-    return bool(unless_refused(lambda: kek.wrap_key(key, mechanism=AES_KEY_WRAP)))
