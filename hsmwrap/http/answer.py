@@ -14,6 +14,9 @@ from hsmwrap.errors import HsmwrapError
 
 # alibabacloud-tea-openapi compares the XML type with this very text (field note 69).
 _CONTENT_TYPE = {"JSON": "application/json;charset=utf-8", "XML": "text/xml;charset=utf-8"}
+_RETRY = frozenset({429, 503})
+_RETRY_AFTER = "2"
+"""In seconds; an HSM that is lost may come back later."""
 _RECOMMEND = "Look for the RequestId in the log of this service."
 
 # XML 1.0, section 2.2: a character that is not a Char is not allowed, not even as a reference.
@@ -48,6 +51,8 @@ def _response(root: str, fields: Mapping[str, Any], status: int, format_: str) -
     response = Response(text.encode(), status, content_type=_CONTENT_TYPE[format_])
     if "RequestId" in fields:
         response.headers["x-acs-request-id"] = fields["RequestId"]
+    if status in _RETRY:
+        response.headers["Retry-After"] = _RETRY_AFTER
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response

@@ -338,6 +338,22 @@ def test_errors_of_ours_are_logged_with_their_text(bench, caplog, error):
     assert type(error).__name__ in record.exception
 
 
+@pytest.mark.parametrize(
+    ("error", "retry_after"),
+    [
+        (errors.HsmUnavailable("the HSM is unavailable"), "2"),
+        (errors.TooManyWrappingKeys("too many"), "2"),
+        (errors.HsmError("CKR_GENERAL_ERROR"), None),
+        (NoPermission("no"), None),
+    ],
+)
+def test_what_may_be_tried_again_says_when(bench, error, retry_after):
+    bench.kms.answer = error
+    response = bench.get(v1_query())
+    assert (response.status_code in {429, 503}) is (retry_after is not None)
+    assert response.headers.get("Retry-After") == retry_after
+
+
 def test_a_backend_that_is_away_is_no_error_of_ours(bench, caplog):
     bench.kms.answer = errors.HsmUnavailable("the HSM is unavailable")
     with caplog.at_level(logging.DEBUG):
@@ -426,6 +442,7 @@ def test_readyz(bench):
     bench.kms.ready = False
     response = bench.get(path="/readyz")
     assert (response.status_code, response.get_json()["Status"]) == (503, "not ready")
+    assert response.headers["Retry-After"] == "2"
     assert "secret-host" not in response.text
 
 
