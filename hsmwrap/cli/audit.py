@@ -16,7 +16,8 @@ from hsmwrap.cli.extras import require_server
 from hsmwrap.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from hsmwrap.kms.audit import Anchor, AuditLog, AuditReport
+    from hsmwrap.chain import Link
+    from hsmwrap.kms.audit import AuditLog, AuditReport
     from hsmwrap.kms.database import Database
 
 
@@ -95,7 +96,7 @@ class _Log:
 
     path: Path
     key: bytes | None = field(repr=False)
-    anchors: tuple[Anchor, ...] = ()
+    anchors: tuple[Link, ...] = ()
     name: str | None = None
 
 
@@ -141,7 +142,7 @@ def _json(report: AuditReport, *, whole: bool) -> str:
     )
 
 
-def _age(anchor: Anchor) -> int | None:
+def _age(anchor: Link) -> int | None:
     """Seconds since the database stored it."""
     if anchor.set_at is None:
         return None

@@ -13,8 +13,9 @@ import socket
 
 from sqlalchemy.orm import Session
 
+from hsmwrap.chain import Link
 from hsmwrap.errors import HsmwrapError
-from hsmwrap.kms.audit import FIRST, Anchor, AuditEntry, AuditLog, Segment
+from hsmwrap.kms.audit import START, AuditEntry, AuditLog, Segment
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.schema import LOG_ID_LENGTH, AuditAnchor
 
@@ -29,7 +30,7 @@ def log_id(log: AuditLog) -> str:
     return log.log_id or f"{socket.gethostname()}:{log.path.resolve()}"[-LOG_ID_LENGTH:]
 
 
-def remembered(database: Database, log: AuditLog) -> tuple[Anchor, ...]:
+def remembered(database: Database, log: AuditLog) -> tuple[Link, ...]:
     """The line of this log that the database stores, if any.
 
     Raises:
@@ -130,12 +131,12 @@ class AnchoredLog:
 
 
 def _locked_row(database: Database, transaction: Session, log: AuditLog) -> AuditAnchor:
-    first = {"log": log_id(log), "sequence": 0, "digest": FIRST, "position": 0}
+    first = {"log": log_id(log), "sequence": 0, "digest": START.digest, "position": 0}
     first["set_at"] = log.clock()
     # Two processes that start at the same time may both insert.
     transaction.execute(database.insert(AuditAnchor).values(**first).on_conflict_do_nothing())
     return transaction.get_one(AuditAnchor, log_id(log), with_for_update=True)
 
 
-def _anchor(row: AuditAnchor) -> Anchor:
-    return Anchor(row.sequence, row.digest, row.position, row.set_at)
+def _anchor(row: AuditAnchor) -> Link:
+    return Link(row.sequence, row.digest, row.position, row.set_at)

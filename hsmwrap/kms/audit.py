@@ -1,10 +1,8 @@
 """The audit log: one line of JSON per operation, each chained to the line before.
 
-A line holds the event, its sequence number (from 1), and a digest over these and the previous
-line's digest: SHA-256, or HMAC-SHA-256 if a key is configured. Changing, removing or reordering
-lines breaks the chain. Without a key an attacker can write a new chain. Cutting lines off the end
-leaves a valid chain, so the database stores one line, the anchor (:mod:`hsmwrap.kms.anchors`). The
-lines behind the anchor are those that can be cut off unnoticed.
+:mod:`hsmwrap.chain` says what a line is and what a chain shows. Cutting lines off the end leaves a
+valid chain, so the database stores one line, the anchor (:mod:`hsmwrap.kms.anchors`). The lines
+behind the anchor are those that can be cut off unnoticed.
 
 Several processes append to one file: each holds its lock, reads the last line and chains to it.
 
@@ -18,25 +16,24 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import hmac
 import itertools
-import json
 import logging
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from hsmwrap import chain
+from hsmwrap.chain import Link
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 from hsmwrap.locks import FILE_LOCK_SECONDS, lock_file
 
-FIRST = hashlib.sha256(b"hsmwrap audit log").hexdigest()
-"""The digest that the first line is chained to."""
+START = chain.start("hsmwrap audit log")
+"""What the first line is chained to."""
 SYSTEM = "system"
 """The access key id of the KMS itself in the audit log."""
 BEGIN_SEGMENT = "BeginAuditSegment"
@@ -44,9 +41,6 @@ BEGIN_SEGMENT = "BeginAuditSegment"
 _MAX_TEXT = 256
 # Longest line: five texts; each character may take two escapes of six characters.
 _MAX_LINE = 5 * 12 * _MAX_TEXT + 512
-_MAX_SEQUENCE = 2**53
-_DIGEST = re.compile("[0-9a-f]{64}")
-_BEGIN = b'{"sequence":'
 
 _log = logging.getLogger(__name__)
 
@@ -76,23 +70,6 @@ class AuditEntry:
     action: str
     key_id: str | None
     outcome: str
-
-
-@dataclass(frozen=True, slots=True)
-class Anchor:
-    """A line of an audit log.
-
-    Attributes:
-        sequence: Its number, from 1; 0 is the start of the chain.
-        digest: Its digest.
-        position: Byte offset of the line, or of any line before it.
-        set_at: Where it is an anchor: aware time when it was seen last to be the log's last line.
-    """
-
-    sequence: int
-    digest: str
-    position: int = field(default=0, compare=False)
-    set_at: datetime | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +119,8 @@ class AuditReport:
 
     lines: int
     problems: tuple[AuditProblem, ...]
-    head: Anchor
-    anchor: Anchor | None
+    head: Link
+    anchor: Link | None
     behind: int
     before: Segment | None = None
 
@@ -185,7 +162,7 @@ class AuditLog:
             self._write(file, _line(entry, self.clock(), last, self.key))
             return last.sequence + 1
 
-    def head(self) -> Anchor:
+    def head(self) -> Link:
         """The last line.
 
         Raises:
@@ -204,7 +181,7 @@ class AuditLog:
         """
         self.head()
 
-    def begin_segment(self, anchors: tuple[Anchor, ...] = ()) -> tuple[Anchor, Segment]:
+    def begin_segment(self, anchors: tuple[Link, ...] = ()) -> tuple[Link, Segment]:
         """End this segment, whole or damaged, and begin another one under the log's name.
 
         Processes that append to the log go on with the new one. Its first line is chained to the
@@ -228,7 +205,7 @@ class AuditLog:
             new = path.with_name(f".{path.name}.new")
             new.unlink(missing_ok=True)  # left by a command that was killed
             begin = AuditEntry("", SYSTEM, BEGIN_SEGMENT, None, "ok")
-            line = _line(begin, self.clock(), _NOTHING, self.key, before=asdict(segment))
+            line = _line(begin, self.clock(), START, self.key, before=asdict(segment))
             descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with open(descriptor, "wb") as created:  # noqa: PTH123 (a descriptor has no path)
                 if os.geteuid() == 0:  # the service still has to write it
@@ -246,9 +223,9 @@ class AuditLog:
                 os.fsync(directory)
             finally:
                 os.close(directory)
-        return _parse(line)[0], segment
+        return chain.read(line)[0], segment
 
-    def holds(self, line: Anchor) -> bool:
+    def holds(self, line: Link) -> bool:
         """Whether the log still has this line; reads the file from the line's position.
 
         Raises:
@@ -256,7 +233,7 @@ class AuditLog:
             AuditLocked: As :meth:`append`.
         """
         with self._locked() as file:
-            return line == _NOTHING or _line_from(file, line) == line
+            return line == START or _line_from(file, line) == line
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
@@ -300,10 +277,7 @@ class AuditLog:
             os.fdatasync(file)
 
 
-_NOTHING = Anchor(0, FIRST)
-
-
-def verify(path: Path, key: bytes | None = None, anchors: tuple[Anchor, ...] = ()) -> AuditReport:
+def verify(path: Path, key: bytes | None = None, anchors: tuple[Link, ...] = ()) -> AuditReport:
     """Check a whole audit log.
 
     Args:
@@ -315,17 +289,19 @@ def verify(path: Path, key: bytes | None = None, anchors: tuple[Anchor, ...] = (
         OSError: The file cannot be read.
     """
     problems: list[AuditProblem] = []
-    missing = {anchor.sequence: anchor for anchor in anchors if anchor != _NOTHING}
-    last, number, anchored, behind, before = _NOTHING, 0, None, 0, None
+    missing = {anchor.sequence: anchor for anchor in anchors if anchor != START}
+    last, number, anchored, behind, before = START, 0, None, 0, None
     with path.open("rb") as file:
-        for number, line in enumerate(_lines(file), start=1):
+        for number, line in enumerate(chain.lines(file, _MAX_LINE), start=1):
             behind += 1
             try:
-                found, content = _parse(line)
+                found, content = chain.read(line)
             except ValueError:
                 problems.append(AuditProblem(number, "is not a line of an audit log"))
                 continue
-            problems += (AuditProblem(number, text) for text in _faults(found, content, last, key))
+            problems += (
+                AuditProblem(number, text) for text in chain.faults(found, content, last, key)
+            )
             last = found
             if number == 1:
                 before = _segment_before(content)
@@ -357,7 +333,7 @@ def _problems_of_segments(path: Path, segment: Segment) -> Iterator[AuditProblem
             return
         with file.open("rb") as lines:
             try:
-                before = _segment_before(_parse(next(_lines(lines), b""))[1])
+                before = _segment_before(chain.read(next(chain.lines(lines, _MAX_LINE), b""))[1])
             except ValueError:
                 return
         if before is None:
@@ -382,28 +358,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Each line; of one that is longer than any of an audit log, only the beginning."""
-    while line := file.readline(_MAX_LINE):
-        yield line
-        while len(line) == _MAX_LINE and not line.endswith(b"\n"):
-            line = file.readline(_MAX_LINE)
-
-
-def _faults(
-    anchor: Anchor, content: dict[str, Any], last: Anchor, key: bytes | None
-) -> Iterator[str]:
-    if anchor.sequence != last.sequence + 1:
-        yield f"has number {anchor.sequence} after {last.sequence}: lines are missing or reordered"
-    if not hmac.compare_digest(anchor.digest, _digest(content, last.digest, key)):
-        yield "does not chain to the line before: a line was changed, removed or reordered"
-
-
-def _line(
-    entry: AuditEntry, now: datetime, last: Anchor, key: bytes | None, **more: object
-) -> bytes:
+def _line(entry: AuditEntry, now: datetime, last: Link, key: bytes | None, **more: object) -> bytes:
     content = {
-        "sequence": last.sequence + 1,
         "time": now.isoformat(timespec="milliseconds"),
         "request_id": entry.request_id[:_MAX_TEXT],
         "access_key_id": entry.access_key_id[:_MAX_TEXT],
@@ -412,26 +368,10 @@ def _line(
         "outcome": entry.outcome[:_MAX_TEXT],
         **more,
     }
-    return _json(content | {"digest": _digest(content, last.digest, key)}) + b"\n"
+    return chain.write(content, last, key)
 
 
-def _parse(line: bytes) -> tuple[Anchor, dict[str, Any]]:
-    try:
-        content = json.loads(line)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(content, dict) or _json(content) + b"\n" != line:
-        raise ValueError("not in canonical form")
-    digest, sequence = content.pop("digest", None), content.get("sequence")
-    # type: true counts as an int. The limit: the anchor's number has to fit into the database.
-    if type(sequence) is not int or not 0 < sequence < _MAX_SEQUENCE:
-        raise ValueError("not numbered")
-    if not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
-        raise ValueError("not chained")
-    return Anchor(sequence, digest), content
-
-
-def _last_line(file: int) -> Anchor:
+def _last_line(file: int) -> Link:
     """The last complete line; cuts off what a crash of the machine left behind it.
 
     A crash can leave the beginning of a line, zero bytes, or both. Its operation was not answered.
@@ -445,10 +385,12 @@ def _last_line(file: int) -> Anchor:
     tail = os.pread(file, written - start, start)
     whole = tail.rfind(b"\n") + 1
     partial = tail[whole:]
-    if not (partial.startswith(_BEGIN) or _BEGIN.startswith(partial)) or (start and not whole):
+    if not (partial.startswith(chain.BEGIN) or chain.BEGIN.startswith(partial)) or (
+        start and not whole
+    ):
         raise ValueError("does not end with a line of an audit log")
     begin = tail.rfind(b"\n", 0, max(0, whole - 1)) + 1
-    last = _parse(tail[begin:whole])[0] if whole else _NOTHING
+    last = chain.read(tail[begin:whole])[0] if whole else START
     if start + whole < size:
         _log.warning(
             "audit log: incomplete last line cut off",
@@ -458,12 +400,12 @@ def _last_line(file: int) -> Anchor:
     return replace(last, position=start + begin)
 
 
-def _line_from(file: int, sought: Anchor) -> Anchor | None:
+def _line_from(file: int, sought: Link) -> Link | None:
     """The first line from the position of ``sought`` whose number is not lower."""
     with os.fdopen(os.dup(file), "rb") as lines:
         lines.seek(sought.position)
         try:
-            found = (_parse(line)[0] for line in _lines(lines))
+            found = (chain.read(line)[0] for line in chain.lines(lines, _MAX_LINE))
             return next((line for line in found if line.sequence >= sought.sequence), None)
         except ValueError:
             return None
@@ -477,12 +419,3 @@ def _without_zeros(file: int, end: int) -> int:
             return start + written
         end = start
     return 0
-
-
-def _digest(content: dict[str, Any], last: str, key: bytes | None) -> str:
-    message = last.encode("ascii", "replace") + b"\n" + _json(content)
-    return (hmac.digest(key, message, "sha256") if key else hashlib.sha256(message).digest()).hex()
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, separators=(",", ":")).encode("ascii")

@@ -19,12 +19,13 @@ import pytest
 from sqlalchemy import text
 from support.kms.fakes import AES_MATERIAL, Client
 
+from hsmwrap import chain
+from hsmwrap.chain import Link
 from hsmwrap.cli import audit as audit_command
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 from hsmwrap.kms import Caller, Permissions, anchors, audit
 from hsmwrap.kms.audit import (
-    FIRST,
-    Anchor,
+    START,
     AuditEntry,
     AuditFailed,
     AuditLocked,
@@ -37,7 +38,7 @@ from hsmwrap.kms.schema import AuditAnchor
 
 KEY = bytes(range(32))
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
-A_LINE = Anchor(1, "x")
+A_LINE = Link(1, "x")
 
 
 def entry(number):
@@ -153,7 +154,11 @@ def test_hostile_line_is_a_finding(log, key, hostile, at):
 
 
 def test_an_endless_line_is_read_in_bounded_pieces():
-    pieces = list(audit._lines(io.BytesIO(b"a\n" + b"x" * 1_000_000 + b"\nb\n" + b"y" * 100_000)))
+    pieces = list(
+        chain.lines(
+            io.BytesIO(b"a\n" + b"x" * 1_000_000 + b"\nb\n" + b"y" * 100_000), audit._MAX_LINE
+        )
+    )
     assert [piece[:2] for piece in pieces] == [b"a\n", b"xx", b"b\n", b"yy"]
     assert max(map(len, pieces)) <= audit._MAX_LINE
 
@@ -198,7 +203,7 @@ def test_empty_log(tmp_path, key):
     assert verify(tmp_path / "e.log", key).ok
     head = AuditLog(tmp_path / "e.log", lambda: NOW, key).head()
     assert verify(tmp_path / "e.log", key, (head,)).ok
-    assert not verify(tmp_path / "e.log", key, (Anchor(1, "x"),)).ok
+    assert not verify(tmp_path / "e.log", key, (Link(1, "x"),)).ok
 
 
 INCOMPLETE = {
@@ -266,7 +271,7 @@ FOREIGN = [
     b"binary" + bytes(100_000),
     b"x" * 100_000,
     b'{"sequence":' + b"x" * 100_000,
-    b"something else" + audit._BEGIN + b"x" * (audit._MAX_LINE - len(audit._BEGIN)),
+    b"something else" + chain.BEGIN + b"x" * (audit._MAX_LINE - len(chain.BEGIN)),
 ]
 
 
@@ -440,7 +445,7 @@ class TestAnchors:
     def test_begins_with_an_empty_log(self, database, tmp_path):
         log = AuditLog(tmp_path / "new.log", lambda: NOW)
         anchors.remember(database, log)
-        assert anchors.remembered(database, log) == (Anchor(0, FIRST),)
+        assert anchors.remembered(database, log) == (START,)
         log.append(entry(1))
         anchors.remember(database, log)
         assert anchors.remembered(database, log) == (log.head(),)
@@ -475,8 +480,8 @@ class TestAnchors:
         for number in range(3):
             log.append(entry(number))
         read = []
-        parse = audit._parse
-        monkeypatch.setattr(audit, "_parse", lambda line: read.append(line) or parse(line))
+        parse = chain.read
+        monkeypatch.setattr(chain, "read", lambda line: read.append(line) or parse(line))
         anchors.remember(database, log)
         # The head, and the stored line.
         assert [parse(line)[0].sequence for line in read] == [9, 6]
@@ -688,7 +693,7 @@ class TestSegments:
         ],
     )
     def test_hostile_names(self, log, key, before):
-        line = audit._line(entry(1), NOW, audit._NOTHING, bytes(32), before=before)
+        line = audit._line(entry(1), NOW, START, bytes(32), before=before)
         log.path.write_bytes(line)
         assert set(lines_at_fault(verify(log.path, key))) == {1}
 
@@ -853,7 +858,7 @@ class TestCommand:
         """A log and its anchor before the first line: an emptied log looks the same."""
         kms = open_kms()
         kms.sweep()
-        assert anchors.remembered(kms._database, kms._audit.log) == (Anchor(0, FIRST),)
+        assert anchors.remembered(kms._database, kms._audit.log) == (START,)
         code, out = self.run(capsys, "--config", config)
         assert (code, "cannot check that the end was not cut off" in out) == (1, True)
         code, out = self.run(capsys, "--config", config, "--json")
