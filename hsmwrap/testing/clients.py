@@ -1,6 +1,7 @@
 """Independent clients for the demo, the tests and plug-in authors.
 
-They follow the documents and share no code with hsmwrap.
+They follow the documents and share no code with the backends. What a customer uses is
+:mod:`hsmwrap.customer`; these are what it is compared with, and take what it refuses.
 
 Key material is encrypted by the openssl command, and by gmssl for SM2's raw form; messages are
 encrypted and decrypted by pyca/cryptography from the known key.
@@ -18,14 +19,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.asymmetric import padding
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherAlgorithm, algorithms, modes
-from cryptography.hazmat.primitives.hashes import SHA1, SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from hsmwrap.backend import MESSAGE_VERSION, NONCE_LENGTH, TAG_LENGTH
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm
+from hsmwrap.customer import PADDINGS
 from hsmwrap.errors import ConfigurationError
 
 Encryptor = Callable[[WrappingAlgorithm, bytes, bytes], bytes]
@@ -54,20 +54,6 @@ _OPENSSL_OPTIONS: Mapping[WrappingAlgorithm, tuple[str, ...]] = MappingProxyType
         WrappingAlgorithm.SM2PKE: (),
     }
 )
-PADDINGS: Mapping[WrappingAlgorithm, padding.AsymmetricPadding] = MappingProxyType(
-    {
-        WrappingAlgorithm.RSAES_PKCS1_V1_5: padding.PKCS1v15(),
-        WrappingAlgorithm.RSAES_OAEP_SHA_1: padding.OAEP(
-            padding.MGF1(SHA1()),  # noqa: S303  # the API's algorithm
-            SHA1(),  # noqa: S303  # as above
-            label=None,
-        ),
-        WrappingAlgorithm.RSAES_OAEP_SHA_256: padding.OAEP(
-            padding.MGF1(SHA256()), SHA256(), label=None
-        ),
-    }
-)
-"""pyca's padding for each wrapping algorithm of RSA."""
 _SM2_POINT_LENGTH = 64
 
 

@@ -17,7 +17,7 @@ from benchmarks.libcrypto import RawSm2
 from benchmarks.timing import Side
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.checkvalue import check_value
-from hsmwrap.testing.clients import PADDINGS
+from hsmwrap.customer import PADDINGS
 
 _KEY = os.urandom(32)
 _NONCE = bytes(12)
