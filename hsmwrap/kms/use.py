@@ -89,11 +89,12 @@ class KeyUse:
         backend = self._core.backend_for(key.protection_level)
         try:
             return key, use(backend, KeyRef.from_bytes(reference))
-        except KeyNotFound:
+        except KeyNotFound as error:
             # A re-import or a deletion may have destroyed the object since the row was read.
             key, replaced_by = self._usable(operation, key_id)
             if replaced_by == reference:
-                raise HsmError(f"the backend does not have the material of key {key_id}") from None
+                why = f"the backend does not have the material of key {key_id}: {error}"
+                raise HsmError(why) from None
             return key, use(backend, KeyRef.from_bytes(replaced_by))
 
     def _usable(self, operation: str, key_id: str) -> tuple[Key, bytes]:

@@ -233,9 +233,14 @@ class SoftwareBackend(Backend, HasKeySets, ManagesKeySets, ReSealsKeys):
         try:
             return self._sealer.open(Purpose.KEY_MATERIAL, key.data, key.backend, key.key_spec)
         except BlobRejected:
+            needed = self.key_set_of(key)
+            if needed not in self._keyring().ids:
+                raise KeyNotFound(
+                    f"key set {needed}, which sealed this key, was retired: the keyring has no "
+                    "such master key"
+                ) from None
             raise KeyNotFound(
-                "the key does not open: it belongs to another backend, is damaged, or its master "
-                "key is not in the keyring"
+                "the key does not open: it belongs to another backend, or is damaged"
             ) from None
 
 

@@ -265,7 +265,12 @@ class MemoryBackend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSe
                 return self.store[_material(key.data)]
             return self.open(key.key_spec, key.data)
         except KeyError:
-            raise KeyNotFound("the key is not in this backend (any more)") from None
+            why = "the key is not in this backend (any more)"
+            if key.custody is not Custody.HSM_INTERNAL:
+                needed = int.from_bytes(key.data[:2], "big")
+                if _key_set(needed) not in self.store:
+                    why = f"key set {needed}, which sealed this key, was retired"
+            raise KeyNotFound(why) from None
 
     # --- import tokens -----------------------------------------------------------------------
 

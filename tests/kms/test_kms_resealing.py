@@ -11,6 +11,7 @@ from support.kms.fakes import AES_MATERIAL, OTHER_MATERIAL, SM4_MATERIAL, Client
 from hsmwrap.backend import KeyRef
 from hsmwrap.errors import (
     ConfigurationError,
+    HsmError,
     HsmUnavailable,
     UnsupportedOperation,
 )
@@ -108,13 +109,14 @@ def test_every_key_works_after_its_key_set_was_retired(kms, client, stored, audi
 
 
 def test_a_key_that_did_not_move_is_lost_with_its_key_set(kms, client):
-    """The control of the test before."""
-    key_id = imported(client)
-    blob = client.usable(key_id)
+    """The control of the test before. The error says what the operator has lost, and why."""
+    made = client("CreateKey", ProtectionLevel="HSM")["KeyMetadata"]["KeyId"]
+    blobs = {key_id: client.usable(key_id) for key_id in (imported(client), made)}
     rotate(kms)
     retire(kms, "1")
-    with pytest.raises(Exception, match="does not have the material"):
-        client("Decrypt", CiphertextBlob=blob)
+    for key_id, blob in blobs.items():
+        with pytest.raises(HsmError, match=rf"{key_id}: key set 1, which sealed this key, was re"):
+            client("Decrypt", CiphertextBlob=blob)
 
 
 def test_a_second_run_has_nothing_to_do(kms, client, stored, audit):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 from support.kms.fakes import AES_MATERIAL, SM4_MATERIAL, Client
 
+from hsmwrap.errors import HsmError
 from hsmwrap.kms import StaticAccessKeys, load_config, open_kms
 from hsmwrap.pkcs11.keysets import keys
 
@@ -137,6 +138,16 @@ def test_no_call_fails_while_keys_move_and_their_set_is_retired(client, aes, run
     imported = next(iter(aes))
     client.import_material(imported)
     assert usage(run_keys) == [COUNT + 1]
+
+
+def test_a_key_that_was_lost_with_its_set_says_so(client, aes, run_keys):
+    """Those that the KMS made as well, which cannot be imported again."""
+    run_keys("rotate")
+    run_keys("retire", "1", "--force")
+    for key_id, blob in aes.items():
+        lost = f"{key_id}: key set 1, which sealed this key, was retired"
+        with pytest.raises(HsmError, match=lost):
+            client("Decrypt", CiphertextBlob=blob)
 
 
 def test_a_run_that_is_killed_loses_no_key_and_is_run_again(

@@ -253,6 +253,7 @@ def test_rotation_and_retirement_reach_a_running_backend(durable, keyring_file, 
             pair.private_key, OAEP, ciphertext, key_spec=KeySpec.ALIYUN_AES_256
         )
 
+    stays = use().key
     keyring_file.rotate()
     durable.verify_mac(b"claims", mac)
     assert durable.mac(b"claims").key_set != mac.key_set
@@ -262,6 +263,8 @@ def test_rotation_and_retirement_reach_a_running_backend(durable, keyring_file, 
         durable.verify_mac(b"claims", mac)
     with pytest.raises(InvalidImportToken):
         use()
+    with pytest.raises(KeyNotFound, match=f"key set {mac.key_set}, which sealed this key, was ret"):
+        durable.encrypt(stays, b"")
     assert durable.encrypt(resealed, b"")
 
 
