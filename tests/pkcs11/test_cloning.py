@@ -11,11 +11,11 @@ import pytest
 from pkcs11 import exceptions as ck
 from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.mechanisms import KeyType, Mechanism
-from support.clients import encrypt_as_client
 from support.pkcs11.attacker import KEY_FUNCTION_NOT_PERMITTED, SHA1_OAEP, Attacker, readable
 
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.checkvalue import check_value
+from hsmwrap.customer import encrypt_key_material
 from hsmwrap.errors import ConfigurationError, UnsupportedOperation
 from hsmwrap.pkcs11.keysets.cloning import WrappedSets
 from hsmwrap.pkcs11.keysets.keys import Role
@@ -111,7 +111,7 @@ def sealed(softhsm, steps):
         wrapping = backend.generate_wrapping_key(
             WrappingKeySpec.RSA_2048, OAEP1, expires_at=datetime.now(UTC) + timedelta(hours=1)
         )
-        ciphertext = encrypt_as_client(OAEP1, wrapping.public_key, MATERIAL)
+        ciphertext = encrypt_key_material(OAEP1, wrapping.public_key, MATERIAL)
         imported = backend.unwrap_material(
             wrapping.private_key, OAEP1, ciphertext, key_spec=KeySpec.ALIYUN_AES_256
         )

@@ -16,7 +16,6 @@ from pkcs11 import GCMParams
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.exceptions import GeneralError
 from pkcs11.mechanisms import KeyType, Mechanism
-from support.clients import encrypt_as_client
 from support.pkcs11.attacker import (
     AES,
     KWP,
@@ -36,6 +35,7 @@ from support.pkcs11.attacker import (
 from hsmwrap import oaep, tokens
 from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.catalog import Origin, ProtectionLevel, WrappingKeySpec
+from hsmwrap.customer import encrypt_key_material
 from hsmwrap.guard import bound, plugin_ref
 from hsmwrap.imports import Cmk, ImportService
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
@@ -166,7 +166,7 @@ def test_known_limit_the_pin_can_substitute_keys(scenes, attacker, prefix):
     )
     token = tokens.encode(claims, backend.mac)  # C_Sign with the MAC key, as the PIN allows
     service = ImportService({ProtectionLevel.HSM: backend}, Deployment())
-    ciphertext = encrypt_as_client(OAEP1, public, secrets.token_bytes(32))
+    ciphertext = encrypt_key_material(OAEP1, public, secrets.token_bytes(32))
     assert service.import_key_material(cmk, ciphertext, token).imported.key
 
 

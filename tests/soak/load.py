@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 
-from support.clients import encrypt_as_client
-
 from hsmwrap import tokens
 from hsmwrap.backend import Backend, Custody, KeyRef, ReapsWrappingKeys, WrappingCapability
 from hsmwrap.catalog import KeySpec, ProtectionLevel
 from hsmwrap.checkvalue import check_value
+from hsmwrap.customer import encrypt_key_material
 from hsmwrap.errors import (
     BackendClosed,
     ExpiredImportToken,
@@ -324,7 +323,7 @@ def _material(issued: Issued, rng: random.Random) -> bytes:
 
 
 def _encrypted(parameters: ImportParameters, material: bytes) -> bytes:
-    return encrypt_as_client(parameters.algorithm, parameters.public_key, material)
+    return encrypt_key_material(parameters.algorithm, parameters.public_key, material)
 
 
 def _now() -> datetime:

@@ -5,9 +5,9 @@ import warnings
 from datetime import UTC, datetime
 
 import pytest
-from support.clients import encrypt_as_client
 
 from hsmwrap.catalog import WrappingAlgorithm
+from hsmwrap.customer import encrypt_key_material
 from hsmwrap.registry import open_backend
 from hsmwrap.software import KeyringFile
 
@@ -80,4 +80,4 @@ def issue():
 @pytest.fixture
 def wrap():
     """Encrypt as a client does."""
-    return lambda key, material: encrypt_as_client(key.algorithm, key.public_key, material)
+    return lambda key, material: encrypt_key_material(key.algorithm, key.public_key, material)

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.customer import encrypt_key_material
 from hsmwrap.errors import HsmwrapError
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.returncodes import RECOVERY
 from hsmwrap.pkcs11.keysets import admin
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.testing.faults import CKR
-from support.clients import encrypt_as_client
 from support.faults.shim import fault_shim
 
 AES = KeySpec.ALIYUN_AES_256
@@ -36,7 +36,7 @@ MANY_CALLS = {"capabilities", "keys_init", "keys_rotate", "keys_retire"}
 
 
 def encrypt(key, material):
-    return encrypt_as_client(key.algorithm, key.public_key, material)
+    return encrypt_key_material(key.algorithm, key.public_key, material)
 
 
 @dataclass

@@ -27,6 +27,7 @@ from pkcs11.util.ec import encode_named_curve_parameters
 from hsmwrap import registry
 from hsmwrap.backend import Custody, Mac
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.customer import encrypt_key_material
 from hsmwrap.guard import plugin_ref
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.templates import USES, HsmAttributeMapper, for_unwrap
@@ -34,7 +35,6 @@ from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
 from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
 from hsmwrap.pkcs11.token.pin import Pin
 from hsmwrap.pkcs11.wrapping.custody import parse_ref
-from support.clients import encrypt_as_client
 from support.pkcs11.objects import handles
 
 PKCS1, OAEP1, OAEP256, SM2 = (
@@ -516,7 +516,7 @@ class Scenes:
         for algorithm in (PKCS1, OAEP1, OAEP256, SM2):
             key = issue(backend, algorithm)
             scene.wrapping[algorithm] = key
-            scene.ciphertexts[algorithm] = encrypt_as_client(
+            scene.ciphertexts[algorithm] = encrypt_key_material(
                 algorithm, key.public_key, scene.materials[AES]
             )
         for spec, material in scene.materials.items():
@@ -532,7 +532,7 @@ def issue(backend, algorithm):
 
 def bring(backend, wrapping_key, material, spec=AES):
     """Import material as a client does."""
-    ciphertext = encrypt_as_client(wrapping_key.algorithm, wrapping_key.public_key, material)
+    ciphertext = encrypt_key_material(wrapping_key.algorithm, wrapping_key.public_key, material)
     return backend.unwrap_material(
         wrapping_key.private_key, wrapping_key.algorithm, ciphertext, key_spec=spec
     )

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import padding
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.customer import encrypt_key_material
 from hsmwrap.errors import (
     HsmwrapError,
     InvalidCiphertext,
@@ -22,7 +23,6 @@ from hsmwrap.errors import (
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.testing.faults import CKR
 from support.bad_input import changed_rsa, wrong_pkcs1
-from support.clients import encrypt_as_client
 from support.pkcs11 import scenarios
 
 AES = KeySpec.ALIYUN_AES_256
@@ -45,7 +45,7 @@ class Desk:
         self.outcome(self.good)
 
     def encrypted(self, material):
-        return encrypt_as_client(self.algorithm, self.key.public_key, material)
+        return encrypt_key_material(self.algorithm, self.key.public_key, material)
 
     def outcome(self, ciphertext, **more):
         try:

@@ -10,11 +10,11 @@ import pytest
 
 from hsmwrap.backend import Exposure, Outcome
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.customer import encrypt_key_material
 from hsmwrap.errors import ProtectionNotKept
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.testing.faults import CKR, Restriction
-from support.clients import encrypt_as_client
 from support.pkcs11 import scenarios
 
 HONOURED, NOT_HONOURED, NOT_PROVABLE = Outcome
@@ -45,7 +45,7 @@ def new_key(backend, algorithm=OAEP1):
 
 def bring_in(backend, key, ciphertext=None):
     if ciphertext is None:
-        ciphertext = encrypt_as_client(key.algorithm, key.public_key, bytes(range(32)))
+        ciphertext = encrypt_key_material(key.algorithm, key.public_key, bytes(range(32)))
     return backend.unwrap_material(
         key.private_key, key.algorithm, ciphertext, key_spec=KeySpec.ALIYUN_AES_256
     )
@@ -148,7 +148,7 @@ def an_import_that_would_leave_a_readable_key_is_refused(shim, settings):
     for more in ({}, {"wrapping_custody": "HsmInternal", "material_custody": "HsmInternal"}):
         backend = opened(settings | more, "changing")
         key = new_key(backend)
-        ciphertext = encrypt_as_client(OAEP1, key.public_key, bytes(range(32)))
+        ciphertext = encrypt_key_material(OAEP1, key.public_key, bytes(range(32)))
         bring_in(backend, key, ciphertext)
         before = shim.counters()
         shim.restrict(plain, Restriction.UNWRAP_IGNORES_PROTECTION)
