@@ -284,6 +284,25 @@ class ReSealsKeys(Ability):
         """
 
 
+class ChecksSettings(Ability):
+    """For backends whose settings can be checked without their HSM; called before one is opened."""
+
+    @classmethod
+    @abstractmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> frozenset[ProtectionLevel]:
+        """Refuse what :meth:`Backend.from_settings` would refuse and what can be seen from here.
+
+        Files, their modes and environment variables are looked at; nothing is changed, no HSM is
+        called, no PIN is tried.
+
+        Returns:
+            The protection levels that a backend with these settings may serve.
+
+        Raises:
+            ConfigurationError: As :meth:`Backend.from_settings`.
+        """
+
+
 class ManagesKeySets(Ability):
     """For backends whose key sets are made by ``hsmwrap keys``; called before one is opened."""
 

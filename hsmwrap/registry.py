@@ -15,11 +15,13 @@ from typing import Any
 from hsmwrap.backend import (
     CONTRACT_VERSION,
     Backend,
+    ChecksSettings,
     ClonesKeySets,
     KeySetFile,
     KeySetInfo,
     ManagesKeySets,
 )
+from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.errors import (
     BackendLoadError,
     HsmwrapError,
@@ -27,6 +29,7 @@ from hsmwrap.errors import (
     strip_tracebacks,
 )
 from hsmwrap.guard import GuardedBackend, checked, foreign
+from hsmwrap.settings import did_you_mean
 
 GROUP = "hsmwrap.backends"
 """The entry-point group; each entry names a :class:`hsmwrap.backend.Backend` subclass."""
@@ -90,6 +93,24 @@ def open_backend(name: str, settings: Mapping[str, Any]) -> Backend:
             f"{plugin.__name__} is due"
         )
     return GuardedBackend(backend, name)
+
+
+@strip_tracebacks
+def check_settings(name: str, settings: Mapping[str, Any]) -> frozenset[ProtectionLevel] | None:
+    """Load the plug-in ``name`` and let it check plain settings, without its HSM.
+
+    Returns:
+        The protection levels that a backend with these settings may serve; None where the plug-in
+        does not check settings (:class:`hsmwrap.backend.ChecksSettings`).
+
+    Raises:
+        BackendLoadError: As :func:`load`.
+        ConfigurationError: A backend could not be opened with these settings; it says why.
+    """
+    plugin = load(name)
+    if not issubclass(plugin, ChecksSettings):
+        return None
+    return checked(name, ChecksSettings.check_settings, plugin.check_settings, settings)
 
 
 class KeySetManager:
@@ -182,8 +203,11 @@ def _only(name: str) -> BackendEntry:
     registered = available()
     matching = [entry for entry in registered if entry.name == name]
     if not matching:
-        known = ", ".join(dict.fromkeys(entry.name for entry in registered)) or "none"
-        raise BackendLoadError(f"no backend plug-in is called {name!r}; registered: {known}")
+        known = list(dict.fromkeys(entry.name for entry in registered))
+        raise BackendLoadError(
+            f"no backend plug-in is called {name!r}; {did_you_mean([name], known)}"
+            f"registered: {', '.join(known) or 'none'}"
+        )
     if len(matching) > 1:
         owners = " and ".join(entry.distribution for entry in matching)
         raise BackendLoadError(

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hsmwrap.cli import tables
 from hsmwrap.cli.arguments import Subparsers, add_json_option
@@ -46,9 +47,15 @@ def add_parser(subparsers: Subparsers) -> None:
     check = actions.add_parser(
         "check",
         help="print every effective value and where it comes from",
-        description="Read the configuration as the server would and print every effective value "
-        "and where it comes from: the file, an environment variable, or the default. Secrets are "
-        "not shown. Exit code 2 if the server would refuse it.",
+        description="Read the configuration as the server would, check it and all files that it "
+        "names, and print every effective value and where it comes from: the file, an environment "
+        "variable, or the default. Secrets are not shown. Run it as the server's user. Exit code "
+        "2: the server would refuse it. Exit code 1: with --open something could not be opened.",
+    )
+    check.add_argument(
+        "--open",
+        action="store_true",
+        help="try HSM, database and keys as well: logs in to the HSM, changes nothing",
     )
     check.add_argument("--config", type=Path, metavar="FILE", help="the TOML file")
     add_json_option(check)
@@ -104,17 +111,25 @@ def _default(row: Setting) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the configuration; raise ConfigurationError if it is wrong."""
+    """Print the configuration, also one that is refused; raise ConfigurationError if it is."""
     require_server()
-    from hsmwrap.kms.config import load_config, require_own_names  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.checking import find_problems, require_none, try_to_open  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
     from hsmwrap.kms.explain import explain  # noqa: PLC0415 (the extra may be absent)
 
     config = load_config(args.config)
-    require_own_names(config)
     settings = explain(config, args.config)
+    problems = find_problems(config)
+    tried = list(try_to_open(config)) if args.open and not problems else []
     if args.json:
-        print(tables.to_json({"settings": [asdict(setting) for setting in settings]}))
+        shown: dict[str, Any] = {"settings": [asdict(setting) for setting in settings]}
+        shown |= {"problems": problems, "tried": [asdict(each) for each in tried]}
+        print(tables.to_json(shown))
     else:
         rows = [(setting.name, setting.value, setting.source) for setting in settings]
         print(tables.render(("setting", "value", "source"), rows))
-    return 0
+    require_none(problems)
+    if tried and not args.json:
+        lines = [(each.part, "works" if each.ok else "FAILS", each.detail) for each in tried]
+        print("\n" + tables.render(("tried", "state", "detail"), lines))
+    return 0 if all(each.ok for each in tried) else 1

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hsmwrap.cli.arguments import Subparsers
 from hsmwrap.cli.config import described
 from hsmwrap.cli.extras import require_server
 from hsmwrap.coredumps import forbid_core_dumps
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, HsmwrapError
+
+if TYPE_CHECKING:
+    from hsmwrap.kms.config import ServerConfig
+
+_log = logging.getLogger("gunicorn.error")  # the log of the process that starts the workers
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -54,13 +60,14 @@ def run(args: argparse.Namespace) -> int:
     """
     require_server()
     from hsmwrap.http.server import Server  # noqa: PLC0415 (the extra may be absent)
-    from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
 
-    config = load_config(args.config)
+    served = _Served(args.config)
+    config = served.config
     if not config.core_dumps:
         forbid_core_dumps()
     server = Server(
-        lambda: _application(args.config),
+        lambda: _application(served.config),
+        served.reload,
         host=config.host,
         port=config.port if args.port is None else args.port,
         workers=args.workers,
@@ -71,7 +78,34 @@ def run(args: argparse.Namespace) -> int:
     return server.run_to_exit()
 
 
-def _application(config: Path | None) -> Any:
+class _Served:
+    """The configuration that workers are started with: the last one of the file that was right.
+
+    So a file that is wrong stops neither a worker that replaces a dead one, nor a reload.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.config = self._checked()
+
+    def _checked(self) -> ServerConfig:
+        from hsmwrap.kms.checking import check  # noqa: PLC0415 (the extra may be absent)
+        from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
+
+        config = load_config(self._path)
+        check(config)
+        return config
+
+    def reload(self) -> None:
+        """Read the file again; what is wrong with it is logged, and nothing changes."""
+        try:
+            self.config = self._checked()
+        except HsmwrapError as error:
+            event = "the configuration is refused: that of before stays in use"
+            _log.error(event, extra={"why": str(error)})
+
+
+def _application(config: ServerConfig) -> Any:
     # Imported in the worker: prometheus_client reads the environment at import.
     from hsmwrap.http.app import from_config  # noqa: PLC0415
 

@@ -50,6 +50,8 @@ from hsmwrap.kms.errors import InvalidAction
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
+    from hsmwrap.kms.config import ServerConfig
+
 API_VERSION = "2016-01-20"
 MAX_BODY = 128 * 1024
 """Default limit of a body in bytes; the same as for a request line."""
@@ -287,17 +289,14 @@ def create_app(
     )
 
 
-def from_config(path: Path | None) -> App:
+def from_config(config: ServerConfig) -> App:
     """Open the configured KMS, and serve it; it is closed when the process exits.
 
     Raises:
         ConfigurationError: The configuration is wrong; the text says what to change.
     """
-    # Only a real server needs these imports.
-    from hsmwrap.kms.config import load_config  # noqa: PLC0415
-    from hsmwrap.kms.opening import open_kms  # noqa: PLC0415
+    from hsmwrap.kms.opening import open_kms  # noqa: PLC0415 (only a real server needs it)
 
-    config = load_config(path)
     logs.configure()
     kms = open_kms(config, observer=_METRICS.PrometheusObserver() if _METRICS else None)
     atexit.register(kms.close)
@@ -318,8 +317,14 @@ def from_environment() -> App:
     servers and workers run it too, with their own deadlines, limits and log texts. Leave access
     logs off: they have request lines, and SDKs send plaintext in them.
     """
+    # Only a real server needs these imports.
+    from hsmwrap.kms.checking import check  # noqa: PLC0415
+    from hsmwrap.kms.config import load_config  # noqa: PLC0415
+
     path = os.environ.get("HSMWRAP_CONFIG")
-    return from_config(Path(path) if path else None)
+    config = load_config(Path(path) if path else None)
+    check(config)
+    return from_config(config)
 
 
 def _require_method(request: Request, *methods: str) -> None:

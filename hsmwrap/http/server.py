@@ -40,6 +40,7 @@ class Server(BaseApplication):
     def __init__(
         self,
         load: Callable[[], Any],
+        reload: Callable[[], None] = lambda: None,
         *,
         host: str,
         port: int,
@@ -52,6 +53,7 @@ class Server(BaseApplication):
 
         Args:
             load: Makes the WSGI application, once in each worker process.
+            reload: Called before SIGHUP replaces the workers.
             host: Address to listen on.
             port: Port to listen on; 0 takes a free one.
             workers: Processes.
@@ -60,6 +62,7 @@ class Server(BaseApplication):
             metrics_address: Address and port of ``/metrics``; empty: no page.
         """
         self._load = load
+        self._reload = reload
         self.metrics_address = metrics_address
         api_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._options = {
@@ -86,6 +89,11 @@ class Server(BaseApplication):
     def load(self) -> Any:
         """Make the application (gunicorn's hook, in the worker)."""
         return self._load()
+
+    def reload(self) -> None:
+        """Read the configuration again (gunicorn's hook, for SIGHUP)."""
+        self._reload()
+        super().reload()
 
     def run_to_exit(self) -> int:
         """Serve until a signal; returns the exit code. Worker processes return here too."""

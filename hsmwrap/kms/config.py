@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from pydantic.fields import FieldInfo
@@ -34,7 +36,13 @@ from pydantic_settings import (
 )
 
 from hsmwrap.backend import Exposure
-from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm
+from hsmwrap.catalog import (
+    REGIONS,
+    ManagedHsm,
+    ProtectionLevel,
+    WrappingAlgorithm,
+    loggable,
+)
 from hsmwrap.errors import ConfigurationError, strip_tracebacks
 from hsmwrap.imports import MAX_FAILED_IMPORTS, MAX_RESIDENT_KEYS, MAX_RESIDENT_KEYS_OF_CMK
 from hsmwrap.kms.anchors import ANCHOR_LINES
@@ -57,8 +65,29 @@ def _as_seconds(value: Any) -> Any:
     )
 
 
-Seconds = Annotated[timedelta, BeforeValidator(_as_seconds)]
-"""A duration: a number of seconds, or ISO 8601 (``PT24H``)."""
+def _not_for_ever(value: timedelta) -> timedelta:
+    # Times in which it ends have to exist, and threads wait for it.
+    if value > _LONGEST:
+        raise ValueError
+    return value
+
+
+_LONGEST = timedelta(days=3660)
+Seconds = Annotated[timedelta, BeforeValidator(_as_seconds), AfterValidator(_not_for_ever)]
+"""A duration: a number of seconds, or ISO 8601 (``PT24H``); at most ten years."""
+
+
+class _Table(BaseModel):
+    """A table of settings, where true and false are not numbers."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false but for a switch: pydantic takes them for 1 and 0."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError
+        return value
 
 
 class BackendConfig(BaseModel):
@@ -72,7 +101,7 @@ class BackendConfig(BaseModel):
     """The settings of the backend itself."""
 
 
-class LimitsConfig(BaseModel):
+class LimitsConfig(_Table):
     """How much is taken from a client at once."""
 
     model_config = _STRICT
@@ -87,11 +116,11 @@ class LimitsConfig(BaseModel):
     """Open connections of one client address and one process; 0: no limit."""
     database_pool_size: int = Field(default=16, ge=1)
     """Database connections of one process."""
-    shutdown_seconds: float = Field(default=30, ge=0)
+    shutdown_seconds: float = Field(default=30, ge=0, le=86_400)
     """How long a shutdown waits for running requests."""
 
 
-class ServerConfig(BaseSettings):
+class ServerConfig(_Table, BaseSettings):
     """Everything that a KMS server is told. :func:`settings_table` has it as rows."""
 
     model_config = SettingsConfigDict(
@@ -116,7 +145,8 @@ class ServerConfig(BaseSettings):
     backends: dict[ProtectionLevel, BackendConfig]
     """The backend of each protection level."""
     region: str = "cn-hangzhou"
-    """Alibaba region id, for ARNs and the compatibility table."""
+    """Alibaba region id, for ARNs and the compatibility table. One that is not in the table takes
+    `managed_hsm` as well."""
     managed_hsm: ManagedHsm | None = None
     """Class of the managed HSM. Without it: what the region has."""
     dedicated: bool = False
@@ -200,6 +230,16 @@ class ServerConfig(BaseSettings):
         return Deployment(self.managed_hsm, dedicated=self.dedicated)
 
 
+def _require_known_region(config: ServerConfig) -> None:
+    """Refuse a region that may be mistyped: it would silently have no managed HSM."""
+    if config.managed_hsm is None and config.region not in REGIONS:
+        raise ConfigurationError(
+            f"configuration: region: {loggable(config.region)} is not known to have a managed HSM; "
+            f"{did_you_mean([config.region], list(REGIONS))}For another region say which class of "
+            f"managed HSM it has, managed_hsm = one of {', '.join(ManagedHsm)}"
+        )
+
+
 def require_own_names(config: ServerConfig) -> None:
     """Refuse different backends of the same name, without opening them.
 
@@ -233,7 +273,7 @@ def load_config(path: Path | None = None) -> ServerConfig:
     """
     _refuse_unknown_variables(os.environ)
     try:
-        return ServerConfig(**read_file(path))
+        config = ServerConfig(**read_file(path))
     except ValidationError as error:
         raise ConfigurationError(
             "configuration: " + "; ".join(map(_fault, error.errors()))
@@ -241,19 +281,34 @@ def load_config(path: Path | None = None) -> ServerConfig:
     except SettingsError as error:
         # Its text names the field; the JSON error behind it has the value.
         raise ConfigurationError(f"configuration: {error}; it takes JSON") from None
+    _require_known_region(config)
+    return config
 
 
 def _fault(error: ErrorDetails) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        near = did_you_mean([name], [row.name for row in settings_table()])
-        return f"{name}: unknown setting; {near}see `hsmwrap config settings`"
+        return f"{name}: unknown setting; {_place_of(error['loc'])}see `hsmwrap config settings`"
     row = _setting_at(error["loc"])
     if row is None:  # a table of several
         return f"{name}: required" if error["type"] == "missing" else f"{name}: takes a table"
     if error["type"] == "missing":
         return f"{name}: required; {row.help}"
     return f"{name}: takes {row.takes}; {row.help}"
+
+
+def _place_of(location: tuple[int | str, ...]) -> str:
+    """Where a setting belongs that is in no table, or in the wrong one; a sentence or nothing."""
+    *table, key = map(str, location)
+    known = [row.name for row in settings_table()]
+    for name in known:
+        above, _, last = name.rpartition(".")
+        if last == key and above != ".".join(table) and "LEVEL" not in above:
+            place = f"into the table [{above}]" if above else "before the first [table] of the file"
+            return f"{key} belongs {place}; "
+    if len(location) == 3 and table[0] == "backends":  # noqa: PLR2004 (backends, level, key)
+        return f"settings of the plug-in belong into the table [{'.'.join(table)}.settings]; "
+    return did_you_mean([".".join(map(str, location))], known)
 
 
 def _setting_at(location: tuple[int | str, ...]) -> Setting | None:

@@ -29,18 +29,16 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
-    InterfaceError,
-    InternalError,
     NoSuchModuleError,
-    OperationalError,
 )
 from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
 from hsmwrap import forks
-from hsmwrap.errors import ConfigurationError, ServiceUnavailable, strip_tracebacks
+from hsmwrap.errors import ConfigurationError, strip_tracebacks
 from hsmwrap.forks import ForkAware
+from hsmwrap.kms.database_errors import typed_error
 from hsmwrap.kms.errors import CommitUnknown
 from hsmwrap.kms.schema import Row
 from hsmwrap.privatefile import owner_fault
@@ -59,8 +57,7 @@ _POSTGRESQL_SETTINGS = MappingProxyType(
         "idle_in_transaction_session_timeout": "60000",
     }
 )
-# read_only_sql_transaction (a replica), idle_in_transaction_session_timeout.
-_UNAVAILABLE_STATES = frozenset({"25006", "25P03"})
+_OF_PSYCOPG_ITSELF = frozenset({"autocommit", "context", "prepare_threshold"})
 # Each dialect has its own INSERT … ON CONFLICT, with the same interface.
 _INSERT: Mapping[str, Callable[[type[Row]], Any]] = MappingProxyType(
     {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
@@ -151,6 +148,43 @@ class Database(ForkAware):
         with self.read() as transaction:
             transaction.execute(text("SELECT 1"))
 
+    @property
+    def file(self) -> Path | None:
+        """SQLite's file; None with PostgreSQL."""
+        url = self.engine.url
+        return Path(str(url.database)).resolve() if url.drivername == "sqlite" else None
+
+    def check_files(self) -> None:
+        """Refuse SQLite's files and directory as connecting would; changes nothing.
+
+        Raises:
+            ConfigurationError: One belongs to another user, or every user can write the directory.
+        """
+        if self.file is not None and self.file.parent.exists():
+            _require_private(self.file.parent)
+            for each in filter(Path.exists, _files_of(self.file)):
+                _require_own(each, each.stat())
+
+    def check_options(self) -> None:
+        """Refuse options of PostgreSQL's URL that psycopg would; does not connect.
+
+        Raises:
+            ConfigurationError: One is unknown, or names a file that is not there.
+        """
+        from psycopg import ProgrammingError  # noqa: PLC0415 (slow, and not for SQLite)
+        from psycopg.conninfo import make_conninfo  # noqa: PLC0415 (the same)
+
+        _, options = self.engine.dialect.create_connect_args(self.engine.url)
+        for name in ("sslcert", "sslkey", "sslrootcert"):
+            value = str(options.get(name, "system"))
+            if value != "system" and not Path(value).exists():
+                raise ConfigurationError(f"database_url: {name}: the file is not there")
+        try:
+            make_conninfo(**{k: v for k, v in options.items() if k not in _OF_PSYCOPG_ITSELF})
+        except ProgrammingError as error:
+            # Its text names the option, and no value.
+            raise ConfigurationError(f"database_url: {str(error).strip()}") from None
+
     def close(self) -> None:
         """Close the idle connections. Safe to call again."""
         self.engine.dispose()
@@ -212,20 +246,27 @@ def _make_private(file: Path) -> None:
     The directory matters as much: who can write it can put other files in their place.
     """
     with suppress(OSError):  # SQLite fails at it too, and that is an outage
-        directory = file.resolve().parent
-        status = directory.stat()
-        _require_own(directory, status)
-        if status.st_mode & stat.S_IWOTH:
-            raise ConfigurationError(
-                f"database_url: every user can write the directory {directory}; take another one, "
-                "or chmod 0700 it"
-            )
+        _require_private(file.resolve().parent)
         with suppress(FileExistsError):
             os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         # SQLite makes the others with the mode of the file (field note 79).
-        for each in (file, *(file.with_name(file.name + end) for end in _SQLITE_ENDS)):
+        for each in _files_of(file):
             with suppress(FileNotFoundError):
                 _close_to_others(each)
+
+
+def _files_of(file: Path) -> tuple[Path, ...]:
+    return file, *(file.with_name(file.name + end) for end in _SQLITE_ENDS)
+
+
+def _require_private(directory: Path) -> None:
+    status = directory.stat()
+    _require_own(directory, status)
+    if status.st_mode & stat.S_IWOTH:
+        raise ConfigurationError(
+            f"database_url: every user can write the directory {directory}; take another one, "
+            "or chmod 0700 it"
+        )
 
 
 def _close_to_others(file: Path) -> None:
@@ -283,17 +324,12 @@ def _commit(session: Session) -> None:
 def _available() -> Iterator[None]:
     try:
         yield
-    except (InterfaceError, OperationalError, PoolExhausted) as error:
-        raise _unavailable(error) from error
-    except InternalError as error:
-        if getattr(error.orig, "sqlstate", None) not in _UNAVAILABLE_STATES:
+    except (DBAPIError, PoolExhausted) as error:
+        known = typed_error(error)
+        if known is None:
             raise
-        raise _unavailable(error) from error
-
-
-def _unavailable(error: Exception) -> ServiceUnavailable:
-    _log.warning("database failed", extra={"error": type(error).__name__})
-    return ServiceUnavailable(f"the database is unavailable: {type(error).__name__}")
+        _log.warning("database failed", extra={"error": type(error).__name__, "why": str(known)})
+        raise known from error
 
 
 # A child must not close inherited connections: that would end the parent's session on the server,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from hsmwrap import backend as contract
 from hsmwrap.backend import (
     Backend,
     Capabilities,
+    ChecksSettings,
     ClonesKeySets,
     Custody,
     HasKeySets,
@@ -34,7 +36,7 @@ from hsmwrap.backend import (
     ReSealsKeys,
     WrappingKey,
 )
-from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import (
     ConfigurationError,
     HsmResourceExhausted,
@@ -100,7 +102,13 @@ class _Wrapped:
 
 
 class Pkcs11Backend(
-    Backend, HasKeySets, ManagesKeySets, ClonesKeySets, ReapsWrappingKeys, ReSealsKeys
+    Backend,
+    ChecksSettings,
+    HasKeySets,
+    ManagesKeySets,
+    ClonesKeySets,
+    ReapsWrappingKeys,
+    ReSealsKeys,
 ):
     """CMKs of protection level HSM, on one HSM token."""
 
@@ -126,6 +134,18 @@ class Pkcs11Backend(
             ConfigurationError, TokenSelectionError, PinError, HsmUnavailable
         """
         return cls(Pkcs11Settings.from_mapping(settings))
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> frozenset[ProtectionLevel]:
+        """Check settings, module file and PIN source; what may come later with ``lazy`` is not."""
+        checked = Pkcs11Settings.from_mapping(settings)
+        profile(checked.profile)
+        # A name without a slash is looked for by the dynamic linker.
+        if "/" in checked.module and not os.access(checked.module, os.R_OK):
+            raise ConfigurationError(f"module {checked.module}: is not there, or cannot be read")
+        if checked.pin is not None and not checked.lazy:
+            checked.pin.check()
+        return report.LEVELS
 
     @classmethod
     def list_keys(cls, settings: Mapping[str, Any]) -> tuple[KeySetInfo, ...]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NoReturn, Self
 from hsmwrap.backend import (
     Backend,
     Capabilities,
+    ChecksSettings,
     Custody,
     Exposure,
     HasKeySets,
@@ -22,7 +23,7 @@ from hsmwrap.backend import (
     ReSealsKeys,
     WrappingKey,
 )
-from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.checkvalue import check_value, same_check_value
 from hsmwrap.errors import (
     BackendClosed,
@@ -44,7 +45,7 @@ from hsmwrap.software.settings import SoftwareSettings
 _MASTER_KEY = "master key"
 
 
-class SoftwareBackend(Backend, HasKeySets, ManagesKeySets, ReSealsKeys):
+class SoftwareBackend(Backend, ChecksSettings, HasKeySets, ManagesKeySets, ReSealsKeys):
     """RSA, AES and SM4 by pyca/cryptography, SM2 by libcrypto; custody is always sealed blobs.
 
     Open it by :func:`hsmwrap.registry.open_backend`, or put the guard around it
@@ -73,6 +74,12 @@ class SoftwareBackend(Backend, HasKeySets, ManagesKeySets, ReSealsKeys):
     def from_settings(cls, settings: Mapping[str, Any]) -> Self:
         """Open a backend from plain settings, see :class:`SoftwareSettings`."""
         return cls(SoftwareSettings.from_mapping(settings))
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> frozenset[ProtectionLevel]:
+        """Open a backend, which needs no HSM."""
+        with cls.from_settings(settings) as backend:
+            return backend.capabilities().protection_levels
 
     @classmethod
     def list_keys(cls, settings: Mapping[str, Any]) -> tuple[KeySetInfo, ...]:

@@ -139,6 +139,11 @@ class PinSource(ABC):
             ConfigurationError: The source gives no usable PIN; the text names the source.
         """
 
+    def check(self) -> None:
+        """Raise what :meth:`read` would, as far as that shows without running foreign code."""
+        with self.read():
+            pass
+
 
 @dataclass(frozen=True, slots=True)
 class PinFile(PinSource):
@@ -205,6 +210,9 @@ class PinCallback(PinSource):
             failure = f"it returned {type(value).__name__}, not str"
         raise ConfigurationError(f"PIN callback failed: {failure}")
 
+    def check(self) -> None:
+        """Nothing: calling it may do more than to return the PIN."""
+
 
 @dataclass(frozen=True, slots=True)
 class PinCommand(PinSource):
@@ -228,6 +236,13 @@ class PinCommand(PinSource):
     def __repr__(self) -> str:
         """Show the program only; arguments may be secrets."""
         return f"PinCommand({self.argv[0]!r})"
+
+    def check(self) -> None:
+        """Look whether the program is there; it is not run."""
+        if not os.access(self.argv[0], os.X_OK):
+            raise ConfigurationError(
+                f"PIN command {self.argv[0]}: is not there, or is not a program"
+            )
 
     def read(self) -> Pin:
         """Run the program."""

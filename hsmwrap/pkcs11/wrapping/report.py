@@ -19,6 +19,9 @@ from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.wrapping.features import RSA_ALGORITHMS, ImportPath, TokenFeatures
 from hsmwrap.pkcs11.wrapping.material import material_custody
 
+LEVELS = frozenset({ProtectionLevel.HSM})
+"""The protection levels that the backend may serve."""
+
 
 def capabilities(
     settings: Pkcs11Settings,
@@ -31,7 +34,7 @@ def capabilities(
     custody = material_custody(settings, features)
     return Capabilities(
         backend=settings.name,
-        protection_levels=frozenset({ProtectionLevel.HSM}),
+        protection_levels=LEVELS,
         wrapping=tuple(_wrapping(settings, features)),
         keys=tuple(
             KeyCapability(spec, features.gcm and spec is KeySpec.ALIYUN_AES_256, custody)

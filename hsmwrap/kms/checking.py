@@ -1,0 +1,197 @@
+"""What of a configuration can be checked without opening HSM and database; and trying to open them.
+
+``hsmwrap config check`` and ``hsmwrap serve`` ask the same function, so neither refuses what the
+other takes. Nothing is changed, nothing is connected to, and no PIN is tried by :func:`check`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hsmwrap import registry
+from hsmwrap.backend import HasKeySets
+from hsmwrap.errors import ConfigurationError, HsmwrapError
+from hsmwrap.kms.access import FileAccessKeys
+from hsmwrap.kms.config import BackendConfig, ServerConfig, require_own_names
+from hsmwrap.kms.opening import audit_key, open_database
+
+_WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 (compared with, not listened on)
+
+
+def check(config: ServerConfig) -> None:
+    """Refuse what a server would refuse, as far as it shows without HSM and database.
+
+    Raises:
+        ConfigurationError: Everything that is wrong, each with what would be right.
+    """
+    require_none(find_problems(config))
+
+
+def require_none(problems: list[str]) -> None:
+    """Refuse a configuration in which these were found.
+
+    Raises:
+        ConfigurationError: There are some; the text has all of them.
+    """
+    if problems:
+        raise ConfigurationError(f"configuration: {'; '.join(problems)}")
+
+
+def find_problems(config: ServerConfig) -> list[str]:
+    """What a server would refuse, as far as it shows without HSM and database; a text for each."""
+    parts: tuple[Callable[[ServerConfig], object], ...] = (
+        *(_backend_check(table, backend) for table, backend in _tables(config)),
+        require_own_names,
+        _check_access_keys,
+        lambda config: audit_key(config.audit_key_file),
+        _check_audit_file,
+        _check_database,
+        _check_addresses,
+    )
+    found = []
+    for part in parts:
+        try:
+            part(config)
+        except HsmwrapError as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))
+
+
+def _tables(config: ServerConfig) -> Iterator[tuple[str, BackendConfig]]:
+    yield from ((f"backends.{level}", backend) for level, backend in config.backends.items())
+
+
+def _backend_check(table: str, backend: BackendConfig) -> Callable[[ServerConfig], None]:
+    def check_backend(_config: ServerConfig) -> None:
+        try:
+            levels = registry.check_settings(backend.plugin, backend.settings)
+        except HsmwrapError as error:
+            hint = "".join(
+                f"; {name} is a setting of the server: put it before the first [table] of the file"
+                for name in backend.settings
+                if name in ServerConfig.model_fields
+            )
+            raise ConfigurationError(f"[{table}] {error}{hint}") from None
+        level = table.rpartition(".")[2]
+        if levels is not None and level not in levels:
+            raise ConfigurationError(
+                f"[{table}] a backend of plug-in {backend.plugin} with these settings serves "
+                f"{', '.join(sorted(levels))}, not {level}"
+            )
+
+    return check_backend
+
+
+def _check_access_keys(config: ServerConfig) -> None:
+    if config.access_key_file is None:
+        raise ConfigurationError("access_key_file: required; set it to the file of access keys")
+    FileAccessKeys(config.access_key_file)
+
+
+def _check_audit_file(config: ServerConfig) -> None:
+    file = config.audit_file
+    fault = _not_writable(file.resolve().parent, "directory")
+    if file.exists():
+        fault = _not_writable(file, "file")
+    if fault:
+        raise ConfigurationError(f"audit_file: {fault}")
+
+
+def _not_writable(path: Path, kind: str) -> str | None:
+    """Why this directory or file cannot be written; None where it can."""
+    if not path.exists():
+        return f"the directory {path} is not there: make it"
+    if not (path.is_dir() if kind == "directory" else path.is_file()):
+        return f"{path} is not a {kind}"
+    if not os.access(path, os.W_OK | (os.X_OK if kind == "directory" else os.R_OK)):
+        return f"the {kind} {path} cannot be written by this user"
+    return None
+
+
+def _check_database(config: ServerConfig) -> None:
+    database = open_database(config)
+    try:
+        file = database.file
+        if file is None:
+            database.check_options()
+            return
+        if fault := _not_writable(file.parent, "directory"):
+            raise ConfigurationError(f"database_url: {fault}")
+        database.check_files()
+    finally:
+        database.close()
+
+
+def _check_addresses(config: ServerConfig) -> None:
+    _require_address("host", config.host)
+    if not config.metrics_address:
+        return
+    host, _, port = config.metrics_address.rpartition(":")
+    host = host.strip("[]")
+    if int(port) > 65_535:  # noqa: PLR2004 (the highest port)
+        raise ConfigurationError("metrics_address: a port is at most 65535")
+    _require_address("metrics_address", host)
+    if int(port) == config.port != 0 and (host == config.host or {host, config.host} & _WILDCARDS):
+        raise ConfigurationError("metrics_address: is the address of the API; take another port")
+
+
+def _require_address(setting: str, host: str) -> None:
+    """Refuse what is not an address of this machine: listens on it for a moment, on a free port."""
+    try:
+        family, *_, address = socket.getaddrinfo(
+            host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigurationError(f"{setting}: cannot listen there: {error.strerror}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What came of trying a part of a KMS."""
+
+    part: str
+    ok: bool
+    detail: str
+
+
+def try_to_open(config: ServerConfig) -> Iterator[Tried]:
+    """Open each backend and the database, once and without waiting for them; closes them again.
+
+    A backend is opened as the server would: it logs in, so a wrong PIN costs a try.
+    """
+    for table, wanted in _tables(config):
+        yield _tried(table, partial(_try_backend, wanted))
+    yield _tried("database", partial(_try_database, config))
+
+
+def _tried(part: str, attempt: Callable[[], str]) -> Tried:
+    try:
+        return Tried(part, ok=True, detail=attempt())
+    except HsmwrapError as error:
+        return Tried(part, ok=False, detail=str(error))
+
+
+def _try_backend(wanted: BackendConfig) -> str:
+    with registry.open_backend(wanted.plugin, wanted.settings) as backend:
+        backend.mac(b"")  # also one that is lazy connects
+        key_sets = HasKeySets.of(backend)
+        current = f", current key set {key_sets.current_key_set()}" if key_sets else ""
+        return f"{backend.name}{current}"
+
+
+def _try_database(config: ServerConfig) -> str:
+    database = open_database(config)
+    try:
+        if database.file is not None and not database.file.exists():
+            return "is made at the first start"
+        database.ping()
+        return "answers"
+    finally:
+        database.close()
