@@ -21,7 +21,7 @@ swtpm                | command swtpm                               | test       
 tpm2-tools           | command tpm2_flushcontext                   | test                  | frees the TPM's memory
 gcc                  | command gcc                                 | test                  | compiles the fault shim
 libc6-dev            | file    /usr/include/stdio.h                | test                  | headers for the fault shim
-postgresql           | file    /usr/lib/postgresql/*/bin/initdb    | test                  | a second database
+postgresql           | file    /usr/lib/postgresql/*/bin/initdb    | bench,test            | a second database
 TABLE
 }
 

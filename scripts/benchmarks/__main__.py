@@ -62,7 +62,7 @@ def measure(plan: Plan, parts: Sequence[str]) -> Results:
         if "latency" in parts:
             results.latency = latency.measure(hsm, plan)
         if "http" in parts:
-            results.requests += over_http.measure(settings, plan)
+            results.requests += over_http.measure(settings, plan, hsm)
         if "outstanding" in parts:  # last, since it fills the HSM token
             results.costs += outstanding.sealed(hsm, token, plan)
             results.costs += outstanding.resident(hsm, token, plan)
@@ -73,12 +73,12 @@ def measure(plan: Plan, parts: Sequence[str]) -> Results:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
-        description="Compare hsmwrap with the raw operations it consists of, in about 15 minutes.",
+        description="Compare hsmwrap with the raw operations it consists of (half an hour).",
     )
     parser.set_defaults(plan=DEFAULT)
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(
-        "--quick", dest="plan", action="store_const", const=QUICK, help="about a minute; less exact"
+        "--quick", dest="plan", action="store_const", const=QUICK, help="a few minutes; less exact"
     )
     amount.add_argument(
         "--full",

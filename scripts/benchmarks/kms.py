@@ -1,7 +1,6 @@
 """Two reference KMS on one HSM token: in this process, and behind ``hsmwrap serve``.
 
-Each is complete: permissions, database, audit log, key-pair pool. The load generator signs its
-requests beforehand and keeps its connections open, so that it uses little processor time.
+Each is complete: permissions, database, audit log, key-pair pool. Requests are signed beforehand.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import base64
 import hmac
 import itertools
 import json
+import os
 import re
 import secrets
 import socket
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from benchmarks.load import Failed
 from benchmarks.measured import KEY_SPEC, LEVEL, NO_BOUND
 from hsmwrap.http import canonical
 from hsmwrap.http.app import API_VERSION
@@ -43,10 +44,6 @@ _METRICS_PORT = re.compile(r"Listening at: \S+,http://127\.0\.0\.1:(\d+) ")
 _POOL_LEVEL = re.compile(r"^hsmwrap_keypool_level\{.*\} (\S+)$", re.MULTILINE)
 
 
-class Failed(Exception):
-    """A request was not answered with 200, or a wait timed out."""
-
-
 class KmsSide(ABC):
     """A KMS under measurement; :attr:`cmks` has one CMK for each thread."""
 
@@ -62,8 +59,8 @@ class KmsSide(ABC):
         """Call once; the answer's fields."""
 
     @abstractmethod
-    def pool_level(self) -> float:
-        """Number of wrapping key pairs that are ready."""
+    def pool_levels(self) -> list[float]:
+        """Number of wrapping key pairs that are ready, in each process."""
 
     def make_cmks(self, count: int) -> None:
         """Create a CMK for each thread, since imports into one CMK wait for each other."""
@@ -72,13 +69,13 @@ class KmsSide(ABC):
         self.cmks = [fields["KeyMetadata"]["KeyId"] for fields in made]
 
     def wait_for_pool(self, level: int) -> None:
-        """Wait until the key-pair pool has ``level`` pairs.
+        """Wait until the key-pair pool of each process has ``level`` pairs.
 
         Raises:
             Failed: It takes longer than a second per pair.
         """
-        end = time.monotonic() + _DEADLINE + level
-        while self.pool_level() < level:
+        end = time.monotonic() + _DEADLINE + level * len(self.pool_levels())
+        while min(self.pool_levels()) < level:
             if time.monotonic() > end:
                 raise Failed(f"the key-pair pool did not reach {level} pairs")
             time.sleep(_PAUSE)
@@ -87,9 +84,13 @@ class KmsSide(ABC):
 class LocalKms(KmsSide):
     """A KMS in this process."""
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any], pool: int) -> None:
+    def __init__(
+        self, directory: Path, settings: Mapping[str, Any], pool: int, database_url: str
+    ) -> None:
         super().__init__()
-        config = ServerConfig(**_configuration(directory, settings, pool))
+        config = ServerConfig(
+            **_configuration(directory, settings, pool, database_url=database_url)
+        )
         self._kms = open_kms(config, access_keys=StaticAccessKeys([_ACCESS_KEY]))
         self._caller, self._numbers = _ACCESS_KEY.caller(), itertools.count()
 
@@ -109,17 +110,18 @@ class LocalKms(KmsSide):
         request_id = f"bench-{next(self._numbers)}"
         return self._kms.execute(action, parameters, self._caller, request_id)
 
-    def pool_level(self) -> float:
+    def pool_levels(self) -> list[float]:
         """Ask the pool itself."""
-        return sum(kind.level for pool in self._kms.watched()[1] for kind in pool.facts())
+        return [sum(kind.level for pool in self._kms.watched()[1] for kind in pool.facts())]
 
 
 class ServedKms(KmsSide):
-    """A KMS behind ``hsmwrap serve`` with one worker process."""
+    """A KMS behind ``hsmwrap serve``."""
 
-    def __init__(self, port: int, metrics_port: int, threads: int) -> None:
+    def __init__(self, port: int, metrics_port: int, pid: int, threads: int) -> None:
         super().__init__()
-        self._port = port
+        self.port = port
+        self._pid = pid
         self._metrics = _Connection(metrics_port)
         self._connections = [_Connection(port) for _ in range(threads)]
 
@@ -132,19 +134,27 @@ class ServedKms(KmsSide):
 
     def prepare(self, thread: int, action: str, parameters: Mapping[str, str]) -> Call:
         """Sign the request, and take the thread's own connection."""
-        return partial(self._connections[thread].ask, _signed_post(action, parameters))
+        return partial(self._connections[thread].ask, signed_post(action, parameters))
 
     def call(self, action: str, parameters: Mapping[str, str]) -> dict[str, Any]:
         """Sign and send a request; the answer's fields."""
         fields: dict[str, Any] = json.loads(
-            self._connections[0].ask(_signed_post(action, parameters))
+            self._connections[0].ask(signed_post(action, parameters))
         )
         return fields
 
-    def pool_level(self) -> float:
+    def cpu_seconds(self) -> float:
+        """Processor time of the worker processes so far."""
+        workers = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text("ascii").split()
+        # proc(5): utime and stime are the fields 14 and 15, the second one is in parentheses.
+        fields = [Path(f"/proc/{w}/stat").read_text("utf-8").rpartition(")")[2] for w in workers]
+        ticks = sum(sum(map(int, each.split()[11:13])) for each in fields)
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def pool_levels(self) -> list[float]:
         """Read /metrics."""
         page = self._metrics.ask(b"GET /metrics HTTP/1.1\r\nHost: bench\r\n\r\n").decode()
-        return sum(map(float, _POOL_LEVEL.findall(page)))
+        return [float(level) for level in _POOL_LEVEL.findall(page)] or [0]
 
 
 class _Connection:
@@ -192,17 +202,32 @@ class _Connection:
 
 @contextmanager
 def serving(
-    directory: Path, settings: Mapping[str, Any], pool: int, plugin: str = "pkcs11"
-) -> Iterator[tuple[int, int]]:
-    """Run ``hsmwrap serve`` with one worker process; yields its port and that of its metrics.
+    directory: Path,
+    settings: Mapping[str, Any],
+    pool: int,
+    plugin: str = "pkcs11",
+    *,
+    database_url: str = "",
+    workers: int = 1,
+) -> Iterator[tuple[int, int, int]]:
+    """Run ``hsmwrap serve``; yields its port, that of its metrics, and its process.
+
+    Args:
+        directory: For all its files.
+        settings: Of the backend.
+        pool: Wrapping key pairs that are made ahead.
+        plugin: The backend.
+        database_url: Without it: SQLite in ``directory``.
+        workers: Worker processes.
 
     Raises:
         Failed: It does not start; its log is in the message.
     """
     config, log = directory / "hsmwrap.toml", directory / "log"
-    configuration = _configuration(directory, settings, pool, plugin)
+    configuration = _configuration(directory, settings, pool, plugin, database_url)
     config.write_text(_toml(configuration), encoding="utf-8")
     command = [sys.executable, "-m", "hsmwrap.cli", "serve", "--port", "0", "--config", str(config)]
+    command += ["--workers", str(workers)]
     with log.open("wb") as stderr:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
@@ -213,7 +238,7 @@ def serving(
         metrics = _METRICS_PORT.search(log.read_text("utf-8"))
         if metrics is None:
             raise Failed("the log does not say where the metrics are")
-        yield int(ready.rpartition(":")[2]), int(metrics[1])
+        yield int(ready.rpartition(":")[2]), int(metrics[1]), server.pid
     finally:
         server.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -223,7 +248,11 @@ def serving(
 
 
 def _configuration(
-    directory: Path, settings: Mapping[str, Any], pool: int, plugin: str = "pkcs11"
+    directory: Path,
+    settings: Mapping[str, Any],
+    pool: int,
+    plugin: str = "pkcs11",
+    database_url: str = "",
 ) -> dict[str, Any]:
     """A server's configuration with all its files in ``directory``; writes the access key file."""
     directory.mkdir(exist_ok=True)
@@ -236,7 +265,7 @@ def _configuration(
         access_keys.write_text("\n".join(["[[access_key]]", *lines, allow, ""]), encoding="utf-8")
     return {
         "metrics_address": "127.0.0.1:0",
-        "database_url": f"sqlite:///{directory}/kms.db",
+        "database_url": database_url or f"sqlite:///{directory}/kms.db",
         "access_key_file": str(access_keys),
         "audit_file": str(directory / "audit.log"),
         "key_pool": pool,
@@ -259,7 +288,7 @@ def _toml(configuration: Mapping[str, Any]) -> str:
     return "\n".join([*lines("", configuration), ""])
 
 
-def _signed_post(action: str, parameters: Mapping[str, str]) -> bytes:
+def signed_post(action: str, parameters: Mapping[str, str]) -> bytes:
     """A complete HTTP request with the parameters in a form, signed by version 1."""
     signed = {
         **parameters,

@@ -1,8 +1,13 @@
-"""The reference KMS over HTTP, compared with the same calls in process: rates and latencies."""
+"""The reference KMS over HTTP, compared with the same calls in process: rates and latencies.
+
+Three sides take turns: ``hsmwrap serve`` over HTTP, a KMS in this process (``kms.execute``), and
+the backend alone. The clients are another process (:mod:`benchmarks.load`).
+"""
 
 from __future__ import annotations
 
 import base64
+import itertools
 import secrets
 import statistics
 import threading
@@ -16,133 +21,226 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from support.services import postgres
+
 from benchmarks import clients
-from benchmarks.kms import Call, KmsSide, LocalKms, ServedKms, serving
-from benchmarks.measured import KEY_SPEC
+from benchmarks.kms import Call, KmsSide, LocalKms, ServedKms, serving, signed_post
+from benchmarks.load import Burst, Send, generator
+from benchmarks.measured import KEY_SPEC, MeasuredBackend, new_cmk
 from benchmarks.plan import Plan, say
 from benchmarks.timing import percentile_99
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 
-SIDES = ("http", "in process")
+HTTP, KMS, BACKEND = SIDES = ("http", "kms", "backend")
 _ALGORITHM = WrappingAlgorithm.RSAES_OAEP_SHA_256
-_ISSUE = "GetParametersForImport"
+_ISSUE, _IMPORT = "GetParametersForImport", "ImportKeyMaterial"
+_PLAINTEXT = bytes(32)
 _MARGIN = 2
 """Extra pairs of the pool beyond two bursts, so that a burst does not start a refill."""
 
 
 @dataclass(frozen=True, slots=True)
-class Burst:
-    """Seconds of each call of a burst, and of the whole burst."""
+class Server:
+    """How the KMS is served: its database, and its number of worker processes."""
 
-    seconds: list[float]
-    elapsed: float
-
-    @property
-    def rate(self) -> float:
-        """Calls per second."""
-        return len(self.seconds) / self.elapsed
+    database: str
+    workers: int
 
 
 @dataclass(slots=True)
 class Requests:
-    """The bursts of one operation with one number of threads."""
+    """The bursts of one operation with one number of clients; not all sides have all operations."""
 
     operation: str
+    server: Server
     threads: int
-    bursts: dict[str, list[Burst]] = field(default_factory=lambda: {side: [] for side in SIDES})
+    bursts: dict[str, list[Burst]]
+    cpu: list[float] = field(default_factory=list)
+    """Processor seconds of the server's processes for each request, burst by burst."""
 
     def rate(self, side: str) -> float:
         """Calls per second; median of the bursts."""
         return statistics.median(each.rate for each in self.bursts[side])
 
+    def p50(self, side: str) -> float:
+        """The median of the calls, in seconds."""
+        return statistics.median(s for each in self.bursts[side] for s in each.seconds)
+
     def p99(self, side: str) -> float:
         """The 99th percentile of the calls, in seconds."""
         return percentile_99([s for each in self.bursts[side] for s in each.seconds])
 
-    @property
-    def of_process(self) -> float:
-        """The rate over HTTP as a fraction of that in process: median over pairs of bursts."""
-        http, process = (self.bursts[side] for side in SIDES)
-        pairs = zip(http, process, strict=True)
+    def of(self, side: str) -> float:
+        """The rate over HTTP as a fraction of the side's: median over pairs of bursts."""
+        pairs = zip(self.bursts[HTTP], self.bursts[side], strict=True)
         return statistics.median(one.rate / other.rate for one, other in pairs)
+
+    @property
+    def client_cpu(self) -> float:
+        """The processor time of the clients as a fraction of the time that the bursts took."""
+        bursts = self.bursts[HTTP]
+        return sum(each.client_cpu for each in bursts) / sum(each.elapsed for each in bursts)
 
     def to_json(self) -> dict[str, Any]:
         """All numbers."""
         return {
             "operation": self.operation,
-            "threads": self.threads,
-            "calls": {s: sum(len(each.seconds) for each in self.bursts[s]) for s in SIDES},
-            "per_second": {side: self.rate(side) for side in SIDES},
-            "p99_ms": {side: self.p99(side) * 1e3 for side in SIDES},
-            "of_process": self.of_process,
+            "database": self.server.database,
+            "workers": self.server.workers,
+            "clients": self.threads,
+            "calls": {s: sum(len(each.seconds) for each in b) for s, b in self.bursts.items()},
+            "per_second": {side: self.rate(side) for side in self.bursts},
+            "p50_ms": {side: self.p50(side) * 1e3 for side in self.bursts},
+            "p99_ms": {side: self.p99(side) * 1e3 for side in self.bursts},
+            "server_cpu_ms": statistics.median(self.cpu) * 1e3,
+            "client_cpu": self.client_cpu,
+            "of": {side: self.of(side) for side in self.bursts if side != HTTP},
         }
+
+
+_Parameters = Sequence[Mapping[str, str]]
+"""The parameters of each client's calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """An operation, and the parameters of each thread's calls on each side."""
+    """An operation: its parameters on the sides that are a KMS, and its call on the backend."""
 
-    name: str
     action: str
-    sides: Mapping[str, KmsSide]
-    parameters: Mapping[str, Sequence[Mapping[str, str]]]
-
-    def burst(self, side: str, threads: int, count: int) -> Burst:
-        """Time ``count`` calls, distributed over the threads."""
-        kms, parameters = self.sides[side], self.parameters[side]
-        calls: list[list[Call]] = [[] for _ in range(threads)]
-        for number in range(count):
-            thread = number % threads
-            calls[thread].append(kms.prepare(thread, self.action, parameters[thread]))
-        return _burst(calls)
+    count: int
+    parameters: Mapping[str, _Parameters]
+    alone: Call | None = None
+    before: Callable[[], object] = lambda: None
+    """Runs before each turn."""
 
 
-def measure(settings: Mapping[str, Any], plan: Plan) -> Iterator[Requests]:
-    """Warm GetParametersForImport and ImportKeyMaterial, on the HSM token of ``settings``."""
+class _Stand:
+    """The sides on one database, with one number of worker processes."""
+
+    def __init__(
+        self, served: ServedKms, local: LocalKms, send: Send, measured: MeasuredBackend
+    ) -> None:
+        self.served, self.local = served, local
+        self.kms: Mapping[str, KmsSide] = {HTTP: served, KMS: local}
+        self._send = send
+        self._measured = measured
+
+    def burst(self, load: _Load, side: str, threads: int) -> tuple[Burst, float]:
+        """Time the calls of a load; with the processor time that the server took, if it is HTTP."""
+        if side == BACKEND:
+            assert load.alone is not None  # noqa: S101  # it is not asked for otherwise
+            return _burst(_dealt([load.alone] * load.count, threads)), 0
+        mine = load.parameters[side]
+        if side == KMS:
+            calls = [
+                partial(self.local.call, load.action, mine[number % threads])
+                for number in range(load.count)
+            ]
+            return _burst(_dealt(calls, threads)), 0
+        requests = [
+            signed_post(load.action, mine[number % threads]) for number in range(load.count)
+        ]
+        cpu = self.served.cpu_seconds()
+        burst = self._send(self.served.port, _dealt(requests, threads))
+        return burst, self.served.cpu_seconds() - cpu
+
+    def loads(self, plan: Plan, pool: int) -> Iterator[_Load]:
+        """All operations; the imports are prepared before the pools are full."""
+        imports = {name: [_import(side, c) for c in side.cmks] for name, side in self.kms.items()}
+        yield from self._uses(plan)
+        issues = {name: [_row(cmk) for cmk in side.cmks] for name, side in self.kms.items()}
+        yield _Load(_ISSUE, plan.requests, issues, before=partial(self._fill_pools, pool))
+        yield _Load(_IMPORT, plan.requests, imports)
+
+    def _uses(self, plan: Plan) -> Iterator[_Load]:
+        most = max(plan.clients)
+        plaintext = base64.b64encode(_PLAINTEXT).decode()
+        encrypt: dict[str, _Parameters] = {}
+        decrypt: dict[str, _Parameters] = {}
+        data_key: dict[str, _Parameters] = {}
+        for name, side in self.kms.items():
+            wanted = {"KeySpec": str(KEY_SPEC), "ProtectionLevel": "HSM"}
+            key = side.call("CreateKey", wanted)["KeyMetadata"]["KeyId"]
+            encrypt[name] = [{"KeyId": key, "Plaintext": plaintext}] * most
+            blob = side.call("Encrypt", encrypt[name][0])["CiphertextBlob"]
+            decrypt[name] = [{"CiphertextBlob": blob}] * most
+            data_key[name] = [{"KeyId": key}] * most
+        issued = self._measured.issue(WrappingKeySpec.RSA_2048, _ALGORITHM)
+        imported = self._measured.service.import_key_material(
+            issued.cmk, issued.ciphertext, issued.parameters.import_token
+        ).imported
+        backend, key_ref, data = self._measured.backend, imported.key, new_cmk().key_id.encode()
+        ciphertext = backend.encrypt(key_ref, _PLAINTEXT, data)
+        seal = partial(backend.encrypt, key_ref, _PLAINTEXT, data)
+        yield _Load("Encrypt", plan.uses, encrypt, seal)
+        yield _Load(
+            "Decrypt", plan.uses, decrypt, partial(backend.decrypt, key_ref, ciphertext, data)
+        )
+        yield _Load("GenerateDataKey", plan.uses, data_key, seal)
+
+    def _fill_pools(self, pool: int) -> None:
+        """Fill all pools completely, so that they do not refill during a burst (below half)."""
+        for side in self.kms.values():
+            rows = itertools.cycle(enumerate(side.cmks))
+            while max(side.pool_levels()) > pool // 2:
+                thread, cmk = next(rows)
+                side.prepare(thread, _ISSUE, _row(cmk))()
+        for side in self.kms.values():
+            side.wait_for_pool(pool)
+
+
+def measure(
+    settings: Mapping[str, Any], plan: Plan, measured: MeasuredBackend
+) -> Iterator[Requests]:
+    """Measure each operation with each server of the plan, on the HSM token of ``settings``."""
     pool = 2 * (plan.requests + _MARGIN)
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(TemporaryDirectory(prefix="hsmwrap-bench-")))
-        say("http: starting hsmwrap serve")
-        ports = stack.enter_context(serving(directory / "served", settings, pool))
-        served = stack.enter_context(ServedKms(*ports, max(plan.clients)))
-        local = stack.enter_context(LocalKms(directory / "local", settings, pool))
-        sides: dict[str, KmsSide] = dict(zip(SIDES, (served, local), strict=True))
-        for side in sides.values():
-            side.make_cmks(max(plan.clients))
-        # First, so that the pools are refilled before anything is timed.
-        imports = {name: [_import(side, c) for c in side.cmks] for name, side in sides.items()}
-        issues = {name: [_row(cmk) for cmk in side.cmks] for name, side in sides.items()}
-        load = _Load("GetParametersForImport (warm)", _ISSUE, sides, issues)
-        yield from _rounds(load, plan, partial(_fill_pools, sides, pool))
-        load = _Load("ImportKeyMaterial", "ImportKeyMaterial", sides, imports)
-        yield from _rounds(load, plan, lambda: None)
+    with ExitStack() as outer:
+        send = outer.enter_context(generator())
+        cluster = None
+        if any(database == "postgresql" for database, _ in plan.servers):
+            cluster = outer.enter_context(postgres.PrivateCluster())
+        for database, workers in plan.servers:
+            with ExitStack() as stack:
+                directory = Path(stack.enter_context(TemporaryDirectory(prefix="hsmwrap-bench-")))
+                say(f"http: starting hsmwrap serve with {database}, {workers} workers")
+                urls = ["", ""]
+                if cluster and database == "postgresql":
+                    urls = [cluster.new_database() for _ in SIDES[:2]]
+                there = serving(
+                    directory / "served", settings, pool, database_url=urls[0], workers=workers
+                )
+                served = ServedKms(*stack.enter_context(there), max(plan.clients))
+                local = LocalKms(directory / "local", settings, pool, urls[1])
+                stack.enter_context(served)
+                stack.enter_context(local)
+                stand = _Stand(served, local, send, measured)
+                for side in stand.kms.values():
+                    side.make_cmks(max(plan.clients))
+                for load in stand.loads(plan, pool):
+                    yield from _rounds(stand, Server(database, workers), load, plan)
 
 
-def _rounds(load: _Load, plan: Plan, before: Callable[[], object]) -> Iterator[Requests]:
-    """Measure each number of threads; the side that starts changes with each turn."""
+def _rounds(stand: _Stand, server: Server, load: _Load, plan: Plan) -> Iterator[Requests]:
+    """Measure each number of clients; the side that starts changes with each turn."""
+    sides = SIDES if load.alone else (HTTP, KMS)
     for threads in plan.clients:
-        requests = Requests(load.name, threads)
+        requests = Requests(load.action, server, threads, {side: [] for side in sides})
         for turn in range(plan.turns):
-            say(f"http: {load.name} by {threads} clients, turn {turn + 1} of {plan.turns}")
-            before()
-            first = turn % len(SIDES)
-            for side in SIDES[first:] + SIDES[:first]:
-                requests.bursts[side].append(load.burst(side, threads, plan.requests))
+            what = f"{load.action} by {threads} clients, {server.database}, {server.workers}"
+            say(f"http: {what} workers, turn {turn + 1} of {plan.turns}")
+            load.before()
+            first = turn % len(sides)
+            for side in sides[first:] + sides[:first]:
+                burst, cpu = stand.burst(load, side, threads)
+                requests.bursts[side].append(burst)
+                if side == HTTP:
+                    requests.cpu.append(cpu / load.count)
         yield requests
 
 
 def _row(cmk: str) -> dict[str, str]:
     spec = WrappingKeySpec.RSA_2048
     return {"KeyId": cmk, "WrappingKeySpec": str(spec), "WrappingAlgorithm": str(_ALGORITHM)}
-
-
-def _fill_pools(sides: Mapping[str, KmsSide], pool: int) -> None:
-    """Fill both pools completely, so that they do not refill during a burst (below half)."""
-    for side in sides.values():
-        while side.pool_level() > pool // 2:
-            side.call(_ISSUE, _row(side.cmks[0]))
-    for side in sides.values():
-        side.wait_for_pool(pool)
 
 
 def _import(side: KmsSide, cmk: str) -> dict[str, str]:
@@ -156,6 +254,11 @@ def _import(side: KmsSide, cmk: str) -> dict[str, str]:
         "ImportToken": issued["ImportToken"],
         "KeyMaterialExpireUnix": "0",
     }
+
+
+def _dealt(each: Sequence[Any], threads: int) -> list[Sequence[Any]]:
+    """One sequence for each thread; the first thread's parameters are at 0, the next at 1."""
+    return [each[first::threads] for first in range(threads)]
 
 
 def _burst(calls: Sequence[Sequence[Call]]) -> Burst:

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 _STARTED = time.monotonic()
+_SERVERS = (("sqlite", 1), ("sqlite", 2), ("postgresql", 1), ("postgresql", 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,10 @@ class Plan:
         warm: Issues from an idle pool.
         burst: Issues from one filling of the idle pool.
         busy: Issues from a busy pool.
-        requests: Calls in a burst, over HTTP and in process; there are ``turns`` bursts.
+        requests: Calls in a burst of imports, over HTTP and in process; there are ``turns`` bursts.
+        uses: Calls in a burst that uses a key.
         clients: Numbers of concurrent clients.
+        servers: Databases and numbers of worker processes.
         sealed: Numbers of outstanding sealed tokens.
         resident: Numbers of outstanding resident wrapping keys.
         fill_seconds: Time limit for making all resident wrapping keys.
@@ -44,7 +47,9 @@ class Plan:
     burst: int
     busy: int
     requests: int
+    uses: int
     clients: tuple[int, ...]
+    servers: tuple[tuple[str, int], ...]
     sealed: tuple[int, ...]
     resident: tuple[int, ...]
     fill_seconds: float
@@ -63,7 +68,9 @@ QUICK = Plan(
     burst=16,
     busy=10,
     requests=20,
-    clients=(1, 4),
+    uses=200,
+    clients=(1, 16),
+    servers=(("sqlite", 1), ("postgresql", 2)),
     sealed=(100, 1_000),
     resident=(100, 1_000),
     fill_seconds=5,
@@ -81,7 +88,9 @@ DEFAULT = Plan(
     burst=50,
     busy=100,
     requests=100,
+    uses=1_000,
     clients=(1, 4, 16),
+    servers=_SERVERS,
     sealed=(100, 10_000, 100_000),
     resident=(100, 1_000, 10_000),
     fill_seconds=180,
@@ -99,7 +108,9 @@ FULL = Plan(
     burst=100,
     busy=400,
     requests=200,
+    uses=4_000,
     clients=(1, 4, 16),
+    servers=_SERVERS,
     sealed=(100, 10_000, 100_000),
     resident=(100, 1_000, 10_000, 100_000),
     fill_seconds=7_200,

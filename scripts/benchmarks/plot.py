@@ -16,8 +16,7 @@ from benchmarks import targets
 from benchmarks.latency import Latency
 from benchmarks.operations import Comparison
 from benchmarks.outstanding import Cost
-from benchmarks.over_http import SIDES as HTTP_SIDES
-from benchmarks.over_http import Requests
+from benchmarks.over_http import BACKEND, HTTP, KMS, Requests
 from benchmarks.report import Results
 from benchmarks.throughput import Rates
 
@@ -95,9 +94,18 @@ def _rates(load: str, rates: Sequence[Rates], axes: Axes) -> None:
 
 
 def _requests(operation: str, requests: Sequence[Requests], axes: Axes) -> None:
-    axes.set_title(f"{operation}: calls per second")
-    for side in HTTP_SIDES:
-        _line(axes, side, [(each.threads, each.rate(side)) for each in requests])
+    side = BACKEND if BACKEND in requests[0].bursts else KMS
+    name = "the backend alone" if side == BACKEND else "the KMS in process"
+    axes.set_title(f"{operation}: HTTP / {name}, and p99 in ms")
+    for server in dict.fromkeys(each.server for each in requests):
+        mine = [each for each in requests if each.server == server]
+        label = f"{server.database}, {server.workers} workers"
+        _line(axes, label, [(each.threads, each.of(side)) for each in mine])
+        for each in mine:
+            at, text = (each.threads, each.of(side)), f"{each.p99(HTTP) * 1e3:.0f}"
+            axes.annotate(text, at, (0, 5), textcoords="offset points", fontsize=7)
+    limit = targets.LEAST_USE if side == BACKEND else targets.LEAST_OVER_HTTP
+    axes.axhline(limit, color="C7", linestyle="--", label=f"target: {limit:.2f}")
     _finish_lines(axes, "clients")
 
 

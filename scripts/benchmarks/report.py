@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,7 @@ from benchmarks import targets
 from benchmarks.latency import Latency
 from benchmarks.operations import Comparison
 from benchmarks.outstanding import Cost
-from benchmarks.over_http import SIDES as HTTP_SIDES
-from benchmarks.over_http import Requests
+from benchmarks.over_http import BACKEND, HTTP, KMS, Requests
 from benchmarks.protection import Protection
 from benchmarks.targets import Target
 from benchmarks.throughput import SIDES, Rates
@@ -25,8 +25,10 @@ of loop, of bare: our speed as a fraction of theirs; the random part of the sear
 is evened out. All sides took turns in one run."""
 
 _HTTP_NOTE = """\
-hsmwrap serve with one worker process over HTTP, and the same calls in the measuring process; calls
-per second, and p99 in milliseconds. RSA_2048, RSAES_OAEP_SHA_256, pairs from the pool."""
+hsmwrap serve over HTTP, the same calls of a KMS in the measuring process, and those of the backend
+alone; calls per second, and latencies in milliseconds. CPU: processor time of the server for each
+request, in milliseconds. clients': their processor time, as a fraction of the time. Imports:
+RSA_2048, RSAES_OAEP_SHA_256, pairs from the pool."""
 
 _QUIET = 0.05
 """Limit of the processor time of other processes, as a fraction."""
@@ -61,6 +63,7 @@ class Results:
             *(targets.of_latency(self.latency) if self.latency else ()),
             *targets.of_imports(self.comparisons),
             *targets.of_costs(self.costs),
+            *targets.of_requests(self.requests),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -173,21 +176,34 @@ def _latency(latency: Latency) -> str:
 
 
 def _requests(requests: Iterable[Requests]) -> str:
-    numbers = ("clients", "HTTP", "p99", "in process", "p99", "HTTP / in process")
+    headings = ("operation", "database")
+    numbers = ("workers", "clients", "HTTP", "p50", "p99", "p99/p50", "CPU", "clients'")
+    ratios = ("KMS", "HTTP/KMS", "backend", "HTTP/backend")
     rows = [
         (
             each.operation,
+            each.server.database,
+            str(each.server.workers),
             str(each.threads),
+            f"{each.rate(HTTP):.0f}",
+            f"{each.p50(HTTP) * 1e3:.1f}",
+            f"{each.p99(HTTP) * 1e3:.1f}",
+            f"{each.p99(HTTP) / each.p50(HTTP):.1f}",
+            f"{statistics.median(each.cpu) * 1e3:.2f}",
+            f"{each.client_cpu:.0%}",
             *(
                 text
-                for side in HTTP_SIDES
-                for text in (f"{each.rate(side):.1f}", f"{each.p99(side) * 1e3:.1f}")
+                for side in (KMS, BACKEND)
+                for text in (
+                    (f"{each.rate(side):.0f}", f"{each.of(side):.2f}")
+                    if side in each.bursts
+                    else ("–", "–")
+                )
             ),
-            f"{each.of_process:.2f}",
         )
         for each in requests
     ]
-    return render(("operation", *numbers), rows, right=numbers)
+    return render((*headings, *numbers, *ratios), rows, right=(*numbers, *ratios))
 
 
 def _costs(costs: Iterable[Cost]) -> str:

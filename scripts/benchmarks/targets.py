@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.latency import Latency
 from benchmarks.operations import Comparison
 from benchmarks.outstanding import Cost
+from benchmarks.over_http import BACKEND, HTTP, KMS, Requests
 from benchmarks.throughput import Rates
 
 LEAST_ISSUE = 0.95
@@ -17,6 +18,11 @@ LEAST_IMPORT = 0.8
 LEAST_SCALING = 1.8
 MOST_WARM = 1 / 50
 MOST_GROWTH = 1.1
+LEAST_USE = 1_000 / 3_500
+"""Of a key over HTTP, compared with the backend alone."""
+LEAST_OVER_HTTP = 0.8
+MOST_TAIL = 5.0
+"""p99 / p50 over HTTP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +94,18 @@ def of_costs(costs: Sequence[Cost]) -> Iterator[Target]:
             values = [getattr(each, cost) for each in sealed]
             growth = max(values) / values[0]
             yield Target(f"{name} cost, {span}", growth, MOST_GROWTH, at_least=False)
+
+
+def of_requests(requests: Sequence[Requests]) -> Iterator[Target]:
+    """Calls over HTTP, compared with those in process, and their tail with all clients."""
+    most = max((each.threads for each in requests), default=0)
+    for each in requests:
+        server = each.server
+        what = (
+            f"{each.operation}, {server.database}, {server.workers} workers, {each.threads} clients"
+        )
+        side, limit = (BACKEND, LEAST_USE) if BACKEND in each.bursts else (KMS, LEAST_OVER_HTTP)
+        yield Target(f"{what}: HTTP / {side}", each.of(side), limit, at_least=True)
+        if each.threads == most:
+            tail = each.p99(HTTP) / each.p50(HTTP)
+            yield Target(f"{what}: p99 / p50", tail, MOST_TAIL, at_least=False)

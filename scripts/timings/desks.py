@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from benchmarks import clients
-from benchmarks.kms import Failed, ServedKms, serving
+from benchmarks.kms import ServedKms, serving
+from benchmarks.load import Failed
 from benchmarks.measured import KEY_SPEC, LEVEL, NO_BOUND, new_cmk
 
 from hsmwrap import registry

@@ -7,8 +7,6 @@ for a fixture of ``SERVICES`` are not even selected. The marker ``slow`` is for 
 seconds without a service.
 """
 
-import pytest
-
 SERVICES = {"hsmwrap_softhsm", "softhsm", "postgres_cluster", "nss", "server"}
 LEFT_OUT = "needs a service; not in a fast run"
 _run = {"fast": False}
@@ -38,4 +36,6 @@ def select(config, items):
 def needs_service():
     """To be called before a service is started or an HSM module is loaded for a test."""
     if _run["fast"]:
+        import pytest  # scripts/bench has none
+
         pytest.skip(LEFT_OUT)

@@ -14,6 +14,7 @@ import tempfile
 import uuid
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import psycopg
 
@@ -32,14 +33,14 @@ def binaries() -> Path | None:
 class PrivateCluster:
     """Runs for the length of a ``with`` block."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         needs_service()
         self._bin = binaries()
         # Not pytest's own: a socket's path is at most 107 bytes, and the user has to reach it.
         self._home = Path(tempfile.mkdtemp(prefix="hsmwrap-pg-"))
         self._as_user = self._give_away() if os.geteuid() == 0 else []
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         data = self._home / "data"
         self._run("initdb", "-D", data, "-U", "hsmwrap", "-A", "trust", "-N", "-E", "UTF8",
                   "--locale=C.UTF-8")  # fmt: skip
@@ -47,24 +48,24 @@ class PrivateCluster:
         self._run("pg_ctl", "-D", data, "-w", "-l", self._home / "log", "-o", settings, "start")
         return self
 
-    def __exit__(self, *_exc):
+    def __exit__(self, *_exc: object) -> None:
         try:
             self._run("pg_ctl", "-D", self._home / "data", "-m", "immediate", "-w", "stop")
         finally:
             shutil.rmtree(self._home)
 
-    def url(self, database):
+    def url(self, database: str) -> str:
         return f"postgresql+psycopg://hsmwrap@/{database}?host={self._home}"
 
     @cached_property
-    def _template(self):
+    def _template(self) -> str:
         url = self.new_database()
         database = Database(url)
         database.migrate()
         database.close()
         return database.engine.url.database
 
-    def new_database(self, *, migrated=False):
+    def new_database(self, *, migrated: bool = False) -> str:
         """Make an empty database, or a copy of one that was migrated, and return its URL."""
         template = self._template if migrated else "template1"
         name = f"t{uuid.uuid4().hex}"
@@ -74,13 +75,13 @@ class PrivateCluster:
             connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return self.url(name)
 
-    def _give_away(self):
+    def _give_away(self) -> list[str]:
         known = {entry.pw_name: entry for entry in pwd.getpwall()}
         user = next(known[name] for name in _CANDIDATES if name in known)
         os.chown(self._home, user.pw_uid, user.pw_gid)
         return ["runuser", "-u", user.pw_name, "--"]
 
-    def _run(self, program, *arguments):
+    def _run(self, program: str, *arguments: object) -> None:
         command = [*self._as_user, str(self._bin / program), *map(str, arguments)]
         # To files: the server would keep a pipe open for ever.
         with tempfile.TemporaryFile() as output:
