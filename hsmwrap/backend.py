@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -413,6 +413,85 @@ class ClonesKeySets(Ability):
             ConfigurationError: The fingerprint is another one, the file is for another target, or
                 the target has another key set of the same id. Nothing was made.
             HsmError: A key does not unwrap; nothing is kept of its key set.
+        """
+
+
+class BacksUpKeySets(Ability):
+    """For backends whose key sets can be wrapped under a key that the caller has.
+
+    :mod:`hsmwrap.backup` makes the file around it, and the shares of the key. Called while no
+    backend is open.
+    """
+
+    @classmethod
+    @abstractmethod
+    def back_up_keys(
+        cls, settings: Mapping[str, Any], backup_key: bytes, *, so_pin_file: str | None = None
+    ) -> str:
+        """Wrap all key sets that can be backed up; what it returns is stored, and not a secret.
+
+        Args:
+            settings: As for :meth:`Backend.from_settings`.
+            backup_key: An AES key of 32 bytes, for this backup alone. Keep it nowhere.
+            so_pin_file: File with the security officer's PIN.
+
+        Raises:
+            ConfigurationError: No key set can be backed up.
+        """
+
+    @classmethod
+    @abstractmethod
+    def restore_keys(
+        cls,
+        settings: Mapping[str, Any],
+        backup: str,
+        backup_key: bytes,
+        *,
+        so_pin_file: str | None = None,
+    ) -> tuple[KeySetInfo, ...]:
+        """Unwrap key sets; those that are there already are left alone.
+
+        Args:
+            settings: As for :meth:`Backend.from_settings`.
+            backup: What :meth:`back_up_keys` returned, authenticated by the caller.
+            backup_key: The same key.
+            so_pin_file: File with the security officer's PIN.
+
+        Returns:
+            All key sets that there are then.
+
+        Raises:
+            ConfigurationError: There is another key set of the same id. Nothing was made.
+            UnsupportedOperation: This HSM cannot protect key sets that come from another one.
+            HsmError: A key does not unwrap; nothing is kept of its key set.
+        """
+
+    @classmethod
+    @abstractmethod
+    def drill_keys(
+        cls,
+        settings: Mapping[str, Any],
+        backup: str,
+        backup_key: bytes,
+        examine: Callable[[Mapping[str, Any]], None],
+        *,
+        so_pin_file: str | None = None,
+    ) -> tuple[KeySetInfo, ...]:
+        """On a scratch HSM: restore, let ``examine`` look, and leave the HSM as it was.
+
+        Args:
+            settings: Of the scratch HSM.
+            backup: As for :meth:`restore_keys`.
+            backup_key: As for :meth:`restore_keys`.
+            examine: Gets the settings under which a backend opens that uses the restored key sets.
+            so_pin_file: File with the security officer's PIN.
+
+        Returns:
+            The key sets that were restored.
+
+        Raises:
+            ConfigurationError: It is the HSM that the backup is of, or one that has key sets.
+            UnsupportedOperation, HsmError: As for :meth:`restore_keys`.
         """
 
 

@@ -7,7 +7,7 @@ loading imports the one plug-in that was asked for, so a broken one harms only i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from hsmwrap.backend import (
     CONTRACT_VERSION,
     Backend,
+    BacksUpKeySets,
     ChecksSettings,
     ClonesKeySets,
     KeySetFile,
@@ -128,6 +129,11 @@ class KeySetManager:
             raise UnsupportedOperation(f"backend plug-in {name} has no key sets to manage here")
         self._name, self._plugin, self._settings = name, plugin, settings
 
+    @property
+    def plugin(self) -> str:
+        """Name of the plug-in."""
+        return self._name
+
     @strip_tracebacks
     def list(self) -> tuple[KeySetInfo, ...]:
         """All key sets, oldest first."""
@@ -155,7 +161,10 @@ class KeySetManager:
     @strip_tracebacks
     def make_transport_key(self, *, so_pin_file: str | None = None) -> KeySetFile:
         """Make a key that key sets of another HSM are wrapped for."""
-        declared, call = ClonesKeySets.make_transport_key, self._cloning().make_transport_key
+        declared, call = (
+            ClonesKeySets.make_transport_key,
+            self._cloning().make_transport_key,
+        )
         return checked(self._name, declared, call, self._settings, so_pin_file=so_pin_file)
 
     @strip_tracebacks
@@ -176,10 +185,52 @@ class KeySetManager:
         arguments = self._settings, exported, fingerprint
         return checked(self._name, declared, call, *arguments, so_pin_file=so_pin_file)
 
+    @strip_tracebacks
+    def back_up(self, backup_key: bytes, *, so_pin_file: str | None = None) -> str:
+        """Wrap the key sets; :func:`hsmwrap.backup.back_up` makes the key and the file."""
+        declared, call = BacksUpKeySets.back_up_keys, self._backing_up().back_up_keys
+        return checked(
+            self._name, declared, call, self._settings, backup_key, so_pin_file=so_pin_file
+        )
+
+    @strip_tracebacks
+    def restore(
+        self, backup: str, backup_key: bytes, *, so_pin_file: str | None = None
+    ) -> tuple[KeySetInfo, ...]:
+        """Unwrap key sets; :func:`hsmwrap.backup.restore` finds the key by its shares."""
+        declared, call = BacksUpKeySets.restore_keys, self._backing_up().restore_keys
+        arguments = self._settings, backup, backup_key
+        return checked(self._name, declared, call, *arguments, so_pin_file=so_pin_file)
+
+    @strip_tracebacks
+    def drill(
+        self,
+        backup: str,
+        backup_key: bytes,
+        examine: Callable[[Mapping[str, Any]], None],
+        *,
+        so_pin_file: str | None = None,
+    ) -> tuple[KeySetInfo, ...]:
+        """Restore on a scratch HSM; :func:`hsmwrap.backup.drill` finds the key by its shares."""
+        declared, call = BacksUpKeySets.drill_keys, self._backing_up().drill_keys
+        arguments = self._settings, backup, backup_key, examine
+        return checked(self._name, declared, call, *arguments, so_pin_file=so_pin_file)
+
     def _cloning(self) -> type[ClonesKeySets]:
         if not issubclass(self._plugin, ClonesKeySets):
-            raise UnsupportedOperation(f"backend plug-in {self._name} does not clone key sets")
+            raise self._lacks("does not clone key sets")
         return self._plugin
+
+    def _backing_up(self) -> type[BacksUpKeySets]:
+        if not issubclass(self._plugin, BacksUpKeySets):
+            raise self._lacks("does not back up key sets")
+        return self._plugin
+
+    def _lacks(self, what: str) -> UnsupportedOperation:
+        return UnsupportedOperation(
+            f"backend plug-in {self._name} {what}; where it keeps them in a file, as the software "
+            "backend does, a copy of that file is the backup and the clone"
+        )
 
 
 def load_all() -> tuple[dict[str, type[Backend]], dict[str, BackendLoadError]]:

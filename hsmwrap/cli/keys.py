@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hsmwrap import registry
 from hsmwrap.backend import KeySetInfo, ReapReport, ReapsWrappingKeys
 from hsmwrap.catalog import ProtectionLevel
-from hsmwrap.cli import tables
+from hsmwrap.cli import ceremonies, tables
 from hsmwrap.cli.arguments import (
     ENVIRONMENT,
     Subparsers,
@@ -25,6 +25,7 @@ from hsmwrap.cli.arguments import (
     backend_settings,
     given_options,
 )
+from hsmwrap.cli.ceremonies import Ceremony
 from hsmwrap.cli.extras import require_server
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.keypool import PoolSettings
@@ -61,6 +62,24 @@ on the source, `import --file FILE` on the target. Each file has a fingerprint, 
 takes by --fingerprint: compare it by another way than the file came, by telephone for example. What
 was sealed on one side then opens on the other, and import tokens hold.
 
+`clone` is the same in one step, where this host sees both tokens: --to names the settings of the
+target, and --to-so-pin-file its SO PIN.
+
+`backup --shares N --threshold M --out FILE` wraps the trusted key sets under a key that exists as
+N shares afterwards (SLIP-39), of which `restore --file FILE` takes any M. Shares are secrets: they
+are shown on the terminal, one at a time, or each is a file of its own in the directory --shares-to;
+restore takes them by --share-file, once for each, or asks for them and does not show what is typed.
+In between the key is in this host's memory: do it on an offline machine.
+
+`drill` restores a backup on a scratch token (--to, --to-so-pin-file), where it proves that each key
+set opens and authenticates what it did before, and destroys what it restored. It refuses the token
+of the backup, and one that has key sets. With --config it also opens each key of that server's
+database there, and checks its check value.
+
+--transcript FILE adds lines to a transcript: what was done, when, fingerprints, key sets, and
+--words, but no secret. Its lines are chained. `verify-transcript` checks them; that the end was cut
+off is found by --fingerprint, the digest of the last line, which is printed after each ceremony.
+
 `reap` removes resident wrapping keys whose import tokens expired more than 15 minutes ago, also
 those of other processes.
 """
@@ -74,7 +93,7 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "keys",
-        help="make, rotate, retire or list a backend's own keys; reap expired wrapping keys",
+        help="make, rotate, retire, list, clone or back up a backend's own keys",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -82,7 +101,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "action",
         choices=(
             *("init", "rotate", "reseal", "retire", "list", "reap"),
-            *("transport-key", "export", "import"),
+            *("transport-key", "export", "import", "clone"),
+            *("backup", "restore", "drill", "verify-transcript"),
         ),
     )
     parser.add_argument("key_set", nargs="?", help="the key set to retire; see above for when")
@@ -104,32 +124,85 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--force", action="store_true", help="retire: also what is needed; that is lost"
     )
-    parser.add_argument("--file", type=Path, help="export, import: the file of the step before")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="transport-key, export: new file")
+    parser.add_argument(
+        "--file",
+        type=Path,
+        help="export, import: the file of the step before; restore, drill: the backup",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="transport-key, export, backup: new file"
+    )
     parser.add_argument(
         "--fingerprint",
         metavar="HEX",
-        help="export, import: of --file, as the other side showed it",
+        help="export, import: of --file, as the other side showed it; verify-transcript: of the "
+        "last line",
     )
+    parser.add_argument(
+        "--to", type=Path, metavar="FILE", help="clone, drill: settings of the other HSM token"
+    )
+    parser.add_argument("--to-so-pin-file", metavar="FILE", help="clone, drill: its SO PIN")
+    parser.add_argument("--shares", type=int, metavar="N", help="backup: how many shares")
+    parser.add_argument(
+        "--threshold", type=int, metavar="M", help="backup: how many of them are needed"
+    )
+    parser.add_argument(
+        "--shares-to",
+        type=Path,
+        metavar="DIR",
+        help="backup: a file for each share, in place of the terminal",
+    )
+    parser.add_argument(
+        "--share-file",
+        action="append",
+        metavar="FILE",
+        help="restore, drill: a share, once for each, in place of the terminal",
+    )
+    parser.add_argument("--transcript", type=Path, metavar="FILE", help="write down what is done")
+    parser.add_argument("--words", metavar="TEXT", help="for the transcript, in your own words")
     add_json_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what ``args.action`` says and print the key sets that there are afterwards."""
+    if args.action == "verify-transcript":
+        return ceremonies.verify_transcript(args)
     chosen = _chosen(args)
     if args.action == "reap":
         return _reap(args, chosen)
     if args.action == "reseal":
         return _reseal(args, chosen)
     key_sets = registry.KeySetManager(chosen.plugin, chosen.settings)
+    if args.action == "list":
+        _print(key_sets.list(), _usage(chosen), as_json=args.json)
+        return 0
     so_pin_file = args.so_pin_file or os.environ.get(ENVIRONMENT["so_pin_file"])
     if args.action in {"init", "rotate"} and chosen.plugin == "pkcs11" and not so_pin_file:
         print(_WEAKER, file=sys.stderr)
-    if args.action in {"transport-key", "export"}:
-        return _write_file(args, key_sets, so_pin_file)
+    ceremony = ceremonies.Ceremony(args, key_sets, so_pin_file)
+    with ceremonies.recorded(ceremony):
+        if args.action in {"transport-key", "export"}:
+            _write_file(ceremony)
+        elif args.action == "backup":
+            ceremonies.back_up(ceremony)
+        elif args.action == "drill":
+            return ceremonies.drill(ceremony, chosen.config)
+        else:
+            _print(_changed(ceremony, chosen), None, as_json=args.json)
+    return 0
+
+
+def _changed(ceremony: Ceremony, chosen: _Chosen) -> tuple[KeySetInfo, ...]:
+    """Change key sets; those that there are afterwards."""
+    args, key_sets, so_pin_file = ceremony.args, ceremony.key_sets, ceremony.so_pin_file
+    if args.action == "clone":
+        return ceremonies.clone(ceremony)
+    if args.action == "restore":
+        return ceremonies.restore(ceremony)
     if args.action == "import":
         content, fingerprint = _confirmed(args)
+        ceremony.compared("key_sets", fingerprint)
         key_sets.import_exported(content, fingerprint, so_pin_file=so_pin_file)
     elif args.action == "init":
         key_sets.initialise(so_pin_file=so_pin_file)
@@ -139,9 +212,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.force:
             _require_unneeded(args.key_set or "", chosen, key_sets)
         key_sets.retire(args.key_set or "")
-    usage = _usage(chosen) if args.action == "list" else None
-    _print(key_sets.list(), usage, as_json=args.json)
-    return 0
+    return ceremony.present(key_sets.list())
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,17 +224,21 @@ class _Chosen:
     config: ServerConfig | None = None
 
 
-def _write_file(
-    args: argparse.Namespace, key_sets: registry.KeySetManager, so_pin_file: str | None
-) -> int:
+def _write_file(ceremony: Ceremony) -> None:
     """A step of cloning that makes a file: write it, and show its fingerprint."""
+    args, key_sets, so_pin_file = ceremony.args, ceremony.key_sets, ceremony.so_pin_file
     out: Path | None = args.out
     if out is None or out.exists():
         raise ConfigurationError(f"{args.action}: name a new file by --out FILE")
     if args.action == "transport-key":
         made = key_sets.make_transport_key(so_pin_file=so_pin_file)
+        ceremony.compared("transport_key", made.fingerprint)
     else:
-        made = key_sets.export(*_confirmed(args), so_pin_file=so_pin_file)
+        content, fingerprint = _confirmed(args)
+        ceremony.compared("transport_key", fingerprint)
+        made = key_sets.export(content, fingerprint, so_pin_file=so_pin_file)
+        ceremony.compared("key_sets", made.fingerprint)
+        ceremony.present(key_sets.list())
     try:
         out.write_text(made.content, "utf-8")
     except OSError as error:
@@ -172,7 +247,6 @@ def _write_file(
         print(tables.to_json({"file": str(out), "fingerprint": made.fingerprint}))
     else:
         print(f"{out}\nfingerprint {made.fingerprint}\nCompare it on the other side.")
-    return 0
 
 
 def _confirmed(args: argparse.Namespace) -> tuple[str, str]:
@@ -182,11 +256,7 @@ def _confirmed(args: argparse.Namespace) -> tuple[str, str]:
             f"{args.action}: give --file FILE, and --fingerprint with what the other side showed; "
             "do not take it from where the file came from"
         )
-    try:
-        return args.file.read_text("utf-8"), args.fingerprint
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise ConfigurationError(f"--file {args.file}: {why}") from None
+    return ceremonies.read_text(args.file), args.fingerprint
 
 
 def _usage(chosen: _Chosen) -> Mapping[str, int] | None:

@@ -147,13 +147,30 @@ class StoredKeys:
                 "With --force it is retired all the same, and what needs it is lost"
             )
 
-    def _reseal_one(self, key_id: str, reference: bytes, check_value: bytes | None) -> bool:
+    def try_each(self) -> Progress:
+        """Seal each key under the current set, and keep the row as it is: a drill.
+
+        Each key that moves here opens, and has its check value.
+
+        Raises:
+            ServiceUnavailable: The backend or the database is unavailable.
+        """
+        rows = (row[:3] for row in self._sealed())
+        tried = [self._resealed(*row) is not None for row in rows]
+        return Progress(len(tried), tried.count(True), tried.count(False))
+
+    def _resealed(self, key_id: str, reference: bytes, check_value: bytes | None) -> bytes | None:
         try:
             key = KeyRef.from_bytes(reference)
-            resealed = self._resealing.reseal(key, expected_check_value=check_value).to_bytes()
+            return self._resealing.reseal(key, expected_check_value=check_value).to_bytes()
         except (KeyNotFound, UnsupportedOperation, HsmError) as error:
             facts = {"key_id": key_id, "error": type(error).__name__, "why": str(error)}
             _log.error("a key was not re-sealed", extra=facts)
+            return None
+
+    def _reseal_one(self, key_id: str, reference: bytes, check_value: bytes | None) -> bool:
+        resealed = self._resealed(key_id, reference, check_value)
+        if resealed is None:
             return False
         # An import, a deletion or another run may have changed the row meanwhile: theirs counts.
         change = (

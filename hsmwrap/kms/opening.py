@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hsmwrap.backend import Backend
 from hsmwrap.catalog import ProtectionLevel
@@ -21,7 +21,7 @@ from hsmwrap.kms.audit import SYSTEM, AuditEntry, AuditLog
 from hsmwrap.kms.config import BackendConfig, ServerConfig
 from hsmwrap.kms.core import by_name
 from hsmwrap.kms.database import Database
-from hsmwrap.kms.keysets import StoredKeys
+from hsmwrap.kms.keysets import Progress, StoredKeys
 from hsmwrap.kms.service import Kms
 from hsmwrap.observe import Observer, observed
 from hsmwrap.privatefile import PrivateFile
@@ -114,6 +114,27 @@ def opened_stored_keys(config: ServerConfig, backend: Backend) -> Iterator[Store
 
         yield StoredKeys(database, backend, audit)
         log.try_to_anchor()
+    finally:
+        database.close()
+
+
+def try_stored_keys(config: ServerConfig, plugin: str, settings: Mapping[str, Any]) -> Progress:
+    """Open each stored key of a server on another HSM; its rows are read and stay as they are.
+
+    Args:
+        config: The server's.
+        plugin: The backend plug-in.
+        settings: Of the other HSM, with key sets that open the keys, and a newer one.
+
+    Raises:
+        ConfigurationError: The configuration names something that cannot be used.
+        UnsupportedOperation: The backend does not re-seal keys.
+        ServiceUnavailable: The backend or the database is unavailable.
+    """
+    database = open_database(config)
+    try:
+        with open_backend(plugin, settings) as backend:
+            return StoredKeys(database, backend, lambda _action, _key_id: None).try_each()
     finally:
         database.close()
 

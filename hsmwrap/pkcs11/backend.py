@@ -18,6 +18,7 @@ from pkcs11.mechanisms import Mechanism
 from hsmwrap import backend as contract
 from hsmwrap.backend import (
     Backend,
+    BacksUpKeySets,
     Capabilities,
     ChecksSettings,
     ClonesKeySets,
@@ -49,6 +50,7 @@ from hsmwrap.pkcs11.binding.gcm import AesGcm
 from hsmwrap.pkcs11.binding.profiles import profile
 from hsmwrap.pkcs11.binding.templates import Template
 from hsmwrap.pkcs11.keysets import admin, cloning
+from hsmwrap.pkcs11.keysets import backup as key_set_backup
 from hsmwrap.pkcs11.keysets.keys import KeySets, Role
 from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
@@ -107,6 +109,7 @@ class Pkcs11Backend(
     HasKeySets,
     ManagesKeySets,
     ClonesKeySets,
+    BacksUpKeySets,
     ReapsWrappingKeys,
     ReSealsKeys,
 ):
@@ -205,6 +208,44 @@ class Pkcs11Backend(
         """Unwrap key sets with the HSM token's transport key; needs the SO PIN."""
         wrapped = cloning.WrappedSets.from_json(exported)
         return cloning.import_sets(*_officer(settings, so_pin_file), wrapped, fingerprint)
+
+    @classmethod
+    def back_up_keys(
+        cls, settings: Mapping[str, Any], backup_key: bytes, *, so_pin_file: str | None = None
+    ) -> str:
+        """Wrap the movable key sets under a backup key; needs the SO PIN."""
+        return key_set_backup.back_up(*_officer(settings, so_pin_file), backup_key).to_json()
+
+    @classmethod
+    def restore_keys(
+        cls,
+        settings: Mapping[str, Any],
+        backup: str,
+        backup_key: bytes,
+        *,
+        so_pin_file: str | None = None,
+    ) -> tuple[KeySetInfo, ...]:
+        """Unwrap key sets of a backup; needs the SO PIN."""
+        made = key_set_backup.Backup.from_json(backup)
+        return key_set_backup.restore(*_officer(settings, so_pin_file), made, backup_key)
+
+    @classmethod
+    def drill_keys(
+        cls,
+        settings: Mapping[str, Any],
+        backup: str,
+        backup_key: bytes,
+        examine: Callable[[Mapping[str, Any]], None],
+        *,
+        so_pin_file: str | None = None,
+    ) -> tuple[KeySetInfo, ...]:
+        """Restore under a ``key_prefix`` of its own, and destroy that again; needs the SO PIN."""
+        made = key_set_backup.Backup.from_json(backup)
+
+        def under(key_prefix: str) -> None:
+            examine({**settings, "key_prefix": key_prefix})
+
+        return key_set_backup.drill(*_officer(settings, so_pin_file), made, backup_key, under)
 
     def __repr__(self) -> str:
         return f"<Pkcs11Backend {self.name} {self._connection!r}>"
@@ -496,7 +537,7 @@ def _officer(
 ) -> tuple[Pkcs11Settings, PinFile]:
     checked, so_pin = Pkcs11Settings.from_mapping(settings), _so_pin(so_pin_file)
     if so_pin is None:
-        raise ConfigurationError("cloning key sets takes the security officer: give so_pin_file")
+        raise ConfigurationError("this takes the security officer: give so_pin_file")
     return checked, so_pin
 
 

@@ -1,30 +1,23 @@
 """Key sets in another HSM token, by files: each token has processes of its own."""
 
+import base64
 import json
-import os
 import secrets
-import subprocess
-import sys
-from datetime import UTC, datetime, timedelta
 
 import pytest
 from pkcs11 import exceptions as ck
 from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.mechanisms import KeyType, Mechanism
 from support.pkcs11.attacker import KEY_FUNCTION_NOT_PERMITTED, SHA1_OAEP, Attacker, readable
+from support.pkcs11.clone_user import MATERIAL, sealed_by, used_on
 
-from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.checkvalue import check_value
-from hsmwrap.customer import encrypt_key_material
 from hsmwrap.errors import ConfigurationError, UnsupportedOperation
 from hsmwrap.pkcs11.keysets.cloning import WrappedSets
 from hsmwrap.pkcs11.keysets.keys import Role
 from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
-from hsmwrap.registry import KeySetManager, open_backend
+from hsmwrap.registry import KeySetManager
 from hsmwrap.testing.softhsm import SoftHsm, SoftHsmError
-
-OAEP1 = WrappingAlgorithm.RSAES_OAEP_SHA_1
-MATERIAL = bytes(range(32))
 
 
 @pytest.fixture(scope="module")
@@ -106,38 +99,7 @@ def refused(refused_once, tmp_path):
 
 @pytest.fixture
 def sealed(softhsm, steps):
-    """What was sealed on the source: a key, a message, a wrapping key, a ciphertext, a MAC."""
-    with open_backend("pkcs11", softhsm.bare_settings(key_prefix=steps.prefix)) as backend:
-        wrapping = backend.generate_wrapping_key(
-            WrappingKeySpec.RSA_2048, OAEP1, expires_at=datetime.now(UTC) + timedelta(hours=1)
-        )
-        ciphertext = encrypt_key_material(OAEP1, wrapping.public_key, MATERIAL)
-        imported = backend.unwrap_material(
-            wrapping.private_key, OAEP1, ciphertext, key_spec=KeySpec.ALIYUN_AES_256
-        )
-        mac = backend.mac(b"claims")
-        return {
-            "key": imported.key.to_bytes().hex(),
-            "message": backend.encrypt(imported.key, b"message").hex(),
-            "custody": str(wrapping.private_key.custody),
-            "private_key": wrapping.private_key.data.hex(),
-            "algorithm": str(OAEP1),
-            "ciphertext": ciphertext.hex(),
-            "key_set": mac.key_set,
-            "tag": mac.tag.hex(),
-        }
-
-
-def used_on(token, prefix, sealed, directory):
-    file = directory / "asked"
-    file.write_text(json.dumps(sealed | {"settings": token.bare_settings(key_prefix=prefix)}))
-    return subprocess.run(
-        [sys.executable, "-m", "support.pkcs11.clone_user", str(file)],
-        env=os.environ | token.environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return sealed_by(softhsm, steps.prefix)
 
 
 def test_what_was_sealed_on_one_token_opens_on_the_other(steps, sealed, target, tmp_path):
@@ -190,6 +152,24 @@ def swap_two(document):
     blobs[str(Role.MAC)] = blobs[str(Role.MATERIAL_AES)][:-8] + "AAAAAA=="
 
 
+def seal_by_another(document):
+    proof = document["key_sets"][0]["proof"]
+    proof["sealed"] = document["key_sets"][0]["keys"][str(Role.MAC)]
+
+
+def authenticate_by_another(document):
+    document["key_sets"][0]["proof"]["tag"] = base64.b64encode(bytes(32)).decode()
+
+
+@pytest.mark.parametrize("change", [seal_by_another, authenticate_by_another])
+def test_a_set_that_does_not_open_what_it_opened_before_does_not_count(steps, change):
+    """Where the file's fingerprint was confirmed all the same: the control is the test above."""
+    steps.changed(change)
+    with pytest.raises(SoftHsmError, match="does not open or authenticate what it did before"):
+        steps.import_()
+    assert steps.listed() == []
+
+
 @pytest.mark.parametrize("change", [flip_a_bit, swap_two])
 def test_a_changed_file_leaves_nothing(refused, change):
     """By its fingerprint; and where that was confirmed all the same, by the HSM token."""
@@ -225,7 +205,7 @@ def test_another_set_of_the_same_number_is_not_replaced(steps):
 def test_sets_that_are_not_trusted_are_not_exported(refused):
     refused.prefix = f"clone-{secrets.token_hex(4)}"
     refused.source.run_keys("init", refused.prefix, trusted=False)
-    with pytest.raises(SoftHsmError, match="no key set that can be cloned"):
+    with pytest.raises(SoftHsmError, match="no key set whose keys can leave it"):
         refused.export()
 
 
@@ -246,11 +226,14 @@ def test_a_file_of_something_else_is_refused(text):
         lambda each: each.update(number=0),
         lambda each: each.update(number=65_536),
         lambda each: each.update(made_by="a:b"),
+        lambda each: each["proof"].pop("tag"),
+        lambda each: each["proof"].update(sealed=None),
     ],
 )
 def test_an_incomplete_key_set_is_refused(change):
     keys = {str(role): "AA==" for role in Role}
-    each = {"number": 1, "made_by": "ab", "keys": keys}
+    proof = {"sealed": "AA==", "tag": "AA=="}
+    each = {"number": 1, "made_by": "ab", "keys": keys, "proof": proof}
     document = {"format": "hsmwrap-key-sets/1", "transport_key": "00", "key_sets": [each]}
     WrappedSets.from_json(json.dumps(document))
     change(each)

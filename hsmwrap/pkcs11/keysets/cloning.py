@@ -16,13 +16,11 @@ so the holder of the user PIN can do nothing with it and the file.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -35,29 +33,30 @@ from cryptography.hazmat.primitives.serialization import (
     load_der_public_key,
 )
 from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import MGF, KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.backend import KeySetInfo
-from hsmwrap.errors import ConfigurationError, HsmError, UnsupportedOperation
+from hsmwrap.errors import ConfigurationError, UnsupportedOperation
 from hsmwrap.pkcs11.binding import objects
-from hsmwrap.pkcs11.binding.client_errors import read, read_if_known
-from hsmwrap.pkcs11.binding.returncodes import recovery_of
-from hsmwrap.pkcs11.binding.templates import NestedTemplate, Template, private_key, stored
+from hsmwrap.pkcs11.binding.client_errors import read
+from hsmwrap.pkcs11.binding.templates import private_key, stored
 from hsmwrap.pkcs11.keysets import movability
-from hsmwrap.pkcs11.keysets.admin import (
-    clean_up,
-    connected,
-    key_sets_of,
-    officer_session,
-    require_complete,
-    survey,
-)
-from hsmwrap.pkcs11.keysets.keys import HIGHEST_NUMBER, KeySet, KeySets, Needs, Role
-from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
+from hsmwrap.pkcs11.keysets.admin import connected, officer_session
+from hsmwrap.pkcs11.keysets.keys import Needs
 from hsmwrap.pkcs11.keysets.needs import needs_of
-from hsmwrap.pkcs11.sessions.session import PooledSession, find_objects
+from hsmwrap.pkcs11.keysets.wrapped import (
+    CarryingKey,
+    WrappedSet,
+    binary,
+    document_of,
+    of_every_role,
+    parsing,
+    take_in,
+    text,
+    wrap_sets,
+)
+from hsmwrap.pkcs11.sessions.session import find_objects
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.pin import PinSource
 
@@ -65,17 +64,6 @@ _MODULUS_BITS = 3072
 _OAEP = (Mechanism.SHA_1, MGF.SHA1, None)
 _TRANSPORT = "hsmwrap-transport-key/1"
 _KEY_SETS = "hsmwrap-key-sets/1"
-# What keys of all roles have in common; more than that an unwrap template cannot demand.
-_BECOMES: Template = {
-    Attribute.CLASS: ObjectClass.SECRET_KEY,
-    Attribute.SENSITIVE: True,
-    Attribute.TRUSTED: True,
-    **ONLY_UNDER_TRUSTED,
-    Attribute.ENCRYPT: False,
-    Attribute.DECRYPT: False,
-    Attribute.DERIVE: False,
-    Attribute.VERIFY: False,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +83,7 @@ class TransportKey:
 
     def to_json(self) -> str:
         """The file."""
-        document = {"format": _TRANSPORT, "public_key": _text(self.public_key)}
+        document = {"format": _TRANSPORT, "public_key": text(self.public_key)}
         return json.dumps(document, indent=2) + "\n"
 
     @classmethod
@@ -105,24 +93,9 @@ class TransportKey:
         Raises:
             ConfigurationError: It is not one.
         """
-        with _parsing("transport key"):
-            document = _document(raw, _TRANSPORT)
-            return cls(base64.b64decode(document["public_key"], validate=True))
-
-
-@dataclass(frozen=True, slots=True)
-class WrappedSet:
-    """One key set, each key wrapped for the transport key.
-
-    Attributes:
-        number: Its number, which references to sealed keys carry.
-        made_by: The word in the ids of its keys, by which a clone is told from another set.
-        keys: The wrapped keys by role.
-    """
-
-    number: int
-    made_by: str
-    keys: Mapping[Role, bytes]
+        with parsing("transport key"):
+            document = document_of(raw, _TRANSPORT)
+            return cls(binary(document["public_key"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +119,7 @@ class WrappedSets:
         return {
             "format": _KEY_SETS,
             "transport_key": self.transport_key,
-            "key_sets": [
-                {
-                    "number": each.number,
-                    "made_by": each.made_by,
-                    "keys": {role: _text(blob) for role, blob in sorted(each.keys.items())},
-                }
-                for each in self.sets
-            ],
+            "key_sets": [each.to_document() for each in self.sets],
         }
 
     def to_json(self) -> str:
@@ -167,9 +133,10 @@ class WrappedSets:
         Raises:
             ConfigurationError: It is not one, or a key set in it is not complete.
         """
-        with _parsing("key sets"):
-            document = _document(raw, _KEY_SETS)
-            return cls(str(document["transport_key"]), tuple(map(_set, document["key_sets"])))
+        with parsing("key sets"):
+            document = document_of(raw, _KEY_SETS)
+            sets = tuple(map(WrappedSet.from_document, document["key_sets"]))
+            return cls(str(document["transport_key"]), sets)
 
 
 def make_transport_key(settings: Pkcs11Settings, so_pin: PinSource) -> TransportKey:
@@ -191,7 +158,7 @@ def make_transport_key(settings: Pkcs11Settings, so_pin: PinSource) -> Transport
         _destroy(session, label)
         template = private_key(KeyType.RSA, Attribute.UNWRAP) | {
             Attribute.PRIVATE: False,
-            Attribute.UNWRAP_TEMPLATE: NestedTemplate(_BECOMES),
+            Attribute.UNWRAP_TEMPLATE: of_every_role(),
             Attribute.ALLOWED_MECHANISMS: (Mechanism.RSA_PKCS_OAEP,),
         }
         public, private = objects.generate_pair(
@@ -221,11 +188,9 @@ def export(
     """
     _require_fingerprint(fingerprint, transport_key.fingerprint, "transport key")
     numbers = _public_numbers(transport_key)
-    keys = key_sets_of(settings)
-    movable = [each for each in survey(settings, keys).finished if each.movable]
-    if not movable:
-        raise ConfigurationError("the HSM token has no key set that can be cloned; see `keys list`")
-    with officer_session(settings, so_pin) as session:
+
+    @contextmanager
+    def public_half(session: Session, _needs: Needs) -> Iterator[CarryingKey]:
         public = session.create_object(
             {
                 Attribute.CLASS: ObjectClass.PUBLIC_KEY,
@@ -234,6 +199,7 @@ def export(
                 Attribute.PRIVATE: False,
                 Attribute.TRUSTED: True,
                 Attribute.WRAP: True,
+                Attribute.WRAP_TEMPLATE: of_every_role(),
                 Attribute.ENCRYPT: False,
                 Attribute.VERIFY: False,
                 Attribute.MODULUS: numbers.n.to_bytes(_MODULUS_BITS // 8, "big"),
@@ -241,10 +207,11 @@ def export(
             }
         )
         try:
-            sets = tuple(_wrapped(session, keys, each, public) for each in movable)
+            yield CarryingKey(public, Mechanism.RSA_PKCS_OAEP, _OAEP)
         finally:
             public.destroy()
-    return WrappedSets(transport_key.fingerprint, sets)
+
+    return WrappedSets(transport_key.fingerprint, wrap_sets(settings, so_pin, public_half))
 
 
 def import_sets(
@@ -266,94 +233,25 @@ def import_sets(
     Raises:
         ConfigurationError: The fingerprint is another one, the file is for another target, or a
             number is that of another key set. Nothing was made.
-        HsmError: A key does not unwrap; nothing is kept of its set.
+        HsmError: A key does not unwrap, or does not open what the set sealed before; nothing is
+            kept of its set.
         PinError, ServiceUnavailable: As for :func:`~.admin.initialise`.
     """
     _require_fingerprint(fingerprint, wrapped.fingerprint, "file of key sets")
-    keys, label = key_sets_of(settings), _label(settings)
-    with connected(settings) as connection:
-        missing, needs = connection.run(
-            lambda pooled: (_missing(pooled, keys, wrapped), needs_of(pooled.session)), retry=False
-        )
-    for each in missing:
-        key_encryption_roles = tuple(role for role in each.keys if role is not Role.MAC)
-        try:
-            # The MAC key in a session of its own: with it the set counts.
-            for roles in filter(None, (key_encryption_roles, (Role.MAC,))):
-                with officer_session(settings, so_pin) as session:
-                    private = _transport_key(session, label, wrapped.transport_key)
-                    for role in roles:
-                        _unwrap(keys, each, role, private, needs)
-                made = frozenset(each.keys if Role.MAC in roles else roles)
-                with connected(settings) as connection:
-                    require_complete(connection, keys, each.number, made)
-        except BaseException:
-            clean_up(settings, keys, each.number, each.made_by)
-            raise
+    label = _label(settings)
+
+    @contextmanager
+    def private_half(session: Session, _needs: Needs) -> Iterator[CarryingKey]:
+        private = _transport_key(session, label, wrapped.transport_key)
+        yield CarryingKey(private, Mechanism.RSA_PKCS_OAEP, _OAEP)
+
+    sets = take_in(settings, so_pin, wrapped.sets, private_half)
     with officer_session(settings, so_pin) as session:
         _destroy(session, label)
-    return tuple(each.info() for each in survey(settings, keys).sets)
+    return sets
 
 
 # --- keys -----------------------------------------------------------------------------------------
-
-
-def _wrapped(session: Session, keys: KeySets, key_set: KeySet, public: Any) -> WrappedSet:
-    made_by, blobs = "", {}
-    for role in key_set.roles:
-        label = keys.label(role, key_set.number)
-        found = list(find_objects(session, {Attribute.LABEL: label, Attribute.TOKEN: True}))
-        trusted = [each for each in found if read_if_known(each, Attribute.TRUSTED)]
-        if len(trusted) != 1:
-            raise ConfigurationError(f"the HSM token has not exactly one trusted key {label}")
-        blobs[role] = bytes(
-            public.wrap_key(trusted[0], mechanism=Mechanism.RSA_PKCS_OAEP, mechanism_param=_OAEP)
-        )
-        made_by = bytes(read(trusted[0], Attribute.ID)).decode().rpartition(":")[2]
-    return WrappedSet(key_set.number, made_by, blobs)
-
-
-def _unwrap(keys: KeySets, wrapped: WrappedSet, role: Role, private: Any, needs: Needs) -> None:
-    named = role, wrapped.number, wrapped.made_by
-    template = keys.template(*named, trusted=True, movable=True, needs=needs)
-    try:
-        objects.unwrap(
-            private,
-            wrapped.keys[role],
-            template | {Attribute.TRUSTED: True},
-            mechanism=Mechanism.RSA_PKCS_OAEP,
-            parameter=_OAEP,
-        )
-    except PKCS11Error as error:
-        if recovery_of(error) is not None:
-            raise
-        raise HsmError(
-            f"the key {keys.label(role, wrapped.number)} does not unwrap: the file was changed, or "
-            "is for another transport key"
-        ) from None
-
-
-def _missing(pooled: PooledSession, keys: KeySets, wrapped: WrappedSets) -> list[WrappedSet]:
-    """Those sets that the target does not have.
-
-    Raises:
-        ConfigurationError: It has another one of the same number, or a part of this one.
-    """
-    _, numbers = keys.survey(pooled.session)
-    pooled.require_login()  # without one, the private keys are not seen
-    missing = []
-    for each in wrapped.sets:
-        if each.number not in numbers:
-            missing.append(each)
-            continue
-        found = pooled.find({Attribute.LABEL: keys.label(Role.MAC, each.number)})
-        ids = [bytes(read(key, Attribute.ID)) for key in found]
-        if ids != [keys.key_id(Role.MAC, each.number, each.made_by)]:
-            raise ConfigurationError(
-                f"the HSM token has another key set {each.number}: retire what is there, or take "
-                "another key_prefix"
-            )
-    return missing
 
 
 def _transport_key(session: Session, label: str, fingerprint: str) -> Any:
@@ -406,34 +304,3 @@ def _public_numbers(transport_key: TransportKey) -> rsa.RSAPublicNumbers:
     if not isinstance(key, rsa.RSAPublicKey) or key.key_size != _MODULUS_BITS:
         raise ConfigurationError(f"the transport key is not an RSA key of {_MODULUS_BITS} bits")
     return key.public_numbers()
-
-
-def _set(document: Any) -> WrappedSet:
-    keys = {
-        Role(role): base64.b64decode(blob, validate=True) for role, blob in document["keys"].items()
-    }
-    number, made_by = int(document["number"]), str(document["made_by"])
-    if Role.MAC not in keys or not 0 < number <= HIGHEST_NUMBER or not made_by.isalnum():
-        raise ValueError
-    return WrappedSet(number, made_by, keys)
-
-
-def _document(raw: str, expected: str) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(raw)
-    if document["format"] != expected:
-        raise ValueError
-    return document
-
-
-@contextmanager
-def _parsing(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, RecursionError):
-        raise ConfigurationError(
-            f"not a file of {what} that this version of hsmwrap reads"
-        ) from None
-
-
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode()

@@ -1,0 +1,320 @@
+"""What ``hsmwrap keys`` does in ceremonies: with shares, on two HSM tokens, with a transcript."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hsmwrap import backup, shares, transcript
+from hsmwrap.backend import KeySetInfo
+from hsmwrap.cli import tables
+from hsmwrap.cli.arguments import read_settings
+from hsmwrap.coredumps import forbid_core_dumps
+from hsmwrap.errors import ConfigurationError, HsmwrapError
+from hsmwrap.privatefile import PrivateFile
+from hsmwrap.registry import KeySetManager
+
+_TERMINAL = "/dev/tty"
+_CLEAR = "\x1b[H\x1b[2J\x1b[3J"
+_WORDS_IN_A_ROW = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Ceremony:
+    """A command of ``hsmwrap keys`` that changes or moves key sets.
+
+    Attributes:
+        args: The command's arguments.
+        key_sets: Of the backend that they name.
+        so_pin_file: File with the security officer's PIN.
+        facts: What the transcript says of it beside its name and the time.
+    """
+
+    args: argparse.Namespace
+    key_sets: KeySetManager
+    so_pin_file: str | None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def compared(self, what: str, fingerprint: str) -> None:
+        """Note a fingerprint for the transcript."""
+        self.facts.setdefault("fingerprints", {})[what] = fingerprint
+
+    def present(self, sets: tuple[KeySetInfo, ...]) -> tuple[KeySetInfo, ...]:
+        """Note the key sets that there are afterwards; returns them."""
+        self.facts["key_sets"] = [each.key_set for each in sets]
+        return sets
+
+
+@contextmanager
+def recorded(ceremony: Ceremony) -> Iterator[None]:
+    """Write a line before the ceremony, and one when it ended or failed, if a transcript is named.
+
+    Raises:
+        ConfigurationError: The transcript cannot be written, or is damaged. Before the ceremony
+            that means that nothing was done.
+    """
+    args, path = ceremony.args, ceremony.args.transcript
+    if path is None:
+        if args.words:
+            raise ConfigurationError("--words: are for --transcript FILE")
+        yield
+        return
+    if args.words and len(args.words) > transcript.MAX_WORDS:
+        raise ConfigurationError(f"--words: at most {transcript.MAX_WORDS} characters")
+
+    def write(outcome: str) -> str:
+        content = {
+            "ceremony": args.action,
+            "outcome": outcome,
+            "backend": ceremony.key_sets.plugin,
+            **({"key_set": args.key_set} if args.key_set else {}),
+            **ceremony.facts,
+            **({"words": args.words} if args.words else {}),
+        }
+        return transcript.append(path, datetime.now(UTC), content)
+
+    write("began")
+    try:
+        yield
+    except BaseException as error:
+        write(error.code if isinstance(error, HsmwrapError) else type(error).__name__)
+        raise
+    digest = write("ok")
+    print(f"hsmwrap: {path}: last line {digest}", file=sys.stderr)
+
+
+def verify_transcript(args: argparse.Namespace) -> int:
+    """Check a transcript; the exit code is 1 if something is wrong with it."""
+    if args.transcript is None:
+        raise ConfigurationError("verify-transcript: give --transcript FILE")
+    found = transcript.verify(args.transcript, args.fingerprint)
+    if args.json:
+        document = {"ok": not found.problems, "lines": found.lines, "digest": found.digest}
+        print(tables.to_json(document | {"problems": found.problems}))
+    else:
+        problems = [f"{args.transcript}: {problem}" for problem in found.problems]
+        verdict = "damaged" if problems else "complete"
+        end = "" if args.fingerprint else "; compare the last line's digest with what was noted"
+        summary = f"{args.transcript}: {found.lines} lines, {verdict}{end}"
+        print("\n".join([*problems, summary, f"last line {found.digest}"]))
+    return 1 if found.problems else 0
+
+
+# --- clone ----------------------------------------------------------------------------------------
+
+
+def other_token(ceremony: Ceremony) -> tuple[KeySetManager, str | None]:
+    """The HSM token that ``--to`` names, and its SO PIN's file.
+
+    Raises:
+        ConfigurationError: They are not given.
+    """
+    args = ceremony.args
+    if args.to is None or args.to_so_pin_file is None:
+        raise ConfigurationError(
+            f"{args.action}: give --to SETTINGS.toml and --to-so-pin-file FILE, of the other HSM "
+            "token"
+        )
+    return KeySetManager(ceremony.key_sets.plugin, read_settings(args.to)), args.to_so_pin_file
+
+
+def clone(ceremony: Ceremony) -> tuple[KeySetInfo, ...]:
+    """The three steps in one process; returns the key sets of the other HSM token."""
+    target, so_pin_file = other_token(ceremony)
+    transport = target.make_transport_key(so_pin_file=so_pin_file)
+    ceremony.compared("transport_key", transport.fingerprint)
+    made = ceremony.key_sets.export(
+        transport.content, transport.fingerprint, so_pin_file=ceremony.so_pin_file
+    )
+    ceremony.compared("key_sets", made.fingerprint)
+    cloned = target.import_exported(made.content, made.fingerprint, so_pin_file=so_pin_file)
+    return ceremony.present(cloned)
+
+
+# --- backup ---------------------------------------------------------------------------------------
+
+
+def back_up(ceremony: Ceremony) -> None:
+    """Make a backup file, and hand out its shares."""
+    args = ceremony.args
+    if args.shares is None or args.threshold is None:
+        raise ConfigurationError("backup: give --shares N and --threshold M")
+    if args.out is None or args.out.exists():
+        raise ConfigurationError("backup: name a new file by --out FILE")
+    files = _share_files(args)
+    forbid_core_dumps()
+    made, words = backup.back_up(
+        ceremony.key_sets,
+        shares=args.shares,
+        threshold=args.threshold,
+        now=datetime.now(UTC),
+        so_pin_file=ceremony.so_pin_file,
+    )
+    ceremony.facts["key_sets"] = list(made.key_sets)
+    ceremony.facts["shares"] = f"{made.threshold} of {len(made.shares)}"
+    ceremony.compared("backup", made.fingerprint)
+    written: list[Path] = []
+    try:
+        if files is None:
+            _show(words)
+        else:
+            for file, share in zip(files, words, strict=True):
+                _write_new(file, share + "\n")
+                written.append(file)
+        _write_new(args.out, made.to_json())
+    except BaseException:
+        for file in written:
+            file.unlink(missing_ok=True)
+        raise
+    if args.json:
+        shown = {"file": str(args.out), "fingerprint": made.fingerprint}
+        print(tables.to_json(shown | {"shares": [str(file) for file in written]}))
+    else:
+        needed = f"{made.threshold} of {len(made.shares)} shares open it"
+        print(f"{args.out}\nfingerprint {made.fingerprint}\n{needed}")
+
+
+def restore(ceremony: Ceremony) -> tuple[KeySetInfo, ...]:
+    """Restore a backup; returns the key sets that there are then."""
+    opened = _backup_of(ceremony)
+    given = _given_shares(ceremony.args, opened)
+    restored = backup.restore(ceremony.key_sets, opened, given, so_pin_file=ceremony.so_pin_file)
+    return ceremony.present(restored)
+
+
+def drill(ceremony: Ceremony, config: Any) -> int:
+    """Restore a backup on a scratch HSM token; the exit code is 1 if a stored key does not open."""
+    scratch, so_pin_file = other_token(ceremony)
+    opened = _backup_of(ceremony)
+    given = _given_shares(ceremony.args, opened)
+    tried: dict[str, int] = {}
+
+    def examine(settings: Mapping[str, Any]) -> None:
+        if config is not None:
+            from hsmwrap.kms.opening import try_stored_keys  # noqa: PLC0415 (the extra may be absent)
+
+            # They are sealed again under one more key set: so each is opened, and checked.
+            KeySetManager(scratch.plugin, settings).rotate(so_pin_file=so_pin_file)
+            done = try_stored_keys(config, scratch.plugin, settings)
+            tried.update(opened=done.moved, failed=done.failed)
+
+    restored = backup.drill(scratch, opened, given, examine, so_pin_file=so_pin_file)
+    ceremony.present(restored)
+    ceremony.facts["stored_keys"] = tried or None
+    names = [each.key_set for each in restored]
+    if ceremony.args.json:
+        print(tables.to_json({"key_sets": names, "stored_keys": tried or None}))
+    else:
+        stored = (
+            f"{tried['opened']} stored keys opened, {tried['failed']} did not"
+            if tried
+            else "stored keys were not tried (--config FILE names them)"
+        )
+        print(f"key sets {', '.join(names)} were restored, proven and destroyed again; {stored}")
+    return 1 if tried.get("failed") else 0
+
+
+def _backup_of(ceremony: Ceremony) -> backup.Backup:
+    file = ceremony.args.file
+    if file is None:
+        raise ConfigurationError(f"{ceremony.args.action}: give --file FILE, the backup")
+    made = backup.Backup.from_json(read_text(file))
+    ceremony.compared("backup", made.fingerprint)
+    return made
+
+
+def read_text(file: Path) -> str:
+    """The content of ``--file``.
+
+    Raises:
+        ConfigurationError: It cannot be read.
+    """
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise ConfigurationError(f"--file {file}: {why}") from None
+
+
+# --- shares ---------------------------------------------------------------------------------------
+
+
+def _given_shares(args: argparse.Namespace, opened: backup.Backup) -> dict[str, str]:
+    """The shares from their files, or typed at the terminal, which does not show them."""
+    forbid_core_dumps()
+    if args.share_file:
+        files = [PrivateFile(file, "share") for file in args.share_file]
+        return {str(file): file.read_text() for file in files}
+    _require_terminal("give --share-file FILE for each share, or type them at a terminal")
+    given: dict[str, str] = {}
+    seen: dict[str, str] = {}
+    while len(given) < opened.threshold:
+        named = f"share {len(given) + 1}"
+        try:
+            words = getpass.getpass(f"{named} of {opened.threshold} (not shown): ")
+        except EOFError:
+            raise ConfigurationError(f"{named} was not typed") from None
+        try:
+            shares.require_share(named, words, opened.shares, seen)
+        except ConfigurationError as error:
+            print(f"hsmwrap: {error}", file=sys.stderr)
+            continue
+        given[named], seen[shares.digest(words)] = words, named
+    return given
+
+
+def _share_files(args: argparse.Namespace) -> list[Path] | None:
+    """Where each share goes; None: to the terminal."""
+    if args.shares_to is None:
+        _require_terminal("give --shares-to DIR for files, or read the shares from a terminal")
+        return None
+    files: list[Path] = [args.shares_to / f"share-{n}" for n in range(1, args.shares + 1)]
+    if not args.shares_to.is_dir() or any(file.exists() for file in files):
+        raise ConfigurationError(
+            f"--shares-to {args.shares_to}: takes a directory that has no shares yet"
+        )
+    return files
+
+
+def _require_terminal(otherwise: str) -> None:
+    try:
+        os.close(os.open(_TERMINAL, os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        raise ConfigurationError(f"there is not a terminal: {otherwise}") from None
+
+
+def _show(words: tuple[str, ...]) -> None:
+    """Show one share after another on the terminal, whatever standard output is."""
+    with open(_TERMINAL, "w", encoding="utf-8") as out, open(_TERMINAL, encoding="utf-8") as keys:  # noqa: PTH123 (a device)
+        for number, share in enumerate(words, start=1):
+            numbered = [f"{place:2} {word:<10}" for place, word in enumerate(share.split(), 1)]
+            rows = (
+                numbered[at : at + _WORDS_IN_A_ROW]
+                for at in range(0, len(numbered), _WORDS_IN_A_ROW)
+            )
+            table = "\n".join(" ".join(row) for row in rows)
+            out.write(f"{_CLEAR}Share {number} of {len(words)}\n\n{table}\n\n")
+            out.write("Write it down; it is not shown again. Then press Enter. ")
+            out.flush()
+            keys.readline()
+        out.write(_CLEAR)
+
+
+def _write_new(file: Path, content: str) -> None:
+    """A file of this user alone, which did not exist."""
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with open(os.open(file, flags, 0o600), "w", encoding="utf-8") as out:  # noqa: PTH123 (a descriptor has no path)
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        raise ConfigurationError(f"{file}: {error.strerror}") from None
