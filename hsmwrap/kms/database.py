@@ -43,7 +43,9 @@ from hsmwrap.kms.errors import CommitUnknown
 from hsmwrap.kms.schema import Row
 from hsmwrap.privatefile import owner_fault
 
-_BUSY_MILLISECONDS = 10_000
+BUSY_SECONDS = 10
+"""How long a call waits for the locks of others."""
+_BUSY_MILLISECONDS = BUSY_SECONDS * 1000
 _SQLITE_ENDS = ("-wal", "-shm", "-journal")
 _SQLITE_PRAGMAS = (
     f"PRAGMA busy_timeout={_BUSY_MILLISECONDS}",
@@ -88,6 +90,7 @@ class Database(ForkAware):
         """
         self.engine = _engine(url, pool_size, sync=sync)
         self._writing = self.engine.execution_options(writing=True)
+        self._single = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         forks.register(self)
 
     def after_fork_in_child(self) -> None:
@@ -122,6 +125,22 @@ class Database(ForkAware):
             session.flush()
             _commit(session)
 
+    @contextmanager
+    def statement(self) -> Iterator[Connection]:
+        """A connection for one statement, which is a transaction of its own.
+
+        Raises:
+            ServiceUnavailable: The database is unavailable; whether the statement took effect is
+                not known.
+        """
+        with _available():
+            if self.engine.dialect.name == "postgresql":
+                with self._single.connect() as connection:
+                    yield connection
+            else:
+                with self._writing.begin() as connection:
+                    yield connection
+
     def insert(self, row: type[Row]) -> Any:
         """The dialect's INSERT into the table of ``row``, with support for ON CONFLICT."""
         return _INSERT[self.engine.dialect.name](row)
@@ -150,7 +169,7 @@ class Database(ForkAware):
 
     @property
     def file(self) -> Path | None:
-        """SQLite's file; None with PostgreSQL."""
+        """SQLite's file, without links; None with PostgreSQL."""
         url = self.engine.url
         return Path(str(url.database)).resolve() if url.drivername == "sqlite" else None
 
@@ -232,7 +251,7 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
         raise ConfigurationError(f"database_url: {error}") from None
     if engine.dialect.name == "sqlite":
         file = Path(str(parsed.database))
-        event.listen(engine, "do_connect", lambda *_: _make_private(file))
+        event.listen(engine, "do_connect", lambda *_: make_private(file))
         event.listen(engine, "connect", partial(_prepare_sqlite, sync=sync))
         event.listen(engine, "begin", _begin_sqlite)
     else:
@@ -240,7 +259,7 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
     return engine
 
 
-def _make_private(file: Path) -> None:
+def make_private(file: Path) -> None:
     """Make SQLite's files, or keep them, closed to others; SQLite makes them as ``umask`` says.
 
     The directory matters as much: who can write it can put other files in their place.

@@ -1,4 +1,4 @@
-"""Things that may be used once, or a few times: nonces, single-use tokens, failed imports.
+"""Things that may be used once, or a few times: single-use tokens, failed imports.
 
 And things of which there may be a bounded number: resident wrapping keys.
 
@@ -54,24 +54,6 @@ class OnceStore:
                 transaction.execute(delete(table).where(table.expires_at <= now))
 
 
-class NonceStore:
-    """Signature nonces, shared between the processes on one database."""
-
-    def __init__(self, once: OnceStore) -> None:
-        """Take the store."""
-        self._once = once
-
-    def use(self, access_key_id: str, nonce: str, expires_at: datetime) -> bool:
-        """Mark the nonce as used, atomically; False if this access key used it before.
-
-        Args:
-            access_key_id: The access key that signed with the nonce.
-            nonce: The nonce, of any length.
-            expires_at: Aware time when the mark expires: then the request itself is too old.
-        """
-        return self._once.use(_digest("nonce", access_key_id.encode(), nonce.encode()), expires_at)
-
-
 class UsedImportTokens:
     """:class:`hsmwrap.imports.UsedTokens` in the database."""
 
@@ -86,11 +68,11 @@ class UsedImportTokens:
         """
         if self._once.is_expired(expires_at):
             return False
-        return self._once.use(_digest("import token", token_id), expires_at + MARK_MARGIN)
+        return self._once.use(digest("import token", token_id), expires_at + MARK_MARGIN)
 
     def release(self, token_id: bytes) -> None:
         """Release a claim after a failed import."""
-        self._once.release(_digest("import token", token_id))
+        self._once.release(digest("import token", token_id))
 
 
 class FailedImportTokens:
@@ -103,7 +85,7 @@ class FailedImportTokens:
     def count(self, token_id: bytes) -> int:
         """The number of failed imports under this token, on all processes."""
         with self._database.read() as transaction:
-            row = transaction.get(FailedImport, _digest("failed import", token_id))
+            row = transaction.get(FailedImport, digest("failed import", token_id))
             return 0 if row is None else row.failures
 
     def record(self, token_id: bytes, expires_at: datetime) -> int:
@@ -112,7 +94,7 @@ class FailedImportTokens:
         It is kept longer than the token is valid, by :data:`hsmwrap.imports.MARK_MARGIN`.
         """
         first = self._database.insert(FailedImport).values(
-            digest=_digest("failed import", token_id),
+            digest=digest("failed import", token_id),
             failures=1,
             expires_at=expires_at + MARK_MARGIN,
         )
@@ -148,7 +130,8 @@ class ResidentWrappingKeys:
             transaction.execute(delete(ResidentKey).where(ResidentKey.claim == claim))
 
 
-def _digest(purpose: str, *parts: bytes) -> bytes:
+def digest(purpose: str, *parts: bytes) -> bytes:
+    """SHA-256 of a purpose and its parts."""
     # Each part is hashed on its own, so different parts never give the same input.
     pieces = b"".join(hashlib.sha256(part).digest() for part in (purpose.encode(), *parts))
     return hashlib.sha256(pieces).digest()

@@ -21,6 +21,11 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
 
+def microseconds(time: datetime) -> int:
+    """Microseconds from 1970 to an aware time."""
+    return (time - _EPOCH) // _MICROSECOND
+
+
 class Instant(TypeDecorator[datetime]):
     """An aware time, stored as microseconds since 1970: same order and value on each database."""
 
@@ -29,7 +34,7 @@ class Instant(TypeDecorator[datetime]):
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:  # noqa: ARG002 (the hook's signature)
         """Aware time → microseconds."""
-        return None if value is None else (value - _EPOCH) // _MICROSECOND
+        return None if value is None else microseconds(value)
 
     def process_result_value(self, value: Any | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002 (the hook's signature)
         """Microseconds → aware time."""
@@ -104,8 +109,29 @@ class ScheduledDestruction(Row):
     repeat: Mapped[bool]
 
 
+class Nonce(Row):
+    """A used nonce, or a floor; see :mod:`hsmwrap.kms.nonces`. Its rows are elsewhere with SQLite.
+
+    Unlogged in PostgreSQL: not written to its log, not in its replicas, emptied after a crash.
+    """
+
+    __tablename__ = "nonces"
+
+    digest: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
+    expires_at: Mapped[datetime] = mapped_column(Instant, index=True)
+
+
+class NonceBound(Row):
+    """Bound of an access key: no nonce was accepted whose mark expires at ``before`` or later."""
+
+    __tablename__ = "nonce_bounds"
+
+    digest: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
+    before: Mapped[datetime] = mapped_column(Instant, index=True)
+
+
 class UsedOnce(Row):
-    """A used nonce or single-use import token."""
+    """A used import token."""
 
     __tablename__ = "used_once"
 

@@ -28,10 +28,10 @@ from hsmwrap.kms.audit import SYSTEM, AuditEntry, AuditFailed, AuditLog
 from hsmwrap.kms.core import Core, by_name, no_step
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.errors import InvalidAction, NoPermission
+from hsmwrap.kms.nonces import NonceStore
 from hsmwrap.kms.objects import LEASE, Objects
 from hsmwrap.kms.once import (
     FailedImportTokens,
-    NonceStore,
     OnceStore,
     ResidentWrappingKeys,
     UsedImportTokens,
@@ -124,7 +124,7 @@ class Kms:
         self._clock = clock
         self._arn_prefix = arn_prefix
         once = OnceStore(database, clock)
-        self.nonces = NonceStore(once)
+        self.nonces = NonceStore(database, clock)
         used_tokens = UsedImportTokens(once) if single_use else None
         imports = ImportService(
             backends,
@@ -154,7 +154,9 @@ class Kms:
             step,
         )
         self.operations = Operations(core)
-        self._sweep = Sweep(core, once, self._audit.anchor, reseal_at_once)
+        self._sweep = Sweep(
+            core, (once.purge, self.nonces.purge), self._audit.anchor, reseal_at_once
+        )
         self.sweep()
         self._sweeper = Sweeper(self.sweep, sweep_seconds) if sweep_seconds else None
 
@@ -259,6 +261,7 @@ class Kms:
         for backend in self._backends.values():
             backend.close()
         self._audit.try_to_anchor()
+        self.nonces.close()
         self._database.close()
 
     def __enter__(self) -> Self:

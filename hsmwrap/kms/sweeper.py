@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 
 from sqlalchemy import select
@@ -22,7 +22,6 @@ from hsmwrap.forks import ForkAware, ForkTurn
 from hsmwrap.kms.core import Core, by_name
 from hsmwrap.kms.keysets import Resealer
 from hsmwrap.kms.lifecycle import KeyLifecycle
-from hsmwrap.kms.once import OnceStore
 from hsmwrap.kms.schema import Key
 
 _log = logging.getLogger(__name__)
@@ -32,15 +31,19 @@ class Sweep:
     """One sweep; any number of processes may sweep at the same time."""
 
     def __init__(
-        self, core: Core, once: OnceStore, anchor: Callable[[], None], reseal_at_once: int = 0
+        self,
+        core: Core,
+        purges: Iterable[Callable[[datetime], None]],
+        anchor: Callable[[], None],
+        reseal_at_once: int = 0,
     ) -> None:
-        """Take the parts of the KMS, and the call that anchors the audit log.
+        """Take the parts of the KMS, what deletes expired marks, and what anchors the audit log.
 
         ``reseal_at_once`` is how many keys one sweep moves to the current key set; 0: none.
         """
         self._core = core
         self._lifecycle = KeyLifecycle(core)
-        self._once = once
+        self._purges = tuple(purges)
         self._anchor = anchor
         self._reseal = Resealer(core.database, core.audit, reseal_at_once)
 
@@ -52,7 +55,7 @@ class Sweep:
             lambda: self._each(Key.material_expires_at <= now, self._core.expire, now),
             lambda: self._each(Key.deletion_at <= now, self._delete, now),
             lambda: self._core.objects.destroy_due(now),
-            lambda: self._once.purge(now),
+            *(lambda purge=purge: purge(now) for purge in self._purges),
             *(lambda reaper=reaper: reaper.reap(now) for reaper in reapers if reaper),
             *(lambda backend=backend: self._reseal(backend, now) for backend in backends),
             self._anchor,

@@ -1,7 +1,6 @@
 """Several KMS on one database and one set of keys, like several processes; and real forks."""
 
 import multiprocessing
-import threading
 import warnings
 from datetime import timedelta
 
@@ -34,47 +33,6 @@ def test_deletion_by_one_is_seen_by_the_other(open_kms, objects):
     with pytest.raises(RejectedPendingImport):
         one.usable(key_id)
     assert objects() == 0
-
-
-def test_nonces_hold_across(open_kms, clock):
-    one, other = open_kms().nonces, open_kms().nonces
-    soon = clock() + timedelta(minutes=15)
-    assert one.use("a", "n", soon)
-    assert not other.use("a", "n", soon)
-    assert other.use("b", "n", soon)
-    assert other.use("a", "n2", soon)
-    # The boundary between the parts matters.
-    assert one.use("ab", "c", soon)
-    assert one.use("a", "bc", soon)
-
-
-def test_nonces_are_forgotten_when_they_are_over(open_kms, clock):
-    kms = open_kms()
-    assert kms.nonces.use("a", "n", clock() + timedelta(minutes=15))
-    clock.advance(minutes=15)
-    assert kms.nonces.use("a", "n", clock() + timedelta(minutes=15))
-    assert not kms.nonces.use("a", "n", clock() + timedelta(minutes=15))
-    clock.advance(minutes=15)
-    kms.sweep()
-    with kms._database.read() as transaction:
-        assert transaction.connection().exec_driver_sql("SELECT * FROM used_once").all() == []
-
-
-def test_one_nonce_is_used_once_by_many_threads(open_kms, clock):
-    stores = [open_kms().nonces, open_kms().nonces]
-    soon, won = clock() + timedelta(minutes=15), []
-    start = threading.Barrier(8)
-
-    def use(store):
-        start.wait()
-        won.append(store.use("a", "n", soon))
-
-    threads = [threading.Thread(target=use, args=(stores[i % 2],)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(won) == [False] * 7 + [True]
 
 
 def test_single_use_holds_across(open_kms):

@@ -21,6 +21,23 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("reference"),
     )
     op.create_index("ix_scheduled_destructions_due_at", "scheduled_destructions", ["due_at"])
+    # It may be emptied by a crash, which hsmwrap.kms.nonces notices.
+    unlogged = ["UNLOGGED"] if op.get_bind().dialect.name == "postgresql" else []
+    op.create_table(
+        "nonces",
+        sa.Column("digest", sa.LargeBinary(32), nullable=False),
+        sa.Column("expires_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("digest"),
+        prefixes=unlogged,
+    )
+    op.create_index("ix_nonces_expires_at", "nonces", ["expires_at"])
+    op.create_table(
+        "nonce_bounds",
+        sa.Column("digest", sa.LargeBinary(32), nullable=False),
+        sa.Column("before", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("digest"),
+    )
+    op.create_index("ix_nonce_bounds_before", "nonce_bounds", ["before"])
     op.create_table(
         "used_once",
         sa.Column("digest", sa.LargeBinary(32), nullable=False),
@@ -67,6 +84,7 @@ def downgrade() -> None:
     """Drop the tables."""
     for table in (
         *("key_sets_seen", "audit_anchors", "resident_keys", "failed_imports", "used_once"),
+        *("nonce_bounds", "nonces"),
         *("scheduled_destructions", "keys"),
     ):
         op.drop_table(table)

@@ -1,0 +1,293 @@
+"""Signature nonces: each is used once, and no request waits for the disk.
+
+Nonces are kept where all processes of the database see them at once and where they outlive each of
+these processes: with PostgreSQL in an unlogged table, with SQLite in a file of its own beside the
+database, which is never flushed to the disk. Such a store can be lost only as a whole, and this is
+noticed: PostgreSQL empties unlogged tables when the server crashes, and the file is named after the
+boot of the machine, so that a file of an earlier boot is never read.
+
+For that case the database has a *bound* for each access key: no nonce was accepted whose mark
+expires at the bound or later. It is committed before the first such nonce is accepted, and it is
+:data:`STEP` ahead of that one, so it costs one commit in that time. A store that begins again takes
+the bounds over as *floors*: a request below the floor of its access key may have been accepted
+before, and is refused. So a request is never accepted twice, and after a crash an access key waits
+for at most :data:`STEP` (if the clocks of its clients agree).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from sqlalchemy import delete, select, text
+
+from hsmwrap import forks
+from hsmwrap.errors import ServiceUnavailable
+from hsmwrap.forks import ForkAware
+from hsmwrap.kms.database import BUSY_SECONDS, Database, make_private
+from hsmwrap.kms.once import digest
+from hsmwrap.kms.schema import NonceBound, microseconds
+
+STEP = timedelta(seconds=5)
+"""How far the bound of an access key is ahead of its latest request."""
+_BATCH = 500
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_FOREVER = 2**62
+# This row is in every store that has begun.
+_BEGUN = digest("store of nonces")
+
+_PREPARE = (
+    "PRAGMA journal_mode=WAL",
+    "PRAGMA synchronous=OFF",
+    """CREATE TABLE IF NOT EXISTS nonces
+    (digest BLOB PRIMARY KEY, expires_at INTEGER NOT NULL) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS ix_nonces_expires_at ON nonces (expires_at)",
+)
+_USE = """
+INSERT INTO nonces (digest, expires_at)
+SELECT :digest, :expires_at
+WHERE EXISTS (SELECT 1 FROM nonces WHERE digest = :begun)
+AND NOT EXISTS (SELECT 1 FROM nonces WHERE digest = :access_key AND expires_at > :expires_at)
+ON CONFLICT (digest) DO UPDATE SET expires_at = excluded.expires_at
+WHERE nonces.expires_at <= :now
+RETURNING digest"""
+_LOOK = "SELECT digest FROM nonces WHERE digest IN (:digest, :begun)"
+_BEGIN = """
+INSERT INTO nonces (digest, expires_at) VALUES (:digest, :expires_at)
+ON CONFLICT (digest) DO NOTHING RETURNING digest"""
+_TAKE_OVER = """
+INSERT INTO nonces (digest, expires_at) SELECT digest, before FROM nonce_bounds WHERE true
+ON CONFLICT (digest) DO NOTHING"""
+_PURGE = f"""
+DELETE FROM nonces WHERE digest IN
+(SELECT digest FROM nonces WHERE expires_at <= :now LIMIT {_BATCH}) RETURNING digest"""  # noqa: S608 (a number)
+
+_log = logging.getLogger(__name__)
+
+
+class NonceStore(ForkAware):
+    """Used nonces, shared by the processes on one database. Safe to share between threads."""
+
+    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
+        """Take the database, and the clock that decides which marks have expired."""
+        self._database = database
+        self._clock = clock
+        self._store = _store(database)
+        self._bounds: dict[bytes, int] = {}
+        self._raising = threading.Lock()
+        forks.register(self)
+
+    def after_fork_in_child(self) -> None:
+        """Be free: the thread that raised a bound is not here."""
+        self._raising = threading.Lock()
+
+    def use(self, access_key_id: str, nonce: str, expires_at: datetime) -> bool:
+        """Mark the nonce as used, atomically; False if this access key used it before.
+
+        Args:
+            access_key_id: The access key that signed with the nonce.
+            nonce: The nonce, of any length.
+            expires_at: Aware time when the mark expires: then the request itself is too old.
+
+        Raises:
+            ServiceUnavailable: The store is unavailable; or marks were lost in a crash, and this
+                may be one of them: a request that is signed later is accepted.
+        """
+        access_key = digest("access key", access_key_id.encode())
+        wanted = {
+            "digest": digest("nonce", access_key_id.encode(), nonce.encode()),
+            "expires_at": microseconds(expires_at),
+            "access_key": access_key,
+            "begun": _BEGUN,
+            "now": microseconds(self._clock()),
+        }
+        self._require_below_bound(access_key, expires_at)
+        while not self._store.run(_USE, wanted):
+            found = {bytes(row[0]) for row in self._store.run(_LOOK, wanted)}
+            if wanted["digest"] in found:
+                return False
+            if _BEGUN in found:
+                raise ServiceUnavailable(
+                    "the record of used nonces was lost in a crash, and this request may have been "
+                    "answered before it; sign it again"
+                )
+            self._store.begin()
+        return True
+
+    def purge(self, now: datetime) -> None:
+        """Delete the expired marks and bounds; in small steps, between which others use nonces."""
+        while len(self._store.run(_PURGE, {"now": microseconds(now)})) == _BATCH:
+            pass
+        with self._database.write() as transaction:
+            transaction.execute(delete(NonceBound).where(NonceBound.before <= now))
+
+    def close(self) -> None:
+        """Close the file, if there is one. Safe to call again."""
+        self._store.close()
+
+    def _require_below_bound(self, access_key: bytes, expires_at: datetime) -> None:
+        if self._bounds.get(access_key, 0) > microseconds(expires_at):
+            return
+        with self._raising:  # of several threads one commits
+            if self._bounds.get(access_key, 0) > microseconds(expires_at):
+                return
+            self._store.begin()  # first, so that the new bound is not one of its floors
+            before = expires_at + STEP
+            insert = self._database.insert(NonceBound).values(digest=access_key, before=before)
+            unless_higher = insert.on_conflict_do_update(
+                index_elements=[NonceBound.digest],
+                set_={"before": before},
+                where=NonceBound.before < before,
+            )
+            with self._database.write() as transaction:
+                transaction.execute(unless_higher)
+            self._bounds[access_key] = microseconds(before)
+
+
+class _Store(Protocol):
+    """Where nonces are kept: the table ``nonces`` of some database."""
+
+    def run(self, statement: str, values: Mapping[str, Any]) -> list[Any]:
+        """Run one statement in a transaction of its own; returns the rows."""
+
+    def begin(self) -> None:
+        """Take the bounds over as floors, unless another process has begun the store."""
+
+    def close(self) -> None: ...
+
+
+class _Table:
+    """In the database itself."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def run(self, statement: str, values: Mapping[str, Any]) -> list[Any]:
+        with self._database.statement() as connection:
+            return list(connection.execute(text(statement), values))
+
+    def begin(self) -> None:
+        if self.run(_LOOK, {"digest": _BEGUN, "begun": _BEGUN}):
+            return
+        with self._database.write() as transaction:
+            mark = {"digest": _BEGUN, "expires_at": _FOREVER}
+            if transaction.execute(text(_BEGIN), mark).first() is not None:
+                # After the mark: no bound was raised for a store before this one any more.
+                transaction.execute(text(_TAKE_OVER))
+                _log.info("the store of used nonces begins")
+
+    def close(self) -> None:
+        pass
+
+
+class _File(ForkAware):
+    """In a file of SQLite that lives as long as the machine runs, never flushed to the disk.
+
+    What a process has written is the kernel's, so it survives the process, however that ends.
+    """
+
+    def __init__(self, database: Database, file: Path) -> None:
+        self._database = database
+        self._file = file
+        self._prefix = f"{file.name.rpartition('-')[0]}-"
+        self._connection: sqlite3.Connection | None = None
+        self._lock = threading.Lock()
+        forks.register(self)
+
+    def after_fork_in_child(self) -> None:
+        """Leave the connection to the parent."""
+        _INHERITED.append(self._connection)
+        self._connection = None
+        self._lock = threading.Lock()
+
+    def run(self, statement: str, values: Mapping[str, Any]) -> list[Any]:
+        with self._lock, _available():
+            return self._opened().execute(statement, values).fetchall()
+
+    def begin(self) -> None:
+        bounds = select(NonceBound.digest, NonceBound.before)
+        with self._lock, _available():
+            connection = self._opened()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                mark = {"digest": _BEGUN, "expires_at": _FOREVER}
+                if connection.execute(_BEGIN, mark).fetchall():
+                    with self._database.read() as transaction:
+                        floors = [
+                            (row[0], microseconds(row[1])) for row in transaction.execute(bounds)
+                        ]
+                    connection.executemany("INSERT INTO nonces VALUES (?, ?)", floors)
+                    _log.info("the store of used nonces begins", extra={"file": str(self._file)})
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+
+    def close(self) -> None:
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _opened(self) -> sqlite3.Connection:
+        connection = self._connection
+        # A file that was removed is one that other processes do not see.
+        if connection is None or not self._is_there():
+            if connection is not None:
+                connection.close()
+            self._connection = connection = self._open()
+        return connection
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(self._file.stat(), self._status)
+        except FileNotFoundError:
+            return False
+
+    def _open(self) -> sqlite3.Connection:
+        for other in self._file.parent.iterdir():
+            if other.name.startswith(self._prefix) and not other.name.startswith(self._file.name):
+                other.unlink(missing_ok=True)  # of an earlier boot
+        make_private(self._file)
+        connection = sqlite3.connect(
+            self._file, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            for statement in _PREPARE:
+                connection.execute(statement)
+            self._status = self._file.stat()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def _store(database: Database) -> _Store:
+    file = database.file
+    with suppress(OSError):
+        boot = _BOOT_ID.read_text("ascii").strip().replace("-", "")
+        if file is not None:
+            return _File(database, file.with_name(f"{file.name}-nonces-{boot}"))
+    return _Table(database)
+
+
+@contextmanager
+def _available() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        _log.warning("the store of used nonces failed", extra={"error": type(error).__name__})
+        raise ServiceUnavailable(
+            f"the store of used nonces is unavailable: {type(error).__name__}"
+        ) from error
+
+
+# As in hsmwrap.kms.database: to close an inherited connection would drop the parent's locks.
+_INHERITED: list[sqlite3.Connection | None] = []
