@@ -40,7 +40,10 @@ def backend(request, softhsm, shim):
 )
 def test_what_the_report_says_is_what_happens(backend):
     backend, quirk = backend
-    report = backend.capabilities()
+    try:
+        _ = {}["key"]
+    except KeyError:  # a caller may ask while it handles an error of its own
+        report = backend.capabilities()
     assert {w.algorithm: (w.exposure, w.custody) for w in report.wrapping} == quirk.rows
     _check_reasons(report)
     told = _everything_told(report)

@@ -208,10 +208,8 @@ class MaterialStore:
             answers=map_damage(damaged, partial(unwrap_another, pooled, self.keys, self.features)),
             way=self.features.ways.sealed_secret,
         )
-        try:
+        with _destroyed(key):
             yield key
-        finally:
-            key.destroy()
 
     def reseal(self, pooled: PooledSession, ref: KeyRef, expected: bytes | None) -> KeyRef:
         """Wrap a sealed key under the current key set, inside the HSM token.
@@ -281,19 +279,15 @@ class MaterialStore:
         Raises:
             InvalidKeyMaterial: After the block, if it was given the stand-in.
         """
-        refused = None
         try:
             material = source.make_object(pooled.session, template)
         except InvalidKeyMaterial as error:
-            refused = error  # the probe tells what the HSM token answered
             pooled.tainted |= may_leave_an_object(error)
-            material = self._stand_in(pooled.session, template, key_spec, source.way)
-        try:
-            yield material
-        finally:
-            material.destroy()
-        if refused is not None:
-            raise refused
+            with _destroyed(self._stand_in(pooled.session, template, key_spec, source.way)) as key:
+                yield key
+            raise  # with its context, which is what the HSM token answered
+        with _destroyed(material) as key:
+            yield key
 
     def _stand_in(self, session: Session, template: Template, key_spec: KeySpec, way: Way) -> Any:
         length = key_spec.material_length
@@ -442,3 +436,11 @@ def _aes_check(
 def _require_same(expected: bytes | None, check: bytes) -> None:
     if expected is not None and not checkvalue.same_check_value(expected, check):
         raise InvalidKeyMaterial
+
+
+@contextmanager
+def _destroyed(key: Any) -> Iterator[Any]:
+    try:
+        yield key
+    finally:
+        key.destroy()

@@ -484,6 +484,9 @@ class Probe:
             if key_spec is KeySpec.ALIYUN_AES_256 and length is None:
                 with store.opened(self._pooled, ref) as key:
                     self._use(key, material)
+        except HsmwrapError as error:
+            # As the cause: generators that it passes replace its context by what a caller handles.
+            raise error from error.__context__
         finally:
             if pending.may_exist:
                 self._pooled.destroy({Attribute.ID: pending.object_id})
@@ -697,9 +700,8 @@ def failed_trial(step: str, error: Exception, consequence: str = "") -> FailedTr
 
 def _answer_behind(error: Exception) -> BaseException:
     """The HSM token's answer, also where it was mapped to a client's error."""
-    if isinstance(error, HsmwrapError) and isinstance(error.__context__, PKCS11Error):
-        return error.__context__
-    return error
+    behind = error.__cause__ or error.__context__
+    return behind if isinstance(error, HsmwrapError) and isinstance(behind, PKCS11Error) else error
 
 
 def _speaks_of_the_connection(error: Exception) -> bool:
