@@ -18,7 +18,7 @@ from hsmwrap.backend import KeySetInfo
 from hsmwrap.cli import tables
 from hsmwrap.cli.arguments import read_settings
 from hsmwrap.coredumps import forbid_core_dumps
-from hsmwrap.errors import ConfigurationError, HsmwrapError
+from hsmwrap.errors import ConfigurationError
 from hsmwrap.privatefile import PrivateFile
 from hsmwrap.registry import KeySetManager
 
@@ -85,7 +85,7 @@ def recorded(ceremony: Ceremony) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        write(error.code if isinstance(error, HsmwrapError) else type(error).__name__)
+        write(type(error).__name__)
         raise
     digest = write("ok")
     print(f"hsmwrap: {path}: last line {digest}", file=sys.stderr)
