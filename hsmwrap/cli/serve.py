@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from hsmwrap.errors import ConfigurationError, HsmwrapError
 
 if TYPE_CHECKING:
     from hsmwrap.kms.config import ServerConfig
+    from hsmwrap.kms.tls import Tls
 
 _log = logging.getLogger("gunicorn.error")  # the log of the process that starts the workers
 
@@ -66,8 +68,9 @@ def run(args: argparse.Namespace) -> int:
     if not config.core_dumps:
         forbid_core_dumps()
     server = Server(
-        lambda: _application(served.config),
+        lambda: _application(served.config, served.tls),
         served.reload,
+        served.refresh,
         host=config.host,
         port=config.port if args.port is None else args.port,
         workers=args.workers,
@@ -81,32 +84,40 @@ def run(args: argparse.Namespace) -> int:
 class _Served:
     """The configuration that workers are started with: the last one of the file that was right.
 
-    So a file that is wrong stops neither a worker that replaces a dead one, nor a reload.
+    So a file that is wrong stops neither a worker that replaces a dead one, nor a reload. The same
+    goes for the files of the TLS certificate and its key.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self.config = self._checked()
+        self.config, self.tls = self._checked()
 
-    def _checked(self) -> ServerConfig:
+    def _checked(self) -> tuple[ServerConfig, Tls | None]:
         from hsmwrap.kms.checking import check  # noqa: PLC0415 (the extra may be absent)
         from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
+        from hsmwrap.kms.tls import open_tls  # noqa: PLC0415 (the extra may be absent)
 
         config = load_config(self._path)
         check(config)
-        return config
+        return config, open_tls(config)
 
     def reload(self) -> None:
         """Read the file again; what is wrong with it is logged, and nothing changes."""
         try:
-            self.config = self._checked()
+            self.config, self.tls = self._checked()
         except HsmwrapError as error:
             event = "the configuration is refused: that of before stays in use"
             _log.error(event, extra={"why": str(error)})
 
+    def refresh(self) -> None:
+        """Take changed TLS files, for workers that start later; the workers log what is wrong."""
+        if self.tls is not None:
+            with suppress(ConfigurationError):
+                self.tls.refresh()
 
-def _application(config: ServerConfig) -> Any:
+
+def _application(config: ServerConfig, tls: Tls | None) -> Any:
     # Imported in the worker: prometheus_client reads the environment at import.
     from hsmwrap.http.app import from_config  # noqa: PLC0415
 
-    return from_config(config)
+    return from_config(config, tls)

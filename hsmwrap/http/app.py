@@ -46,6 +46,7 @@ from hsmwrap.imports import new_request_id
 from hsmwrap.keypool import KeyPool
 from hsmwrap.kms.access import MAX_ID_LENGTH
 from hsmwrap.kms.errors import InvalidAction
+from hsmwrap.kms.tls import Tls, open_tls
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -163,6 +164,7 @@ class App(_Pages):
         max_body: Longest accepted request body in bytes.
         limits: Limits of connections, where the server keeps them.
         metrics_app: The application of ``/metrics``.
+        tls: Certificate and key, where the server has them from here.
     """
 
     def __init__(
@@ -175,8 +177,10 @@ class App(_Pages):
         max_body: int,
         limits: Limits,
         collect: Callable[[], bytes],
+        tls: Tls | None,
     ) -> None:
         self.metrics_app = MetricsApp(collect)
+        self.tls = tls
         self.limits = limits
         self._kms = kms
         self._access_keys = access_keys
@@ -272,6 +276,7 @@ def create_app(
     max_body: int = MAX_BODY,
     limits: Limits = _LIMITS,
     collect: Callable[[], bytes] = _render,
+    tls: Tls | None = None,
 ) -> App:
     """Make the application for a KMS.
 
@@ -283,14 +288,24 @@ def create_app(
         max_body: Longest accepted request body in bytes.
         limits: Limits of connections, for :class:`hsmwrap.http.worker.KmsWorker`.
         collect: Returns the metrics in Prometheus' text format.
+        tls: Certificate and key, for :class:`hsmwrap.http.worker.KmsWorker`.
     """
     return App(
-        kms, access_keys, nonces, clock=clock, max_body=max_body, limits=limits, collect=collect
+        kms,
+        access_keys,
+        nonces,
+        clock=clock,
+        max_body=max_body,
+        limits=limits,
+        collect=collect,
+        tls=tls,
     )
 
 
-def from_config(config: ServerConfig) -> App:
+def from_config(config: ServerConfig, tls: Tls | None) -> App:
     """Open the configured KMS, and serve it; it is closed when the process exits.
+
+    ``tls`` are the certificate and key of the configuration.
 
     Raises:
         ConfigurationError: The configuration is wrong; the text says what to change.
@@ -307,6 +322,7 @@ def from_config(config: ServerConfig) -> App:
         max_body=config.limits.max_request_bytes,
         limits=Limits(config.limits.max_connections, config.limits.max_connections_per_address),
         collect=lambda: _render(*kms.watched(), kms.gauges),
+        tls=tls,
     )
 
 
@@ -324,7 +340,7 @@ def from_environment() -> App:
     path = os.environ.get("HSMWRAP_CONFIG")
     config = load_config(Path(path) if path else None)
     check(config)
-    return from_config(config)
+    return from_config(config, open_tls(config))
 
 
 def _require_method(request: Request, *methods: str) -> None:

@@ -32,6 +32,8 @@ from hsmwrap.http.wsgi import Answer, Peers, call, environ, failure
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+Tls = Callable[[], ssl.SSLContext]
+
 WAITING_PER_THREAD = 16
 """How many complete requests may wait for each thread."""
 
@@ -194,10 +196,11 @@ class Gateway:
         self._listeners: list[socket.socket] = []
         self._stopped = False
 
-    def listen(
-        self, listener: socket.socket, site: Site, tls: ssl.SSLContext | None = None
-    ) -> None:
-        """Accept the connections of a listening socket, which the caller closes."""
+    def listen(self, listener: socket.socket, site: Site, tls: Tls | None = None) -> None:
+        """Accept the connections of a listening socket, which the caller closes.
+
+        ``tls`` makes what the next connection is encrypted with; None: nothing is encrypted.
+        """
         listener.settimeout(0)
         self._listeners.append(listener)
         self.loop.add_reader(listener, self._accept, listener, site, tls)
@@ -257,7 +260,7 @@ class Gateway:
 
     # --- accepting
 
-    def _accept(self, listener: socket.socket, site: Site, tls: ssl.SSLContext | None) -> None:
+    def _accept(self, listener: socket.socket, site: Site, tls: Tls | None) -> None:
         for _ in range(_ACCEPTED_AT_ONCE):
             try:
                 client, address = listener.accept()
@@ -270,7 +273,7 @@ class Gateway:
                 return
             self._open(client, address, site, tls)
 
-    def _pause(self, listener: socket.socket, site: Site, tls: ssl.SSLContext | None) -> None:
+    def _pause(self, listener: socket.socket, site: Site, tls: Tls | None) -> None:
         """Accept nothing for a moment, for the socket stays readable."""
         self.loop.remove_reader(listener)
 
@@ -280,9 +283,7 @@ class Gateway:
 
         self.loop.call_later(_NO_DESCRIPTORS_SECONDS, resume)
 
-    def _open(
-        self, client: socket.socket, address: object, site: Site, tls: ssl.SSLContext | None
-    ) -> None:
+    def _open(self, client: socket.socket, address: object, site: Site, tls: Tls | None) -> None:
         host, port = address[:2] if isinstance(address, tuple) else ("", 0)
         connection = Connection(self, site, (host, port), address_key(host))
         if not self.connections.make_room(connection.address_key):
@@ -293,7 +294,7 @@ class Gateway:
             self.loop.connect_accepted_socket(
                 lambda: connection,
                 client,
-                ssl=tls,
+                ssl=None if tls is None else tls(),
                 ssl_handshake_timeout=None if tls is None else deadline.HEAD_SECONDS,
                 ssl_shutdown_timeout=None if tls is None else deadline.REST_SECONDS,
             )

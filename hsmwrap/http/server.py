@@ -8,8 +8,10 @@ finishes its running calls (at most ``shutdown_seconds``) and closes the KMS.
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +43,7 @@ class Server(BaseApplication):
         self,
         load: Callable[[], Any],
         reload: Callable[[], None] = lambda: None,
+        each_second: Callable[[], None] = lambda: None,
         *,
         host: str,
         port: int,
@@ -54,6 +57,7 @@ class Server(BaseApplication):
         Args:
             load: Makes the WSGI application, once in each worker process.
             reload: Called before SIGHUP replaces the workers.
+            each_second: Called each second in the process that starts the workers.
             host: Address to listen on.
             port: Port to listen on; 0 takes a free one.
             workers: Processes.
@@ -76,6 +80,7 @@ class Server(BaseApplication):
             "control_socket_disable": True,
             "logconfig_dict": _LOGGING,
             "post_worker_init": _announce,
+            "when_ready": lambda _arbiter: _call_each_second(each_second),
         }
         if workers > 1:
             self._share_metrics()
@@ -111,8 +116,17 @@ class Server(BaseApplication):
             self._options["on_exit"] = lambda _arbiter: shutil.rmtree(directory)
 
 
+def _call_each_second(function: Callable[[], None]) -> None:
+    """By a signal, because that process has no thread, and forks. Its children have no timer."""
+    signal.signal(signal.SIGALRM, lambda *_: function())
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # the interpreter drops its handlers
+
+
 def _announce(worker: Any) -> None:
     """Print one line on stdout when the server listens and the application is ready."""
     if worker.age == 1:
         host, port = worker.sockets[0].getsockname()[:2]
-        print(f"ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)  # noqa: T201 (callers wait for this line)
+        scheme = "https" if worker.wsgi.tls else "http"
+        shown = f"[{host}]" if ":" in host else host
+        print(f"ready {scheme}://{shown}:{port}", flush=True)  # noqa: T201 (callers wait for this line)

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 from typing import TYPE_CHECKING, Any
 
-from gunicorn import sock
 from gunicorn.workers.base import Worker
 
+from hsmwrap.errors import ConfigurationError
 from hsmwrap.http.gateway import Gateway, Place, Site
 
 if TYPE_CHECKING:
     # Not at run time: this is imported before the fork, and prometheus_client has to be after it.
     from hsmwrap.http.app import App
+    from hsmwrap.kms.tls import Tls
 
 _HEARTBEAT_SECONDS = 1.0
+_log = logging.getLogger(__name__)
 
 
 class KmsWorker(Worker):
@@ -30,6 +33,16 @@ class KmsWorker(Worker):
 
     wsgi: Any
     _quick = False
+
+    @staticmethod
+    def check_config(cfg: Any, _log: Any) -> None:
+        """Refuse gunicorn's own settings of TLS, which would do nothing (gunicorn's hook).
+
+        Raises:
+            ConfigurationError: There are some.
+        """
+        if cfg.is_ssl:
+            raise ConfigurationError("give tls_certificate_file and tls_key_file instead")
 
     def run(self) -> None:
         """Serve until a signal, the death of the parent, or ``max_requests`` (gunicorn's hook)."""
@@ -47,12 +60,15 @@ class KmsWorker(Worker):
         for quick in (signal.SIGINT, signal.SIGQUIT):
             loop.add_signal_handler(quick, lambda: end(quick=True))
         gateway = Gateway(threads=self.cfg.threads, limits=self.wsgi.limits, loop=loop)
-        tls = sock.ssl_context(self.cfg) if self.cfg.is_ssl else None
+        files = self.wsgi.tls
+        _refresh(files, at_once=True)  # the files may have changed since the parent read them
         for listener, site in zip(self.sockets, self._sites(), strict=True):
-            gateway.listen(listener, site, tls)
+            plain = files is None or site.app is self.wsgi.metrics_app
+            gateway.listen(listener, site, None if plain else files.current)
         # A signal that came before these handlers were there has made alive false.
         while self.alive and self.ppid == os.getppid() and gateway.served < self.max_requests:
             self.notify()
+            _refresh(files)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), _HEARTBEAT_SECONDS)
         if not self._quick:
@@ -68,6 +84,16 @@ class KmsWorker(Worker):
         if len(self.sockets) > 1 and bool(getattr(self.app, "metrics_address", None)):
             return [*(api for _ in self.sockets[1:]), metrics]
         return [api for _ in self.sockets]
+
+
+def _refresh(tls: Tls | None, *, at_once: bool = False) -> None:
+    """Take the files of the TLS certificate as they are now; what is wrong with them is logged."""
+    try:
+        if tls is not None and tls.refresh(at_once=at_once):
+            _log.info("changed TLS files are in use")
+    except ConfigurationError as error:
+        event = "changed TLS files are refused: what they held before stays in use"
+        _log.error(event, extra={"why": str(error)})
 
 
 def api_site(app: App) -> Site:

@@ -19,6 +19,7 @@ from hsmwrap.errors import ConfigurationError, HsmwrapError
 from hsmwrap.kms.access import FileAccessKeys
 from hsmwrap.kms.config import BackendConfig, ServerConfig, require_own_names
 from hsmwrap.kms.opening import audit_key, open_database
+from hsmwrap.kms.tls import open_tls
 
 _WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 (compared with, not listened on)
 
@@ -48,6 +49,7 @@ def find_problems(config: ServerConfig) -> list[str]:
         *(_backend_check(table, backend) for table, backend in _tables(config)),
         require_own_names,
         _check_access_keys,
+        open_tls,
         lambda config: audit_key(config.audit_key_file),
         _check_audit_file,
         _check_database,

@@ -140,6 +140,12 @@ class ServerConfig(_Table, BaseSettings):
         default="127.0.0.1:9443", pattern=r"^((\[[0-9A-Fa-f:.]+\]|[^\[\]:\s]+):[0-9]{1,5})?$"
     )
     """Address and port of the page /metrics (`[::1]:9443`); empty: no page."""
+    tls_certificate_file: Path | None = None
+    """PEM file of the server's TLS certificate, then those of the authorities between it and the
+    root. Without it: plain HTTP."""
+    tls_key_file: Path | None = None
+    """Private PEM file of its key, without a passphrase. Both files are read again when they
+    change."""
     database_url: SecretStr = SecretStr("sqlite:///hsmwrap.db")
     """SQLAlchemy URL of SQLite or PostgreSQL (`postgresql+psycopg://…`)."""
     backends: dict[ProtectionLevel, BackendConfig]

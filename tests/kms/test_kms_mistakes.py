@@ -267,6 +267,16 @@ MISTAKES = {
     "address of another machine": Mistake(
         top(host="192.0.2.1"), "host: cannot listen there", listening=True
     ),
+    "certificate without a key": Mistake(
+        top(tls_certificate_file="/c.pem"),
+        "give tls_certificate_file and tls_key_file together",
+        listening=True,
+    ),
+    "TLS files that are not there": Mistake(
+        top(tls_certificate_file="/no/c.pem", tls_key_file="/no/k.pem"),
+        "tls_certificate_file /no/c.pem: No such file",
+        listening=True,
+    ),
     "two services at one address": Mistake(
         top(port=9443, metrics_address="127.0.0.1:9443"),
         "metrics_address: is the address of the API",

@@ -22,7 +22,7 @@ class Running:
         self.port = self.listener.getsockname()[1]
         self.loop = asyncio.new_event_loop()
         self.gateway = Gateway(threads=threads, limits=limits, loop=self.loop)
-        self.gateway.listen(self.listener, site, tls)
+        self.gateway.listen(self.listener, site, tls and (lambda: tls))
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
         self._clients = contextlib.ExitStack()

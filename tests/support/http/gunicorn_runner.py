@@ -15,7 +15,7 @@ from pathlib import Path
 from support.fast import needs_service
 
 DEADLINE = 60
-READY = re.compile(r"ready http://127\.0\.0\.1:(\d+)\n")
+READY = re.compile(r"ready https?://127\.0\.0\.1:(\d+)\n")
 
 
 class Process:
