@@ -193,7 +193,12 @@ def _try_database(config: ServerConfig) -> str:
     try:
         if database.file is not None and not database.file.exists():
             return "is made at the first start"
-        database.ping()
-        return "answers"
+        schema = database.schema()
+        schema.require_not_newer()
+        if not schema.is_current:
+            return f"{schema}, which makes it at its start, or `hsmwrap db upgrade`"
+        if faults := database.faults():
+            raise ConfigurationError("; ".join(faults))
+        return f"schema {schema.revision}"
     finally:
         database.close()

@@ -16,14 +16,18 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from alembic import command
+from alembic.autogenerate import compare_metadata
 from alembic.config import Config
-from sqlalchemy import URL, Engine, create_engine, event, make_url, text
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import URL, Engine, create_engine, event, func, make_url, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import (
@@ -158,6 +162,60 @@ class Database(ForkAware):
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
             command.upgrade(migration_config(connection), "head")
 
+    def schema(self) -> Schema:
+        """Which schema the database has; changes nothing.
+
+        Raises:
+            ServiceUnavailable: The database is unavailable.
+        """
+        newest, known = _revisions()
+        if self.file is not None and not self.file.exists():  # connecting would make it
+            return Schema(None, newest, known)
+        with _available(), self.engine.connect() as connection:
+            revision = MigrationContext.configure(connection).get_current_revision()
+        return Schema(revision, newest, known)
+
+    def prepare(self) -> None:
+        """Bring the schema up to date where it is not; needs no right to change it where it is.
+
+        Raises:
+            ConfigurationError: The schema is newer than this program, or is old and this user may
+                not change it.
+            ServiceUnavailable: The database is unavailable.
+        """
+        schema = self.schema()
+        schema.require_not_newer()
+        if schema.is_current:
+            return
+        try:
+            self.migrate()
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"{schema}; this user cannot bring it up to date: run `hsmwrap db upgrade` as the "
+                f"owner of the tables ({error})"
+            ) from None
+
+    def faults(self) -> list[str]:
+        """What of the schema or of this user's rights would stop a server; changes nothing.
+
+        Raises:
+            ServiceUnavailable: The database is unavailable.
+        """
+        schema = self.schema()
+        if not schema.is_current:
+            return [str(schema)]
+        with _available(), self.engine.connect() as connection:
+            context = MigrationContext.configure(connection, opts={"compare_type": True})
+            found = [f"the tables differ: {each[0]}" for each in _differences(context)]
+            if not found and connection.dialect.name == "postgresql":
+                found += [
+                    f"this user may not {right} in {table}"
+                    for table in Row.metadata.tables
+                    for right in ("SELECT", "INSERT", "UPDATE", "DELETE")
+                    if not connection.scalar(select(func.has_table_privilege(table, right)))
+                ]
+        return found
+
     def ping(self) -> None:
         """Check that the database answers.
 
@@ -214,7 +272,58 @@ def surely_rolled_back(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(error, CommitUnknown)
 
 
-def migration_config(connection: Connection) -> Config:
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """The schema of a database, beside the one that this program needs.
+
+    Attributes:
+        revision: Of the database; None: it has no tables of the KMS.
+        newest: Of this program.
+        known: All that this program can bring up to date.
+    """
+
+    revision: str | None
+    newest: str
+    known: frozenset[str]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is the one that this program needs."""
+        return self.revision == self.newest
+
+    @property
+    def is_newer(self) -> bool:
+        """Whether a newer program made it."""
+        return self.revision is not None and self.revision not in self.known
+
+    def require_not_newer(self) -> None:
+        """Return unless it is newer.
+
+        Raises:
+            ConfigurationError: It is; says what to do.
+        """
+        if self.is_newer:
+            raise ConfigurationError(f"{self}: update this hsmwrap, or restore a backup")
+
+    def __str__(self) -> str:
+        if self.is_newer:
+            return (
+                f"the database has schema {self.revision}, which is newer than this hsmwrap's "
+                f"{self.newest}"
+            )
+        had = "no schema yet" if self.revision is None else f"schema {self.revision}"
+        return f"the database has {had}; this hsmwrap needs {self.newest}"
+
+
+@cache
+def _revisions() -> tuple[str, frozenset[str]]:
+    """The newest revision of this program, and all of them."""
+    scripts = ScriptDirectory.from_config(migration_config())
+    known = frozenset(script.revision for script in scripts.walk_revisions())
+    return str(scripts.get_current_head()), known
+
+
+def migration_config(connection: Connection | None = None) -> Config:
     """Alembic's configuration for the migrations that this package ships."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
@@ -257,6 +366,14 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
     else:
         event.listen(engine, "connect", partial(_prepare_postgresql, url=parsed))
     return engine
+
+
+def _differences(context: MigrationContext) -> list[Any]:
+    # Where a row has several changes, alembic puts them into a list.
+    return [
+        each[0] if isinstance(each, list) else each
+        for each in compare_metadata(context, Row.metadata)
+    ]
 
 
 def make_private(file: Path) -> None:

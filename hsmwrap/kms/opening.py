@@ -44,7 +44,7 @@ def open_kms(
     access_keys: AccessKeys | None = None,
     observer: Observer | None = None,
 ) -> Kms:
-    """Open backends and database, migrate the schema, clean up after crashes, start the sweeper.
+    """Open backends and database, migrate the schema if it is old, clean up, start the sweeper.
 
     If a backend or the database is unavailable, or no slot lists the HSM token, the call retries
     for ``startup_wait``, so that a process that restarts during an outage survives it like the
@@ -70,7 +70,7 @@ def open_kms(
         opened.callback(key_pool.close)
         database = open_database(config)
         opened.callback(database.close)
-        _with_retries(database.migrate, deadline)
+        _with_retries(database.prepare, deadline)
         kms = Kms(
             database,
             backends,
@@ -106,7 +106,7 @@ def opened_stored_keys(config: ServerConfig, backend: Backend) -> Iterator[Store
     """
     database = open_database(config)
     try:
-        database.migrate()
+        database.prepare()
         log = AnchoredLog(database, open_audit_log(config), config.audit_anchor_lines)
 
         def audit(action: str, key_id: str) -> None:

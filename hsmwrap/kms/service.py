@@ -216,7 +216,7 @@ class Kms:
                 failed.append(f"backend {level}")
         for part, check in (
             ("access keys", self._check_access_keys),
-            ("database", self._database.ping),
+            ("database", self._check_database),
             ("audit log", self._check_audit_log),
         ):
             try:
@@ -231,6 +231,15 @@ class Kms:
         keys = self.access_keys
         fault = keys.fault() if isinstance(keys, FileAccessKeys) else None
         return fault and f"ready with the keys of before, not with those of the file: {fault}"
+
+    def _check_database(self) -> str | None:
+        self._database.ping()
+        schema = self._database.schema()
+        if schema.is_newer:
+            return f"ready, but {schema}: update this process"
+        if not schema.is_current:
+            raise ConfigurationError(str(schema))
+        return None
 
     def _check_audit_log(self) -> str | None:
         replace(self._audit.log, lock_seconds=_HEALTH_LOCK_SECONDS).check()

@@ -56,6 +56,7 @@ class Sweep:
             lambda: self._each(Key.deletion_at <= now, self._delete, now),
             lambda: self._core.objects.destroy_due(now),
             *(lambda purge=purge: purge(now) for purge in self._purges),
+            lambda: self._core.database.schema().require_not_newer(),
             *(lambda reaper=reaper: reaper.reap(now) for reaper in reapers if reaper),
             *(lambda backend=backend: self._reseal(backend, now) for backend in backends),
             self._anchor,

@@ -409,7 +409,7 @@ class Unavailable:
         self.pauses.append(seconds)
 
 
-@pytest.mark.parametrize("part", [(Database, "migrate"), (opening, "open_backend")])
+@pytest.mark.parametrize("part", [(Database, "prepare"), (opening, "open_backend")])
 def test_start_waits_for_what_is_unavailable(real, monkeypatch, part, caplog):
     monkeypatch.setenv("HSMWRAP_SERVER_SWEEP_INTERVAL", "PT0S")
     unavailable = Unavailable(monkeypatch, *part, HsmUnavailable("unavailable"), times=6)
@@ -432,7 +432,7 @@ def test_start_waits_for_what_is_unavailable(real, monkeypatch, part, caplog):
 )
 def test_start_does_not_wait_for_ever(real, monkeypatch, wait, error, waited):
     monkeypatch.setenv("HSMWRAP_SERVER_STARTUP_WAIT", wait)
-    unavailable = Unavailable(monkeypatch, Database, "migrate", error, times=1000)
+    unavailable = Unavailable(monkeypatch, Database, "prepare", error, times=1000)
     closed = []
     close = SoftwareBackend.close
     monkeypatch.setattr(SoftwareBackend, "close", lambda backend: closed.append(close(backend)))
