@@ -39,8 +39,8 @@ SYSTEM = "system"
 BEGIN_SEGMENT = "BeginAuditSegment"
 """The action of the first line of a later segment."""
 _MAX_TEXT = 256
-# Longest line: five texts; each character may take two escapes of six characters.
-_MAX_LINE = 5 * 12 * _MAX_TEXT + 512
+# Longest line: six texts; each character may take two escapes of six characters.
+_MAX_LINE = 6 * 12 * _MAX_TEXT + 512
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class AuditEntry:
         action: The API's action.
         key_id: Id of the key; None without one.
         outcome: ``ok``, or the error code of the answer.
+        alias: The alias that the request named; None without one.
     """
 
     request_id: str
@@ -70,6 +71,7 @@ class AuditEntry:
     action: str
     key_id: str | None
     outcome: str
+    alias: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,6 +368,7 @@ def _line(entry: AuditEntry, now: datetime, last: Link, key: bytes | None, **mor
         "action": entry.action[:_MAX_TEXT],
         "key_id": entry.key_id and entry.key_id[:_MAX_TEXT],
         "outcome": entry.outcome[:_MAX_TEXT],
+        **({"alias": entry.alias[:_MAX_TEXT]} if entry.alias else {}),
         **more,
     }
     return chain.write(content, last, key)

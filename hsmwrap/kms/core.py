@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
+from sqlalchemy import or_
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.elements import ColumnElement
 
 from hsmwrap.backend import Backend, KeyRef
 from hsmwrap.catalog import ProtectionLevel
@@ -126,6 +128,11 @@ class Core:
             remove_material(transaction, key, now)
         self.audit("ExpireKeyMaterial", key_id)
         return True
+
+
+def existing(now: datetime) -> ColumnElement[bool]:
+    """Which rows are keys that exist at ``now``."""
+    return or_(Key.deletion_at.is_(None), Key.deletion_at > now)
 
 
 def remove_material(transaction: Session, key: Key, now: datetime) -> None:

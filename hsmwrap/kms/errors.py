@@ -33,8 +33,32 @@ class AccessKeyNotFound(HsmwrapError):
     _api_message = "The AccessKey ID provided does not exist in our records."
 
 
+class KeyVersionNotFound(HsmwrapError):
+    """The key does not have a version of this id."""
+
+    code = "Forbidden.KeyVersionNotFound"
+    http_status = 404
+    _api_message = "The specified Key version is not found."
+
+
+class AliasNotFound(HsmwrapError):
+    """No key has this alias, or the alias is another key's meanwhile."""
+
+    code = "Forbidden.AliasNotFound"
+    http_status = 404
+    _api_message = "The specified Alias is not found."
+
+
+class AliasAlreadyExists(HsmwrapError):
+    """A key has this alias already; UpdateAlias gives it to another key."""
+
+    code = "AliasAlreadyExists"
+    http_status = 400
+    _api_message = "AliasName Already Exists."
+
+
 class UnsupportedAlias(HsmwrapError):
-    """An alias was given in place of a key id or ARN; this KMS has no aliases."""
+    """This operation takes a key id or an ARN, and no alias."""
 
     code = "Unsupported.Alias"
     http_status = 400
@@ -71,6 +95,30 @@ class RejectedPendingImport(HsmwrapError):
     code = "Rejected.PendingImport"
     http_status = 409
     _api_message = "The request was rejected because the key state is PendingImport."
+
+
+class DryRunOperationError(HsmwrapError):
+    """The request would have succeeded without DryRun."""
+
+    code = "DryRunOperationError"
+    http_status = 400
+    _api_message = "The request would have succeeded, but the DryRun parameter is set."
+
+
+class ValidationError(HsmwrapError):
+    """In a dry run: a parameter is missing or wrong; the text is that of the error without one."""
+
+    code = "ValidationError"
+    http_status = 400
+    _api_message = "The parameters specified in the request are invalid."
+
+
+class AccessDeniedError(HsmwrapError):
+    """In a dry run: the access key lacks the permission."""
+
+    code = "AccessDeniedError"
+    http_status = 403
+    _api_message = "You are not authorized to perform this operation on the KMS resource."
 
 
 class LeaseLost(ServiceUnavailable):

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import delete, func, select
 
 from hsmwrap import policy
 from hsmwrap.backend import KeyRef
 from hsmwrap.catalog import KeySpec, Origin, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import InvalidParameter
-from hsmwrap.kms.core import Core, remove_material
+from hsmwrap.kms.core import Core, existing, remove_material
 from hsmwrap.kms.material import generate_material
 from hsmwrap.kms.objects import cancel_destruction
-from hsmwrap.kms.schema import Key
+from hsmwrap.kms.schema import Alias, Key
 from hsmwrap.kms.states import KeyState, require
 
 
@@ -75,12 +75,22 @@ class KeyLifecycle:
 
     def list_keys(self, page_number: int, page_size: int) -> KeyPage:
         """One page of the keys, oldest first; pages count from 1."""
-        existing = or_(Key.deletion_at.is_(None), Key.deletion_at > self._core.clock())
-        page = select(Key).where(existing).order_by(Key.created_at, Key.key_id)
+        which = existing(self._core.clock())
+        page = select(Key).where(which).order_by(Key.created_at, Key.key_id)
         page = page.offset((page_number - 1) * page_size).limit(page_size)
         with self._core.database.read() as transaction:
-            total = transaction.scalar(select(func.count()).select_from(Key).where(existing)) or 0
+            total = transaction.scalar(select(func.count()).select_from(Key).where(which)) or 0
             return KeyPage(tuple(transaction.scalars(page)), total)
+
+    def update_key_description(self, key_id: str, description: str) -> Key:
+        """Replace the key's description; an empty one deletes it.
+
+        Raises:
+            RejectedPendingDeletion: It is scheduled for deletion.
+        """
+        with self._changing("UpdateKeyDescription", key_id) as key:
+            key.description = description
+        return key
 
     def enable_key(self, key_id: str) -> Key:
         """Enable the key.
@@ -131,6 +141,7 @@ class KeyLifecycle:
             if key is None or key.deletion_at is None or key.deletion_at > now:
                 return False
             remove_material(transaction, key, now)
+            transaction.execute(delete(Alias).where(Alias.key_id == key_id))
             transaction.delete(key)
         return True
 

@@ -26,7 +26,8 @@ from hsmwrap.errors import (
     MissingParameter,
 )
 from hsmwrap.kms.blobs import CiphertextBlob
-from hsmwrap.kms.errors import UnsupportedAlias
+from hsmwrap.kms.errors import AliasNotFound, UnsupportedAlias
+from hsmwrap.kms.schema import ALIAS_LENGTH
 
 MAX_PLAINTEXT = 6144
 """Longest plaintext of Encrypt, in bytes."""
@@ -35,6 +36,9 @@ _MAX_UNIX = 253_402_300_799  # the last second of 9999, where datetime ends
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # PostgreSQL keeps neither NUL nor surrogates
 _DIGITS = re.compile(r"[0-9]{1,20}")
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_ALIAS_NAME = re.compile(rf"alias/[A-Za-z0-9_/-]{{1,{ALIAS_LENGTH}}}")
+_RESERVED_ALIAS = "alias/acs"
+_BOOLEANS = {"true": True, "false": False}
 
 Parser = Callable[[str, str], Any]
 """Takes the parameter's name and text; returns the value, or raises InvalidParameter."""
@@ -48,11 +52,19 @@ class Parameter:
         parse: Makes the value.
         required: True if the operation needs it. An empty text counts as absent.
         default: The value when absent.
+        empty: True where an empty text is a value.
     """
 
     parse: Parser
     required: bool = False
     default: Any = None
+    empty: bool = False
+
+
+class AliasName(str):
+    """The name of an alias that has to exist, with its prefix ``alias/``."""
+
+    __slots__ = ()
 
 
 def parse(known: Mapping[str, Parameter], given: Mapping[str, str]) -> dict[str, Any]:
@@ -70,7 +82,7 @@ def parse(known: Mapping[str, Parameter], given: Mapping[str, str]) -> dict[str,
 
 
 def _value(name: str, parameter: Parameter, text: str | None) -> Any:
-    if text:
+    if text or (parameter.empty and text is not None):
         return parameter.parse(name, text)
     if parameter.required:
         raise MissingParameter(name)
@@ -80,9 +92,32 @@ def _value(name: str, parameter: Parameter, text: str | None) -> Any:
 def key_id(_name: str, text: str) -> str:
     """A key id. ARNs of this KMS were converted before; other ARNs are unknown keys."""
     if text.startswith("alias/") or ":alias/" in text:
-        raise UnsupportedAlias("use the key id; this KMS has no aliases")
+        raise UnsupportedAlias("this operation takes the key id or the ARN of a key, no alias")
     if not _KEY_ID.fullmatch(text):
         raise KeyNotFound("no key has this id")
+    return text
+
+
+def key_id_or_alias(name: str, text: str) -> str | AliasName:
+    """A key id, or the name of an alias; the ARN of an alias is refused."""
+    return alias(name, text) if text.startswith("alias/") else key_id(name, text)
+
+
+def alias(_name: str, text: str) -> AliasName:
+    """The name of an alias that has to exist."""
+    if not _ALIAS_NAME.fullmatch(text):
+        raise AliasNotFound("no alias has this name")
+    return AliasName(text)
+
+
+def new_alias(name: str, text: str) -> str:
+    """The name of an alias that is to be created."""
+    if not _ALIAS_NAME.fullmatch(text) or text.startswith(_RESERVED_ALIAS):
+        raise InvalidParameter(
+            name,
+            f"is not alias/ and 1 to {ALIAS_LENGTH} letters, digits, _, - or /; {_RESERVED_ALIAS} "
+            "is reserved",
+        )
     return text
 
 
@@ -140,6 +175,21 @@ def unix_time(name: str, text: str) -> datetime | None:
     """Seconds since 1970; 0: None."""
     seconds = integer(0, _MAX_UNIX)(name, text)
     return datetime.fromtimestamp(seconds, UTC) if seconds else None
+
+
+def boolean(name: str, text: str) -> bool:
+    """``true`` or ``false``; Python's SDK writes them with a capital letter."""
+    value = _BOOLEANS.get(text.lower())
+    if value is None:
+        raise InvalidParameter(name, "has to be true or false")
+    return value
+
+
+def never(name: str, text: str) -> bool:
+    """``false``: what is not served."""
+    if boolean(name, text):
+        raise InvalidParameter(name, "has to be false: this is not served here")
+    return False
 
 
 def choice(*known: str) -> Parser:

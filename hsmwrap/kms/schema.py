@@ -17,6 +17,8 @@ from hsmwrap.kms.states import KeyState
 
 LOG_ID_LENGTH = 512
 """Longest name of an audit log."""
+ALIAS_LENGTH = 255
+"""Longest name of an alias, without its prefix ``alias/``."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -86,6 +88,19 @@ class Key(Row):
     def cmk(self) -> Cmk:
         """The key as the import service takes it."""
         return Cmk(self.key_id, self.key_spec, self.protection_level, self.origin, self.check_value)
+
+
+class Alias(Row):
+    """A name of a CMK; it goes with the key's row.
+
+    Attributes:
+        name: With the prefix ``alias/``.
+    """
+
+    __tablename__ = "aliases"
+
+    name: Mapped[str] = mapped_column(String(len("alias/") + ALIAS_LENGTH), primary_key=True)
+    key_id: Mapped[str] = mapped_column(String(36), index=True)
 
 
 class ScheduledDestruction(Row):

@@ -11,7 +11,13 @@ from typing import Any, Self
 
 from hsmwrap.backend import Backend, Exposure, Health
 from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm
-from hsmwrap.errors import ConfigurationError, HsmwrapError, ServiceUnavailable
+from hsmwrap.errors import (
+    ConfigurationError,
+    HsmwrapError,
+    InvalidParameter,
+    MissingParameter,
+    ServiceUnavailable,
+)
 from hsmwrap.guard import guard_all
 from hsmwrap.imports import (
     MAX_FAILED_IMPORTS,
@@ -23,11 +29,17 @@ from hsmwrap.imports import (
 from hsmwrap.keypool import KeyPool
 from hsmwrap.kms.access import AccessKeys, Caller, FileAccessKeys
 from hsmwrap.kms.anchors import ANCHOR_LINES, AnchoredLog
-from hsmwrap.kms.api import OPERATIONS, Operations, Request
+from hsmwrap.kms.api import OPERATIONS, Operations, Uses
 from hsmwrap.kms.audit import SYSTEM, AuditEntry, AuditFailed, AuditLog
 from hsmwrap.kms.core import Core, by_name, no_step
 from hsmwrap.kms.database import Database
-from hsmwrap.kms.errors import InvalidAction, NoPermission
+from hsmwrap.kms.errors import (
+    AccessDeniedError,
+    DryRunOperationError,
+    InvalidAction,
+    NoPermission,
+    ValidationError,
+)
 from hsmwrap.kms.nonces import NonceStore
 from hsmwrap.kms.objects import LEASE, Objects
 from hsmwrap.kms.once import (
@@ -36,20 +48,21 @@ from hsmwrap.kms.once import (
     ResidentWrappingKeys,
     UsedImportTokens,
 )
-from hsmwrap.kms.parameters import parse
 from hsmwrap.kms.sweeper import Sweep, Sweeper
 from hsmwrap.policy import Deployment
 
 _HEALTH_LOCK_SECONDS = 1.0
+_KEYS = frozenset({"KeyId", "DestinationKeyId"})
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Audited:
-    """The facts of a request for its audit line."""
+    """The facts of a request for its audit lines: one for each use of a key."""
 
-    key_id: str | None
+    uses: Uses
+    alias: str | None = None
     outcome: str = "ok"
 
 
@@ -182,17 +195,25 @@ class Kms:
             HsmwrapError: ``code``, ``http_status`` and ``api_message`` are the answer.
         """
         self._audit.log.check()
-        named = self._without_arn(parameters)
-        with self._audited(action, named.get("KeyId"), caller, request_id) as audited:
+        named = self._without_arns(parameters)
+        with self._audited(action, named, caller, request_id) as audited:
             operation = OPERATIONS.get(action)
             if operation is None:
                 raise InvalidAction("the API has no such action")
-            request = Request(parse(operation.parameters, named), caller.access_key_id)
-            audited.key_id = request.key_id
-            if not caller.permissions.allows(action, request.key_id):
-                raise NoPermission(f"{caller.access_key_id} may not {action} this key")
+            request = operation.request(self.operations, named, caller.access_key_id)
+            audited.alias = request.arguments.get("AliasName", request.alias)
+            # Each once: an alias may be given to the key that has it.
+            uses = operation.uses(request) if operation.uses else ((action, request.key_id),)
+            audited.uses = dict.fromkeys(uses)
+            for use, key_id in audited.uses:
+                if not caller.permissions.allows(use, key_id):
+                    raise NoPermission(f"{caller.access_key_id} may not {use} this key")
+            request.require_alias()
             fields = operation.run(self.operations, request)
-            audited.key_id = request.key_id or fields.get("KeyMetadata", {}).get("KeyId")
+            if made := fields.get("KeyMetadata"):
+                audited.uses = ((action, made["KeyId"]),)
+            if request.arguments.get("DryRun"):
+                raise DryRunOperationError("the request would have succeeded without DryRun")
         return fields | {"RequestId": request_id}
 
     def record_refusal(self, action: str, access_key_id: str, request_id: str, code: str) -> None:
@@ -279,31 +300,52 @@ class Kms:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    def _without_arn(self, parameters: Mapping[str, str]) -> Mapping[str, str]:
-        key_id = parameters.get("KeyId", "")
-        if not key_id.startswith(self._arn_prefix):
-            return parameters
-        return {**parameters, "KeyId": key_id.removeprefix(self._arn_prefix)}
+    def _without_arns(self, parameters: Mapping[str, str]) -> Mapping[str, str]:
+        return {
+            name: text.removeprefix(self._arn_prefix) if name in _KEYS else text
+            for name, text in parameters.items()
+        }
 
     @contextmanager
     def _audited(
-        self, action: str, key_id: str | None, caller: Caller, request_id: str
+        self, action: str, named: Mapping[str, str], caller: Caller, request_id: str
     ) -> Iterator[_Audited]:
-        audited = _Audited(key_id)
+        audited = _Audited(((action, named.get("KeyId")),))
         try:
             yield audited
         except HsmwrapError as error:
-            audited.outcome = error.code
+            answered = _of_dry_run(error, action, named)
+            audited.outcome = answered.code
+            if answered is not error:
+                raise answered from error
             raise
         except BaseException:
             audited.outcome = HsmwrapError.code
             raise
         finally:
-            self._audit.append(
-                AuditEntry(
-                    request_id, caller.access_key_id, action, audited.key_id, audited.outcome
+            for use, key_id in audited.uses:
+                self._audit.append(
+                    AuditEntry(
+                        request_id,
+                        caller.access_key_id,
+                        use,
+                        key_id,
+                        audited.outcome,
+                        audited.alias,
+                    )
                 )
-            )
 
     def _audit_system(self, action: str, key_id: str) -> None:
         self._audit.append(AuditEntry("", SYSTEM, action, key_id, "ok"))
+
+
+def _of_dry_run(error: HsmwrapError, action: str, named: Mapping[str, str]) -> HsmwrapError:
+    """The error that answers the request: a dry run has codes of its own for some."""
+    operation = OPERATIONS.get(action)
+    if operation is None or "DryRun" not in operation.parameters:
+        return error
+    if named.get("DryRun", "").lower() != "true":
+        return error
+    if isinstance(error, InvalidParameter | MissingParameter):
+        return ValidationError(str(error))
+    return AccessDeniedError(str(error)) if isinstance(error, NoPermission) else error

@@ -38,6 +38,9 @@ _USE: _Answers = MappingProxyType(
         KeyState.PENDING_IMPORT: RejectedPendingImport,
     }
 )
+_UNLESS_PENDING_DELETION: _Answers = MappingProxyType(
+    {KeyState.PENDING_DELETION: RejectedPendingDeletion}
+)
 _NOT_PENDING_DELETION: _Answers = MappingProxyType({KeyState.PENDING_DELETION: StateModifiedFailed})
 _ONLY_USABLE: _Answers = MappingProxyType(
     dict.fromkeys((KeyState.PENDING_DELETION, KeyState.PENDING_IMPORT), StateModifiedFailed)
@@ -51,16 +54,25 @@ _ONLY_PENDING_DELETION: _Answers = MappingProxyType(
 STATE_MATRIX: Mapping[str, _Answers] = MappingProxyType(
     {
         "DescribeKey": _ALWAYS,
+        "DescribeKeyVersion": _ALWAYS,
+        "ListKeyVersions": _ALWAYS,
+        "UpdateKeyDescription": _UNLESS_PENDING_DELETION,
         "GetParametersForImport": _ALWAYS,
         "ImportKeyMaterial": _NOT_PENDING_DELETION,
         "DeleteKeyMaterial": _ALWAYS,
         "Encrypt": _USE,
         "Decrypt": _USE,
         "GenerateDataKey": _USE,
+        "GenerateDataKeyWithoutPlaintext": _USE,
+        "ReEncrypt": _USE,
         "EnableKey": _ONLY_USABLE,
         "DisableKey": _ONLY_USABLE,
         "ScheduleKeyDeletion": _NOT_PENDING_DELETION,
         "CancelKeyDeletion": _ONLY_PENDING_DELETION,
+        "CreateAlias": _NOT_PENDING_DELETION,
+        "UpdateAlias": _UNLESS_PENDING_DELETION,
+        "DeleteAlias": _ALWAYS,
+        "ListAliasesByKeyId": _ALWAYS,
     }
 )
 """Operation → state → error. A state that is not listed allows the operation."""

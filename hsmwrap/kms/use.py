@@ -70,6 +70,23 @@ class KeyUse:
         )
         return Decrypted(key, plaintext)
 
+    def re_encrypt(
+        self,
+        blob: CiphertextBlob,
+        source_context: Mapping[str, str],
+        destination: str,
+        destination_context: Mapping[str, str],
+    ) -> Encrypted:
+        """Decrypt a ciphertext and encrypt its plaintext under the key ``destination``.
+
+        The plaintext is in this process's memory for a moment.
+
+        Raises:
+            InvalidCiphertext: It does not decrypt with its key and the source context.
+        """
+        decrypted = self.decrypt(blob, source_context)
+        return self._encrypt("ReEncrypt", destination, decrypted.plaintext, destination_context)
+
     def generate_data_key(self, key_id: str, length: int, context: Mapping[str, str]) -> DataKey:
         """Generate ``length`` random bytes and encrypt them; the context is authenticated."""
         plaintext = secrets.token_bytes(length)

@@ -169,7 +169,7 @@ def test_key_not_found(api):
 
 
 def test_unknown_action(api):
-    assert api.refused("ListAliases") == ("InvalidAction.NotFound", 404)
+    assert api.refused("ListSecrets") == ("InvalidAction.NotFound", 404)
 
 
 def test_states(api):

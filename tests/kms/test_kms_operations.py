@@ -12,6 +12,7 @@ from support.kms.fakes import AES_MATERIAL, OTHER_MATERIAL, SM4_MATERIAL, Client
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import ManagedHsm, ProtectionLevel, WrappingAlgorithm
 from hsmwrap.errors import HsmwrapError
+from hsmwrap.kms import Caller, Permissions
 from hsmwrap.kms.api import OPERATIONS
 from hsmwrap.kms.blobs import CiphertextBlob, additional_data
 from hsmwrap.policy import Deployment
@@ -192,6 +193,130 @@ def test_generate_data_key(client, asked, length):
     assert opened["Plaintext"] == made["Plaintext"]
 
 
+def test_generate_data_key_without_plaintext(client):
+    key_id = client.create()
+    client.import_material(key_id)
+    made = client("GenerateDataKeyWithoutPlaintext", KeyId=key_id, NumberOfBytes="24")
+    assert made.keys() == {"KeyId", "KeyVersionId", "CiphertextBlob", "RequestId"}
+    opened = client("Decrypt", CiphertextBlob=made["CiphertextBlob"])
+    assert len(base64.b64decode(opened["Plaintext"])) == 24
+
+
+def test_re_encrypt(client):
+    source, destination = client.create(), client.create()
+    client.import_material(source)
+    client.import_material(destination, OTHER_MATERIAL)
+    made = client("Encrypt", KeyId=source, Plaintext="aGVsbG8=", EncryptionContext='{"a":"1"}')
+    wanted = {
+        "CiphertextBlob": made["CiphertextBlob"],
+        "SourceEncryptionContext": '{"a":"1"}',
+        "DestinationKeyId": f"acs:kms:cn-hangzhou:1000000000000000:key/{destination}",
+        "DestinationEncryptionContext": '{"b":"2"}',
+    }
+    moved = client("ReEncrypt", **wanted)
+    assert moved.keys() == {"KeyId", "KeyVersionId", "CiphertextBlob", "RequestId"}
+    described = client("DescribeKey", KeyId=destination)["KeyMetadata"]
+    assert (moved["KeyId"], moved["KeyVersionId"]) == (destination, described["PrimaryKeyVersion"])
+    blob = moved["CiphertextBlob"]
+    opened = client("Decrypt", CiphertextBlob=blob, EncryptionContext='{"b":"2"}')
+    assert (opened["KeyId"], opened["Plaintext"]) == (destination, "aGVsbG8=")
+    refused("InvalidParameter", client, "Decrypt", CiphertextBlob=blob)
+    wanted["SourceEncryptionContext"] = "{}"
+    error = refused("InvalidParameter", client, "ReEncrypt", **wanted)
+    assert error.name == "CiphertextBlob"
+
+
+def test_versions(client):
+    metadata = client("CreateKey", Origin="EXTERNAL")["KeyMetadata"]
+    key_id, version_id = metadata["KeyId"], metadata["PrimaryKeyVersion"]
+    version = {
+        "KeyId": key_id,
+        "KeyVersionId": version_id,
+        "CreationDate": "2030-01-01T00:00:00Z",
+    }
+    listed = client("ListKeyVersions", KeyId=key_id)
+    assert listed == {
+        "KeyVersions": {"KeyVersion": [version]},
+        "TotalCount": 1,
+        "PageNumber": 1,
+        "PageSize": 10,
+        "RequestId": "admin-2",
+    }
+    assert client("ListKeyVersions", KeyId=key_id, PageNumber="2")["KeyVersions"] == {
+        "KeyVersion": []
+    }
+    described = client("DescribeKeyVersion", KeyId=key_id, KeyVersionId=version_id)
+    assert described == {"KeyVersion": version, "RequestId": "admin-4"}
+    refused(
+        "Forbidden.KeyVersionNotFound",
+        client,
+        "DescribeKeyVersion",
+        KeyId=key_id,
+        KeyVersionId=key_id,
+        status=404,
+    )
+
+
+def test_update_key_description(client):
+    key_id = client.create(Description="before")
+    for text in ("afterwards", ""):
+        assert client("UpdateKeyDescription", KeyId=key_id, Description=text).keys() == {
+            "RequestId"
+        }
+        assert client("DescribeKey", KeyId=key_id)["KeyMetadata"]["Description"] == text
+    refused("MissingParameter", client, "UpdateKeyDescription", KeyId=key_id)
+
+
+def test_describe_regions(client):
+    answer = client("DescribeRegions")
+    assert answer["Regions"] == {"Region": [{"RegionId": "cn-hangzhou"}]}
+
+
+DRY_RUNS = {
+    "Encrypt": {"Plaintext": "aGVsbG8="},
+    "GenerateDataKey": {},
+    "GenerateDataKeyWithoutPlaintext": {},
+}
+
+
+def test_dry_run(client):
+    """Nothing is answered but what the request would have led to."""
+    key_id = client.create()
+    client.import_material(key_id)
+    blob = client.usable(key_id)
+    requests = [
+        *((action, {"KeyId": key_id} | more) for action, more in DRY_RUNS.items()),
+        ("Decrypt", {"CiphertextBlob": blob}),
+        ("ReEncrypt", {"CiphertextBlob": blob, "DestinationKeyId": key_id}),
+    ]
+    assert {action for action, _ in requests} == {
+        action for action, operation in OPERATIONS.items() if "DryRun" in operation.parameters
+    }
+    unprivileged = Client(client.kms, Caller("unprivileged", Permissions()))
+    for action, parameters in requests:
+        refused("DryRunOperationError", client, action, **parameters, DryRun="true")
+        refused("DryRunOperationError", client, action, **parameters, DryRun="True")
+        refused("ValidationError", client, action, **parameters, DryRun="true", Colour="red")
+        refused("ValidationError", client, action, DryRun="true")
+        refused("AccessDeniedError", unprivileged, action, **parameters, DryRun="true", status=403)
+        refused("Forbidden.NoPermission", unprivileged, action, **parameters, status=403)
+        refused("InvalidParameter", client, action, **parameters, DryRun="maybe")
+        for no in ("false", "False", ""):
+            client(action, **parameters, DryRun=no)
+    client("DisableKey", KeyId=key_id)
+    for action, parameters in requests:
+        refused("Rejected.Disabled", client, action, **parameters, DryRun="true", status=409)
+    refused("ValidationError", client, "Decrypt", CiphertextBlob="aGVsbG8=", DryRun="true")
+
+
+def test_booleans_of_the_sdks(client):
+    """The new Python SDK writes False, others write false."""
+    for no in ("false", "False"):
+        client.create(EnableAutomaticRotation=no)
+    for yes in ("true", "True", "1"):
+        refused("InvalidParameter", client.create, EnableAutomaticRotation=yes)
+
+
 def test_own_material(open_kms, custody, objects):
     client = Client(open_kms(custody))
     for level in ProtectionLevel:
@@ -258,7 +383,34 @@ WRONG = [
     ("DescribeKey", {"KeyId": UNKNOWN_KEY}, "Forbidden.KeyNotFound", 404),
     ("DescribeKey", {"KeyId": "\0"}, "Forbidden.KeyNotFound", 404),
     ("DescribeKey", {"KeyId": "x" * 5000}, "Forbidden.KeyNotFound", 404),
-    ("DescribeKey", {"KeyId": "alias/mine"}, "Unsupported.Alias", 400),
+    ("DescribeKey", {"KeyId": "alias/mine"}, "Forbidden.AliasNotFound", 404),
+    ("DescribeKey", {"KeyId": "alias/"}, "Forbidden.AliasNotFound", 404),
+    ("DescribeKey", {"KeyId": "alias/\0"}, "Forbidden.AliasNotFound", 404),
+    ("DescribeKey", {"KeyId": "alias/" + "x" * 256}, "Forbidden.AliasNotFound", 404),
+    ("UpdateAlias", {"KeyId": UNKNOWN_KEY, "AliasName": "mine"}, "Forbidden.AliasNotFound", 404),
+    ("DeleteAlias", {"AliasName": "alias/mine"}, "Forbidden.AliasNotFound", 404),
+    ("DeleteAlias", {}, "MissingParameter", 400),
+    *(
+        ("CreateAlias", {"KeyId": UNKNOWN_KEY, "AliasName": name}, "InvalidParameter", 400)
+        for name in (
+            "mine",
+            "alias/",
+            "ALIAS/mine",
+            "alias/a b",
+            "alias/ü",
+            "alias/mine\n",
+            "alias/" + "x" * 256,
+            "alias/acs",
+            "alias/acs/oss",
+        )
+    ),
+    ("CreateAlias", {"KeyId": UNKNOWN_KEY, "AliasName": "alias/a"}, "Forbidden.KeyNotFound", 404),
+    ("ListAliasesByKeyId", {"KeyId": UNKNOWN_KEY}, "Forbidden.KeyNotFound", 404),
+    ("ListAliases", {"PageSize": "0"}, "InvalidParameter", 400),
+    ("ListKeyVersions", {"KeyId": UNKNOWN_KEY}, "Forbidden.KeyNotFound", 404),
+    ("DescribeKeyVersion", {"KeyId": UNKNOWN_KEY}, "MissingParameter", 400),
+    ("ReEncrypt", {"CiphertextBlob": "aGVsbG8="}, "InvalidParameter", 400),
+    ("GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/x"}, "Forbidden.AliasNotFound", 404),
     ("DescribeKey", {"KeyId": "acs:kms:r:1:alias/mine"}, "Unsupported.Alias", 400),
     ("ListKeys", {"PageNumber": "0"}, "InvalidParameter", 400),
     ("ListKeys", {"PageSize": "101"}, "InvalidParameter", 400),

@@ -19,7 +19,12 @@ NEEDED = {
     "ImportKeyMaterial": {"EncryptedKeyMaterial": "aGVsbG8=", "ImportToken": "aGVsbG8="},
     "Encrypt": {"Plaintext": "aGVsbG8="},
     "ScheduleKeyDeletion": {"PendingWindowInDays": "7"},
+    "UpdateKeyDescription": {"Description": "other"},
+    "DescribeKeyVersion": {"KeyVersionId": "other"},
+    "CreateAlias": {"AliasName": "alias/second"},
+    "UpdateAlias": {"AliasName": "alias/mine"},
 }
+WITHOUT_KEY = ("CreateKey", "ListKeys", "ListAliases", "DescribeRegions")
 
 
 def caller(*grants):
@@ -31,6 +36,7 @@ def key(kms):
     admin = Client(kms)
     key_id = admin.create()
     admin.import_material(key_id, AES_MATERIAL)
+    admin("CreateAlias", KeyId=key_id, AliasName="alias/mine")
     return key_id, admin.usable(key_id)
 
 
@@ -38,7 +44,11 @@ def requests(key_id, blob):
     for action in OPERATIONS:
         if action == "Decrypt":
             yield action, {"CiphertextBlob": blob}
-        elif action in ("CreateKey", "ListKeys"):
+        elif action == "ReEncrypt":
+            yield action, {"CiphertextBlob": blob, "DestinationKeyId": key_id}
+        elif action == "DeleteAlias":
+            yield action, {"AliasName": "alias/mine"}
+        elif action in WITHOUT_KEY:
             yield action, {}
         else:
             yield action, {"KeyId": key_id} | NEEDED.get(action, {})
@@ -83,7 +93,8 @@ def test_some_actions_on_some_keys(kms, key):
     key_id, _ = key
     grants = (Grant(("Encrypt", "De*"), (f"{key_id[:8]}*",)), Grant(("ListKeys",), ("*",)))
     allowed = {action for action, yes in answers(kms, caller(*grants), *key).items() if yes}
-    assert allowed == {"Encrypt", "Decrypt", "DescribeKey", "DeleteKeyMaterial", "ListKeys"}
+    of_the_key = {"DeleteAlias", "DeleteKeyMaterial", "DescribeKey", "DescribeKeyVersion"}
+    assert allowed == {"Encrypt", "Decrypt", "ListKeys"} | of_the_key
 
 
 def test_decrypt_needs_permission_for_the_key_of_the_blob(kms, key):
@@ -93,6 +104,61 @@ def test_decrypt_needs_permission_for_the_key_of_the_blob(kms, key):
         Client(kms, caller(Grant(("*",), (other,))))("Decrypt", CiphertextBlob=blob)
     assert caught.value.http_status == 403
     Client(kms, caller(Grant(("*",), (key_id,))))("Decrypt", CiphertextBlob=blob)
+
+
+def test_re_encryption_needs_a_permission_for_each_of_its_keys(kms, key):
+    key_id, blob = key
+    other = Client(kms).create()
+    Client(kms).import_material(other, AES_MATERIAL)
+    wanted = {"CiphertextBlob": blob, "DestinationKeyId": other}
+    source, destination = (
+        Grant(("ReEncryptFrom",), (key_id,)),
+        Grant(("ReEncryptTo",), (other,)),
+    )
+    swapped = (Grant(("ReEncryptTo",), (key_id,)), Grant(("ReEncryptFrom",), (other,)))
+    for too_few in ((source,), (destination,), swapped, (Grant(("ReEncrypt",), ("*",)),)):
+        with pytest.raises(NoPermission):
+            Client(kms, caller(*too_few))("ReEncrypt", **wanted)
+    Client(kms, caller(source, destination))("ReEncrypt", **wanted)
+    Client(kms, caller(Grant(("ReEncrypt*",), (key_id, other))))("ReEncrypt", **wanted)
+
+
+def test_an_alias_gives_no_rights(kms, key):
+    """A grant for its name matches nothing."""
+    key_id, _ = key
+    other = Client(kms).create()
+    Client(kms).import_material(other, AES_MATERIAL)
+    by_name = Client(kms, caller(Grant(("*",), ("alias/*", "mine", other))))
+    for name in ("alias/mine", "alias/none"):
+        texts = set()
+        for action, more in (("Encrypt", {"Plaintext": "aGVsbG8="}), ("DescribeKey", {})):
+            with pytest.raises(NoPermission) as caught:
+                by_name(action, KeyId=name, **more)
+            texts.add(str(caught.value).replace(action, "…"))
+        assert texts == {"limited may not … this key"}
+    granted = Client(kms, caller(Grant(("Encrypt",), (key_id,))))
+    assert granted("Encrypt", KeyId="alias/mine", Plaintext="aGVsbG8=")["KeyId"] == key_id
+
+
+def test_aliases_of_other_keys_stay_where_they_are(kms, key):
+    """Who may use one key moves no other key's alias to it: others would encrypt under it."""
+    key_id, _ = key
+    other = Client(kms).create()
+    limited = Client(kms, caller(Grant(("*",), (other,))))
+    for action, parameters in (
+        ("UpdateAlias", {"KeyId": other, "AliasName": "alias/mine"}),
+        ("UpdateAlias", {"KeyId": key_id, "AliasName": "alias/mine"}),
+        ("DeleteAlias", {"AliasName": "alias/mine"}),
+        ("DeleteAlias", {"AliasName": "alias/none"}),
+        ("CreateAlias", {"KeyId": key_id, "AliasName": "alias/new"}),
+        ("ListAliasesByKeyId", {"KeyId": key_id}),
+        ("ListAliases", {}),
+    ):
+        with pytest.raises(NoPermission):
+            limited(action, **parameters)
+    limited("CreateAlias", KeyId=other, AliasName="alias/own")
+    limited("DeleteAlias", AliasName="alias/own")
+    assert Client(kms)("DescribeKey", KeyId="alias/mine")["KeyMetadata"]["KeyId"] == key_id
 
 
 def test_denial_does_not_tell_whether_a_key_exists(kms, key):

@@ -13,6 +13,13 @@ def upgrade() -> None:
     """Create the tables."""
     _create_keys()
     op.create_table(
+        "aliases",
+        sa.Column("name", sa.String(261), nullable=False),
+        sa.Column("key_id", sa.String(36), nullable=False),
+        sa.PrimaryKeyConstraint("name"),
+    )
+    op.create_index("ix_aliases_key_id", "aliases", ["key_id"])
+    op.create_table(
         "scheduled_destructions",
         sa.Column("reference", sa.LargeBinary(), nullable=False),
         sa.Column("due_at", sa.BigInteger(), nullable=False),
@@ -85,7 +92,7 @@ def downgrade() -> None:
     for table in (
         *("key_sets_seen", "audit_anchors", "resident_keys", "failed_imports", "used_once"),
         *("nonce_bounds", "nonces"),
-        *("scheduled_destructions", "keys"),
+        *("scheduled_destructions", "aliases", "keys"),
     ):
         op.drop_table(table)
 
