@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         threads=config.limits.max_threads,
         shutdown_seconds=config.limits.shutdown_seconds,
+        drain_seconds=config.limits.drain_seconds,
         metrics_address=config.metrics_address,
     )
     return server.run_to_exit()

@@ -165,6 +165,7 @@ class App(_Pages):
         limits: Limits of connections, where the server keeps them.
         metrics_app: The application of ``/metrics``.
         tls: Certificate and key, where the server has them from here.
+        draining: True: ``/readyz`` says not ready, for the server is about to stop.
     """
 
     def __init__(
@@ -181,6 +182,7 @@ class App(_Pages):
     ) -> None:
         self.metrics_app = MetricsApp(collect)
         self.tls = tls
+        self.draining = False
         self.limits = limits
         self._kms = kms
         self._access_keys = access_keys
@@ -245,9 +247,10 @@ class App(_Pages):
 
     def _readyz(self, request_id: str) -> Response:
         health = self._kms.health()
-        if health.ready:
+        if health.ready and not self.draining:
             return answer.page({"Status": "ready"}, 200)
-        _log.warning("not ready", extra={"request_id": request_id, "parts": dict(health.facts)})
+        parts = {**health.facts, "server": "is about to stop" if self.draining else "goes on"}
+        _log.warning("not ready", extra={"request_id": request_id, "parts": parts})
         return answer.page({"Status": "not ready", "RequestId": request_id}, 503)
 
 

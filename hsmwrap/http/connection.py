@@ -196,7 +196,7 @@ class Connection(asyncio.Protocol):
     def _send(self, answer: Answer) -> None:
         self._end_timer()
         self._gateway.connections.wait(self)
-        self._keep_alive = self._keep_alive and not self._stopping
+        self._keep_alive &= not (self._stopping or self._gateway.last_requests)
         self._state = _State.SERVING
         self._transport.write(answer.encoded(keep_alive=self._keep_alive))
         if self._state is _State.SERVING:  # write() may have called pause_writing

@@ -21,5 +21,8 @@ REST_SECONDS = 5.0
 """How long a client may send on after an answer that ends the connection, and how long a request
 that is arriving may still take when the server stops."""
 
+LAST_REQUEST_SECONDS = 2.0
+"""How long an idle connection may wait for a last request, when a successor takes over."""
+
 PAGE_SECONDS = 5.0
 """How long ``/readyz`` and ``/metrics`` may take until 503 is the answer."""

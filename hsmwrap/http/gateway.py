@@ -178,7 +178,14 @@ class _Threads:
 
 
 class Gateway:
-    """Accepts connections and runs their requests. Only for the thread of the event loop."""
+    """Accepts connections and runs their requests. Only for the thread of the event loop.
+
+    Attributes:
+        loop: The event loop.
+        connections: Those that are open.
+        served: How many requests there were.
+        last_requests: True: each answer ends its connection.
+    """
 
     def __init__(self, *, threads: int, limits: Limits, loop: asyncio.AbstractEventLoop) -> None:
         """Start nothing yet.
@@ -191,6 +198,7 @@ class Gateway:
         self.loop = loop
         self.connections = Connections(limits)
         self.served = 0
+        self.last_requests = False
         self._threads = _Threads(threads, threads * (1 + WAITING_PER_THREAD), "request")
         self._reserved = _Threads(_RESERVED_THREADS, _RESERVED_CALLS, "page")
         self._listeners: list[socket.socket] = []
@@ -205,11 +213,18 @@ class Gateway:
         self._listeners.append(listener)
         self.loop.add_reader(listener, self._accept, listener, site, tls)
 
-    async def stop(self, seconds: float) -> None:
-        """Accept no more connections, and finish what runs, for at most ``seconds``."""
-        self._stopped = True
+    async def stop(self, seconds: float, idle_seconds: float = 0) -> None:
+        """Accept no more connections, and finish what runs, for at most ``seconds``.
+
+        Idle connections end after ``idle_seconds``: a client that sends just then would get no
+        answer. Until then their next answer ends them.
+        """
+        self._stopped = self.last_requests = True
         for listener in self._listeners:
             self.loop.remove_reader(listener)
+        if idle_seconds:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.connections.none_left(), idle_seconds)
         for connection in self.connections:
             connection.stop()
         with contextlib.suppress(TimeoutError):

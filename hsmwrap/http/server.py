@@ -2,13 +2,16 @@
 
 Requests are read by :mod:`hsmwrap.http.gateway`, in :mod:`hsmwrap.http.worker`.
 
-Each worker process opens its own KMS after the fork. On SIGTERM a worker stops accepting,
-finishes its running calls (at most ``shutdown_seconds``) and closes the KMS.
+Each worker process opens its own KMS after the fork. On SIGTERM a worker says that it is not ready
+(for ``drain_seconds``), stops accepting, finishes its running calls (at most ``shutdown_seconds``)
+and closes the KMS.
 """
 
 from __future__ import annotations
 
 import atexit
+import math
+import mmap
 import os
 import shutil
 import signal
@@ -20,6 +23,9 @@ from typing import Any
 from gunicorn.app.base import BaseApplication
 
 _BOOT_SECONDS = 120
+_CLOSING_SECONDS = 10
+"""How long a worker may take to close its KMS, after the last request."""
+
 _LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -50,6 +56,7 @@ class Server(BaseApplication):
         workers: int = 1,
         threads: int = 16,
         shutdown_seconds: float = 30,
+        drain_seconds: float = 0,
         metrics_address: str = "",
     ) -> None:
         """Prepare a server; :meth:`run_to_exit` runs it.
@@ -63,11 +70,14 @@ class Server(BaseApplication):
             workers: Processes.
             threads: Threads of each process: its running calls.
             shutdown_seconds: How long running calls may take to finish at shutdown.
+            drain_seconds: How long before that ``/readyz`` says not ready, and calls are served.
             metrics_address: Address and port of ``/metrics``; empty: no page.
         """
         self._load = load
         self._reload = reload
         self.metrics_address = metrics_address
+        self.shutdown_seconds, self.drain_seconds = shutdown_seconds, drain_seconds
+        self._replaced = mmap.mmap(-1, 8)  # shared with the workers
         api_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._options = {
             # The worker takes the last one for the metrics.
@@ -75,11 +85,12 @@ class Server(BaseApplication):
             "workers": workers,
             "threads": threads,
             "worker_class": "hsmwrap.http.worker.KmsWorker",
-            "graceful_timeout": max(1, round(shutdown_seconds)),
+            "graceful_timeout": math.ceil(drain_seconds + shutdown_seconds) + _CLOSING_SECONDS,
             "timeout": _BOOT_SECONDS,
             "control_socket_disable": True,
             "logconfig_dict": _LOGGING,
             "post_worker_init": _announce,
+            "on_reload": self._replace,
             "when_ready": lambda _arbiter: _call_each_second(each_second),
         }
         if workers > 1:
@@ -99,6 +110,13 @@ class Server(BaseApplication):
         """Read the configuration again (gunicorn's hook, for SIGHUP)."""
         self._reload()
         super().reload()
+
+    def is_replaced(self, age: int) -> bool:
+        """Whether SIGHUP starts a successor of the worker with this age (gunicorn's count)."""
+        return age <= int.from_bytes(self._replaced[:], "big")
+
+    def _replace(self, arbiter: Any) -> None:
+        self._replaced[:] = arbiter.worker_age.to_bytes(8, "big")
 
     def run_to_exit(self) -> int:
         """Serve until a signal; returns the exit code. Worker processes return here too."""

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from gunicorn.workers.base import Worker
 
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.http import deadline
 from hsmwrap.http.gateway import Gateway, Place, Site
+from hsmwrap.http.server import Server
 
 if TYPE_CHECKING:
     # Not at run time: this is imported before the fork, and prometheus_client has to be after it.
@@ -43,6 +45,11 @@ class KmsWorker(Worker):
         """
         if cfg.is_ssl:
             raise ConfigurationError("give tls_certificate_file and tls_key_file instead")
+
+    @property
+    def _server(self) -> Server | None:
+        """None under gunicorn's own command."""
+        return self.app if isinstance(self.app, Server) else None
 
     def run(self) -> None:
         """Serve until a signal, the death of the parent, or ``max_requests`` (gunicorn's hook)."""
@@ -72,16 +79,26 @@ class KmsWorker(Worker):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), _HEARTBEAT_SECONDS)
         if not self._quick:
-            stopping = loop.create_task(gateway.stop(self.cfg.graceful_timeout))
-            while not (stopping.done() or self._quick):
+            replaced = self._server is not None and self._server.is_replaced(self.age)
+            drain = stop.is_set() and not replaced
+            ending = loop.create_task(self._end(gateway, drain=drain))
+            while not (ending.done() or self._quick):
                 self.notify()
-                await asyncio.wait({stopping}, timeout=_HEARTBEAT_SECONDS)
+                await asyncio.wait({ending}, timeout=_HEARTBEAT_SECONDS)
         gateway.close()
+
+    async def _end(self, gateway: Gateway, *, drain: bool) -> None:
+        """Finish what runs: after a time without being ready, or while a successor takes over."""
+        if drain:
+            self.wsgi.draining = gateway.last_requests = True
+            await asyncio.sleep(self._server.drain_seconds if self._server else 0)
+        seconds = self._server.shutdown_seconds if self._server else self.cfg.graceful_timeout
+        await gateway.stop(seconds, 0 if drain else deadline.LAST_REQUEST_SECONDS)
 
     def _sites(self) -> list[Site]:
         """What is served at each socket: the API, and metrics where :class:`Server` says so."""
         api, metrics = api_site(self.wsgi), metrics_site(self.wsgi)
-        if len(self.sockets) > 1 and bool(getattr(self.app, "metrics_address", None)):
+        if self._server and self._server.metrics_address and len(self.sockets) > 1:
             return [*(api for _ in self.sockets[1:]), metrics]
         return [api for _ in self.sockets]
 

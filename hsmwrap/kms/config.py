@@ -118,6 +118,9 @@ class LimitsConfig(_Table):
     """Database connections of one process."""
     shutdown_seconds: float = Field(default=30, ge=0, le=86_400)
     """How long a shutdown waits for running requests."""
+    drain_seconds: float = Field(default=0, ge=0, le=86_400)
+    """How long after SIGTERM `/readyz` answers 503 while requests are still served, before the
+    shutdown: the time that a load balancer takes to notice."""
 
 
 class ServerConfig(_Table, BaseSettings):

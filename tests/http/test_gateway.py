@@ -408,6 +408,17 @@ def test_at_the_end_idle_connections_are_closed_and_running_requests_are_answere
         stopping.result(DEADLINE)
 
 
+def test_at_the_end_an_idle_connection_may_have_a_last_request(app):
+    with serving(app) as running:
+        client = running.connect(get())
+        read_answer(client)
+        stopping = running.stop(idle_seconds=10 * DEADLINE)
+        until(lambda: running.gateway.last_requests)
+        client.sendall(get())
+        assert b"\r\nConnection: close\r\n" in ends(client)
+        stopping.result(DEADLINE)
+
+
 def test_at_the_end_an_arriving_request_may_still_come(app):
     with serving(app) as running:
         client = running.connect(HALF)

@@ -207,6 +207,63 @@ def test_reload_finishes_running_calls(tmp_path):
         wait_for_text(process, "Worker exiting")
 
 
+def page(process: Process, path: str) -> bytes:
+    return process.exchange(get("", path).replace(b"Connection: close\r\n", b""))
+
+
+def wait_until(condition) -> None:
+    give_up = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def interrupt(process: Process) -> None:
+    process.popen.send_signal(signal.SIGINT)
+    process.popen.communicate(timeout=DEADLINE)
+    assert process.popen.returncode == 0
+
+
+def test_before_the_end_it_is_not_ready_and_serves(tmp_path):
+    """Longer than the test waits; SIGINT ends it."""
+    (tmp_path / "healthy").touch()
+    arguments = [*FAKE, "2", str(tmp_path), "drain_seconds=600"]
+    with running(arguments, tmp_path / "log") as process:
+        assert b" 200 OK" in page(process, "/readyz")
+        process.terminate()
+        wait_until(lambda: b" 503 " in page(process, "/readyz"))
+        assert b" 200 OK" in page(process, "/healthz")
+        answer = process.exchange(get(signed("Encrypt", Plaintext="text")))
+        assert parse(answer)[1]["Length"] == 4
+        keeping = page(process, "/healthz")
+        assert b"\r\nConnection: close\r\n" in keeping
+        assert process.popen.poll() is None
+        interrupt(process)
+    assert '"server": "is about to stop"' in process.log_text()
+
+
+def test_after_that_time_it_ends(tmp_path):
+    with running([*FAKE, "1", str(tmp_path), "drain_seconds=0.1"], tmp_path / "log") as process:
+        assert process.stop() == 0
+
+
+def test_on_reload_it_stays_ready(tmp_path):
+    """The workers of before end at once: their successors serve."""
+    (tmp_path / "healthy").touch()
+    arguments = [*FAKE, "1", str(tmp_path), "drain_seconds=600"]
+    with running(arguments, tmp_path / "log") as process:
+        process.popen.send_signal(signal.SIGHUP)
+
+        def replaced() -> bool:
+            assert b" 200 OK" in page(process, "/readyz")
+            return "Worker exiting" in process.log_text()
+
+        wait_until(replaced)
+        process.terminate()
+        wait_until(lambda: b" 503 " in page(process, "/readyz"))
+        interrupt(process)
+
+
 def test_a_worker_whose_parent_is_gone_ends(tmp_path):
     with running([*FAKE, "1", str(tmp_path)], tmp_path / "log") as process:
         (worker,) = re.findall(r"Booting worker with pid: (\d+)", process.log_text())

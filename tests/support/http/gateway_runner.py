@@ -36,8 +36,9 @@ class Running:
         client.sendall(sent)
         return client
 
-    def stop(self, seconds: float = DEADLINE):
-        return asyncio.run_coroutine_threadsafe(self.gateway.stop(seconds), self.loop)
+    def stop(self, seconds: float = DEADLINE, idle_seconds: float = 0):
+        stopping = self.gateway.stop(seconds, idle_seconds)
+        return asyncio.run_coroutine_threadsafe(stopping, self.loop)
 
     def close(self) -> None:
         self._clients.close()

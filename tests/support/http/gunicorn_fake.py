@@ -1,8 +1,9 @@
 """Serves a fake KMS under gunicorn.
 
-Usage: python -m support.http.gunicorn_fake WORKERS DIRECTORY [SECONDS]
+Usage: python -m support.http.gunicorn_fake WORKERS DIRECTORY [SECONDS] [OPTION=NUMBER...]
 
-SECONDS are the deadline of everything that a client does, instead of the real ones.
+SECONDS are the deadline of everything that a client does, instead of the real ones. Options are
+those of the server. It is ready where the file ``healthy`` is in the directory.
 
 A call of the action Wait leaves the file ``started`` and returns when the file ``release`` is
 there.
@@ -10,6 +11,7 @@ there.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -34,6 +36,10 @@ class WaitingKms:
         pass
 
     def health(self):
+        if (self._directory / "healthy").exists():
+            from hsmwrap.backend import Health
+
+            return Health(ready=True, detail="")
         raise ConnectionError("secret-host")
 
 
@@ -75,8 +81,13 @@ def main() -> int:
     from hsmwrap.http.server import Server
 
     workers, directory = int(sys.argv[1]), Path(sys.argv[2])
-    for seconds in sys.argv[3:]:
-        hurry(float(seconds))
+    options = {}
+    for given in sys.argv[3:]:
+        name, _, value = given.rpartition("=")
+        if name:
+            options[name] = json.loads(value)
+        else:
+            hurry(float(value))
     return Server(
         lambda: load(directory),
         host="127.0.0.1",
@@ -84,6 +95,7 @@ def main() -> int:
         workers=workers,
         threads=THREADS,
         metrics_address="127.0.0.1:0",
+        **options,
     ).run_to_exit()
 
 
