@@ -374,6 +374,14 @@ class TestGenerate:
         assert Path("there").read_bytes() == b"as before"
         assert not Path("nowhere").exists()
 
+    @pytest.mark.parametrize("option", ["--generate", "--out"])
+    def test_nor_one_that_comes_meanwhile(self, here, capsys, monkeypatch, option):
+        Path("there").write_bytes(b"as before")
+        monkeypatch.setattr(wrap.os.path, "lexists", lambda path: path == "key")
+        assert wrap_key(option, "there", material=None if option == "--generate" else "key") == 2
+        assert "File exists" in capsys.readouterr().err
+        assert Path("there").read_bytes() == b"as before"
+
     def test_nothing_is_kept_where_something_is_refused(self, here, capsys):
         options = ("--generate", "new", "--out", "out")
         assert wrap_key(*options, algorithm=SM2PKE, material=None) == 1
