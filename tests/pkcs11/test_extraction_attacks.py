@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.keywrap import aes_key_unwrap_with_padding
 from pkcs11 import exceptions as ck
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import KDF, KeyType, Mechanism
@@ -27,10 +28,16 @@ from support.pkcs11.attacker import (
     SM2,
     SM4,
     Scenes,
+    bring,
     issue,
     readable,
 )
+from support.pkcs11.careless_officer import BACKUP_KEY
 
+from hsmwrap import registry
+from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.pkcs11.binding.templates import secret_key, stored
+from hsmwrap.pkcs11.keysets import keys as keys_module
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
 from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
 from hsmwrap.pkcs11.wrapping import material as material_module
@@ -252,13 +259,25 @@ def moving(scenes):
 
 
 @pytest.fixture
-def careless(softhsm, attacker):
+def made_by_officer(softhsm, attacker):
+    """Makes trusted keys in a process of its own, and destroys them at the end."""
+    labels = []
+
+    def make(kind):
+        labels.append(f"{kind}-{secrets.token_hex(4)}")
+        run = [sys.executable, "-m", "support.pkcs11.careless_officer", labels[-1], kind]
+        subprocess.run(run, env=os.environ | softhsm.environment, check=True)
+        return attacker.ours(LABEL=labels[-1])
+
+    yield make
+    for label in labels:
+        attacker.ours(LABEL=label).destroy()
+
+
+@pytest.fixture
+def careless(made_by_officer):
     """A trusted key-encryption key that pins what it unwraps, but not what it wraps."""
-    label = f"careless-{secrets.token_hex(4)}"
-    run = [sys.executable, "-m", "support.pkcs11.careless_officer", label]
-    subprocess.run(run, env=os.environ | softhsm.environment, check=True)
-    yield attacker.ours(LABEL=label)
-    attacker.ours(LABEL=label).destroy()
+    return made_by_officer("kek")
 
 
 def opened(moving, attacker, kek, blob):
@@ -315,6 +334,150 @@ def test_a_key_set_that_says_that_it_is_trusted_cannot_be_planted(attacker):
         attacker.unwrap(kek, blob, template | readable(SECRET, KeyType.AES))
     left = attacker.objects({Attribute.TOKEN: False, Attribute.CLASS: SECRET})
     assert not any(key[Attribute.TRUSTED] for key in left)
+
+
+# --- the backup key, if it stayed in the token ----------------------------------------------------
+
+EVERY_ROLE = (*SEALED_ROLES, Role.MAC)
+AES_ROLE = Role.MATERIAL_AES
+
+
+def test_a_careless_backup_key_opens_imported_keys_and_key_sets(moving, attacker, made_by_officer):
+    """The control of the next two tests."""
+    careless = made_by_officer("backup")
+    blob = careless.wrap_key(moving.imported_key(AES), mechanism=KWP)
+    assert unwrapped_by_ecb(careless, blob) == moving.materials[AES]
+    for role in EVERY_ROLE:
+        blob = careless.wrap_key(moving.kek(role), mechanism=KWP)
+        read = attacker.unwrap(careless, blob, readable(SECRET, KeyType.AES))[Attribute.VALUE]
+        assert read == aes_key_unwrap_with_padding(BACKUP_KEY, blob)
+    # With a key-encryption key in the host every blob opens there.
+    blob = careless.wrap_key(moving.kek(Role.MATERIAL_AES), mechanism=KWP)
+    kek = aes_key_unwrap_with_padding(BACKUP_KEY, blob)
+    opened = aes_key_unwrap_with_padding(kek, moving.blob(Role.MATERIAL_AES))
+    assert opened == moving.materials[AES]
+
+
+def test_a_backup_key_that_wraps_takes_key_sets_and_does_nothing_else(
+    moving, attacker, made_by_officer
+):
+    backup_key = made_by_officer("backup-wrap")
+    blobs = [backup_key.wrap_key(moving.kek(role), mechanism=KWP) for role in EVERY_ROLE]
+    known, _ = attacker.known_key(EXTRACTABLE=True)
+    for target in (moving.imported_key(AES), moving.imported_key(SM4), known):
+        with attacker.refused(ck.KeyNotWrappable):
+            backup_key.wrap_key(target, mechanism=KWP)
+    does_nothing_else(attacker, backup_key, blobs)
+    for blob in blobs:
+        with attacker.refused(KEY_FUNCTION_NOT_PERMITTED):
+            attacker.unwrap(backup_key, blob, readable(SECRET, KeyType.AES))
+
+
+def test_a_backup_key_that_unwraps_takes_nothing_for_the_user_and_does_nothing_else(
+    moving, attacker, made_by_officer
+):
+    """What it unwraps has to be trusted, which a user cannot ask for; weaker is refused as well."""
+    wraps, backup_key = made_by_officer("backup-wrap"), made_by_officer("backup-unwrap")
+    blobs = {role: wraps.wrap_key(moving.kek(role), mechanism=KWP) for role in EVERY_ROLE}
+    for role, blob in blobs.items():
+        use = (Attribute.SIGN,) if role is Role.MAC else (Attribute.UNWRAP,)
+        kind = KeyType.GENERIC_SECRET if role is Role.MAC else KeyType.AES
+        as_restored = secret_key(kind, *use) | ONLY_UNDER_TRUSTED
+        for more in (readable(SECRET, kind), {}, {Attribute.DECRYPT: True}):
+            with attacker.refused(ck.TemplateInconsistent):
+                attacker.unwrap(backup_key, blob, as_restored | more)
+        with pytest.raises(ck.AttributeReadOnly):
+            attacker.unwrap(backup_key, blob, as_restored | {Attribute.TRUSTED: True})
+        # SoftHSM leaves what it refuses as a session object: without a value, it opens nothing.
+        for left in attacker.objects({Attribute.TOKEN: False, Attribute.CLASS: SECRET}):
+            assert not left[Attribute.TRUSTED]
+            with pytest.raises(ck.PKCS11Error):
+                attacker.unwrap(left, moving.blob(AES_ROLE), moving.becomes(AES_ROLE))
+            with pytest.raises(ck.PKCS11Error):
+                attacker.stolen(left)
+            left.destroy()
+    does_nothing_else(attacker, backup_key, blobs.values())
+    with attacker.refused(KEY_FUNCTION_NOT_PERMITTED):
+        backup_key.wrap_key(moving.kek(Role.MAC), mechanism=KWP)
+
+
+def does_nothing_else(attacker, backup_key, blobs):
+    for blob in blobs:
+        with attacker.refused(KEY_FUNCTION_NOT_PERMITTED):
+            unwrapped_by_ecb(backup_key, blob)
+        for use in (backup_key.encrypt, backup_key.decrypt):
+            with attacker.refused(KEY_FUNCTION_NOT_PERMITTED):
+                use(blob, mechanism=Mechanism.AES_CBC_PAD, mechanism_param=IV)
+        with attacker.refused(KEY_FUNCTION_NOT_PERMITTED):
+            backup_key.sign(blob, mechanism=Mechanism.AES_CMAC)
+    with attacker.refused(ck.AttributeSensitive):
+        backup_key[Attribute.VALUE]
+    for weaker in (Attribute.DECRYPT, Attribute.EXTRACTABLE):
+        with attacker.refused(ACTION_PROHIBITED):
+            backup_key[weaker] = True
+        with attacker.refused(ACTION_PROHIBITED):
+            backup_key.copy({weaker: True})
+
+
+# --- a copied key set and a planted one -----------------------------------------------------------
+
+
+@pytest.fixture
+def copied(softhsm, tmp_path):
+    """A key set that came from a backup, and what was sealed under it where it was made."""
+    made, copied = (f"copied-{secrets.token_hex(4)}" for _ in range(2))
+    softhsm.run_keys("init", made)
+    with registry.open_backend("pkcs11", softhsm.bare_settings(key_prefix=made)) as backend:
+        key = bring(backend, issue(backend, OAEP1), secrets.token_bytes(32)).key
+        message = backend.encrypt(key, b"message")
+    backup = str(tmp_path / "backup")
+    numbers = ("--shares", "2", "--threshold", "2", "--shares-to", str(tmp_path))
+    softhsm.run_keys("backup", made, *numbers, "--out", backup)
+    shares = (f"--share-file={tmp_path / f'share-{number}'}" for number in (1, 2))
+    softhsm.run_keys("restore", copied, "--file", backup, *shares)
+    # Before this process writes an object: SoftHSM then takes its own view for the newest.
+    assert current_set(softhsm, copied) == "1"
+    return copied, key, message
+
+
+def plant_a_copy(attacker, prefix, role, number):
+    """As a restored key is, its histories included, but not CKA_TRUSTED; its value is known."""
+    kek, (known, value) = attacker.naive_key(), attacker.known_key(EXTRACTABLE=True)
+    blob = kek.wrap_key(known, mechanism=KWP)
+    use = (Attribute.SIGN,) if role is Role.MAC else (Attribute.WRAP, Attribute.UNWRAP)
+    kind = KeyType.GENERIC_SECRET if role is Role.MAC else KeyType.AES
+    template = secret_key(kind, *use) | ONLY_UNDER_TRUSTED | {Attribute.PRIVATE: False}
+    name = f"{prefix}:{role}:{number}"
+    attacker.unwrap(kek, blob, stored(template, f"{name}:planted".encode(), name))
+    return value
+
+
+def current_set(softhsm, prefix):
+    (current,) = (
+        each.key_set
+        for each in Pkcs11Backend.list_keys(softhsm.bare_settings(key_prefix=prefix))
+        if each.current
+    )
+    return current
+
+
+def test_a_planted_set_does_not_count_beside_a_copied_one(softhsm, attacker, copied, monkeypatch):
+    """Of a newer number, and mixed with it; the control says of every key that it is trusted."""
+    prefix, key, message = copied
+    for role in Role:
+        plant_a_copy(attacker, prefix, role, 2)
+    plant_a_copy(attacker, prefix, Role.MATERIAL_AES, 1)
+    assert current_set(softhsm, prefix) == "1"
+    with registry.open_backend("pkcs11", softhsm.bare_settings(key_prefix=prefix)) as backend:
+        assert backend.decrypt(key, message) == b"message"
+        assert backend.mac(b"").key_set == "1"
+        again = bring(backend, issue(backend, OAEP1), secrets.token_bytes(32)).key
+        assert backend.decrypt(again, backend.encrypt(again, b"x")) == b"x"
+    read = keys_module._read
+    monkeypatch.setattr(
+        keys_module, "_read", lambda *asked: {**read(*asked), Attribute.TRUSTED: True}
+    )
+    assert current_set(softhsm, prefix) == "2"
 
 
 def test_nothing_that_the_backend_keeps_can_be_copied(scene, attacker):
