@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         port=config.port if args.port is None else args.port,
         workers=args.workers,
         threads=config.limits.max_threads,
+        max_requests=config.limits.max_requests,
         shutdown_seconds=config.limits.shutdown_seconds,
         drain_seconds=config.limits.drain_seconds,
         metrics_address=config.metrics_address,

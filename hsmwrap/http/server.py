@@ -55,6 +55,7 @@ class Server(BaseApplication):
         port: int,
         workers: int = 1,
         threads: int = 16,
+        max_requests: int = 0,
         shutdown_seconds: float = 30,
         drain_seconds: float = 0,
         metrics_address: str = "",
@@ -69,6 +70,7 @@ class Server(BaseApplication):
             port: Port to listen on; 0 takes a free one.
             workers: Processes.
             threads: Threads of each process: its running calls.
+            max_requests: After so many, and up to a tenth more, a process is replaced; 0: never.
             shutdown_seconds: How long running calls may take to finish at shutdown.
             drain_seconds: How long before that ``/readyz`` says not ready, and calls are served.
             metrics_address: Address and port of ``/metrics``; empty: no page.
@@ -84,6 +86,8 @@ class Server(BaseApplication):
             "bind": [api_address, metrics_address] if metrics_address else [api_address],
             "workers": workers,
             "threads": threads,
+            "max_requests": max_requests,
+            "max_requests_jitter": max_requests // 10,
             "worker_class": "hsmwrap.http.worker.KmsWorker",
             "graceful_timeout": math.ceil(drain_seconds + shutdown_seconds) + _CLOSING_SECONDS,
             "timeout": _BOOT_SECONDS,

@@ -9,8 +9,10 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -262,6 +264,45 @@ def test_on_reload_it_stays_ready(tmp_path):
         process.terminate()
         wait_until(lambda: b" 503 " in page(process, "/readyz"))
         interrupt(process)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_call_fails_when_workers_are_replaced(tmp_path, workers):
+    """Clients that keep their connections, and close them when the server says so."""
+    # Under load a client may be idle for more than the real 2 s.
+    arguments = [*FAKE, str(workers), str(tmp_path), "max_requests=40", "LAST_REQUEST_SECONDS=600"]
+    enough = threading.Event()
+    statuses = []
+
+    def send(port: int) -> None:
+        client = HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
+        while not enough.is_set():
+            client.request("GET", "/?" + signed("Encrypt", Plaintext="text"))
+            response = client.getresponse()
+            response.read()
+            statuses.append(response.status)
+        client.close()
+
+    with (
+        running(arguments, tmp_path / "log") as process,
+        ThreadPoolExecutor(4) as clients,
+    ):
+        sending = [clients.submit(send, process.port) for _ in range(4)]
+        try:
+            wait_until(
+                lambda: (
+                    process.log_text().count("Booting worker") >= workers + 3
+                    or any(client.done() for client in sending)
+                )
+            )
+        finally:
+            enough.set()
+        for client in sending:
+            client.result(DEADLINE)
+        assert set(statuses) == {200}
+        assert len(statuses) > 3 * 40
+        process.terminate()
+        process.popen.communicate(timeout=DEADLINE)
 
 
 def test_a_worker_whose_parent_is_gone_ends(tmp_path):

@@ -3,7 +3,8 @@
 Usage: python -m support.http.gunicorn_fake WORKERS DIRECTORY [SECONDS] [OPTION=NUMBER...]
 
 SECONDS are the deadline of everything that a client does, instead of the real ones. Options are
-those of the server. It is ready where the file ``healthy`` is in the directory.
+those of the server, or a deadline in capitals. It is ready where the file ``healthy`` is in the
+directory.
 
 A call of the action Wait leaves the file ``started`` and returns when the file ``release`` is
 there.
@@ -78,13 +79,16 @@ def hurry(seconds: float) -> None:
 
 
 def main() -> int:
+    from hsmwrap.http import deadline
     from hsmwrap.http.server import Server
 
     workers, directory = int(sys.argv[1]), Path(sys.argv[2])
     options = {}
     for given in sys.argv[3:]:
         name, _, value = given.rpartition("=")
-        if name:
+        if name.isupper():
+            setattr(deadline, name, float(value))
+        elif name:
             options[name] = json.loads(value)
         else:
             hurry(float(value))
