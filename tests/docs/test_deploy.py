@@ -3,28 +3,32 @@
 Where they say /etc/hsmwrap, /var/lib/hsmwrap and so on, these tests have directories of their own.
 """
 
+import contextlib
+import http.client
 import json
 import os
 import re
 import shlex
 import shutil
+import ssl
 import subprocess
 import sys
 import tomllib
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from support.certificates import Certificate
 from support.documents import ROOT, text_of
 from support.fast import needs_service
-from support.http.gunicorn_runner import running_command
+from support.http.gunicorn_runner import DEADLINE, running_command
 from support.http.kms_over_http import backend_settings
-from support.http.sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, Credentials
+from support.http.rpc_signing import v1_query
 
 from hsmwrap.cli import _parser
 from hsmwrap.privatefile import PrivateFile
-
-pytestmark = SDK_WARNINGS
 
 DEPLOY = ROOT / "docs" / "deploy"
 CONFIGURATION = text_of(DEPLOY / "hsmwrap.toml")
@@ -60,14 +64,8 @@ class Host:
 
     def here(self, text):
         """The text with directories of this test."""
-        for name in (
-            "/etc/hsmwrap",
-            "/var/lib/hsmwrap",
-            "/var/log/hsmwrap",
-            "/run/secrets/hsmwrap",
-        ):
-            text = text.replace(name, str(self.directory(name)))
-        return text
+        places = r"(/etc|/var/lib|/var/log|/run/secrets)/hsmwrap(-tls)?(?=[/\"])"
+        return re.sub(places, lambda found: str(self.directory(found[0])), text)
 
     def directory(self, name):
         path = self.base / name.strip("/").replace("/", "-")
@@ -100,17 +98,27 @@ def host(request, tmp_path):
     return Host(tmp_path, backend_settings("pkcs11", request))
 
 
-def serves(command, environment, log, ready):
+def serves(command, environment, log, ready, tls=None):
     """The server becomes ready by ``command``, and a signed call passes."""
-    environment = os.environ | {"HSMWRAP_SERVER_METRICS_ADDRESS": "127.0.0.1:0"} | environment
-    with running_command([*command, "--port", "0"], log, environment) as process:
-        answer = process.exchange(
-            f"GET {ready} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode()
-        )
-        assert b" 200 OK" in answer.partition(b"\r\n")[0], process.log_text()
-        to = Credentials(f"127.0.0.1:{process.port}")
-        key = SDKS[DEFAULT_SDKS[0]].call(to, "CreateKey", ProtectionLevel="HSM")["KeyMetadata"]
-        assert key["KeyState"] == "Enabled"
+    settings = {"METRICS_ADDRESS": "127.0.0.1:0", "LIMITS__DRAIN_SECONDS": "0"}
+    environment = {
+        f"HSMWRAP_SERVER_{name}": value for name, value in settings.items()
+    } | environment
+    with running_command([*command, "--port", "0"], log, os.environ | environment) as process:
+
+        def get(target):
+            kind = partial(http.client.HTTPSConnection, context=tls)
+            kind = kind if tls else http.client.HTTPConnection
+            with contextlib.closing(kind("127.0.0.1", process.port, timeout=DEADLINE)) as client:
+                client.request("GET", target)
+                answer = client.getresponse()
+                return answer.status, answer.read()
+
+        assert get(ready)[0] == 200, process.log_text()
+        query = v1_query(action="CreateKey", at=datetime.now(UTC), ProtectionLevel="HSM")
+        status, body = get(f"/?{query}")
+        assert status == 200, body
+        assert json.loads(body)["KeyMetadata"]["KeyState"] == "Enabled"
         assert process.stop() == 0
 
 
@@ -182,11 +190,18 @@ class TestManifest:
         assert named == values.keys()
         arguments = [host.here(each) for each in CONTAINER["args"]]
         environment = {"HSMWRAP_SERVER_HOST": "127.0.0.1"} | values
-        ready = CONTAINER["readinessProbe"]["httpGet"]["path"]
-        serves([HSMWRAP, *arguments], environment, host.base / "log", ready)
+        # As in a secret of the type kubernetes.io/tls.
+        files = Certificate().write(host.directory("/run/secrets/hsmwrap-tls"))
+        for file, name in zip(files, ("tls.crt", "tls.key"), strict=True):
+            file.rename(file.with_name(name))
+        probe = CONTAINER["readinessProbe"]["httpGet"]
+        assert probe["scheme"] == "HTTPS"
+        tls = ssl.create_default_context(cafile=files[0].with_name("tls.crt"))
+        serves([HSMWRAP, *arguments], environment, host.base / "log", probe["path"], tls)
 
     def test_secrets_are_closed_to_others(self, tmp_path):
-        assert volumes()["secrets"]["secret"]["defaultMode"] == 0o440
+        for name in ("secrets", "tls"):
+            assert volumes()[name]["secret"]["defaultMode"] == 0o440
         assert POD["securityContext"]["fsGroup"] == POD["securityContext"]["runAsGroup"]
         if os.geteuid() == 0:
             file = tmp_path / "pin"
@@ -210,6 +225,8 @@ class TestManifest:
             document["backends"]["HSM"]["settings"]["pin_file"],
         }
         assert secrets == {f"{mounts['secrets']}/{item}" for item in items}
+        for name in ("tls_certificate_file", "tls_key_file"):
+            assert document[name].startswith(f"{mounts['tls']}/tls.")
         assert document["audit_file"].startswith(f"{mounts['state']}/")
         assert f"{mounts['configuration']}/hsmwrap.toml" in CONTAINER["args"]
         assert mounts["tmp"] == "/tmp"  # gunicorn's and the metrics' files: the root is read-only
@@ -229,8 +246,9 @@ class TestManifest:
             assert CONTAINER[probe]["httpGet"]["port"] == "api"
 
     def test_it_waits_longer_than_the_server_does(self):
-        (_, seconds) = CONTAINER["lifecycle"]["preStop"]["exec"]["command"]
-        assert POD["terminationGracePeriodSeconds"] > 30 + int(seconds)
+        document = tomllib.loads(MANIFEST["ConfigMap"]["data"]["hsmwrap.toml"])
+        drains = document["limits"]["drain_seconds"]
+        assert POD["terminationGracePeriodSeconds"] > 30 + drains
 
     def test_the_pod_has_few_rights(self):
         assert POD["securityContext"]["runAsNonRoot"]

@@ -102,7 +102,8 @@ class WsgiClient:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
         with contextlib.closing(connection):
             connection.request(method, path)
-            return connection.getresponse().status
+            with connection.getresponse() as answer:
+                return answer.status
 
 
 class LineClient:

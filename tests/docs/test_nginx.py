@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from support.certificates import Certificate
 from support.documents import ROOT, text_of
 from support.fast import needs_service
 from support.http.gunicorn_runner import DEADLINE, running
@@ -105,7 +106,8 @@ class Nginx:
         connection = http.client.HTTPConnection("127.0.0.1", self.plain, timeout=DEADLINE)
         with contextlib.closing(connection):
             connection.request("POST", target, body, headers)
-            return connection.getresponse().status
+            with connection.getresponse() as answer:
+                return answer.status
 
 
 @contextlib.contextmanager
@@ -118,7 +120,7 @@ def nginx(directory, upstream, configuration=OURS, **changes):
         text = PLAIN.format(plain=made.plain, upstream=upstream, directory=directory)
     else:
         text = OURS
-        certificate(directory)
+        Certificate().write(directory)
         for old, new in {
             "server 127.0.0.1:8443;": f"server 127.0.0.1:{upstream};",
             "listen 443 ssl default_server;": (
@@ -150,13 +152,6 @@ def nginx(directory, upstream, configuration=OURS, **changes):
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(DEADLINE)
-
-
-def certificate(directory):
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-    command += ["-nodes", "-keyout", "key.pem", "-out", "certificate.pem", "-days", "2"]
-    command += ["-subj", "/CN=kms", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run(command, cwd=directory, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
