@@ -23,6 +23,7 @@ BEGIN = b'{"sequence":'
 """How each line begins."""
 
 _MAX_SEQUENCE = 2**53
+_AFTER_DIGEST = len('"}\n')
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -57,7 +58,13 @@ def write(content: Mapping[str, Any], last: Link, key: bytes | None = None) -> b
         key: HMAC key of the chain; None: SHA-256.
     """
     numbered = {"sequence": last.sequence + 1, **content}
-    return _json(numbered | {"digest": _digest(numbered, last.digest, key)}) + b"\n"
+    text = _json(numbered)
+    return text[:-1] + b',"digest":"' + _digest(text, last.digest, key).encode() + b'"}\n'
+
+
+def link_of(line: bytes, last: Link) -> Link:
+    """The link of a line that :func:`write` made to follow ``last``."""
+    return Link(last.sequence + 1, line[-_AFTER_DIGEST - 64 : -_AFTER_DIGEST].decode("ascii"))
 
 
 def read(line: bytes) -> tuple[Link, dict[str, Any]]:
@@ -87,7 +94,7 @@ def faults(
     """What is wrong with a line that :func:`read` parsed, where ``last`` is before it."""
     if link.sequence != last.sequence + 1:
         yield f"has number {link.sequence} after {last.sequence}: lines are missing or reordered"
-    if not hmac.compare_digest(link.digest, _digest(content, last.digest, key)):
+    if not hmac.compare_digest(link.digest, _digest(_json(content), last.digest, key)):
         yield "does not chain to the line before: a line was changed, removed or reordered"
 
 
@@ -99,8 +106,8 @@ def lines(file: BinaryIO, longest: int) -> Iterator[bytes]:
             line = file.readline(longest)
 
 
-def _digest(content: Mapping[str, Any], last: str, key: bytes | None) -> str:
-    message = last.encode("ascii", "replace") + b"\n" + _json(content)
+def _digest(text: bytes, last: str, key: bytes | None) -> str:
+    message = last.encode("ascii", "replace") + b"\n" + text
     return (hmac.digest(key, message, "sha256") if key else hashlib.sha256(message).digest()).hex()
 
 

@@ -1,8 +1,10 @@
-"""``hsmwrap audit verify`` checks an audit log; ``new-segment`` goes on after a damaged one."""
+"""``hsmwrap audit``: verify an audit log, rotate it, export it, accept a damaged one."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,21 +19,22 @@ from hsmwrap.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from hsmwrap.chain import Link
-    from hsmwrap.kms.audit import AuditLog, AuditReport
+    from hsmwrap.kms.audit import AuditLog
+    from hsmwrap.kms.auditfiles import AuditReport
     from hsmwrap.kms.database import Database
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("audit", help="check an audit log, or begin a new segment")
+    parser = subparsers.add_parser("audit", help="verify, rotate, export or accept an audit log")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     verify = actions.add_parser(
         "verify",
         help="find lines that were changed, removed or reordered",
-        description="Check the chain of an audit log. With --config, path and key come from the "
-        "server's configuration, and the database tells one line that the log must have (its "
-        "anchor), so that a cut-off end is found. Exit code 1 if the log has a problem, or if the "
-        "database stores no line of it.",
+        description="Check the chain of an audit log over all its files. With --config, path and "
+        "key come from the server's configuration, and the database tells one line that the log "
+        "must have (its anchor), so that a cut-off end is found. Exit code 1 if the log has a "
+        "problem, or if the database stores no line of it.",
     )
     where = verify.add_mutually_exclusive_group(required=True)
     where.add_argument("--config", type=Path, metavar="FILE", help="the server's TOML file")
@@ -44,24 +47,62 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add_json_option(verify)
     verify.set_defaults(run=run)
-    segment = actions.add_parser(
-        "new-segment",
-        help="go on after a damaged log",
-        description="End the audit log's segment, damaged or not, and begin a new one. The file is "
-        "kept beside it with a number after its name; the first line of the new one has that "
-        "name, the SHA-256 of its content and its first problem, and becomes the log's anchor. "
-        "Servers go on with the new segment, without a restart. Look into the damage before.",
+    rotate = _with_config(
+        actions,
+        "rotate",
+        "go on in a new file",
+        "Give the audit log's file a name with a number, and go on in a new one, which is chained "
+        "to it. Servers do so at once. Leave the old files where they are, or accept the log after "
+        "you have moved some.",
     )
-    segment.add_argument(
+    rotate.set_defaults(run=run_rotate)
+    accept = _with_config(
+        actions,
+        "accept",
+        "go on after damage, a restore, or files that are missing",
+        "Accept the audit log as it is: damaged, restored from a backup, or with files missing. It "
+        "goes on in a new file, whose first line is the log's anchor and has the reason, what was "
+        "found, and the SHA-256 of the files concerned. Servers go on with it, without a restart. "
+        "Look into what happened before.",
+    )
+    accept.add_argument("--reason", metavar="TEXT", required=True, help="why, for the log")
+    accept.set_defaults(run=run_accept)
+    export = _with_config(
+        actions,
+        "export",
+        "print lines for a SIEM",
+        "Print the lines of the audit log as they are: one JSON object each. Problems go to stderr "
+        "(exit code 1), and do not stop the export.",
+    )
+    position = export.add_mutually_exclusive_group()
+    position.add_argument(
+        "--after",
+        type=int,
+        default=0,
+        metavar="N",
+        help="only lines whose 'sequence' is higher (default: all)",
+    )
+    position.add_argument(
+        "--position-file",
+        type=Path,
+        metavar="FILE",
+        help="go on after the number in this file, and write the last one there at the end",
+    )
+    export.set_defaults(run=run_export)
+
+
+def _with_config(actions: Subparsers, name: str, summary: str, text: str) -> ArgumentParser:
+    parser = actions.add_parser(name, help=summary, description=text)
+    parser.add_argument(
         "--config", type=Path, metavar="FILE", required=True, help="the server's TOML file"
     )
-    segment.set_defaults(run=run_new_segment)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Verify the log and print the result."""
     require_server()
-    from hsmwrap.kms.audit import verify  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.auditfiles import verify  # noqa: PLC0415 (the extra may be absent)
 
     log = _from_config(args.config) if args.config else _from_arguments(args)
     try:
@@ -76,15 +117,65 @@ def run(args: argparse.Namespace) -> int:
     return 0 if whole else 1
 
 
-def run_new_segment(args: argparse.Namespace) -> int:
-    """Begin a new segment and print what the old one was."""
+def run_rotate(args: argparse.Namespace) -> int:
+    """Begin a new file and print what the old one is called."""
     require_server()
-    from hsmwrap.kms.anchors import begin_segment  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.opening import open_audit_log  # noqa: PLC0415 (the extra may be absent)
+
+    log = open_audit_log(load_config(args.config))
+    old = log.rotate()
+    print(f"{log.path}: " + (f"goes on after {old}" if old else "is empty, so it is not rotated"))
+    return 0
+
+
+def run_accept(args: argparse.Namespace) -> int:
+    """Accept the log as it is, and print what was found."""
+    require_server()
+    from hsmwrap.kms.anchors import accept  # noqa: PLC0415 (the extra may be absent)
 
     with _opened(args.config) as (log, database):
-        segment = begin_segment(database, log)
-    print(f"{log.path}: new segment; before it {segment}")
+        report, old = accept(database, log, args.reason)
+    found = [f"{log.path}: {problem}" for problem in report.problems]
+    print("\n".join([*found, f"{log.path}: goes on after {old}, which is accepted"]))
     return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Print lines from a position on."""
+    require_server()
+    from hsmwrap.kms.auditfiles import AuditProblem, export  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.opening import open_audit_log  # noqa: PLC0415 (the extra may be absent)
+
+    log = open_audit_log(load_config(args.config))
+    position = _position(args.position_file) if args.position_file else args.after
+    code = 0
+    try:
+        for sequence, each in export(log.path, position, log.key):
+            if isinstance(each, AuditProblem):
+                print(f"{log.path}: {each}", file=sys.stderr)
+                code = 1
+            else:
+                sys.stdout.buffer.write(each)
+                position = sequence
+        sys.stdout.flush()
+    except OSError as error:
+        raise ConfigurationError(f"{log.path}: {error.strerror}") from None
+    if args.position_file:
+        beside = args.position_file.with_name(f".{args.position_file.name}.new")
+        beside.write_text(f"{position}\n")
+        beside.replace(args.position_file)
+    return code
+
+
+def _position(file: Path) -> int:
+    try:
+        return int(file.read_text("ascii"))
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError):
+        raise ConfigurationError(f"{file}: has to hold one number, or not to exist") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +226,10 @@ def _json(report: AuditReport, *, whole: bool) -> str:
             "anchored": anchor is not None,
             "anchor": anchor and {"line": anchor.sequence, "age_seconds": _age(anchor)},
             "behind": report.behind,
-            "before": report.before and asdict(report.before),
+            "accepted": [asdict(each) for each in report.accepted],
+            "files": report.files,
             "lines": report.lines,
-            "problems": [{"line": p.line, "problem": p.problem} for p in report.problems],
+            "problems": [asdict(each) for each in report.problems],
         }
     )
 
@@ -165,6 +257,6 @@ def _text(log: _Log, report: AuditReport, *, missing: bool) -> str:
             "audit_log_id; if no server has used this log with this database yet, use "
             "--without-anchor"
         )
-    if report.before:
-        found.append(f"{log.path}: began after {report.before}")
-    return "\n".join([*found, f"{log.path}: {report.lines} lines, {verdict}{end}"])
+    accepted = [f"{log.path}: {each}" for each in report.accepted]
+    lines = f"{report.lines} lines{f' in {report.files} files' if report.files > 1 else ''}"
+    return "\n".join([*accepted, *found, f"{log.path}: {lines}, {verdict}{end}"])

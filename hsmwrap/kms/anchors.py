@@ -15,9 +15,11 @@ from sqlalchemy.orm import Session
 
 from hsmwrap.chain import Link
 from hsmwrap.errors import HsmwrapError
-from hsmwrap.kms.audit import START, AuditEntry, AuditLog, Segment
+from hsmwrap.kms.audit import START, AuditEntry, AuditFailed, AuditLog
+from hsmwrap.kms.auditfiles import AuditReport, damaged_files, verify
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.schema import LOG_ID_LENGTH, AuditAnchor
+from hsmwrap.locks import ReadWriteLock
 
 ANCHOR_LINES = 32
 """How many lines an audit log may grow by before its anchor moves, by default."""
@@ -64,24 +66,32 @@ def remember(database: Database, log: AuditLog) -> int | None:
     return head.sequence
 
 
-def begin_segment(database: Database, log: AuditLog) -> Segment:
-    """Begin a new segment of the log, and make its first line the anchor.
+def accept(database: Database, log: AuditLog, reason: str) -> tuple[AuditReport, str]:
+    """Accept the log as it is, whole or not: the first line of a new file says so.
+
+    That line becomes the anchor. Processes that append go on with the new file.
 
     Returns:
-        What the new segment says of the one before.
+        What was found before, and the name that the old file has now.
 
     Raises:
         AuditFailed: The files cannot be read or written; nothing has changed then.
         ServiceUnavailable: The database is unavailable.
-        CommitUnknown: The new segment has begun, but the anchor may still be a line of the old one:
-            begin another one.
+        CommitUnknown: The new file has begun, but the anchor may still be a line of the old one:
+            accept the log again.
     """
+    try:
+        report = verify(log.path, log.key, remembered(database, log))
+        damaged = damaged_files(log.path, report)
+    except OSError as error:
+        raise AuditFailed(f"audit log {log.path}: {error}") from error
     with database.write() as transaction:
         row = _locked_row(database, transaction, log)
-        first, segment = log.begin_segment((_anchor(row),))
+        last = max(row.sequence, report.sound)
+        first, old = log.accept(reason, report.finding, damaged, last)
         row.sequence, row.digest, row.position = first.sequence, first.digest, 0
         row.set_at = log.clock()
-    return segment
+    return report, old
 
 
 class AnchoredLog:
@@ -101,6 +111,7 @@ class AnchoredLog:
         self._database = database
         self._lines = lines
         self._anchored = 0
+        self._moving = ReadWriteLock()
         self.whole = True
 
     def append(self, entry: AuditEntry) -> None:
@@ -109,11 +120,16 @@ class AnchoredLog:
         Raises:
             AuditFailed: The line cannot be written.
         """
+        anchored = self._anchored
         sequence = self.log.append(entry)
-        # A number below the anchor's: other lines stand there now.
-        if not (self._anchored and 0 <= sequence - self._anchored < self._lines):
+        if anchored and anchored < sequence < anchored + self._lines:
+            return
+        with self._moving.write():
+            if self._anchored != anchored and self._anchored >= sequence:
+                return  # another thread has moved it meanwhile
+            self._anchored = 0
             self.try_to_anchor()
-            self._anchored = sequence  # if it failed, not again with each line
+            self._anchored = self._anchored or sequence  # if it failed, not again with each line
 
     def anchor(self) -> None:
         """Move the anchor to the last line; raises as :func:`remember` does."""

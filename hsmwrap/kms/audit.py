@@ -1,46 +1,62 @@
-"""The audit log: one line of JSON per operation, each chained to the line before.
+"""Writing the audit log: one line of JSON per operation, each chained to the line before.
 
 :mod:`hsmwrap.chain` says what a line is and what a chain shows. Cutting lines off the end leaves a
 valid chain, so the database stores one line, the anchor (:mod:`hsmwrap.kms.anchors`). The lines
 behind the anchor are those that can be cut off unnoticed.
 
-Several processes append to one file: each holds its lock, reads the last line and chains to it.
+Several processes append to one file: each holds its lock, reads the last line and chains to it. The
+threads of a process take turns, and the one whose turn it is writes the lines of all that wait. A
+line that could not be written is owed: it is written first as soon as the log can be written again,
+and until then :meth:`AuditLog.check` fails.
 
-A log is a row of segments. Where its last line is damaged nothing can be chained to it, and nothing
-is written until a command begins a new segment (:meth:`AuditLog.begin_segment`): the file gets
-another name, and the first line of the new one has that name, the SHA-256 of its content, and what
-was wrong with it. Do not rotate the file in another way.
+A log is a row of files. :meth:`AuditLog.rotate` gives the file another name (``audit.log.1``, the
+highest number is the newest), and the first line of the new one goes on with the numbers and the
+chain. Where the last line is damaged nothing can be chained to it, and nothing is written until a
+command accepts the log as it is (:meth:`AuditLog.accept`): the first line of the new file goes on
+with the numbers, begins a chain, and says what was wrong and in which files.
+:mod:`hsmwrap.kms.auditfiles` reads the files. Do not rotate them in another way.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import itertools
 import logging
 import os
+import re
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hsmwrap import chain
+from hsmwrap import chain, forks
 from hsmwrap.chain import Link
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
+from hsmwrap.forks import ForkAware
 from hsmwrap.locks import FILE_LOCK_SECONDS, lock_file
 
 START = chain.start("hsmwrap audit log")
 """What the first line is chained to."""
 SYSTEM = "system"
 """The access key id of the KMS itself in the audit log."""
-BEGIN_SEGMENT = "BeginAuditSegment"
-"""The action of the first line of a later segment."""
-_MAX_TEXT = 256
+ROTATE = "RotateAuditLog"
+"""The action of the first line of a file that goes on with the chain."""
+ACCEPT = "AcceptAuditLog"
+"""The action of the first line of a file that begins a chain after files that were accepted."""
+MAX_TEXT = 256
+"""How many characters of a text go into a line."""
 # Longest line: six texts; each character may take two escapes of six characters.
-_MAX_LINE = 6 * 12 * _MAX_TEXT + 512
+MAX_LINE = 6 * 12 * MAX_TEXT + 512
+"""Longest line in bytes."""
+_NUMBER = re.compile("[1-9][0-9]{0,17}")
+_MOST_OWED = 10_000
+_MAX_SEQUENCE = 2**52  # of what is read; numbers that follow still fit
 
 _log = logging.getLogger(__name__)
 
@@ -74,67 +90,51 @@ class AuditEntry:
     alias: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AuditProblem:
-    """A problem of an audit log at a line of the file, counted from 1."""
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """An entry that has no line yet."""
 
-    line: int
-    problem: str
-
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.problem}"
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """An ended segment of an audit log, as the first line of the next one describes it.
-
-    Attributes:
-        file: Its name, in the log's directory.
-        sha256: SHA-256 of its content, in hex.
-        lines: How many lines it has.
-        finding: The first problem, and how many more there are; empty where it was whole.
-    """
-
-    file: str
-    sha256: str
-    lines: int
-    finding: str
-
-    def __str__(self) -> str:
-        return f"{self.file}, {self.lines} lines, {self.finding or 'complete'}"
+    entry: AuditEntry
+    time: datetime
+    sequence: int = 0
+    failed: AuditFailed | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class AuditReport:
-    """The result of :func:`verify`.
+class _End:
+    """The end of the file as this process saw it last, under the lock."""
 
-    Attributes:
-        lines: How many lines the file has.
-        problems: What is wrong.
-        head: The last line.
-        anchor: The last of the given anchors that the log has; None: none, or only the start of
-            the chain, which every log has.
-        behind: How many lines follow the anchor; all of them where there is none.
-        before: The segment before, if this is not the first.
-    """
+    file: tuple[int, int, int, int]
+    size: int
+    last: Link
+    text: bytes
+    seen: float
 
-    lines: int
-    problems: tuple[AuditProblem, ...]
-    head: Link
-    anchor: Link | None
-    behind: int
-    before: Segment | None = None
+    def is_end_of(self, file: int) -> bool:
+        status = os.fstat(file)
+        return (self.file, self.size) == (_identity(status), status.st_size) and (
+            os.pread(file, len(self.text), self.size - len(self.text)) == self.text
+        )
 
-    @property
-    def ok(self) -> bool:
-        """True without problems."""
-        return not self.problems
+
+class _Queue(ForkAware):
+    """What the threads of a process share; a child after ``fork()`` starts afresh."""
+
+    def __init__(self) -> None:
+        self.after_fork_in_child()
+        forks.register(self)
+
+    def after_fork_in_child(self) -> None:
+        self.turn = threading.Lock()
+        self.waiting: deque[_Waiting] = deque()
+        self.end: _End | None = None
+        self.failures = 0
+        self.rotates = True
 
 
 @dataclass(frozen=True, slots=True)
 class AuditLog:
-    """Appends to one file.
+    """Appends to one log.
 
     Attributes:
         path: The file; created with mode 600.
@@ -143,6 +143,7 @@ class AuditLog:
         sync: True flushes each line to the disk.
         log_id: Id of the log in the database; None: host and path.
         lock_seconds: How long a call waits while others hold the log's lock.
+        max_bytes: Size at which the file is rotated; 0: only :meth:`rotate` does.
     """
 
     path: Path
@@ -151,18 +152,35 @@ class AuditLog:
     sync: bool = False
     log_id: str | None = None
     lock_seconds: float = FILE_LOCK_SECONDS
+    max_bytes: int = 0
+    _queue: _Queue = field(default_factory=_Queue, init=False, repr=False, compare=False)
+
+    @property
+    def failures(self) -> int:
+        """How often this process could not write."""
+        return self._queue.failures
 
     def append(self, entry: AuditEntry) -> int:
-        """Write one line and return its number.
+        """Write one line, with those of other threads that wait, and return its number.
 
         Raises:
-            AuditFailed: It cannot be written, or the file does not end with a line of an audit log.
-            AuditLocked: Others held the log's lock for ``lock_seconds``.
+            AuditFailed: It cannot be written now, or the file does not end with a line of an audit
+                log. The line is owed: it is written as soon as that is possible.
+            AuditLocked: Others held the log's lock for ``lock_seconds``; the line is owed too.
         """
-        with self._locked() as file:
-            last = _last_line(file)
-            self._write(file, _line(entry, self.clock(), last, self.key))
-            return last.sequence + 1
+        waiting = _Waiting(entry, self.clock())
+        self._queue.waiting.append(waiting)
+        deadline = time.monotonic() + self.lock_seconds
+        try:
+            with self._turn(deadline):
+                if not (waiting.sequence or waiting.failed):
+                    self._write_waiting(deadline)
+        except AuditFailed as error:
+            waiting.failed = error
+        if waiting.sequence:
+            return waiting.sequence
+        failed = waiting.failed or AuditFailed("interrupted by a fork")
+        raise type(failed)(str(failed)) from failed
 
     def head(self) -> Link:
         """The last line.
@@ -172,60 +190,85 @@ class AuditLog:
             AuditLocked: As :meth:`append`.
         """
         with self._locked() as file:
-            return _last_line(file)
+            return self._end(file).last
 
-    def check(self) -> None:
-        """Check that a line can be written now; free space on the disk is not checked.
+    def check(self, *, max_age: float = 0, lock_seconds: float | None = None) -> None:
+        """Check that a line can be written now, and write those that are owed.
+
+        Free space on the disk is not checked.
+
+        Args:
+            max_age: Seconds for which this process may rely on having had the lock. What the file
+                is and how it ends is looked at in any case.
+            lock_seconds: In place of the log's own.
 
         Raises:
             AuditFailed: It cannot.
             AuditLocked: As :meth:`append`.
         """
-        self.head()
+        queue, end = self._queue, self._queue.end
+        owed = bool(queue.waiting) and queue.waiting[0].failed
+        if end and not owed and time.monotonic() - end.seen < max_age and self._goes_on(end):
+            return
+        deadline = time.monotonic() + (self.lock_seconds if lock_seconds is None else lock_seconds)
+        with self._turn(deadline):
+            self._write_waiting(deadline)
 
-    def begin_segment(self, anchors: tuple[Link, ...] = ()) -> tuple[Link, Segment]:
-        """End this segment, whole or damaged, and begin another one under the log's name.
-
-        Processes that append to the log go on with the new one. Its first line is chained to the
-        start of the chain.
+    def rotate(self, at_least: int = 1) -> str | None:
+        """Begin a new file that goes on with the chain; processes that append go on with it.
 
         Args:
-            anchors: Lines that the segment must have.
+            at_least: Size in bytes below which nothing happens.
 
         Returns:
-            The first line of the new segment, and what it says of the one that was ended.
+            The name that the old file has now, in the same directory; None: nothing happened.
+
+        Raises:
+            AuditFailed: The file does not end with a line of an audit log, or the directory cannot
+                be written.
+            AuditLocked: As :meth:`append`.
+        """
+        with self._locked() as file:
+            end = self._end(file)
+            if end.size < at_least:
+                return None
+            name = self._next_name(file)
+            self._begin(file, name, end.last, ROTATE, chained_to=end.last.digest)
+            return name
+
+    def accept(
+        self,
+        reason: str,
+        finding: str = "",
+        damaged: Iterable[tuple[str, str | None]] = (),
+        last: int = 0,
+    ) -> tuple[Link, str]:
+        """Begin a new file with a chain of its own after this one, whole or damaged.
+
+        Args:
+            reason: Why the log is accepted as it is.
+            finding: What is wrong with it.
+            damaged: Names of the ended files with problems, and the SHA-256 of each; None: missing.
+            last: A number that the log had; the new file has higher ones.
+
+        Returns:
+            The first line of the new file, and the name that the old one has now.
 
         Raises:
             AuditFailed: The file cannot be read, or the directory cannot be written.
             AuditLocked: As :meth:`append`.
         """
         with self._locked() as file:
-            path = self.path.resolve()  # the file itself, not a link to it
-            old = _next_name(path)
-            report = verify(path, self.key, anchors)
-            segment = Segment(old.name, _sha256(path), report.lines, _finding(report))
-            new = path.with_name(f".{path.name}.new")
-            new.unlink(missing_ok=True)  # left by a command that was killed
-            begin = AuditEntry("", SYSTEM, BEGIN_SEGMENT, None, "ok")
-            line = _line(begin, self.clock(), START, self.key, before=asdict(segment))
-            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with open(descriptor, "wb") as created:  # noqa: PTH123 (a descriptor has no path)
-                if os.geteuid() == 0:  # the service still has to write it
-                    status = os.fstat(file)
-                    os.fchown(descriptor, status.st_uid, status.st_gid)
-                created.write(line)
-                created.flush()
-                os.fsync(descriptor)
-            # In this order the log's name always leads to a file: another process that finds none
-            # would make an empty one.
-            old.hardlink_to(path)
-            new.rename(path)
-            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-        return chain.read(line)[0], segment
+            with suppress(ValueError):
+                last = max(last, self._end(file).last.sequence)
+            name = self._next_name(file)
+            accepted = [
+                {"file": each, "sha256": digest}
+                for each, digest in (*damaged, (name, sha256(self.path)))
+            ]
+            more = {"reason": reason[:MAX_TEXT], "finding": finding[:MAX_TEXT]}
+            begin = replace(START, sequence=last)
+            return self._begin(file, name, begin, ACCEPT, **more, accepted=accepted), name
 
     def holds(self, line: Link) -> bool:
         """Whether the log still has this line; reads the file from the line's position.
@@ -234,13 +277,39 @@ class AuditLog:
             AuditFailed: The file cannot be read.
             AuditLocked: As :meth:`append`.
         """
+        if line == START:
+            return True
         with self._locked() as file:
-            return line == START or _line_from(file, line) == line
+            found, path = _has(file, line), self.path.resolve()
+            for name in reversed(ended_files(path)):
+                if found is not None:
+                    break
+                with path.with_name(name).open("rb") as ended:
+                    found = _has(ended.fileno(), line)
+            return bool(found)
+
+    # --- in turn, and under the lock
+
+    @contextmanager
+    def _turn(self, deadline: float) -> Iterator[None]:
+        turn = self._queue.turn
+        if not turn.acquire(timeout=max(0, deadline - time.monotonic())):
+            raise AuditLocked(f"audit log {self.path}: other threads wait for its lock too")
+        try:
+            yield
+        finally:
+            turn.release()
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
+        deadline = time.monotonic() + self.lock_seconds
+        with self._turn(deadline), self._lock(deadline) as file:
+            yield file
+
+    @contextmanager
+    def _lock(self, deadline: float) -> Iterator[int]:
         try:
-            file = self._open_locked()
+            file = self._open_locked(deadline)
             try:
                 yield file
             finally:
@@ -249,158 +318,219 @@ class AuditLog:
                 fcntl.flock(file, fcntl.LOCK_UN)
                 os.close(file)
         except TimeoutError as error:
+            self._queue.failures += 1
             raise AuditLocked(f"audit log {self.path}: {error.strerror}") from error
         except OSError as error:
+            self._queue.failures += 1
             raise AuditFailed(f"audit log {self.path}: {error}") from error
         except ValueError as error:
-            advice = "look into it with hsmwrap audit verify, go on with hsmwrap audit new-segment"
+            self._queue.failures += 1
+            advice = "look into it with hsmwrap audit verify, go on with hsmwrap audit accept"
             raise AuditFailed(f"audit log {self.path}: {error}; {advice}") from error
 
-    def _open_locked(self) -> int:
+    def _open_locked(self, deadline: float) -> int:
         while True:
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                # It locks the open file, so it excludes threads as well as processes.
-                lock_file(file, self.lock_seconds)
+                # It excludes other openings of the file, so other processes.
+                lock_file(file, max(0, deadline - time.monotonic()))
                 is_the_log = os.path.samestat(os.fstat(file), self.path.stat())
             except BaseException:
                 os.close(file)
                 raise
             if is_the_log:
                 return file
-            os.close(file)  # a new segment has begun meanwhile
+            os.close(file)  # a new file has begun meanwhile
 
-    def _write(self, file: int, line: bytes) -> None:
-        end = os.fstat(file).st_size
-        if os.write(file, line) != len(line):
-            os.ftruncate(file, end)
+    def _write_waiting(self, deadline: float) -> None:
+        """Write the lines of all that wait, in one piece; in turn."""
+        queue = self._queue
+        if self.max_bytes and queue.end and queue.end.size >= self.max_bytes:
+            self._rotate_by_size(deadline)
+        batch: list[_Waiting] = []
+        try:
+            with self._lock(deadline) as file:
+                end = self._end(file)
+                with suppress(IndexError):
+                    while True:
+                        batch.append(queue.waiting.popleft())
+                if batch:
+                    self._write(file, batch, end)
+        except BaseException as error:
+            queue.waiting.extendleft(reversed(batch))
+            if isinstance(error, AuditFailed):
+                for each in batch:
+                    each.failed = error
+            while len(queue.waiting) > _MOST_OWED:
+                _log.error("an audit line is lost", extra={"line": queue.waiting.popleft().entry})
+            raise
+
+    def _write(self, file: int, batch: list[_Waiting], end: _End) -> None:
+        last, position, lines = end.last, end.size, []
+        for each in batch:
+            lines.append(chain.write(_content(each.entry, each.time), last, self.key))
+            last = replace(chain.link_of(lines[-1], last), position=position)
+            position += len(lines[-1])
+        text = b"".join(lines)
+        if os.write(file, text) != len(text):
+            os.ftruncate(file, end.size)
             raise OSError("a line was written only in part; is the disk full?")
         if self.sync:
             os.fdatasync(file)
+        for number, each in enumerate(batch, start=end.last.sequence + 1):
+            each.sequence = number
+        self._queue.end = _End(end.file, position, last, lines[-1], time.monotonic())
+
+    def _end(self, file: int) -> _End:
+        end = self._queue.end
+        if end and end.is_end_of(file):
+            end = replace(end, seen=time.monotonic())
+        else:
+            status = os.fstat(file)
+            last, size = _last_line(file)
+            if size < status.st_size:
+                facts = {"bytes": status.st_size - size, "after_line": last.sequence}
+                _log.warning("audit log: incomplete last line cut off", extra=facts)
+                os.ftruncate(file, size)
+            text = os.pread(file, size - last.position, last.position)
+            end = _End(_identity(status), size, last, text, time.monotonic())
+        self._queue.end = end
+        return end
+
+    def _goes_on(self, end: _End) -> bool:
+        """Whether the file is the same and ends with a line, as far as one sees without the lock.
+
+        Another process may be writing just then: False means that the lock is needed to see.
+        """
+        try:
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            try:
+                if end.is_end_of(file):
+                    return True
+                last, size = _last_line(file)
+                status = os.fstat(file)
+                whole = size == status.st_size and last.sequence > end.last.sequence
+                return whole and end.file == _identity(status)
+            finally:
+                os.close(file)
+        except (OSError, ValueError):
+            return False
+
+    # --- new files
+
+    def _rotate_by_size(self, deadline: float) -> None:
+        try:
+            with self._lock(deadline) as file:
+                end = self._end(file)
+                if end.size >= self.max_bytes:
+                    name = self._next_name(file)
+                    self._begin(file, name, end.last, ROTATE, chained_to=end.last.digest)
+            self._queue.rotates = True
+        except AuditFailed as error:
+            # A line in a file that is too long is better than none.
+            if self._queue.rotates:
+                _log.error("the audit log was not rotated", extra={"why": str(error)})
+            self._queue.rotates = False
+
+    def _next_name(self, file: int) -> str:
+        path = self.path.resolve()
+        latest = ended_files(path)[-1:]
+        if latest and os.path.samestat(os.fstat(file), path.with_name(latest[0]).stat()):
+            return latest[0]  # left by a command that was killed
+        before = (first_line(file) or (START, {}))[1].get("before")
+        known = [str(name).rpartition(".")[2] for name in (*latest, before)]
+        return f"{path.name}.{1 + max([0, *(int(n) for n in known if _NUMBER.fullmatch(n))])}"
+
+    def _begin(self, file: int, name: str, last: Link, action: str, **more: object) -> Link:
+        """Give the log's file another name and begin a new one under the log's."""
+        path = self.path.resolve()  # the file itself, not a link to it
+        new = path.with_name(f".{path.name}.new")
+        new.unlink(missing_ok=True)  # left by a command that was killed
+        content = _content(AuditEntry("", SYSTEM, action, None, "ok"), self.clock())
+        line = chain.write(content | {"before": name} | more, last, self.key)
+        if len(line) > MAX_LINE:
+            raise OSError("too many files have problems")
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb") as created:  # noqa: PTH123 (a descriptor has no path)
+            if os.geteuid() == 0:  # the service still has to write it
+                status = os.fstat(file)
+                os.fchown(descriptor, status.st_uid, status.st_gid)
+            created.write(line)
+            created.flush()
+            os.fsync(descriptor)
+        # In this order the log's name always leads to a file: another process that finds none
+        # would make an empty one.
+        with suppress(FileExistsError):
+            path.with_name(name).hardlink_to(path)
+        new.rename(path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        self._queue.end = None
+        return chain.link_of(line, last)
 
 
-def verify(path: Path, key: bytes | None = None, anchors: tuple[Link, ...] = ()) -> AuditReport:
-    """Check a whole audit log.
-
-    Args:
-        path: The file.
-        key: HMAC key of the chain; None: SHA-256.
-        anchors: Lines that the log must have.
+def ended_files(path: Path) -> list[str]:
+    """Names of the files that a log ended, the oldest first.
 
     Raises:
-        OSError: The file cannot be read.
+        OSError: The directory cannot be read.
     """
-    problems: list[AuditProblem] = []
-    missing = {anchor.sequence: anchor for anchor in anchors if anchor != START}
-    last, number, anchored, behind, before = START, 0, None, 0, None
-    with path.open("rb") as file:
-        for number, line in enumerate(chain.lines(file, _MAX_LINE), start=1):
-            behind += 1
-            try:
-                found, content = chain.read(line)
-            except ValueError:
-                problems.append(AuditProblem(number, "is not a line of an audit log"))
-                continue
-            problems += (
-                AuditProblem(number, text) for text in chain.faults(found, content, last, key)
-            )
-            last = found
-            if number == 1:
-                before = _segment_before(content)
-            if missing.get(found.sequence) == found:
-                anchored, behind = missing.pop(found.sequence), 0
-    problems += (
-        AuditProblem(number, f"the log ends without line {sequence}, which it had")
-        for sequence in sorted(missing)
-    )
-    if before:
-        problems += _problems_of_segments(path, before)
-    return AuditReport(number, tuple(problems), last, anchored, behind, before)
+    begin = f"{path.name}."
+    found = (name for name in os.listdir(path.parent) if name.startswith(begin))  # noqa: PTH208 (names)
+    ended = [name for name in found if _NUMBER.fullmatch(name.removeprefix(begin))]
+    return sorted(ended, key=lambda name: int(name.removeprefix(begin)))
 
 
-def _segment_before(content: dict[str, Any]) -> Segment | None:
-    match content.get("before"):
-        case {"file": str(file), "sha256": str(sha256), "lines": int(lines), "finding": str(text)}:
-            return Segment(file, sha256, lines, text)
-    return None
-
-
-def _problems_of_segments(path: Path, segment: Segment) -> Iterator[AuditProblem]:
-    """Whether the segments before are there, unchanged since they ended; the latest first."""
-    directory = path.resolve().parent
-    while True:
-        file = directory / Path(segment.file).name
-        if not file.is_file() or _sha256(file) != segment.sha256:
-            yield AuditProblem(1, f"the ended segment {file.name} is missing or was changed")
-            return
-        with file.open("rb") as lines:
-            try:
-                before = _segment_before(chain.read(next(chain.lines(lines, _MAX_LINE), b""))[1])
-            except ValueError:
-                return
-        if before is None:
-            return
-        segment = before
-
-
-def _finding(report: AuditReport) -> str:
-    if not report.problems:
-        return ""
-    more = len(report.problems) - 1
-    return f"{report.problems[0]}{f', and {more} more problems' if more else ''}"[:_MAX_TEXT]
-
-
-def _next_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-    return next(name for name in names if not os.path.lexists(name))
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _line(entry: AuditEntry, now: datetime, last: Link, key: bytes | None, **more: object) -> bytes:
-    content = {
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_mode, status.st_uid
+
+
+def _content(entry: AuditEntry, now: datetime) -> dict[str, Any]:
+    return {
         "time": now.isoformat(timespec="milliseconds"),
-        "request_id": entry.request_id[:_MAX_TEXT],
-        "access_key_id": entry.access_key_id[:_MAX_TEXT],
-        "action": entry.action[:_MAX_TEXT],
-        "key_id": entry.key_id and entry.key_id[:_MAX_TEXT],
-        "outcome": entry.outcome[:_MAX_TEXT],
-        **({"alias": entry.alias[:_MAX_TEXT]} if entry.alias else {}),
-        **more,
+        "request_id": entry.request_id[:MAX_TEXT],
+        "access_key_id": entry.access_key_id[:MAX_TEXT],
+        "action": entry.action[:MAX_TEXT],
+        "key_id": entry.key_id and entry.key_id[:MAX_TEXT],
+        "outcome": entry.outcome[:MAX_TEXT],
+        **({"alias": entry.alias[:MAX_TEXT]} if entry.alias else {}),
     }
-    return chain.write(content, last, key)
 
 
-def _last_line(file: int) -> Link:
-    """The last complete line; cuts off what a crash of the machine left behind it.
+def _last_line(file: int) -> tuple[Link, int]:
+    """The last complete line, and where it ends.
 
-    A crash can leave the beginning of a line, zero bytes, or both. Its operation was not answered.
+    What follows it is what a crash leaves: the beginning of a line, zero bytes, or both. Its
+    operation was not answered.
+
+    Raises:
+        ValueError: The file does not end in such a way.
     """
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("is not a regular file")
-    size = status.st_size
-    written = _without_zeros(file, size)
-    start = max(0, written - _MAX_LINE)
+    written = _without_zeros(file, status.st_size)
+    start = max(0, written - MAX_LINE)
     tail = os.pread(file, written - start, start)
     whole = tail.rfind(b"\n") + 1
     partial = tail[whole:]
-    if not (partial.startswith(chain.BEGIN) or chain.BEGIN.startswith(partial)) or (
-        start and not whole
-    ):
+    begun = partial.startswith(chain.BEGIN) or chain.BEGIN.startswith(partial)
+    if not begun or (start and not whole):
         raise ValueError("does not end with a line of an audit log")
     begin = tail.rfind(b"\n", 0, max(0, whole - 1)) + 1
     last = chain.read(tail[begin:whole])[0] if whole else START
-    if start + whole < size:
-        _log.warning(
-            "audit log: incomplete last line cut off",
-            extra={"bytes": size - start - whole, "after_line": last.sequence},
-        )
-        os.ftruncate(file, start + whole)
-    return replace(last, position=start + begin)
+    if last.sequence >= _MAX_SEQUENCE:
+        raise ValueError("its last line has an impossible number")
+    return replace(last, position=start + begin), start + whole
 
 
 def _line_from(file: int, sought: Link) -> Link | None:
@@ -408,15 +538,31 @@ def _line_from(file: int, sought: Link) -> Link | None:
     with os.fdopen(os.dup(file), "rb") as lines:
         lines.seek(sought.position)
         try:
-            found = (chain.read(line)[0] for line in chain.lines(lines, _MAX_LINE))
+            found = (chain.read(line)[0] for line in chain.lines(lines, MAX_LINE))
             return next((line for line in found if line.sequence >= sought.sequence), None)
         except ValueError:
             return None
 
 
+def _has(file: int, line: Link) -> bool | None:
+    """Whether the file has the line; None: it would be in a file before."""
+    if _line_from(file, line) == line:
+        return True
+    first = first_line(file)
+    return None if first and first[0].sequence > line.sequence else False
+
+
+def first_line(file: int) -> tuple[Link, dict[str, Any]] | None:
+    """The first line of an open file; None: it does not parse."""
+    try:
+        return chain.read(os.pread(file, MAX_LINE, 0).partition(b"\n")[0] + b"\n")
+    except ValueError:
+        return None
+
+
 def _without_zeros(file: int, end: int) -> int:
     while end > 0:
-        start = max(0, end - _MAX_LINE)
+        start = max(0, end - MAX_LINE)
         written = len(os.pread(file, end - start, start).rstrip(b"\0"))
         if written:
             return start + written

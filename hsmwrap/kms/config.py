@@ -194,7 +194,10 @@ class ServerConfig(_Table, BaseSettings):
     so how many an attacker can cut off unnoticed; 1 stores it before each answer. Each sweep and
     the end of the server store it too."""
     audit_sync: bool = False
-    """Wait for the disk with each line of the audit log."""
+    """Wait for the disk with each line of the audit log; requests at the same time wait once."""
+    audit_max_bytes: int = Field(default=0, ge=0)
+    """Size in bytes at which the audit log goes on in a new file; 0: only `hsmwrap audit rotate`
+    does that."""
     sweep_interval: Seconds = Field(default=timedelta(seconds=60), ge=timedelta(0))
     """Pause between sweeps, and so how long the end of the audit log may stay unstored; 0 switches
     the sweeper off."""

@@ -161,6 +161,7 @@ def open_audit_log(config: ServerConfig) -> AuditLog:
         audit_key(config.audit_key_file),
         config.audit_sync,
         config.audit_log_id,
+        max_bytes=config.audit_max_bytes,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
@@ -53,6 +53,8 @@ from hsmwrap.policy import Deployment
 
 _HEALTH_LOCK_SECONDS = 1.0
 _KEYS = frozenset({"KeyId", "DestinationKeyId"})
+# Lines that cannot be written after this look are owed, and nothing else is done meanwhile.
+_CHECK_AGE_SECONDS = 0.05
 
 _log = logging.getLogger(__name__)
 
@@ -194,7 +196,7 @@ class Kms:
             AuditLocked: Another process held the audit log's lock for too long; as AuditFailed.
             HsmwrapError: ``code``, ``http_status`` and ``api_message`` are the answer.
         """
-        self._audit.log.check()
+        self._audit.log.check(max_age=_CHECK_AGE_SECONDS)
         named = self._without_arns(parameters)
         with self._audited(action, named, caller, request_id) as audited:
             operation = OPERATIONS.get(action)
@@ -263,7 +265,7 @@ class Kms:
         return None
 
     def _check_audit_log(self) -> str | None:
-        replace(self._audit.log, lock_seconds=_HEALTH_LOCK_SECONDS).check()
+        self._audit.log.check(lock_seconds=_HEALTH_LOCK_SECONDS)
         return None if self._audit.whole else "ready, but a line is missing: hsmwrap audit verify"
 
     def gauges(self) -> dict[str, bool]:

@@ -22,7 +22,7 @@ from hsmwrap.errors import (
 )
 from hsmwrap.http.message import read_message
 from hsmwrap.http.signature import read_claim
-from hsmwrap.kms import audit
+from hsmwrap.kms import audit, auditfiles
 from hsmwrap.kms.blobs import CiphertextBlob
 from hsmwrap.kms.config import load_config
 from hsmwrap.kms.parameters import encryption_context, unix_time
@@ -177,7 +177,7 @@ def audit_log(data: bytes) -> None:
         file.write(data)
         file.flush()
         path = Path(file.name)
-        assert audit.verify(path).lines >= 0
+        assert auditfiles.verify(path).lines >= 0
         with suppress(audit.AuditFailed):
             audit.AuditLog(path, clock=_never).head()
 

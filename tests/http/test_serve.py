@@ -154,7 +154,7 @@ def test_workers_go_on_after_a_damaged_audit_log_without_a_restart(served, confi
     with pytest.raises(SdkError, match=r"^InternalFailure$"):
         ask()
     assert main(["audit", "verify", "--config", str(config)]) == 1
-    assert main(["audit", "new-segment", "--config", str(config)]) == 0
+    assert main(["audit", "accept", "--config", str(config), "--reason", "a test"]) == 0
     ask()
     capsys.readouterr()
     assert main(["audit", "verify", "--config", str(config)]) == 0

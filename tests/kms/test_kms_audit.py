@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from support.kms.fakes import AES_MATERIAL, Client
 from hsmwrap import chain
 from hsmwrap.chain import Link
 from hsmwrap.cli import audit as audit_command
-from hsmwrap.errors import HsmwrapError, ServiceUnavailable
+from hsmwrap.errors import ConfigurationError, HsmwrapError, ServiceUnavailable
 from hsmwrap.kms import Caller, Permissions, anchors, audit
 from hsmwrap.kms.audit import (
     START,
@@ -30,15 +31,15 @@ from hsmwrap.kms.audit import (
     AuditFailed,
     AuditLocked,
     AuditLog,
-    Segment,
-    verify,
 )
+from hsmwrap.kms.auditfiles import AuditProblem, damaged_files, export, verify
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.schema import AuditAnchor
 
 KEY = bytes(range(32))
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 A_LINE = Link(1, "x")
+CHANGED = "does not chain to the line before: a line was changed, removed or reordered"
 
 
 def entry(number):
@@ -61,6 +62,13 @@ def log(tmp_path, key):
 def rewrite(log, change):
     lines = log.path.read_bytes().splitlines(keepends=True)
     log.path.write_bytes(b"".join(change(lines)))
+
+
+def until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def lines_at_fault(report):
@@ -156,11 +164,11 @@ def test_hostile_line_is_a_finding(log, key, hostile, at):
 def test_an_endless_line_is_read_in_bounded_pieces():
     pieces = list(
         chain.lines(
-            io.BytesIO(b"a\n" + b"x" * 1_000_000 + b"\nb\n" + b"y" * 100_000), audit._MAX_LINE
+            io.BytesIO(b"a\n" + b"x" * 1_000_000 + b"\nb\n" + b"y" * 100_000), audit.MAX_LINE
         )
     )
     assert [piece[:2] for piece in pieces] == [b"a\n", b"xx", b"b\n", b"yy"]
-    assert max(map(len, pieces)) <= audit._MAX_LINE
+    assert max(map(len, pieces)) <= audit.MAX_LINE
 
 
 @pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
@@ -271,7 +279,7 @@ FOREIGN = [
     b"binary" + bytes(100_000),
     b"x" * 100_000,
     b'{"sequence":' + b"x" * 100_000,
-    b"something else" + chain.BEGIN + b"x" * (audit._MAX_LINE - len(chain.BEGIN)),
+    b"something else" + chain.BEGIN + b"x" * (audit.MAX_LINE - len(chain.BEGIN)),
 ]
 
 
@@ -312,14 +320,14 @@ def test_processes_and_threads_append_to_one_file(tmp_path):
 
 
 def test_appending_is_one_at_a_time(tmp_path, monkeypatch):
-    line = audit._line
+    write = chain.write
 
     def slow(*arguments):
         time.sleep(0.001)
-        return line(*arguments)
+        return write(*arguments)
 
     # Other processes may run between reading the last line and writing the next.
-    monkeypatch.setattr(audit, "_line", slow)
+    monkeypatch.setattr(chain, "write", slow)
     path = tmp_path / "shared.log"
     threads = [threading.Thread(target=_append, args=(path, f"t{i}")) for i in range(3)]
     for thread in threads:
@@ -483,8 +491,8 @@ class TestAnchors:
         parse = chain.read
         monkeypatch.setattr(chain, "read", lambda line: read.append(line) or parse(line))
         anchors.remember(database, log)
-        # The head, and the stored line.
-        assert [parse(line)[0].sequence for line in read] == [9, 6]
+        # The stored line; the head is known.
+        assert [parse(line)[0].sequence for line in read] == [6]
 
     def test_anchor_of_an_older_release_is_looked_for_from_the_beginning(self, database, log):
         anchors.remember(database, log)
@@ -622,88 +630,238 @@ def test_a_cut_is_noticed_by_the_next_request(open_kms, caplog):
     assert not verify(kms._audit.log.path, None, (anchor,)).ok
     assert "a line is missing" in kms.health().facts["audit log"]
     assert not kms.gauges()["audit_log_whole"]
-    anchors.begin_segment(kms._database, kms._audit.log)
+    anchors.accept(kms._database, kms._audit.log, "a test")
     kms.sweep()
     assert kms.health().facts["audit log"] == "ready"
     assert kms.gauges()["audit_log_whole"]
 
 
-class TestSegments:
-    """A damaged log is ended by a command; the next segment names it."""
+def accept(log, *must_have):
+    """As :func:`hsmwrap.kms.anchors.accept`, without a database."""
+    report = verify(log.path, log.key, must_have)
+    damaged = damaged_files(log.path, report)
+    last = max([report.sound, *(link.sequence for link in must_have)])
+    first, old = log.accept("a test", report.finding, damaged, last)
+    return first, old, report.finding
 
-    def test_names_the_damaged_one_and_keeps_it(self, log, key):
+
+def problems(log, *must_have):
+    return [str(problem) for problem in verify(log.path, log.key, must_have).problems]
+
+
+class TestFiles:
+    """A log is a row of files: rotated ones go on with the chain, accepted ones begin another."""
+
+    @pytest.fixture
+    def rotated(self, log):
+        """A log of three ended files and its own: lines 1 to 6, 7 and 8, 9 and 10, 11."""
+        for number in range(3):
+            assert log.rotate() == f"a.log.{number + 1}"
+            if number < 2:
+                log.append(entry(number))
+        return log
+
+    def test_numbers_and_chain_go_on(self, rotated, key):
+        report = verify(rotated.path, key, (rotated.head(),))
+        assert (report.ok, report.files, report.lines, report.head.sequence) == (True, 4, 11, 11)
+        assert report.anchor == rotated.head()
+        names = {path.name for path in rotated.path.parent.iterdir()}
+        assert names == {"a.log", "a.log.1", "a.log.2", "a.log.3"}
+        assert (rotated.path.stat().st_mode & 0o777, rotated.path.stat().st_nlink) == (0o600, 1)
+        first = json.loads(rotated.path.read_text())
+        assert (first["action"], first["before"]) == ("RotateAuditLog", "a.log.3")
+
+    @pytest.mark.parametrize("file", ["a.log.1", "a.log.2", "a.log.3"])
+    def test_a_missing_file_is_found(self, rotated, file):
+        rotated.path.with_name(file).unlink()
+        assert problems(rotated) == [f"{file}: is missing"]
+        assert rotated.rotate() == "a.log.4"
+        assert problems(rotated) == [f"{file}: is missing"]
+
+    @pytest.mark.parametrize("file", ["a.log.1", "a.log.2", "a.log.3"])
+    @pytest.mark.parametrize("at", [0, -1])
+    def test_a_changed_line_is_found_in_every_file(self, rotated, file, at):
+        path = rotated.path.with_name(file)
+        lines = path.read_bytes().splitlines(keepends=True)
+        lines[at] = lines[at].replace(b'"ok"', b'"no"')
+        path.write_bytes(b"".join(lines))
+        (problem, *more) = verify(rotated.path, rotated.key).problems
+        assert (problem.file, problem.line) == (file, 1 if at == 0 else len(lines))
+        assert not more
+
+    @pytest.mark.parametrize("file", ["a.log.1", "a.log.2", "a.log.3"])
+    def test_a_cut_end_is_found_in_every_file(self, rotated, file):
+        path = rotated.path.with_name(file)
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:-1]))
+        assert any("does not chain" in problem for problem in problems(rotated))
+
+    def test_exchanged_and_added_files_are_found(self, rotated):
+        first, second = (rotated.path.with_name(f"a.log.{number}") for number in (1, 2))
+        contents = first.read_bytes(), second.read_bytes()
+        for path, content in zip((first, second), reversed(contents), strict=True):
+            path.write_bytes(content)
+        assert problems(rotated)
+        for path, content in zip((first, second), contents, strict=True):
+            path.write_bytes(content)
+        assert not problems(rotated)
+        rotated.path.with_name("a.log.9").write_bytes(contents[0])
+        assert problems(rotated)
+
+    def test_the_ended_files_cannot_be_left_out(self, rotated, key):
+        """An older file, put in place of the log, lacks the anchored line."""
+        anchor = rotated.head()
+        rotated.path.with_name("a.log.3").replace(rotated.path)
+        assert problems(rotated, anchor) == ["line 2: the log ends without line 11, which it had"]
+
+    def test_an_anchor_is_found_in_an_ended_file(self, log, key):
+        old = log.head()
+        middle = []
+        for number in range(3):
+            log.rotate()
+            log.append(entry(number))
+            middle.append(log.head())
+        assert all(log.holds(line) for line in (START, old, *middle))
+        assert not log.holds(Link(8, "0" * 64))
+        assert verify(log.path, key, (old,)).behind == 6
+        log.path.with_name("a.log.1").unlink()
+        assert not log.holds(old)
+        assert all(log.holds(line) for line in middle)
+
+    def test_nothing_is_rotated_below_a_size(self, tmp_path, log):
+        assert log.rotate(at_least=10**6) is None
+        assert AuditLog(tmp_path / "empty.log", lambda: NOW).rotate() is None
+
+    def test_rotates_by_size_and_loses_no_line(self, tmp_path, key):
+        log = AuditLog(tmp_path / "a.log", lambda: NOW, key, max_bytes=2000)
+        other = replace(log)  # as another process
+        for number in range(60):
+            (log, other)[number % 2].append(entry(number))
+        report = verify(log.path, key)
+        assert report.ok
+        assert report.lines == 60 + report.files - 1
+        assert report.files > 5
+        assert all(path.stat().st_size < 3000 for path in tmp_path.glob("a.log*"))
+
+    def test_a_log_that_cannot_be_rotated_goes_on(self, tmp_path, key, caplog, monkeypatch):
+        log = AuditLog(tmp_path / "a.log", lambda: NOW, key, max_bytes=300)
+
+        def refused(*_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(audit.Path, "rename", refused)
+        for number in range(5):
+            log.append(entry(number))
+        assert caplog.text.count("the audit log was not rotated") == 1
+        monkeypatch.undo()
+        log.append(entry(5))
+        report = verify(log.path, key)
+        assert (report.ok, report.files, report.lines) == (True, 2, 7)
+
+    def test_accepting_names_the_damaged_file_and_keeps_it(self, log, key):
         rewrite(log, lambda lines: [*lines, DEEP + b"\n", b"x\n"])
         damaged = log.path.read_bytes()
-        with pytest.raises(AuditFailed, match="new-segment"):
+        with pytest.raises(AuditFailed, match="hsmwrap audit accept"):
             log.append(entry(7))
-        first, segment = log.begin_segment()
+        first, old, finding = accept(log)
         assert log.head() == first
-        old = log.path.with_name("a.log.1")
-        assert old.read_bytes() == damaged
-        finding = "line 7: is not a line of an audit log, and 1 more problems"
-        assert segment == Segment("a.log.1", hashlib.sha256(damaged).hexdigest(), 8, finding)
-        assert json.loads(log.path.read_text())["before"] == asdict(segment)
+        assert (old, log.path.with_name(old).read_bytes()) == ("a.log.1", damaged)
+        assert finding == "line 7: is not a line of an audit log, and 1 more problems"
+        said = json.loads(log.path.read_text())
+        assert (said["sequence"], said["reason"], said["finding"]) == (7, "a test", finding)
+        digest = hashlib.sha256(damaged).hexdigest()
+        assert said["accepted"] == [{"file": "a.log.1", "sha256": digest}]
         log.append(entry(8))
         report = verify(log.path, key, (first,))
-        assert (report.ok, report.lines, report.before) == (True, 2, segment)
-        assert (log.path.stat().st_mode & 0o777, log.path.stat().st_nlink) == (0o600, 1)
-        assert {path.name for path in log.path.parent.iterdir()} == {"a.log", "a.log.1"}
+        # The new file has the line that was owed as well.
+        assert (report.ok, report.lines, report.files) == (True, 8 + 3, 2)
+        assert report.accepted[0].finding == finding
+        assert report.behind == 2
 
-    def test_of_a_whole_log(self, log, key):
-        segment = log.begin_segment()[1]
-        assert (segment.lines, segment.finding) == (6, "")
-        assert verify(log.path.with_name(segment.file), key).ok
-        assert verify(log.path, key).ok
+    def test_a_whole_log_may_be_accepted(self, log, key):
+        assert accept(log)[2] == ""
+        report = verify(log.path, key)
+        assert (report.ok, report.lines, report.head.sequence) == (True, 7, 7)
 
-    def test_a_cut_end_is_a_finding(self, log):
+    def test_a_cut_end_is_a_finding_and_numbers_are_not_used_again(self, log, key):
         anchor = log.head()
         rewrite(log, lambda lines: lines[:2])
-        finding = log.begin_segment((anchor,))[1].finding
+        first, _, finding = accept(log, anchor)
         assert finding == "line 2: the log ends without line 6, which it had"
+        assert first.sequence == 7
+        assert verify(log.path, key, (first,)).ok
 
     @pytest.mark.parametrize("file", ["a.log.1", "a.log.2"])
     @pytest.mark.parametrize(
-        "change", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])]
+        ("change", "problem"),
+        [
+            (Path.unlink, "is missing"),
+            (
+                lambda path: path.write_bytes(path.read_bytes()[:-1]),
+                "was changed after it was accepted",
+            ),
+        ],
     )
-    def test_a_change_of_an_ended_segment_is_found(self, log, key, file, change):
-        log.begin_segment()
+    def test_a_change_of_an_accepted_file_is_found(self, log, file, change, problem):
+        accept(log)
         log.append(entry(1))
-        log.begin_segment()
-        assert verify(log.path, key).ok
+        accept(log)
+        assert not problems(log)
         change(log.path.with_name(file))
-        assert [str(problem) for problem in verify(log.path, key).problems] == [
-            f"line 1: the ended segment {file} is missing or was changed"
-        ]
+        assert f"{file}: {problem}" in problems(log)
+
+    @pytest.mark.parametrize("file", ["a.log.1", "a.log.2"])
+    def test_a_missing_file_may_be_accepted_and_no_other(self, rotated, file):
+        rotated.path.with_name(file).unlink()
+        _, old, finding = accept(rotated)
+        assert (old, finding) == ("a.log.4", f"{file}: is missing")
+        assert not problems(rotated)
+        rotated.append(entry(1))
+        rotated.path.with_name("a.log.3").unlink()
+        assert problems(rotated) == ["a.log.3: is missing"]
+
+    def test_a_damaged_ended_file_may_be_accepted_as_it_is(self, rotated):
+        path = rotated.path.with_name("a.log.2")
+        path.write_bytes(path.read_bytes().replace(b'"ok"', b'"no"'))
+        assert problems(rotated)
+        accept(rotated)
+        assert not problems(rotated)
+        path.write_bytes(path.read_bytes().replace(b'"no"', b'"on"'))
+        assert problems(rotated)[-1] == "a.log.2: was changed after it was accepted"
 
     def test_what_the_first_line_says_is_chained(self, log, key):
         rewrite(log, lambda lines: [*lines, b"x\n"])
-        log.begin_segment()
+        accept(log)
         rewrite(log, lambda lines: [lines[0].replace(b"is not a line", b"is well")])
-        assert lines_at_fault(verify(log.path, key)) == [1]
+        found = verify(log.path, key).problems
+        assert AuditProblem(1, CHANGED) in found
+        # An acceptance that is not in the chain accepts nothing.
+        assert AuditProblem(7, "is not a line of an audit log", "a.log.1") in found
 
+    @pytest.mark.parametrize("action", ["RotateAuditLog", "AcceptAuditLog", "Encrypt"])
     @pytest.mark.parametrize(
         "before",
-        [
-            1,
-            {},
-            {"file": 1, "sha256": "0", "lines": 1, "finding": ""},
-            {"file": "../a.log", "sha256": "0", "lines": 1, "finding": ""},
-            {"file": "\0\ud800", "sha256": "0", "lines": 1, "finding": ""},
-            {"file": "", "sha256": "0", "lines": 1, "finding": ""},
-        ],
+        [1, {}, "../a.log", "\0\ud800", "", "a.log", "a.log.1", "a.log.99999999999999999999"],
     )
-    def test_hostile_names(self, log, key, before):
-        line = audit._line(entry(1), NOW, START, bytes(32), before=before)
+    def test_hostile_first_lines(self, log, key, action, before):
+        log.append(entry(7))
+        log.rotate()
+        content = {"action": action, "before": before, "chained_to": [1], "accepted": [before, {}]}
+        line = chain.write(content, Link(7, "0" * 64), bytes(32))
         log.path.write_bytes(line)
-        assert set(lines_at_fault(verify(log.path, key))) == {1}
+        assert problems(log)
+        assert not log.holds(Link(7, "0" * 64))
+        assert log.rotate()
+        assert problems(log)
 
-    def test_processes_that_wait_go_on_with_the_new_segment(self, log, key):
+    def test_processes_that_wait_go_on_with_the_new_file(self, log, key):
+        other = replace(log)
         with ThreadPoolExecutor(1) as thread:
             with log._locked():
-                waiting = thread.submit(log.append, entry(1))
+                waiting = thread.submit(other.append, entry(1))
                 time.sleep(0.1)
-                # As begin_segment does, under this lock.
-                old = log.path.with_name("a.log.1")
+                # As rotate does, under this lock.
+                old = log.path.with_name("old")
                 old.hardlink_to(log.path)
                 new = log.path.with_name("new")
                 new.touch()
@@ -717,28 +875,34 @@ class TestSegments:
         for thread in threads:
             thread.start()
         log = AuditLog(path, lambda: NOW)
+        log.append(entry(0))
         for _ in range(3):
-            log.begin_segment()
+            log.rotate()
+            assert verify(path).ok
         for thread in threads:
             thread.join()
-        files = [path, *(tmp_path / f"shared.log.{number}" for number in (1, 2, 3))]
-        reports = [verify(file) for file in files]
-        assert all(report.ok for report in reports)
-        assert sum(report.lines for report in reports) == 150 + 3
+        report = verify(path)
+        assert (report.ok, report.files, report.lines) == (True, 4, 151 + 3)
+        assert report.head.sequence == 154
 
     def test_after_a_command_that_was_killed(self, log, key):
         log.path.with_name("a.log.1").hardlink_to(log.path)
         log.path.with_name(".a.log.new").write_bytes(b"part")
-        assert log.begin_segment()[1].file == "a.log.2"
         assert verify(log.path, key).ok
+        log.append(entry(7))
+        assert log.rotate() == "a.log.1"
+        report = verify(log.path, key)
+        assert (report.ok, report.files, report.lines) == (True, 2, 8)
 
     def test_a_link_stays_a_link(self, log, tmp_path):
         (tmp_path / "elsewhere").mkdir()
         link = tmp_path / "elsewhere" / "link.log"
         link.symlink_to(log.path)
-        replace(log, path=link).begin_segment()
+        linked = replace(log, path=link)
+        linked.rotate()
         assert link.is_symlink()
         assert log.path.with_name("a.log.1").exists()
+        assert verify(link, log.key).files == 2
 
     @pytest.mark.parametrize("kind", [os.mkfifo, lambda path: path.symlink_to("/dev/null")])
     def test_what_is_not_a_regular_file_is_refused(self, tmp_path, kind):
@@ -755,9 +919,9 @@ class TestSegments:
         rewrite(log, lambda lines: [*lines[:3], DEEP + b"\n"])
         with pytest.raises(AuditFailed):
             client("ListKeys")
-        assert "new-segment" in kms.health().facts["audit log"]
-        segment = anchors.begin_segment(kms._database, log)
-        assert segment.finding.startswith("line 4: is not a line of an audit log")
+        assert "hsmwrap audit accept" in kms.health().facts["audit log"]
+        report, _ = anchors.accept(kms._database, log, "a test")
+        assert report.finding.startswith("line 4: is not a line of an audit log")
         assert kms.health().ready
         caplog.clear()
         for _ in range(6):
@@ -765,8 +929,81 @@ class TestSegments:
         kms.sweep()
         (anchor,) = anchors.remembered(kms._database, log)
         report = verify(log.path, None, (anchor,))
-        assert (report.ok, report.lines, report.behind) == (True, 7, 0)
+        assert (report.ok, report.lines, report.behind) == (True, 4 + 7, 0)
         assert not caplog.records
+
+    def test_the_kms_goes_on_after_a_rotation(self, open_kms, caplog):
+        kms = open_kms(anchor_lines=4)
+        client, log = Client(kms), kms._audit.log
+        for _ in range(6):
+            client("ListKeys")
+            replace(log).rotate()  # as another process
+        kms.sweep()
+        (anchor,) = anchors.remembered(kms._database, log)
+        report = verify(log.path, None, (anchor,))
+        assert (report.ok, report.files, report.lines, report.behind) == (True, 7, 12, 0)
+        assert not caplog.records
+
+    @pytest.mark.parametrize("with_anchor", [True, False], ids=["older copy", "unknown to it"])
+    def test_a_restored_log_is_accepted_by_one_command(self, open_kms, with_anchor):
+        kms = open_kms(anchor_lines=1)
+        client, log = Client(kms), kms._audit.log
+        for _ in range(6):
+            client("ListKeys")
+        rewrite(log, lambda lines: lines[:2])
+        kms.sweep()
+        assert "a line is missing" in kms.health().facts["audit log"]
+        if not with_anchor:
+            with kms._database.write() as transaction:
+                transaction.execute(text("DELETE FROM audit_anchors"))
+        report, _ = anchors.accept(kms._database, log, "restored from a backup")
+        assert report.ok != with_anchor
+        client("ListKeys")
+        remembered = anchors.remembered(kms._database, log)
+        report = verify(log.path, None, remembered)
+        assert (report.ok, report.anchor) == (True, remembered[0])
+        assert report.accepted[0].reason == "restored from a backup"
+        kms.sweep()
+        assert kms.health().facts["audit log"] == "ready"
+
+
+class TestExport:
+    def exported(self, log, after=0):
+        found = list(export(log.path, after, log.key))
+        lines = [json.loads(each)["sequence"] for _, each in found if isinstance(each, bytes)]
+        return lines, [str(each) for _, each in found if isinstance(each, AuditProblem)]
+
+    @pytest.mark.parametrize("after", range(12))
+    def test_goes_on_after_a_number_over_all_files(self, log, after):
+        for number in range(3):
+            log.rotate()
+            if number < 2:
+                log.append(entry(number))
+        assert self.exported(log, after) == (list(range(after + 1, 12)), [])
+
+    def test_lines_are_as_they_are(self, log):
+        assert b"".join(each for _, each in export(log.path, 0, log.key)) == log.path.read_bytes()
+
+    def test_reads_only_the_files_that_it_needs(self, log):
+        log.rotate()
+        log.append(entry(7))
+        log.rotate()
+        log.path.with_name("a.log.1").write_bytes(b"x\n")
+        assert self.exported(log, 6) == ([7, 8, 9], [])
+
+    def test_problems_do_not_end_it(self, log):
+        log.rotate()
+        log.append(entry(7))
+        log.rotate()
+        log.path.with_name("a.log.2").unlink()
+        rewrite(log, lambda lines: [*lines, b"x\n"])
+        assert self.exported(log, 3) == (
+            [4, 5, 6, 9],
+            ["a.log.2: is missing", "line 2: is not a line of an audit log"],
+        )
+
+    def test_a_log_that_ends_before_the_position_is_a_problem(self, log):
+        assert self.exported(log, 9) == ([], ["the log ends with line 6, before line 9"])
 
 
 class TestCommand:
@@ -778,22 +1015,60 @@ class TestCommand:
         args = parser.parse_args(["audit", action, *map(str, arguments)])
         return args.run(args), capsys.readouterr().out
 
-    def test_new_segment(self, open_kms, config, tmp_path, capsys):
+    def test_accept(self, open_kms, config, tmp_path, capsys):
         kms = open_kms()
         Client(kms)("ListKeys")
         rewrite(kms._audit.log, lambda lines: [*lines, b"x\n"])
         assert self.run(capsys, "--config", config)[0] == 1
-        code, out = self.run(capsys, "--config", config, action="new-segment")
-        before = "audit.log.1, 2 lines, line 2: is not a line of an audit log"
-        assert (code, out) == (0, f"{tmp_path}/audit.log: new segment; before it {before}\n")
+        code, out = self.run(capsys, "--config", config, "--reason", "why not", action="accept")
+        finding = "line 2: is not a line of an audit log"
+        log = f"{tmp_path}/audit.log"
+        end = f"{log}: goes on after audit.log.1, which is accepted\n"
+        assert (code, out) == (0, f"{log}: {finding}\n{end}")
         code, out = self.run(capsys, "--config", config)
-        assert (code, f"audit.log: began after {before}\n" in out) == (0, True)
-        assert "1 lines, complete; anchored at line 1" in out
+        assert code == 0
+        assert re.search(rf"audit.log: accepted by line 2 at \S+: why not \({finding}\)\n", out)
+        assert "3 lines in 2 files, complete; anchored at line 2" in out
         code, out = self.run(capsys, "--config", config, "--json")
-        assert json.loads(out)["before"]["file"] == "audit.log.1"
+        assert json.loads(out)["accepted"][0]["reason"] == "why not"
         (tmp_path / "audit.log.1").unlink()
         code, out = self.run(capsys, "--config", config)
-        assert (code, "audit.log.1 is missing or was changed" in out) == (1, True)
+        assert (code, "audit.log.1: is missing" in out) == (1, True)
+
+    def test_rotate(self, open_kms, config, tmp_path, capsys):
+        kms = open_kms()
+        log = f"{tmp_path}/audit.log"
+        empty = f"{log}: is empty, so it is not rotated\n"
+        assert self.run(capsys, "--config", config, action="rotate") == (0, empty)
+        Client(kms)("ListKeys")
+        rotated = f"{log}: goes on after audit.log.1\n"
+        assert self.run(capsys, "--config", config, action="rotate") == (0, rotated)
+        code, out = self.run(capsys, "--config", config)
+        assert (code, "2 lines in 2 files, complete; anchored at line 1" in out) == (0, True)
+        (tmp_path / "audit.log.1").unlink()
+        code, out = self.run(capsys, "--config", config, "--json")
+        problem = {"file": "audit.log.1", "line": 0, "problem": "is missing"}
+        assert (code, problem in json.loads(out)["problems"]) == (1, True)
+
+    def test_export(self, open_kms, config, tmp_path, capfdbinary):
+        def exported(*arguments):
+            code, out = self.run(capfdbinary, "--config", config, *arguments, action="export")
+            return code, [json.loads(line)["sequence"] for line in out.splitlines()]
+
+        kms, position = open_kms(), tmp_path / "position"
+        for _ in range(3):
+            Client(kms)("ListKeys")
+        assert exported("--after", "1") == (0, [2, 3])
+        assert exported("--position-file", position) == (0, [1, 2, 3])
+        assert exported("--position-file", position) == (0, [])
+        Client(kms)("ListKeys")
+        assert exported("--position-file", position) == (0, [4])
+        assert position.read_text() == "4\n"
+        rewrite(kms._audit.log, lambda lines: [*lines[:3], b"x\n"])
+        assert exported("--after", "2") == (1, [3])
+        position.write_text("four")
+        with pytest.raises(ConfigurationError, match="one number"):
+            exported("--position-file", position)
 
     def test_file(self, log, key, tmp_path, capsys):
         key_file = tmp_path / "audit.key"
@@ -867,7 +1142,8 @@ class TestCommand:
             "anchored": False,
             "anchor": None,
             "behind": 0,
-            "before": None,
+            "accepted": [],
+            "files": 0,
             "lines": 0,
             "problems": [],
         }
@@ -888,6 +1164,156 @@ class TestCommand:
         assert re.search(
             r"4 lines, complete; anchored at line 1 \(1\d\d seconds ago\), 3 lines", out
         )
+
+
+class TestThreadsThatWait:
+    """The lines of threads that wait at the same time are written together."""
+
+    @pytest.fixture
+    def writes(self, monkeypatch):
+        """How many lines each write to a file had; and how often the disk was waited for."""
+        lines, syncs = [], []
+        write, sync = os.write, os.fdatasync
+        monkeypatch.setattr(
+            audit.os, "write", lambda f, text: lines.append(text.count(b"\n")) or write(f, text)
+        )
+        monkeypatch.setattr(audit.os, "fdatasync", lambda f: syncs.append(f) or sync(f))
+        return lines, syncs
+
+    def test_are_written_and_synced_together(self, tmp_path, key, writes):
+        log = AuditLog(tmp_path / "a.log", lambda: NOW, key, sync=True)
+        with ThreadPoolExecutor(8) as threads:
+            with log._turn(time.monotonic() + 9):
+                waiting = [threads.submit(log.append, entry(number)) for number in range(8)]
+                until(lambda: len(log._queue.waiting) == 8)
+                assert not any(each.done() for each in waiting)
+            assert sorted(each.result(5) for each in waiting) == list(range(1, 9))
+        assert writes[0] == [8]
+        assert len(writes[1]) == 1
+        assert verify(log.path, key).lines == 8
+
+    def test_fail_together_and_their_lines_are_owed(self, tmp_path, key, monkeypatch):
+        log = AuditLog(tmp_path / "a.log", lambda: NOW, key)
+        log.append(entry(0))
+        monkeypatch.setattr(audit.os, "write", lambda *_: 0)
+        with ThreadPoolExecutor(8) as threads:
+            with log._turn(time.monotonic() + 9):
+                waiting = [threads.submit(log.append, entry(number)) for number in range(1, 5)]
+                until(lambda: len(log._queue.waiting) == 4)
+            for each in waiting:
+                with pytest.raises(AuditFailed, match="in part"):
+                    each.result(5)
+        with pytest.raises(AuditFailed, match="in part"):
+            log.check(max_age=9)
+        assert verify(log.path, key).lines == 1
+        monkeypatch.undo()
+        log.check(max_age=9)
+        assert verify(log.path, key).lines == 5
+        requests = {json.loads(line)["request_id"] for line in log.path.read_text().splitlines()}
+        assert requests == {f"r{number}" for number in range(5)}
+        assert log.append(entry(5)) == 6
+
+    def test_owed_lines_are_bounded(self, tmp_path, key, monkeypatch, caplog):
+        monkeypatch.setattr(audit, "_MOST_OWED", 3)
+        log = AuditLog(tmp_path / "a.log", lambda: NOW, key)
+        monkeypatch.setattr(audit.os, "write", lambda *_: 0)
+        for number in range(5):
+            with pytest.raises(AuditFailed):
+                log.append(entry(number))
+        monkeypatch.undo()
+        assert log.append(entry(5)) == 4
+        assert caplog.text.count("an audit line is lost") == 2
+
+    def test_nothing_is_done_while_lines_are_owed(self, client, monkeypatch, tmp_path):
+        write = os.write
+        monkeypatch.setattr(audit.os, "write", lambda *_: 0)
+        for _ in range(3):
+            with pytest.raises(AuditFailed):
+                client.create()
+        monkeypatch.setattr(audit.os, "write", write)
+        # The first was done, since the log failed after it; its line was owed.
+        assert client("ListKeys")["TotalCount"] == 1
+        lines = (tmp_path / "audit.log").read_text().splitlines()
+        assert [json.loads(line)["action"] for line in lines] == ["CreateKey", "ListKeys"]
+
+    def test_a_check_needs_no_lock_for_a_moment_but_sees_the_file(self, log):
+        log.append(entry(1))
+        other = replace(log)
+        with other._locked():
+            log.check(max_age=9)
+            with pytest.raises(AuditLocked):
+                log.check(lock_seconds=0)
+        other.append(entry(2))
+        log.check(max_age=9)
+        before = log.path.read_bytes()
+        for damage in (b"", before[:-2] + b" \n", before + b"x\n", before + before[-50:]):
+            log.check()
+            log.path.write_bytes(damage)
+            if damage:
+                with pytest.raises(AuditFailed):
+                    log.check(max_age=9)
+            log.path.write_bytes(before)
+        log.path.unlink()
+        log.path.mkdir()
+        with pytest.raises(AuditFailed):
+            log.check(max_age=9)
+
+    def test_a_forked_child_writes_lines_of_its_own(self, tmp_path, key):
+        log = AuditLog(tmp_path / "a.log", lambda: NOW, key)
+        with ThreadPoolExecutor(1) as threads:
+            with log._turn(time.monotonic() + 9):
+                waiting = threads.submit(log.append, entry(1))
+                until(lambda: log._queue.waiting)
+                child = multiprocessing.get_context("fork").Process(
+                    target=log.append, args=(entry(2),)
+                )
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    child.start()
+                child.join(10)
+                assert child.exitcode == 0
+            assert waiting.result(5) == 2
+        requests = [json.loads(line)["request_id"] for line in log.path.read_text().splitlines()]
+        assert requests == ["r2", "r1"]
+        assert verify(log.path, key).ok
+
+
+def _append_for_ever(path, answered):
+    log = AuditLog(path, lambda: NOW, max_bytes=20_000)
+
+    def run(name):
+        for number in itertools.count():
+            sequence = log.append(entry(f"{name}-{number}"))
+            os.write(answered, b"%d r%s-%d\n" % (sequence, name.encode(), number))
+
+    for name in ("a", "b", "c"):
+        threading.Thread(target=run, args=(name,), daemon=True).start()
+    threading.Event().wait()
+
+
+@pytest.mark.slow
+def test_after_kill_9_every_answered_line_is_there(tmp_path):
+    path = tmp_path / "a.log"
+    context = multiprocessing.get_context("fork")
+    for _ in range(5):
+        reader, writer = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = context.Process(target=_append_for_ever, args=(path, writer))
+            child.start()
+        os.close(writer)
+        with os.fdopen(reader, "rb") as answered:
+            lines = [answered.readline() for _ in range(200)]
+            child.kill()
+            child.join()
+            lines += [line for line in answered.readlines() if line.endswith(b"\n")]
+        AuditLog(path, lambda: NOW).append(entry("after"))
+        assert verify(path).ok
+        written = [json.loads(line) for _, line in export(path, 0)]
+        numbered = {line["sequence"]: line["request_id"] for line in written}
+        for line in lines:
+            sequence, request_id = line.decode().split()
+            assert numbered[int(sequence)] == request_id
 
 
 @pytest.mark.slow
