@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -40,6 +41,7 @@ def pytest_collection_modifyitems(config, items):
     fast.select(config, items)
 
 
+CLUSTER = pytest.StashKey[Any]()
 TOKEN = pytest.StashKey[SoftHsm]()
 
 
@@ -62,7 +64,7 @@ def small_token(request):
 
 
 @pytest.fixture(scope="session")
-def postgres_cluster():
+def postgres_cluster(request):
     fast.needs_service()
     pytest.importorskip("psycopg", reason="capability: psycopg is not installed")
     from support.services.postgres import PrivateCluster, binaries
@@ -70,4 +72,15 @@ def postgres_cluster():
     if binaries() is None:
         pytest.skip("capability: PostgreSQL is not installed")
     with PrivateCluster() as cluster:
+        request.config.stash[CLUSTER] = cluster
         yield cluster
+
+
+@pytest.fixture(autouse=True)
+def few_databases(request):
+    """No database that this test makes stays in memory; those of a module do."""
+    cluster = request.config.stash.get(CLUSTER, None)
+    before = cluster.made() if cluster else frozenset()
+    yield
+    if cluster := request.config.stash.get(CLUSTER, None):
+        cluster.drop(cluster.made() - before)
