@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from hsmwrap.catalog import COMPATIBILITY_TABLE, KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import (
+    ConfigurationError,
     ExpiredImportToken,
     InvalidParameter,
     MissingParameter,
@@ -160,12 +161,19 @@ def encrypt_key_material(algorithm: WrappingAlgorithm, public_key: bytes, materi
 
     Raises:
         InvalidParameter: The public key is of another kind.
-        ConfigurationError: libcrypto has no SM2.
+        ConfigurationError: libcrypto is not there, or has no SM2.
+        SelfTestFailed: It does not compute SM2.
     """
     if algorithm is WrappingAlgorithm.SM2PKE:
         if _spec_of(public_key) is not WrappingKeySpec.EC_SM2:
             raise InvalidParameter("PublicKey", f"{algorithm} is for keys of EC_SM2")
-        engine = open_engine("libcrypto")
+        try:
+            engine = open_engine("libcrypto")
+        except ConfigurationError:
+            raise ConfigurationError(
+                f"{algorithm} needs the distribution's OpenSSL 3 with SM2 (libcrypto.so.3), which "
+                "is not here; RHEL and its relatives build it without"
+            ) from None
         return engine.encrypt(decode_spki(public_key), material).to_c1c3c2()
     key = load_der_public_key(public_key)
     if not isinstance(key, RSAPublicKey):

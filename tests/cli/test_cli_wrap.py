@@ -118,6 +118,14 @@ def scalar_of(file):
     return "".join(octets.split()).replace(":", "")[-64:].rjust(64, "0")
 
 
+def test_where_libcrypto_has_no_sm2_it_says_so(here, pairs, capsys, monkeypatch):
+    monkeypatch.setattr("hsmwrap.sm2.openssl.SONAME", "libcrypto-without-sm2.so")
+    Path("parameters.json").write_text(json.dumps(answer(pairs["SM2"][1])))
+    assert wrap_key("--generate", "new", algorithm=SM2PKE, material=None) == 2
+    assert "needs the distribution's OpenSSL 3 with SM2" in capsys.readouterr().err
+    assert not Path("new").exists()
+
+
 @each_algorithm
 def test_the_kms_imports_it(here, capsys, algorithm):
     with open_software() as backend:
