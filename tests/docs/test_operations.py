@@ -12,6 +12,9 @@ from support.documents import ROOT, section_of, text_of
 
 OPERATIONS = ROOT / "docs" / "operations.md"
 BLOCK = re.compile(r"^```console tested\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ON_TWO_TOKENS = re.compile(
+    r"^```console tested on two tokens\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 def commands(block):
@@ -48,8 +51,8 @@ def test_console_blocks_do_what_they_say(softhsm, tmp_path):
     scripts = [tmp_path / f"command-{number}" for number in range(len(written))]
     for script, (command, _) in zip(scripts, written, strict=True):
         script.write_text(command)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "HSMWRAP_TOKEN_DIR": str(tmp_path / "token")}
+    (tmp_path / "softhsm").symlink_to(ROOT / "softhsm")  # as in a clone
+    environment = environment_of(tmp_path / "token")
     run = [ROOT / "softhsm" / "init-token", "bash", "-c", EACH, "each", *scripts]
     status = subprocess.run(run, cwd=tmp_path, env=environment, check=False).returncode
     errors = [error.read_text() for error in sorted(tmp_path.glob("command-*.err"))]
@@ -58,6 +61,34 @@ def test_console_blocks_do_what_they_say(softhsm, tmp_path):
         printed = script.with_name(f"{script.name}.out").read_text()
         lines = [line.rstrip() for line in printed.splitlines()]
         assert agrees(output, lines), f"{command}{printed}"
+
+
+def environment_of(token):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.environ | {"PATH": path, "HSMWRAP_TOKEN_DIR": str(token)}
+
+
+def test_key_sets_are_cloned_as_it_is_written(softhsm, tmp_path):
+    """On two tokens; a fingerprint that is given is the one that was shown last."""
+    (block,) = ON_TWO_TOKENS.findall(text_of(OPERATIONS))
+    in_source = "source$ hsmwrap keys init\n…\n"
+    shown = ""
+    for host, command, output in re.findall(
+        r"^(source|target)\$ (.*)\n((?:(?!source\$|target\$).*\n)*)",
+        in_source + block,
+        re.MULTILINE,
+    ):
+        confirmed = re.sub(r"(--fingerprint) \w+…", rf"\1 {shown}", command)
+        run = [ROOT / "softhsm" / "init-token", "bash", "-c", confirmed]
+        environment = environment_of(tmp_path / host) | {"HSMWRAP_TOKEN_LABEL": host}
+        done = subprocess.run(
+            run, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        found = re.search("fingerprint ([0-9a-f]{64})", done.stdout)
+        shown = found[1] if found else ""
+        written = re.sub(r"fingerprint \w+…", "fingerprint …", output).splitlines()
+        assert agrees(written, done.stdout.splitlines()), f"{command}\n{done.stdout}"
 
 
 @pytest.mark.parametrize(
