@@ -11,13 +11,13 @@ from xml.sax.saxutils import escape
 from werkzeug.wrappers import Response
 
 from hsmwrap.errors import HsmwrapError
+from hsmwrap.kms.recommend import ELSE
 
 # alibabacloud-tea-openapi compares the XML type with this very text (field note 69).
 _CONTENT_TYPE = {"JSON": "application/json;charset=utf-8", "XML": "text/xml;charset=utf-8"}
 _RETRY = frozenset({429, 503})
 _RETRY_AFTER = "2"
 """In seconds; an HSM that is lost may come back later."""
-_RECOMMEND = "Look for the RequestId in the log of this service."
 
 # XML 1.0, section 2.2: a character that is not a Char is not allowed, not even as a reference.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -29,14 +29,16 @@ def success(fields: Mapping[str, Any], request_id: str, format_: str) -> Respons
     return _response("KMS", {**fields, "RequestId": request_id}, 200, format_)
 
 
-def failure(error: HsmwrapError, request_id: str, host: str, format_: str) -> Response:
+def failure(
+    error: HsmwrapError, request_id: str, host: str, format_: str, recommend: str = ELSE
+) -> Response:
     """The answer for an error, with its code, message and status."""
     fields = {
         "RequestId": request_id,
         "HostId": host,
         "Code": error.code,
         "Message": error.api_message,
-        "Recommend": _RECOMMEND,
+        "Recommend": recommend,
     }
     return _response("Error", fields, error.http_status, format_)
 

@@ -46,6 +46,7 @@ from hsmwrap.imports import new_request_id
 from hsmwrap.keypool import KeyPool
 from hsmwrap.kms.access import MAX_ID_LENGTH
 from hsmwrap.kms.errors import InvalidAction
+from hsmwrap.kms.recommend import recommend
 from hsmwrap.kms.tls import Tls, open_tls
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class _Exchange:
     action: str = ""
     access_key_id: str = ""
     known_action: bool = False
+    given: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def log(self, level: int, code: str, status: int, **more: str) -> None:
         seconds = time.perf_counter() - self.started
@@ -199,6 +201,7 @@ class App(_Pages):
             raise PathNotFound("only / is served")
         _require_method(request, "GET", "POST")
         message = read_message(request, self.max_body)
+        exchange.given = message.own_parameters
         exchange.format_ = _FORMATS.get(message.parameters.get("Format", "").lower(), "JSON")
         claim = _read_claim(message, exchange)
         caller = self._authenticate(claim, exchange)
@@ -394,4 +397,5 @@ def _failed(error: HsmwrapError, exchange: _Exchange) -> Response:
     # Texts of hsmwrap's own errors hold no secrets; texts of other exceptions are never logged.
     more = {"detail": str(error)} | (logs.describe(error) if broken else {})
     exchange.log(logging.ERROR if broken else logging.INFO, error.code, error.http_status, **more)
-    return answer.failure(error, exchange.request_id, exchange.host, exchange.format_)
+    advice = recommend(error, exchange.action, exchange.given)
+    return answer.failure(error, exchange.request_id, exchange.host, exchange.format_, advice)

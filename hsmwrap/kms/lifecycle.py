@@ -164,7 +164,7 @@ class KeyLifecycle:
             raise verdict.error()
         backend = self._core.backend_for(level)
         if backend.capabilities().key_for(key_spec) is None:
-            raise InvalidParameter("KeySpec", f"backend {backend.name} does not support {key_spec}")
+            raise InvalidParameter("KeySpec", f"level {level} has no {key_spec} keys here")
 
     def _add(self, key: Key, material: KeyRef | None = None) -> Key:
         with self._core.database.write() as transaction:
