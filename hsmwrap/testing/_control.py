@@ -14,7 +14,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "faultshim"
 MAGIC = 0x6D696873
-VERSION = 2
+VERSION = 3
 CODES_MAX = 16
 PROCESSES_MAX = 128
 PIN_MAX = 64
@@ -69,6 +69,8 @@ class Control(ctypes.Structure):
         ("device", ctypes.c_uint64),
         ("restrictions", ctypes.c_uint64),
         ("pin", ctypes.c_char * PIN_MAX),
+        ("kill_calls", ctypes.c_uint64),
+        ("kill_changes", ctypes.c_uint64),
         ("session_high_water", ctypes.c_uint64),
         ("concurrent_high_water", ctypes.c_uint64),
         ("token_objects_created", ctypes.c_uint64),

@@ -284,6 +284,16 @@ class FaultControl:
         for target in [self._function(name) for name in functions or FUNCTIONS]:
             target.rule = target.chance = target.latency = 0
 
+    def kill(self, *, call: int = 0, change: int = 0) -> None:
+        """Kill a process (SIGKILL) at a call of the module; without arguments: do not any more.
+
+        Args:
+            call: At the n-th call from now, of whichever function and process, before the module
+                sees it.
+            change: At the n-th token object from now that is made or destroyed, right after it.
+        """
+        self._control.kill_calls, self._control.kill_changes = call, change
+
     def pending(self) -> tuple[str, ...]:
         """Functions with a once-only fault that has not happened yet."""
         rules = ((name, self._function(name).rule) for name in FUNCTIONS)

@@ -338,6 +338,35 @@ def test_impossible_orders_are_refused(home, order):
         order(FaultControl(home))
 
 
+def die(shim):
+    """How a child ends that makes three token objects, and how many it made."""
+    before = shim.counters()
+    if not (child := os.fork()):
+        client, _, session = ready(shim.path)
+        for _ in range(3):
+            client.create_data(session, token=True)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    after = shim.counters()
+    made = after.token_objects_created - before.token_objects_created
+    return os.waitstatus_to_exitcode(status), made, sum(after.calls_since(before).values())
+
+
+@fresh_process
+def test_a_process_is_killed_at_a_call_or_a_change(home):
+    shim = FaultControl(home)
+    ended, made, calls = die(shim)
+    assert (ended, made) == (0, 3)
+    shim.kill(change=2)
+    assert die(shim)[:2] == (-signal.SIGKILL, 2)
+    for call, made in ((calls, 2), (calls - 2, 0), (1, 0)):
+        shim.kill(call=call)
+        assert die(shim) == (-signal.SIGKILL, made, call)
+    shim.kill(call=1)
+    shim.kill()
+    assert die(shim) == (0, 3, calls)
+
+
 # --- counters ---
 
 

@@ -3,13 +3,14 @@
 import base64
 import json
 import secrets
+from pathlib import Path
 
 import pytest
 from pkcs11 import exceptions as ck
 from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.mechanisms import KeyType, Mechanism
 from support.pkcs11.attacker import KEY_FUNCTION_NOT_PERMITTED, SHA1_OAEP, Attacker, readable
-from support.pkcs11.clone_user import MATERIAL, sealed_by, used_on
+from support.pkcs11.clone_user import MATERIAL, sealed_on, used_on
 
 from hsmwrap.checkvalue import check_value
 from hsmwrap.errors import ConfigurationError, UnsupportedOperation
@@ -97,32 +98,60 @@ def refused(refused_once, tmp_path):
     return one
 
 
-@pytest.fixture
-def sealed(softhsm, steps):
-    return sealed_by(softhsm, steps.prefix)
-
-
-def test_what_was_sealed_on_one_token_opens_on_the_other(steps, sealed, target, tmp_path):
-    """Keys, messages, import tokens and ciphertexts; and the set can move on from there."""
-    prefix = steps.prefix
-    assert steps.import_() == [("1", True)]
-    done = used_on(target, prefix, sealed, tmp_path)
+def require_used(token, prefix, directory, sealed):
+    """Keys, messages, import tokens and ciphertexts from elsewhere serve here."""
+    done = used_on(token, prefix, sealed, directory)
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
     assert bytes.fromhex(used["message"]) == b"message"
     assert bytes.fromhex(used["check_value"]) == check_value(MATERIAL)
-    # A clone is a set like any other: it is rotated, and cloned back.
+
+
+@pytest.fixture(scope="module")
+def two_slots(tmp_path_factory):
+    """Two tokens of one module, with PINs of their own."""
+    directory, tokens = tmp_path_factory.mktemp("slots"), []
+    for label in ("first", "second"):
+        made = SoftHsm.make(directory, label)
+        for name in ("HSMWRAP_PIN_FILE", "HSMWRAP_SO_PIN_FILE"):
+            file = Path(made.environment[name])
+            made.environment[name] = str(file.rename(directory / f"{label}-{file.name}"))
+        tokens.append(made)
+    assert len({Path(each.environment["HSMWRAP_PIN_FILE"]).read_text() for each in tokens}) == 2
+    return tokens
+
+
+@pytest.fixture(params=["another directory", "another slot"])
+def two_tokens(request, softhsm, target):
+    if request.param == "another slot":
+        return request.getfixturevalue("two_slots")
+    return softhsm, target
+
+
+def test_what_was_sealed_on_one_token_opens_on_the_other_and_back(two_tokens, tmp_path):
+    """Keys, messages, import tokens, ciphertexts; and the clone is a set like any other."""
+    first = exported(*two_tokens, tmp_path)
+    source, target, prefix = *two_tokens, first.prefix
+    sealed = sealed_on(source, prefix, tmp_path)
+    assert first.import_() == [("1", True)]
+    require_used(target, prefix, tmp_path, sealed)
+    require_used(source, prefix, tmp_path, sealed_on(target, prefix, tmp_path))
     assert sets(target.run_keys("rotate", prefix)) == [("1", False), ("2", True)]
-    back = Steps(target, steps.source, prefix, tmp_path)
+    sealed = sealed_on(target, prefix, tmp_path)
+    back = Steps(target, source, prefix, tmp_path)
     back.transport_key()
     back.export()
     assert back.import_() == [("1", False), ("2", True)]
+    require_used(source, prefix, tmp_path, sealed)
 
 
-def test_without_the_clone_it_does_not_open(softhsm, target, sealed, tmp_path):
+def test_without_the_clone_it_does_not_open(softhsm, target, tmp_path):
     """The control: another key set of the same number."""
     prefix = f"other-{secrets.token_hex(4)}"
-    target.run_keys("init", prefix)
+    for token in (softhsm, target):
+        token.run_keys("init", prefix)
+    sealed = sealed_on(softhsm, prefix, tmp_path)
+    require_used(softhsm, prefix, tmp_path, sealed)
     assert used_on(target, prefix, sealed, tmp_path).returncode != 0
 
 

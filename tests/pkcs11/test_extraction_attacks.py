@@ -18,6 +18,7 @@ from support.pkcs11.attacker import (
     ACTION_PROHIBITED,
     AES,
     KEY_FUNCTION_NOT_PERMITTED,
+    KNOWN,
     KWP,
     OAEP1,
     OAEP256,
@@ -35,6 +36,7 @@ from support.pkcs11.attacker import (
 from support.pkcs11.careless_officer import BACKUP_KEY
 
 from hsmwrap import registry
+from hsmwrap.backend import HasKeySets, ReSealsKeys
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.templates import secret_key, stored
 from hsmwrap.pkcs11.keysets import keys as keys_module
@@ -321,6 +323,36 @@ def test_a_key_that_moves_stays_what_it_is(moving, attacker):
     secret = moving.imported_key(SM4)
     with attacker.refused(ck.KeyNotWrappable):
         moving.kek(aes).wrap_key(secret, mechanism=KWP)
+
+
+@pytest.fixture
+def planted(moving, attacker):
+    """A newer key set of known keys, with all attributes of a movable one but CKA_TRUSTED."""
+    made = {
+        role: attacker.plant_known(moving.prefix, role, 2, EXTRACTABLE=True, WRAP_WITH_TRUSTED=True)
+        for role in Role
+    }
+    yield made
+    for key in made.values():
+        key.destroy()
+
+
+def test_a_naive_key_moves_to_a_planted_set_and_is_read(attacker, planted):
+    """The control of the next test."""
+    naive, value = attacker.known_key(EXTRACTABLE=True, SENSITIVE=True)
+    blob = planted[Role.MATERIAL_AES].wrap_key(naive, mechanism=KWP)
+    assert aes_key_unwrap_with_padding(KNOWN, blob) == value
+
+
+def test_no_key_moves_to_a_planted_set(scenes, moving, attacker, planted):
+    """Neither by the backend, which goes on with its own set, nor by the holder of the PIN."""
+    key = moving.imported[AES].key
+    for backend in (moving.backend, scenes.open(moving.prefix, trusted=True)):
+        assert HasKeySets.of(backend).current_key_set() == "1"
+        assert ReSealsKeys.of(backend).reseal(key) == key
+    opened_key = moving.imported_key(AES)
+    with attacker.refused(ck.KeyNotWrappable):
+        planted[Role.MATERIAL_AES].wrap_key(opened_key, mechanism=KWP)
 
 
 def test_a_key_set_that_says_that_it_is_trusted_cannot_be_planted(attacker):

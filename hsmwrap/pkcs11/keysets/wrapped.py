@@ -254,10 +254,10 @@ def _unwrap(
 
 
 def _missing(pooled: PooledSession, keys: KeySets, sets: Sequence[WrappedSet]) -> list[WrappedSet]:
-    """Those sets that the HSM token does not have.
+    """Those sets that the HSM token does not have; what a killed command left of one is destroyed.
 
     Raises:
-        ConfigurationError: It has another one of the same number, or a part of this one.
+        ConfigurationError: It has another one of the same number.
     """
     _, numbers = keys.survey(pooled.session)
     pooled.require_login()  # without one, the private keys are not seen
@@ -266,9 +266,21 @@ def _missing(pooled: PooledSession, keys: KeySets, sets: Sequence[WrappedSet]) -
         if each.number not in numbers:
             missing.append(each)
             continue
-        found = pooled.find({Attribute.LABEL: keys.label(Role.MAC, each.number)})
-        ids = [bytes(read(key, Attribute.ID)) for key in found]
-        if ids != [keys.key_id(Role.MAC, each.number, each.made_by)]:
+        found = {
+            role: [
+                bytes(read(key, Attribute.ID))
+                for key in pooled.find({Attribute.LABEL: keys.label(role, each.number)})
+            ]
+            for role in Role
+        }
+        ours = {role: keys.key_id(role, each.number, each.made_by) for role in Role}
+        if found[Role.MAC] == [ours[Role.MAC]]:
+            continue
+        if all(found[role] in ([], [ours[role]]) for role in Role):
+            # Without its MAC key, which comes last, it sealed nothing.
+            keys.destroy(pooled, each.number, each.made_by)
+            missing.append(each)
+        else:
             raise ConfigurationError(
                 f"the HSM token has another key set {each.number}: retire what is there, or take "
                 "another key_prefix"

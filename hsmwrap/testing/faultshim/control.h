@@ -16,7 +16,7 @@
 #include "functions.h"
 
 #define CONTROL_MAGIC 0x6D696873u /* "shim" */
-#define CONTROL_VERSION 2u
+#define CONTROL_VERSION 3u
 
 enum { CODES_MAX = 16, PROCESSES_MAX = 128, PIN_MAX = 64 };
 
@@ -67,6 +67,8 @@ struct control {
     counter device; /* test */
     counter restrictions; /* test: bits of enum restriction */
     char pin[PIN_MAX]; /* test, before the restrictions: what is typed at the token's PIN pad */
+    counter kill_calls;   /* test: the process that makes the last of so many calls is killed before it */
+    counter kill_changes; /* test: the same for token objects made and destroyed, and after it */
     /* All that follows, but for the test's fields of struct function_control: shim. */
     counter session_high_water;
     counter concurrent_high_water;
@@ -81,9 +83,9 @@ struct control {
     struct function_control function[FUNCTION_COUNT];
     struct process_share process[PROCESSES_MAX];
 };
-static_assert(offsetof(struct control, function) == 176, "layout");
-static_assert(offsetof(struct control, process) == 176 + 128 * 68, "68 functions in v2.40");
-static_assert(sizeof(struct control) == 176 + 128 * 68 + 24 * PROCESSES_MAX, "layout");
+static_assert(offsetof(struct control, function) == 192, "layout");
+static_assert(offsetof(struct control, process) == 192 + 128 * 68, "68 functions in v2.40");
+static_assert(sizeof(struct control) == 192 + 128 * 68 + 24 * PROCESSES_MAX, "layout");
 
 static inline void raise_high_water(counter *mark, uint64_t value)
 {

@@ -1,0 +1,125 @@
+"""kill -9 at each step of ``hsmwrap keys``: no key is lost, and the command run again finishes.
+
+With ``HSMWRAP_KILLS=each`` in the environment, at each call of the PKCS#11 module as well, which
+takes hours.
+"""
+
+import json
+
+import pytest
+from support.faults.shim import fault_shim
+from support.kms.killed import EACH, Command, World
+from support.services.softhsm import make_softhsm
+
+pytestmark = pytest.mark.slow
+
+MOVES = (
+    Command(("rotate",)),
+    Command(("reseal",)),
+    Command(("retire", "{old}", "--force"), ends_tokens=True, was_done="has no key"),
+)
+CLONE = (
+    Command(("transport-key", "--out", "transport"), "target", writes=("transport",)),
+    Command(
+        ("export", "--file", "transport", "--fingerprint", "{transport}", "--out", "exported"),
+        writes=("exported",),
+    ),
+    Command(("import", "--file", "exported", "--fingerprint", "{exported}"), "target"),
+)
+SHARES = ("share-1", "share-2", "share-3")
+BACKUP = (
+    Command(
+        ("backup", "--shares", "3", "--threshold", "2", "--shares-to", ".", "--out", "kept"),
+        writes=("kept", *SHARES),
+    ),
+    Command(
+        ("restore", "--file", "kept", "--share-file", SHARES[0], "--share-file", SHARES[2]),
+        "target",
+    ),
+)
+
+
+def killed_ones(*chains):
+    """Each command of these chains, with those before and after it."""
+    return [
+        pytest.param(chain[:at], command, chain[at + 1 :], id=command.arguments[0])
+        for chain in chains
+        for at, command in enumerate(chain)
+    ]
+
+
+def server_file(directory, backend):
+    return (
+        f'database_url = "sqlite:///{directory}/kms.db"\naudit_file = "{directory}/audit.log"\n'
+        f"sweep_interval = 0\n{backend}"
+    )
+
+
+@pytest.fixture(scope="module")
+def hsm_world(softhsm, tmp_path_factory):
+    """Two tokens that never share a process, and a database."""
+    home = tmp_path_factory.mktemp("killed")
+    directory = home / "world"
+    directory.mkdir()
+    shim = fault_shim(softhsm.module, home / "shim")
+    sites = {}
+    for site in ("source", "target"):
+        token = make_softhsm(directory / site)
+        sites[site] = token.environment
+        for name, module in (("killed", str(shim.path)), ("server", token.module)):
+            settings = token.bare_settings(module=module)
+            lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+            backend = f"[backends.HSM]\nplugin = 'pkcs11'\n[backends.HSM.settings]\n{lines}"
+            (directory / f"{site}-{name}.toml").write_text(server_file(directory, backend))
+    world = World(directory, sites, shim)
+    world.run(Command(("init",)))
+    world.provide()
+    return world
+
+
+@pytest.fixture(scope="module")
+def software_world(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("killed") / "world"
+    directory.mkdir()
+    settings = f"plugin = 'software'\nsettings.keyring_file = '{directory}/keys'\n"
+    backend = f"[backends.SOFTWARE]\n{settings}"
+    for name in ("killed", "server"):
+        (directory / f"source-{name}.toml").write_text(server_file(directory, backend))
+    world = World(directory, {"source": {}})
+    world.run(Command(("init",)))
+    world.provide()
+    return world
+
+
+def kill_at_each_step(world, before, command, after):
+    """What comes after the command is tried after its last step; without ``EACH`` long commands,
+    whose steps are the same for each key, are killed at a sample of their steps."""
+    holds = not any(each.ends_tokens for each in before)
+    with world.remembered():
+        for each in before:
+            world.run(each)
+        with world.remembered():
+            steps = world.steps_of(command)
+        holds = holds and not command.ends_tokens
+        tried = steps if EACH else steps[:: 1 + len(steps) // 10]
+        for step in tried:
+            with world.remembered():
+                world.run(command, step)
+                world.check(tokens=holds)
+                world.again(command)
+                if EACH or step == tried[-1]:
+                    world.check(tokens=holds)
+                    for each in after:
+                        world.run(each)
+                        world.check(tokens=holds and not each.ends_tokens)
+    return tried
+
+
+@pytest.mark.parametrize(("before", "command", "after"), killed_ones(MOVES, CLONE, BACKUP))
+def test_an_hsm_command_that_is_killed_loses_nothing(hsm_world, before, command, after):
+    assert kill_at_each_step(hsm_world, before, command, after)
+
+
+@pytest.mark.parametrize(("before", "command", "after"), killed_ones(MOVES))
+def test_a_software_command_that_is_killed_loses_nothing(software_world, before, command, after):
+    assert kill_at_each_step(software_world, before, command, after)
