@@ -1,7 +1,7 @@
 """The WSGI application: Alibaba's RPC protocol in front of a KMS.
 
 WSGI, because every call blocks on an HSM or a database, so each running request needs a thread.
-:mod:`hsmwrap.http.gateway` reads requests without one. Werkzeug parses forms and makes responses.
+:mod:`hsmwrap.http.gateway` reads requests without one. Werkzeug makes responses.
 
 One request: read → format → Action → signature → Version → KMS → answer → one line in the log.
 
@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from werkzeug.wrappers import Request, Response
+from werkzeug.wrappers import Response
 
 from hsmwrap.backend import Backend
 from hsmwrap.catalog import loggable
@@ -119,15 +119,15 @@ class _Pages(ABC):
         # field may have moved a part of it to SCRIPT_NAME.
         path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
         exchange = _Exchange(environ.get("HTTP_HOST", "")[:255], path)
-        response = self._respond(Request(environ), exchange)
+        response = self._respond(environ, exchange)
         return response(environ, start_response)
 
-    def _respond(self, request: Request, exchange: _Exchange) -> Response:
+    def _respond(self, environ: WSGIEnvironment, exchange: _Exchange) -> Response:
         try:
             page = self._pages.get(exchange.path)
             if page is None:
-                return self._call(request, exchange)
-            _require_method(request, "GET", "HEAD")
+                return self._call(environ, exchange)
+            _require_method(environ, "GET", "HEAD")
             return page(exchange.request_id)
         except HsmwrapError as error:
             _forget_variables(error)
@@ -139,7 +139,7 @@ class _Pages(ABC):
             return _failed(unexpected, exchange)
 
     @abstractmethod
-    def _call(self, request: Request, exchange: _Exchange, /) -> Response:
+    def _call(self, environ: WSGIEnvironment, exchange: _Exchange, /) -> Response:
         """Answer what is not one of the pages."""
 
 
@@ -151,7 +151,7 @@ class MetricsApp(_Pages):
         self._collect = collect
         self._pages = {"/metrics": self._metrics}
 
-    def _call(self, _request: Request, _exchange: _Exchange, /) -> Response:
+    def _call(self, _environ: WSGIEnvironment, _exchange: _Exchange, /) -> Response:
         raise PageNotFound("nothing else is served here")
 
     def _metrics(self, _request_id: str) -> Response:
@@ -196,11 +196,11 @@ class App(_Pages):
 
     # --- the API
 
-    def _call(self, request: Request, exchange: _Exchange) -> Response:
+    def _call(self, environ: WSGIEnvironment, exchange: _Exchange) -> Response:
         if exchange.path != "/":
             raise PathNotFound("only / is served")
-        _require_method(request, "GET", "POST")
-        message = read_message(request, self.max_body)
+        _require_method(environ, "GET", "POST")
+        message = read_message(environ, self.max_body)
         exchange.given = message.own_parameters
         exchange.format_ = _FORMATS.get(message.parameters.get("Format", "").lower(), "JSON")
         claim = _read_claim(message, exchange)
@@ -349,8 +349,8 @@ def from_environment() -> App:
     return from_config(config, open_tls(config))
 
 
-def _require_method(request: Request, *methods: str) -> None:
-    if request.method not in methods:
+def _require_method(environ: WSGIEnvironment, *methods: str) -> None:
+    if environ["REQUEST_METHOD"] not in methods:
         raise MethodNotAllowed(f"only {' and '.join(methods)} are served here")
 
 

@@ -7,8 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from werkzeug.wrappers import Request
-
 from hsmwrap import oaep, sm2, tokens
 from hsmwrap.backend import KeyRef, Mac
 from hsmwrap.errors import (
@@ -147,7 +145,7 @@ def http_request(data: bytes) -> None:
         environ[f"HTTP_{name.upper().replace('-', '_')}"] = value
     status = 400
     try:
-        claim = read_claim(read_message(Request(environ), _MAX_BODY))
+        claim = read_claim(read_message(environ, _MAX_BODY))
         assert not claim.is_signed_with(_OTHER_SECRET)
         claim.disclosed()
     except HsmwrapError as error:
