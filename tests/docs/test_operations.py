@@ -41,6 +41,11 @@ def agrees(written, printed):
     return bool(printed) and fnmatchcase(printed[0], pattern) and agrees(written[1:], printed[1:])
 
 
+# What happens before these commands.
+MEANWHILE = {
+    "hsmwrap keys rotate --config hsmwrap.toml\n": "imports",
+    "hsmwrap keys retire 2 --config hsmwrap.toml\n": "two_days",
+}
 EACH = 'for each in "$@"; do bash "$each" >"$each.out" 2>"$each.err" || exit; done'
 
 
@@ -49,8 +54,11 @@ def test_console_blocks_do_what_they_say(softhsm, tmp_path):
     written = [each for block in BLOCK.findall(text_of(OPERATIONS)) for each in commands(block)]
     assert written
     scripts = [tmp_path / f"command-{number}" for number in range(len(written))]
+    assert MEANWHILE.keys() <= {command for command, _ in written}
     for script, (command, _) in zip(scripts, written, strict=True):
-        script.write_text(command)
+        before = MEANWHILE.get(command)
+        happens = f"python -m support.meanwhile {before} hsmwrap.toml || exit\n" if before else ""
+        script.write_text(happens + command)
     (tmp_path / "softhsm").symlink_to(ROOT / "softhsm")  # as in a clone
     environment = environment_of(tmp_path / "token")
     run = [ROOT / "softhsm" / "init-token", "bash", "-c", EACH, "each", *scripts]
