@@ -5,6 +5,7 @@ takes hours.
 """
 
 import json
+import shutil
 
 import pytest
 from support.faults.shim import fault_shim
@@ -123,3 +124,29 @@ def test_an_hsm_command_that_is_killed_loses_nothing(hsm_world, before, command,
 @pytest.mark.parametrize(("before", "command", "after"), killed_ones(MOVES))
 def test_a_software_command_that_is_killed_loses_nothing(software_world, before, command, after):
     assert kill_at_each_step(software_world, before, command, after)
+
+
+# --- a token that is lost, and comes back ---------------------------------------------------------
+
+
+def test_a_copy_of_the_token_s_directory_brings_everything_back(hsm_world):
+    with hsm_world.remembered():
+        tokens = hsm_world.directory / "source" / "tokens"
+        copy = shutil.copytree(tokens, hsm_world.directory / "copy")
+        shutil.rmtree(tokens)
+        tokens.mkdir()
+        with pytest.raises(AssertionError, match="TokenSelectionError"):
+            hsm_world.check(tokens=True)
+        shutil.copytree(copy, tokens, dirs_exist_ok=True)
+        hsm_world.check(tokens=True)
+
+
+def test_a_backup_brings_everything_back_on_an_empty_token(hsm_world):
+    with hsm_world.remembered():
+        back_up, restore = BACKUP
+        hsm_world.run(back_up)
+        shutil.rmtree(hsm_world.directory / "source")
+        with pytest.raises(AssertionError):
+            hsm_world.check(tokens=True, sites=["target"])
+        hsm_world.run(restore)
+        hsm_world.check(tokens=True, sites=["target"])

@@ -22,6 +22,7 @@ from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.testing.faults import FaultShim
+from soak import moves
 from soak.faults import FaultSchedule
 from soak.load import LoadTarget
 from soak.runner import Outcome, Plan, Soak, say
@@ -111,13 +112,16 @@ def _object_ids(pooled: PooledSession, prefix: str) -> set[bytes]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 only if all held."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["moves"]:
+        return moves.main(given[1:])
     parser = argparse.ArgumentParser(prog="scripts/soak", description=soak.__doc__)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=16)
     parser.add_argument("--least-speed", type=float, default=0.7)
     parser.add_argument("--json", action="store_true", help="the outcome as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     logging.getLogger("hsmwrap").setLevel(logging.CRITICAL)  # recoveries are counted
     sys.unraisablehook = _unraisable
     plan = Plan(

@@ -128,11 +128,12 @@ class World:
             (self.directory / name).unlink(missing_ok=True)
         self.run(command, again=True)
 
-    def check(self, *, tokens, everywhere=False):
-        """Each key opens, at each site that has a current key set; and that is whole."""
-        for site in self.sites:
+    def check(self, *, tokens, sites=None):
+        """Each key opens at these sites; by default at the source, and at all others that have a
+        current key set. That is whole."""
+        for site in sites or self.sites:
             asked = {"kept": self.kept, "tokens": tokens}
-            asked["must_be_there"] = everywhere or site == "source"
+            asked["must_be_there"] = sites is not None or site == "source"
             done = self._ask("check", site, config=self.config(site), **asked)
             assert done.returncode == 0, (site, done.stderr)
 
