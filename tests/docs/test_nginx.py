@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ from support.http.gunicorn_runner import DEADLINE, running
 from support.http.rpc_signing import v1_query
 from support.http.sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS, Credentials, SdkError
 
+from hsmwrap.http import deadline
 from hsmwrap.software import KeyringFile
 
 pytestmark = SDK_WARNINGS
@@ -140,13 +142,13 @@ def nginx(directory, upstream, configuration=OURS, **changes):
     with (directory / "stderr.log").open("wb") as stderr:
         process = subprocess.Popen([*command, "-g", "daemon off;"], stderr=stderr)
     try:
-        deadline = time.monotonic() + DEADLINE
+        until = time.monotonic() + DEADLINE
         while True:
             assert process.poll() is None, made.logged()
             with contextlib.suppress(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", made.plain), timeout=DEADLINE).close()
                 break
-            assert time.monotonic() < deadline
+            assert time.monotonic() < until
             time.sleep(0.01)
         yield made
     finally:
@@ -201,6 +203,11 @@ def test_the_longest_request_lines_pass(ours, sdk):
 def test_a_plain_proxy_pass_answers_414_to_them(ours, plain):
     assert plain.post(f"/?Plaintext={LONGEST}") == 414
     assert ours.post(f"/?Plaintext={LONGEST}") == 400  # the API's own answer
+
+
+def test_it_gives_up_idle_connections_before_the_server_does():
+    (seconds,) = re.findall(r"^    keepalive_timeout (\d+)s;$", OURS, re.MULTILINE)
+    assert int(seconds) < deadline.IDLE_SECONDS
 
 
 def test_a_request_over_tls(ours):
