@@ -25,6 +25,7 @@ BEGIN = b'{"sequence":'
 _MAX_SEQUENCE = 2**53
 _AFTER_DIGEST = len('"}\n')
 _DIGEST = re.compile("[0-9a-f]{64}")
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,10 @@ def write(content: Mapping[str, Any], last: Link, key: bytes | None = None) -> b
     return text[:-1] + b',"digest":"' + _digest(text, last.digest, key).encode() + b'"}\n'
 
 
-def link_of(line: bytes, last: Link) -> Link:
+def link_of(line: bytes, last: Link, position: int = 0) -> Link:
     """The link of a line that :func:`write` made to follow ``last``."""
-    return Link(last.sequence + 1, line[-_AFTER_DIGEST - 64 : -_AFTER_DIGEST].decode("ascii"))
+    digest = line[-_AFTER_DIGEST - 64 : -_AFTER_DIGEST].decode("ascii")
+    return Link(last.sequence + 1, digest, position)
 
 
 def read(line: bytes) -> tuple[Link, dict[str, Any]]:
@@ -112,4 +114,4 @@ def _digest(text: bytes, last: str, key: bytes | None) -> str:
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, separators=(",", ":")).encode("ascii")
+    return _ENCODER.encode(content).encode("ascii")

@@ -84,6 +84,7 @@ class _Exchange:
 
     host: str
     path: str
+    client: str | None
     request_id: str = field(default_factory=new_request_id)
     started: float = field(default_factory=time.perf_counter)
     format_: str = "JSON"
@@ -118,7 +119,9 @@ class _Pages(ABC):
         # The path as sent: werkzeug's Request.path turns // into /. Under another server a header
         # field may have moved a part of it to SCRIPT_NAME.
         path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-        exchange = _Exchange(environ.get("HTTP_HOST", "")[:255], path)
+        # The connection's own: header fields such as X-Forwarded-For are what a client says.
+        client = environ.get("REMOTE_ADDR") or None
+        exchange = _Exchange(environ.get("HTTP_HOST", "")[:255], path, client)
         response = self._respond(environ, exchange)
         return response(environ, start_response)
 
@@ -212,14 +215,13 @@ class App(_Pages):
 
     def _authenticate(self, claim: Claim, exchange: _Exchange) -> Caller:
         key = identify(claim, self._access_keys, self._clock())
+        caller = key.caller(exchange.client)
         try:
             verify(claim, key, self._nonces)
         except HsmwrapError as error:
-            self._refusals.record(
-                exchange.action, key.access_key_id, exchange.request_id, error.code
-            )
+            self._refusals.record(exchange.action, caller, exchange.request_id, error.code)
             raise
-        return key.caller()
+        return caller
 
     def _require_served(
         self, claim: Claim, message: RpcMessage, caller: Caller, exchange: _Exchange
@@ -228,9 +230,7 @@ class App(_Pages):
         try:
             _require_common(claim, message)
         except HsmwrapError as error:
-            self._kms.record_refusal(
-                exchange.action, caller.access_key_id, exchange.request_id, error.code
-            )
+            self._kms.record_refusal(exchange.action, caller, exchange.request_id, error.code)
             raise
 
     def _execute(

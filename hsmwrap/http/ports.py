@@ -18,11 +18,11 @@ class KmsPort(Protocol):
     ) -> dict[str, Any]:
         """Run an operation; raise a :class:`hsmwrap.errors.HsmwrapError` that is the answer."""
 
-    def record_refusal(self, action: str, access_key_id: str, request_id: str, code: str) -> None:
+    def record_refusal(self, action: str, caller: Caller, request_id: str, code: str) -> None:
         """Audit a request that the protocol refused for an existing access key.
 
         ``code`` is the error's code, or the number of refusals that were not audited
-        (:data:`hsmwrap.http.refusals.LEFT_OUT`).
+        (:data:`hsmwrap.http.refusals.LEFT_OUT`); ``caller`` may be only a claim.
         """
 
     def health(self) -> Health:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from hsmwrap.http.ports import KmsPort
+from hsmwrap.http.ports import Caller, KmsPort
 
 PER_MINUTE = 10
 """Audited refusals per minute, access key and process."""
@@ -47,23 +47,25 @@ class RefusalAudit:
         self._lock = threading.Lock()
         self._windows: dict[str, _Window] = {}
 
-    def record(self, action: str, access_key_id: str, request_id: str, code: str) -> None:
+    def record(self, action: str, caller: Caller, request_id: str, code: str) -> None:
         """Audit a refusal, unless the access key has reached the limit.
 
         Args:
             action: The API's action, or an empty text.
-            access_key_id: An existing access key; each takes some memory.
+            caller: Has the id of an existing access key; each takes some memory.
             request_id: The RequestId of the answer.
             code: The error's code.
 
         Raises:
             HsmwrapError: The audit log cannot be written.
         """
-        left_out, audited = self._count(access_key_id)
+        left_out, audited = self._count(caller.access_key_id)
         if left_out:
-            self._kms.record_refusal("", access_key_id, request_id, f"{LEFT_OUT} {left_out}")
+            # They came from other addresses too.
+            anywhere = replace(caller, address=None)
+            self._kms.record_refusal("", anywhere, request_id, f"{LEFT_OUT} {left_out}")
         if audited:
-            self._kms.record_refusal(action, access_key_id, request_id, code)
+            self._kms.record_refusal(action, caller, request_id, code)
 
     def _count(self, access_key_id: str) -> tuple[int, bool]:
         """The number of refusals left out before, and whether this one is audited."""

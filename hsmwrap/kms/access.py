@@ -76,10 +76,12 @@ class Caller:
     Attributes:
         access_key_id: The access key that signed the request.
         permissions: What it may do.
+        address: Where the connection comes from, for the audit log; None: not known.
     """
 
     access_key_id: str
     permissions: Permissions
+    address: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +121,9 @@ class AccessKey:
                 "log; take another one"
             )
 
-    def caller(self) -> Caller:
-        """The caller that a request signed with this key stands for."""
-        return Caller(self.access_key_id, self.permissions)
+    def caller(self, address: str | None = None) -> Caller:
+        """The caller that a request signed with this key stands for, from this address."""
+        return Caller(self.access_key_id, self.permissions, address)
 
 
 class AccessKeys(Protocol):

@@ -51,8 +51,8 @@ ACCEPT = "AcceptAuditLog"
 """The action of the first line of a file that begins a chain after files that were accepted."""
 MAX_TEXT = 256
 """How many characters of a text go into a line."""
-# Longest line: six texts; each character may take two escapes of six characters.
-MAX_LINE = 6 * 12 * MAX_TEXT + 512
+# Longest line: seven texts; each character may take two escapes of six characters.
+MAX_LINE = 7 * 12 * MAX_TEXT + 512
 """Longest line in bytes."""
 _NUMBER = re.compile("[1-9][0-9]{0,17}")
 _MOST_OWED = 10_000
@@ -80,6 +80,8 @@ class AuditEntry:
         key_id: Id of the key; None without one.
         outcome: ``ok``, or the error code of the answer.
         alias: The alias that the request named; None without one.
+        client: Address of the other end of the connection: the client's, or that of the last proxy
+            before the KMS. None: without a connection, or without an address.
     """
 
     request_id: str
@@ -88,19 +90,32 @@ class AuditEntry:
     key_id: str | None
     outcome: str
     alias: str | None = None
+    client: str | None = None
 
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
-    """An entry that has no line yet."""
+    """An entry that has no line yet; its thread waits for ``news``, which is locked."""
 
     entry: AuditEntry
     time: datetime
     sequence: int = 0
     failed: AuditFailed | None = None
+    news: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.news.acquire()
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self.sequence or self.failed)
+
+    def wake(self) -> None:
+        with suppress(RuntimeError):  # it was woken before
+            self.news.release()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _End:
     """The end of the file as this process saw it last, under the lock."""
 
@@ -130,6 +145,13 @@ class _Queue(ForkAware):
         self.end: _End | None = None
         self.failures = 0
         self.rotates = True
+
+    def wake_next(self) -> None:
+        """Let a thread that waits take the turn, which is free now."""
+        for each in list(self.waiting):
+            if not each.failed:
+                each.wake()
+                return
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,18 +190,28 @@ class AuditLog:
                 log. The line is owed: it is written as soon as that is possible.
             AuditLocked: Others held the log's lock for ``lock_seconds``; the line is owed too.
         """
-        waiting = _Waiting(entry, self.clock())
-        self._queue.waiting.append(waiting)
+        queue, waiting = self._queue, _Waiting(entry, self.clock())
+        queue.waiting.append(waiting)
         deadline = time.monotonic() + self.lock_seconds
-        try:
-            with self._turn(deadline):
-                if not (waiting.sequence or waiting.failed):
-                    self._write_waiting(deadline)
-        except AuditFailed as error:
-            waiting.failed = error
+        while not waiting.is_over:
+            # The thread whose turn it is writes this line too, or wakes this one at its end.
+            turn = queue.turn
+            if turn.acquire(blocking=False):
+                try:
+                    if not (waiting.is_over or waiting in queue.waiting):
+                        queue.waiting.append(waiting)  # in a child that was forked meanwhile
+                    if not waiting.is_over:
+                        self._write_waiting(deadline)
+                except AuditFailed as error:
+                    waiting.failed = error
+                finally:
+                    turn.release()
+                    queue.wake_next()
+            elif not waiting.news.acquire(timeout=max(0, deadline - time.monotonic())):
+                waiting.failed = self._late()
         if waiting.sequence:
             return waiting.sequence
-        failed = waiting.failed or AuditFailed("interrupted by a fork")
+        failed = waiting.failed or self._late()
         raise type(failed)(str(failed)) from failed
 
     def head(self) -> Link:
@@ -294,11 +326,15 @@ class AuditLog:
     def _turn(self, deadline: float) -> Iterator[None]:
         turn = self._queue.turn
         if not turn.acquire(timeout=max(0, deadline - time.monotonic())):
-            raise AuditLocked(f"audit log {self.path}: other threads wait for its lock too")
+            raise self._late()
         try:
             yield
         finally:
             turn.release()
+            self._queue.wake_next()
+
+    def _late(self) -> AuditLocked:
+        return AuditLocked(f"audit log {self.path}: other threads wait for its lock too")
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
@@ -361,6 +397,7 @@ class AuditLog:
             if isinstance(error, AuditFailed):
                 for each in batch:
                     each.failed = error
+                    each.wake()
             while len(queue.waiting) > _MOST_OWED:
                 _log.error("an audit line is lost", extra={"line": queue.waiting.popleft().entry})
             raise
@@ -369,7 +406,7 @@ class AuditLog:
         last, position, lines = end.last, end.size, []
         for each in batch:
             lines.append(chain.write(_content(each.entry, each.time), last, self.key))
-            last = replace(chain.link_of(lines[-1], last), position=position)
+            last = chain.link_of(lines[-1], last, position)
             position += len(lines[-1])
         text = b"".join(lines)
         if os.write(file, text) != len(text):
@@ -377,14 +414,15 @@ class AuditLog:
             raise OSError("a line was written only in part; is the disk full?")
         if self.sync:
             os.fdatasync(file)
+        self._queue.end = _End(end.file, position, last, lines[-1], time.monotonic())
         for number, each in enumerate(batch, start=end.last.sequence + 1):
             each.sequence = number
-        self._queue.end = _End(end.file, position, last, lines[-1], time.monotonic())
+            each.wake()
 
     def _end(self, file: int) -> _End:
         end = self._queue.end
         if end and end.is_end_of(file):
-            end = replace(end, seen=time.monotonic())
+            end.seen = time.monotonic()
         else:
             status = os.fstat(file)
             last, size = _last_line(file)
@@ -502,6 +540,7 @@ def _content(entry: AuditEntry, now: datetime) -> dict[str, Any]:
         "action": entry.action[:MAX_TEXT],
         "key_id": entry.key_id and entry.key_id[:MAX_TEXT],
         "outcome": entry.outcome[:MAX_TEXT],
+        "client": entry.client and entry.client[:MAX_TEXT],
         **({"alias": entry.alias[:MAX_TEXT]} if entry.alias else {}),
     }
 

@@ -218,9 +218,11 @@ class Kms:
                 raise DryRunOperationError("the request would have succeeded without DryRun")
         return fields | {"RequestId": request_id}
 
-    def record_refusal(self, action: str, access_key_id: str, request_id: str, code: str) -> None:
-        """Audit a request that the protocol refused (bad signature, unknown access key)."""
-        self._audit.append(AuditEntry(request_id, access_key_id, action, None, code))
+    def record_refusal(self, action: str, caller: Caller, request_id: str, code: str) -> None:
+        """Audit a request that the protocol refused; the caller is who it claims to be."""
+        self._audit.append(
+            AuditEntry(request_id, caller.access_key_id, action, None, code, client=caller.address)
+        )
 
     def sweep(self, now: datetime | None = None) -> None:
         """Process due work: expired material, key deletions, orphaned objects, old nonces."""
@@ -334,6 +336,7 @@ class Kms:
                         key_id,
                         audited.outcome,
                         audited.alias,
+                        caller.address,
                     )
                 )
 

@@ -188,12 +188,26 @@ def test_authentic_requests_that_are_not_served_are_audited(bench, own):
     assert len(bench.kms.refusals) == 2 * PER_MINUTE
 
 
+BELIEVED = {"X-Forwarded-For": "203.0.113.9", "X-Real-IP": "203.0.113.9", "Forwarded": "for=::1"}
+
+
+def test_the_audit_gets_the_address_of_the_connection(bench):
+    """A proxy's where there is one: header fields are only what a client says."""
+    bench.get(v1_query(), headers=BELIEVED, environ_base={"REMOTE_ADDR": "192.0.2.7"})
+    bench.get(v1_query(Version=""), headers=BELIEVED, environ_base={"REMOTE_ADDR": "192.0.2.8"})
+    forged = encode_all({**v1_parameters(), "Signature": "wrong"})
+    bench.get(forged, headers=BELIEVED, environ_base={"REMOTE_ADDR": "2001:db8::9"})
+    bench.get(forged, environ_base={"REMOTE_ADDR": ""})
+    assert bench.kms.addresses == ["192.0.2.7", "192.0.2.8", "2001:db8::9", None]
+
+
 # --- refused signatures, which anyone who knows an access key's id can cause
 
 
 def forged(bench, access_key_id="testid"):
     parameters = v1_parameters(AccessKeyId=access_key_id)
-    return bench.get(encode_all({**parameters, "Signature": "wrong"}))
+    query = encode_all({**parameters, "Signature": "wrong"})
+    return bench.get(query, environ_base={"REMOTE_ADDR": "192.0.2.7"})
 
 
 def test_refusals_are_audited_some_a_minute(bench):
@@ -208,6 +222,8 @@ def test_refusals_are_audited_some_a_minute(bench):
         ("", "testid", request_id, f"{LEFT_OUT} 8"),
         ("DescribeKey", "testid", request_id, "SignatureDoesNotMatch"),
     ]
+    # Those that are counted came from other addresses too.
+    assert bench.kms.addresses[PER_MINUTE:] == [None, "192.0.2.7"]
 
 
 def test_replays_are_audited_some_a_minute(bench):

@@ -91,6 +91,7 @@ def test_whole_log(log, key):
         "action": "Encrypt",
         "key_id": "k",
         "outcome": "ok",
+        "client": None,
     }
     assert len(digest) == 64
 
@@ -295,7 +296,7 @@ def test_another_file_is_not_touched(tmp_path, key, foreign):
 def test_longest_lines(tmp_path, key):
     log = AuditLog(tmp_path / "long.log", lambda: NOW, key, sync=True)
     for _ in range(3):
-        log.append(AuditEntry(*["\U0001f511" * 1000] * 5))
+        log.append(AuditEntry(*["\U0001f511" * 1000] * 7))
     assert verify(log.path, key).ok
 
 
@@ -355,7 +356,8 @@ def test_each_operation_leaves_a_line_without_secrets(open_kms, clock, tmp_path)
     ):
         with pytest.raises(HsmwrapError):
             call()
-    kms.record_refusal("Encrypt", "stranger", "r-1", "SignatureDoesNotMatch")
+    stranger = Caller("stranger", Permissions(), "192.0.2.7")
+    kms.record_refusal("Encrypt", stranger, "r-1", "SignatureDoesNotMatch")
     client("ScheduleKeyDeletion", KeyId=key_id, PendingWindowInDays="7")
     clock.advance(days=7)
     kms.sweep()
@@ -377,6 +379,8 @@ def test_each_operation_leaves_a_line_without_secrets(open_kms, clock, tmp_path)
         ("system", "DeleteKey", key_id, "ok"),
     ]
     assert lines[0]["request_id"] == "admin-1"
+    assert {line["client"] for line in lines} == {None, "192.0.2.7"}
+    assert lines[9]["client"] == "192.0.2.7"
     for secret in ("do-not-log-me", parameters["ImportToken"], blob, "aGVsbG8"):
         assert secret not in text
     assert verify(tmp_path / "audit.log").ok

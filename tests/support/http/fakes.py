@@ -44,17 +44,20 @@ class FakeKms:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, str], str, str]] = []
         self.refusals: list[tuple[str, str, str, str]] = []
+        self.addresses: list[str | None] = []
         self.answer: Any = {"KeyId": "k-1"}
         self.ready = True
 
     def execute(self, action, parameters, caller, request_id):
+        self.addresses.append(caller.address)
         self.calls.append((action, dict(parameters), caller.access_key_id, request_id))
         if isinstance(self.answer, BaseException):
             raise self.answer
         return self.answer
 
-    def record_refusal(self, action, access_key_id, request_id, code):
-        self.refusals.append((action, access_key_id, request_id, code))
+    def record_refusal(self, action, caller, request_id, code):
+        self.addresses.append(caller.address)
+        self.refusals.append((action, caller.access_key_id, request_id, code))
 
     def health(self):
         return Health(self.ready, "state", {"database": "secret-host: unavailable"})

@@ -33,7 +33,7 @@ class WaitingKms:
                 time.sleep(0.01)
         return {"Length": sum(map(len, parameters.values()))}
 
-    def record_refusal(self, action, access_key_id, request_id, code):
+    def record_refusal(self, action, caller, request_id, code):
         pass
 
     def health(self):
