@@ -16,6 +16,8 @@ from support.importing import AES, SM2PKE, SM4, Desk, each_algorithm, open_softw
 
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm
 from hsmwrap.cli import main, wrap
+from hsmwrap.customer import read_parameters
+from hsmwrap.errors import ExpiredImportToken
 from hsmwrap.sm2 import Layout, parse
 
 DECRYPT = {
@@ -222,6 +224,7 @@ class TestParameters:
             ("[" * 100_000, "are not the JSON object"),
             ('{"Code": "Forbidden.KeyNotFound"}', "are an error that the KMS answered"),
             ("\x00", "are not the JSON object"),
+            ('{"KeyId": "key-1"}', "ImportToken is needed"),
         ],
     )
     def test_other_texts_are_refused(self, here, capsys, text, said):
@@ -239,13 +242,11 @@ class TestParameters:
         assert wrap_key() == 2
         assert "more than" in capsys.readouterr().err
 
-    def test_they_are_taken_until_the_last_second(self, here, pairs, capsys):
-        now = datetime.now(UTC)
-        Path("parameters.json").write_text(
-            json.dumps(answer(pairs["RSA"][1], TokenExpireTime=f"{now:%Y-%m-%dT%H:%M:%SZ}"))
-        )
-        assert wrap_key() == 1
-        assert "GetParametersForImport again" in capsys.readouterr().err
+    def test_they_are_taken_until_they_expire(self, pairs):
+        parameters = read_parameters(json.dumps(answer(pairs["RSA"][1])))
+        parameters.require_usable(OAEP256, parameters.expires_at - timedelta(microseconds=1))
+        with pytest.raises(ExpiredImportToken, match="GetParametersForImport again"):
+            parameters.require_usable(OAEP256, parameters.expires_at)
 
 
 def der(key):
@@ -449,7 +450,10 @@ sys.meta_path.insert(0, Blocked())
 def refuse(*_, **__): raise AssertionError("not offline")
 socket.socket = subprocess.Popen = refuse
 from hsmwrap.cli import main
-sys.exit(main(sys.argv[1:]))
+status = main(sys.argv[1:])
+import resource
+assert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)
+sys.exit(status)
 """
     command = [sys.executable, "-c", blocked, "wrap", "--parameters", "parameters.json"]
     done = subprocess.run(
