@@ -18,7 +18,7 @@ import secrets
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -54,7 +54,7 @@ from hsmwrap.errors import (
     UnsupportedOrigin,
     UnsupportedProtectionLevel,
 )
-from hsmwrap.guard import guard_all
+from hsmwrap.guard import guard_all, guarded
 from hsmwrap.policy import Deployment
 
 TOKEN_LIFETIME = timedelta(hours=24)
@@ -372,6 +372,7 @@ class ImportService:
         backends: Mapping[ProtectionLevel, Backend],
         deployment: Deployment,
         *,
+        former_backends: Collection[Backend] = (),
         clock: Callable[[], datetime] = _utc_now,
         token_lifetime: timedelta = TOKEN_LIFETIME,
         required_exposure: Exposure | None = None,
@@ -390,6 +391,8 @@ class ImportService:
                 level in its capabilities is refused here. One that is not guarded gets a guard
                 (:mod:`hsmwrap.guard`).
             deployment: Where this runs, for the policy.
+            former_backends: Backends of before: they issue nothing, and import what they issued
+                import tokens for, at the levels that they list in their capabilities.
             clock: Returns the current aware time.
             token_lifetime: Validity of import tokens.
             required_exposure: ``Exposure.IN_HSM`` refuses HSM-level combinations whose material
@@ -421,6 +424,7 @@ class ImportService:
             # An unavailable backend is asked again by each call that needs the answer.
             with suppress(ServiceUnavailable):
                 _require_level(backend, level)
+        self._former = tuple(guarded(backend) for backend in former_backends)
         self._deployment = deployment
         self._clock = clock
         self._lifetime = token_lifetime
@@ -513,8 +517,7 @@ class ImportService:
         """
         _require_external(cmk)
         self._require_future(key_material_expire)
-        backend = self._backend_of(cmk)
-        claims = self._open_token(backend, cmk, import_token)
+        backend, claims = self._open_token(cmk, import_token)
         self._require_allowed(cmk, claims.spec, claims.algorithm)
         self._require_capability(backend, cmk, claims.spec, claims.algorithm)
         with _SingleUse(self._used_tokens, claims, self._require_unexpired):
@@ -535,6 +538,18 @@ class ImportService:
                 raise
         _log_event("imported key material", cmk, backend, claims.token_id, imported.exposure)
         return ImportResult(imported, claims.token_id, key_material_expire)
+
+    def backend_for_import(self, cmk: Cmk, import_token: bytes) -> Backend:
+        """The backend that imports under this token: the one that issued it.
+
+        Without former backends it is that of the CMK's level, and the token is not looked at.
+
+        Raises:
+            HsmwrapError: As :meth:`import_key_material`.
+        """
+        if self._former:
+            return self._open_token(cmk, import_token)[0]
+        return self._backend_of(cmk)
 
     def _backend_of(self, cmk: Cmk) -> Backend:
         backend = self._backends.get(cmk.protection_level)
@@ -636,9 +651,30 @@ class ImportService:
         _log_event("issued parameters for import", cmk, backend, claims.token_id)
         return ImportParameters(cmk.key_id, spec, algorithm, key.public_key, token, expires_at)
 
+    def _candidates(self, cmk: Cmk) -> Iterator[Backend]:
+        """The backends that may have issued a token for this CMK, the present one first."""
+        yield self._backend_of(cmk)
+        yield from self._former
+
     def _open_token(
+        self, cmk: Cmk, import_token: bytes
+    ) -> tuple[Backend, tokens.ImportTokenClaims]:
+        """The claims of a token, and the backend that issued it."""
+        refused: HsmwrapError | None = None
+        for backend in self._candidates(cmk):
+            try:
+                return backend, self._claims_of(backend, cmk, import_token)
+            except (InvalidImportToken, ServiceUnavailable, UnsupportedProtectionLevel) as error:
+                # What another backend did not issue, an unavailable one may have issued.
+                if refused is None or isinstance(error, ServiceUnavailable):
+                    refused = error
+        raise refused or InvalidImportToken("no backend issued the import token")
+
+    def _claims_of(
         self, backend: Backend, cmk: Cmk, import_token: bytes
     ) -> tokens.ImportTokenClaims:
+        if backend in self._former:
+            _require_level(backend, cmk.protection_level)
         claims = tokens.decode(import_token, backend.verify_mac)
         if claims.cmk_id != cmk.key_id:
             raise InvalidImportToken("the import token belongs to another CMK")

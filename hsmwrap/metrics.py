@@ -160,6 +160,7 @@ _KMS_GAUGES: Mapping[str, str] = MappingProxyType(
     {
         "access_keys_current": "1 where the access keys are those of their file as it is now.",
         "audit_log_whole": "0 where the anchored line of the audit log is missing.",
+        "keys_unusable": "Keys that are known not to be usable.",
     }
 )
 
@@ -171,7 +172,7 @@ class FactsCollector(Collector):
         self,
         backends: Iterable[Backend],
         pools: Iterable[KeyPool] = (),
-        kms: Callable[[], Mapping[str, bool]] = dict,
+        kms: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         """Take what to read; a backend that is given twice is read once.
 

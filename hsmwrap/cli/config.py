@@ -36,8 +36,9 @@ _POOL = """\
 `low_water` to half of it."""
 _SERVER = """\
 The TOML file of `hsmwrap serve --config FILE`. A dot stands for a level (`[limits]`); LEVEL is
-`HSM` or `SOFTWARE`. Environment variables outrank the file: `HSMWRAP_SERVER_` and the name in
-capitals, with `__` for each dot (`HSMWRAP_SERVER_LIMITS__MAX_THREADS`)."""
+`HSM` or `SOFTWARE`, NAME the name of a backend that only uses the keys and import tokens that it
+has. Environment variables outrank the file: `HSMWRAP_SERVER_` and the name in capitals, with `__`
+for each dot (`HSMWRAP_SERVER_LIMITS__MAX_THREADS`)."""
 
 
 def add_parser(subparsers: Subparsers) -> None:

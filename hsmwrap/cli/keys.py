@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -45,7 +45,9 @@ what they wrap.
 
 With --config FILE, the file of `hsmwrap serve`, backend and settings come from there, and the
 database is asked which stored keys need which set: `list` counts them, `reseal` moves them to the
-current set, and `retire` refuses while something needs the old one.
+current set, and `retire` refuses while something needs the old one. `usage` counts the stored keys
+of each backend and key set, without any HSM; exit code 1 if a backend that has some is not
+configured. --backend names one of [former_backends].
 
 `reseal` moves sealed keys inside the HSM; no client imports again. It runs beside serving
 processes, shows its progress, and goes on where it was when it is run again.
@@ -100,7 +102,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "action",
         choices=(
-            *("init", "rotate", "reseal", "retire", "list", "reap"),
+            *("init", "rotate", "reseal", "retire", "list", "usage", "reap"),
             *("transport-key", "export", "import", "clone"),
             *("backup", "restore", "drill", "verify-transcript"),
         ),
@@ -168,11 +170,11 @@ def run(args: argparse.Namespace) -> int:
     """Do what ``args.action`` says and print the key sets that there are afterwards."""
     if args.action == "verify-transcript":
         return ceremonies.verify_transcript(args)
+    if args.action == "usage":
+        return _show_usage(args)
     chosen = _chosen(args)
-    if args.action == "reap":
-        return _reap(args, chosen)
-    if args.action == "reseal":
-        return _reseal(args, chosen)
+    if args.action in {"reap", "reseal"}:
+        return (_reap if args.action == "reap" else _reseal)(args, chosen)
     key_sets = registry.KeySetManager(chosen.plugin, chosen.settings)
     if args.action == "list":
         _print(key_sets.list(), _usage(chosen), as_json=args.json)
@@ -257,6 +259,39 @@ def _confirmed(args: argparse.Namespace) -> tuple[str, str]:
             "do not take it from where the file came from"
         )
     return ceremonies.read_text(args.file), args.fingerprint
+
+
+def _show_usage(args: argparse.Namespace) -> int:
+    """Count stored keys by backend and key set; 1 if the backend of some is not configured."""
+    if args.config is None:
+        raise ConfigurationError("usage: give --config FILE, the server's; it names the database")
+    require_server()
+    from hsmwrap.kms.config import load_config, name_of  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.keysets import usage_of_backends  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.opening import open_database  # noqa: PLC0415 (the extra may be absent)
+
+    config = load_config(args.config)
+    roles = {name_of(backend): "former" for backend in config.former_backends.values()}
+    for level, backend in config.backends.items():
+        roles[name_of(backend)] = f"new keys of {level}"
+    with closing(open_database(config)) as database:
+        rows = usage_of_backends(database)
+    if args.json:
+        print(tables.to_json({"usage": [asdict(r) | {"use": roles.get(r.backend)} for r in rows]}))
+    else:
+        cells = [
+            (
+                r.backend,
+                roles.get(r.backend, "NOT CONFIGURED"),
+                r.level,
+                r.key_set or "-",
+                str(r.keys),
+            )
+            for r in rows
+        ]
+        headings = ("backend", "use", "level", "key set", "keys")
+        print(tables.render(headings, cells, right={"keys"}))
+    return 0 if all(row.backend in roles for row in rows) else 1
 
 
 def _usage(chosen: _Chosen) -> Mapping[str, int] | None:
@@ -353,12 +388,20 @@ def _chosen(args: argparse.Namespace) -> _Chosen:
     if args.config is None:
         args.backend = args.backend or "pkcs11"
         return _Chosen(args.backend, backend_settings(args))
-    if args.backend or args.settings or given_options(args):
+    if args.settings or given_options(args):
         raise ConfigurationError("--config names backend and settings: give no others")
     require_server()
     from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
 
     config = load_config(args.config)
+    if args.backend:
+        if args.backend not in config.former_backends:
+            raise ConfigurationError(
+                f"{args.config} has no [former_backends.{args.backend}]; --config names the others "
+                "by --level"
+            )
+        former = config.former_backends[args.backend]
+        return _Chosen(former.plugin, former.settings, config)
     hsm = ProtectionLevel.HSM
     level = args.level or (hsm if hsm in config.backends else next(iter(config.backends), hsm))
     if level not in config.backends:

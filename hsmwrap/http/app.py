@@ -260,7 +260,7 @@ class App(_Pages):
 def _render(
     backends: Iterable[Backend] = (),
     pools: Iterable[KeyPool] = (),
-    kms: Callable[[], Mapping[str, bool]] = dict,
+    kms: Callable[[], Mapping[str, int]] = dict,
 ) -> bytes:
     """All metrics: of requests, and of these backends, key-pair pools and KMS.
 

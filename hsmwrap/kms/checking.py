@@ -66,6 +66,8 @@ def find_problems(config: ServerConfig) -> list[str]:
 
 def _tables(config: ServerConfig) -> Iterator[tuple[str, BackendConfig]]:
     yield from ((f"backends.{level}", backend) for level, backend in config.backends.items())
+    for name, backend in config.former_backends.items():
+        yield f"former_backends.{name}", backend
 
 
 def _backend_check(table: str, backend: BackendConfig) -> Callable[[ServerConfig], None]:
@@ -79,8 +81,8 @@ def _backend_check(table: str, backend: BackendConfig) -> Callable[[ServerConfig
                 if name in ServerConfig.model_fields
             )
             raise ConfigurationError(f"[{table}] {error}{hint}") from None
-        level = table.rpartition(".")[2]
-        if levels is not None and level not in levels:
+        kind, _, level = table.partition(".")
+        if levels is not None and kind == "backends" and level not in levels:
             raise ConfigurationError(
                 f"[{table}] a backend of plug-in {backend.plugin} with these settings serves "
                 f"{', '.join(sorted(levels))}, not {level}"

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import (
@@ -91,7 +92,7 @@ class _Table(BaseModel):
 
 
 class BackendConfig(BaseModel):
-    """The backend of one protection level."""
+    """A backend."""
 
     model_config = _STRICT
 
@@ -155,7 +156,10 @@ class ServerConfig(_Table, BaseSettings):
     database_url: SecretStr = SecretStr("sqlite:///hsmwrap.db")
     """SQLAlchemy URL of SQLite or PostgreSQL (`postgresql+psycopg://…`)."""
     backends: dict[ProtectionLevel, BackendConfig]
-    """The backend of each protection level."""
+    """The backend of each protection level: for new keys and imports, and the keys that it has."""
+    former_backends: dict[str, BackendConfig] = {}
+    """Backends, by their names, that only use the keys that they have, and import under the import
+    tokens that they issued."""
     region: str = "cn-hangzhou"
     """Alibaba region id, for ARNs and the compatibility table. One that is not in the table takes
     `managed_hsm` as well."""
@@ -262,13 +266,33 @@ def require_own_names(config: ServerConfig) -> None:
     this package. The server asks the backends themselves once they are open.
 
     Raises:
-        ConfigurationError: Two have the same name.
+        ConfigurationError: Two have the same name, or a former one has another than its table.
     """
     named: dict[str, BackendConfig] = {}
-    for backend in config.backends.values():
-        name = str(backend.settings.get("name", backend.plugin))
+    for backend in (*config.backends.values(), *config.former_backends.values()):
+        name = name_of(backend)
         if named.setdefault(name, backend) != backend:
             raise same_name(name)
+    for table, backend in config.former_backends.items():
+        require_table_name(table, name_of(backend))
+
+
+def name_of(backend: BackendConfig) -> str:
+    """The name of a backend that is not open: its setting ``name``, else the plug-in's."""
+    return str(backend.settings.get("name", backend.plugin))
+
+
+def require_table_name(table: str, name: str) -> None:
+    """Refuse a former backend that is not the one that its table names: it has other keys.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if table != name:
+        raise ConfigurationError(
+            f"[former_backends.{table}] the backend's name is {name!r}, in key references too: "
+            f"call the table [former_backends.{name}], or correct the setting 'name'"
+        )
 
 
 def same_name(name: str) -> ConfigurationError:
@@ -318,10 +342,10 @@ def _place_of(location: tuple[int | str, ...]) -> str:
     known = [row.name for row in settings_table()]
     for name in known:
         above, _, last = name.rpartition(".")
-        if last == key and above != ".".join(table) and "LEVEL" not in above:
+        if last == key and above != ".".join(table) and "_backends." not in f"_{name}":
             place = f"into the table [{above}]" if above else "before the first [table] of the file"
             return f"{key} belongs {place}; "
-    if len(location) == 3 and table[0] == "backends":  # noqa: PLR2004 (backends, level, key)
+    if len(location) == 3 and table[0] in _KEYS:  # noqa: PLR2004 (backends, level, key)
         return f"settings of the plug-in belong into the table [{'.'.join(table)}.settings]; "
     return did_you_mean([".".join(map(str, location))], known)
 
@@ -330,8 +354,8 @@ def _setting_at(location: tuple[int | str, ...]) -> Setting | None:
     """The setting at this place of the document, or above it."""
     table = {row.name: row for row in settings_table()}
     keys = [str(key) for key in location]
-    if keys[0] == "backends" and len(keys) > 1:
-        keys[1] = "LEVEL"
+    if keys[0] in _KEYS and len(keys) > 1:
+        keys[1] = _KEYS[keys[0]].rstrip(".")
     ends = range(len(keys), 0, -1)
     return next((table[name] for end in ends if (name := ".".join(keys[:end])) in table), None)
 
@@ -341,12 +365,15 @@ def settings_table() -> tuple[Setting, ...]:
     return tuple(_rows(ServerConfig, ""))
 
 
+_KEYS = MappingProxyType({"backends": "LEVEL.", "former_backends": "NAME."})
+"""What stands for the keys of the tables whose keys are not settings."""
+
+
 def _rows(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
     for name, field in model.model_fields.items():
         inner = get_args(field.annotation)[-1:] or (field.annotation,)
         if isinstance(inner[0], type) and issubclass(inner[0], BaseModel):
-            level = "LEVEL." if inner[0] is BackendConfig else ""
-            yield from _rows(inner[0], f"{prefix}{name}.{level}")
+            yield from _rows(inner[0], f"{prefix}{name}.{_KEYS.get(name, '')}")
             continue
         default = REQUIRED if field.is_required() else field.default
         if isinstance(default, SecretStr):

@@ -16,15 +16,17 @@ from sqlalchemy import or_
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
-from hsmwrap.backend import Backend, KeyRef
+from hsmwrap.backend import Backend, KeyRef, ReSealsKeys
 from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.errors import KeyNotFound, UnsupportedProtectionLevel
 from hsmwrap.imports import ImportService, UsedTokens
 from hsmwrap.kms.config import same_name
 from hsmwrap.kms.database import Database
+from hsmwrap.kms.errors import KeyUnusable
 from hsmwrap.kms.objects import Objects, schedule_destruction
 from hsmwrap.kms.schema import Key
 from hsmwrap.kms.states import KeyState
+from hsmwrap.kms.unusable import UnusableKeys
 from hsmwrap.policy import Deployment
 
 
@@ -52,24 +54,28 @@ class Core:
     Attributes:
         database: The database.
         backends: The backend of each protection level.
+        named: All backends by name: these, and those of which only the keys are used.
         deployment: Where this runs, for the policy.
         imports: The import service over the same backends.
         objects: Keeps the backends' objects consistent with the rows.
         clock: Returns the current aware time.
         arn_prefix: The part of an ARN before the key id.
         audit: Writes an audit line for an action of the KMS itself: action and key id.
+        unusable: Keys that cannot be used.
         used_tokens: Records used import tokens; None: tokens are reusable.
         step: Called with the name of each step after which a crash matters; for tests.
     """
 
     database: Database
     backends: Mapping[ProtectionLevel, Backend]
+    named: Mapping[str, Backend]
     deployment: Deployment
     imports: ImportService
     objects: Objects
     clock: Callable[[], datetime]
     arn_prefix: str
     audit: Callable[[str, str], None]
+    unusable: UnusableKeys
     used_tokens: UsedTokens | None = None
     step: Callable[[str], None] = no_step
 
@@ -83,6 +89,30 @@ class Core:
         if backend is None:
             raise UnsupportedProtectionLevel("no-backend", f"no backend is configured for {level}")
         return backend
+
+    def backend_of(self, key: Key, reference: KeyRef) -> Backend:
+        """The backend that has the key of a row.
+
+        Raises:
+            KeyUnusable: It is not configured, or may not serve the row's protection level.
+        """
+        backend = self.named.get(reference.backend)
+        if backend is None:
+            raise KeyUnusable(
+                f"key {key.key_id} is in backend {reference.backend}, which is not configured: "
+                f"add [former_backends.{reference.backend}]"
+            )
+        if key.protection_level not in backend.capabilities().protection_levels:
+            raise KeyUnusable(
+                f"key {key.key_id} has level {key.protection_level}, which backend "
+                f"{backend.name} does not serve"
+            )
+        return backend
+
+    def key_set_of(self, key: KeyRef) -> str | None:
+        """Id of the key set that a sealed key needs; None for others, and where none is told."""
+        resealing = ReSealsKeys.of(self.named[key.backend])
+        return None if resealing is None else resealing.key_set_of(key)
 
     def current(self, key_id: str, now: datetime | None = None) -> Key:
         """The row of a key, detached, after expiry was applied; ``now`` overrides the clock.
@@ -143,7 +173,7 @@ def remove_material(transaction: Session, key: Key, now: datetime) -> None:
     """
     if key.reference is not None:
         schedule_destruction(transaction, KeyRef.from_bytes(key.reference), now)
-    key.reference = key.exposure = key.material_expires_at = None
+    key.reference = key.backend = key.key_set = key.exposure = key.material_expires_at = None
     if key.state is not KeyState.PENDING_DELETION:
         key.state = KeyState.PENDING_IMPORT
 

@@ -6,7 +6,7 @@ these too.
 
 from __future__ import annotations
 
-from hsmwrap.errors import HsmwrapError, ServiceUnavailable
+from hsmwrap.errors import HsmError, HsmwrapError, ServiceUnavailable
 
 
 class InvalidAction(HsmwrapError):
@@ -119,6 +119,14 @@ class AccessDeniedError(HsmwrapError):
     code = "AccessDeniedError"
     http_status = 403
     _api_message = "You are not authorized to perform this operation on the KMS resource."
+
+
+class KeyUnusable(HsmError):
+    """The backend does not have this key, or is not configured here; the text says why."""
+
+    code = "Rejected.Unavailable"
+    http_status = 409
+    _api_message = "The request was rejected because the key state is Unavailable."
 
 
 class LeaseLost(ServiceUnavailable):

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 
 from hsmwrap.backend import Backend, Custody, HasKeySets, KeyRef, ReSealsKeys
+from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.errors import ConfigurationError, HsmError, KeyNotFound, UnsupportedOperation
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.schema import Key, KeySetSeen
@@ -176,7 +177,7 @@ class StoredKeys:
         change = (
             update(Key)
             .where(Key.key_id == key_id, Key.reference == reference)
-            .values(reference=resealed)
+            .values(reference=resealed, key_set=self._needed(key_id, resealed))
             .returning(Key.key_id)
         )
         with self._database.write() as transaction:
@@ -219,6 +220,38 @@ class StoredKeys:
             facts = {"key_id": key_id, "why": str(error)}
             _log.error("a stored key reference does not parse", extra=facts)
             return None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Usage:
+    """How many stored keys depend on a key set of a backend.
+
+    Attributes:
+        backend: Its name, as key references have it.
+        level: Protection level of the keys.
+        key_set: Id of the key set; empty for keys that are objects in the HSM.
+        keys: How many.
+    """
+
+    backend: str
+    level: ProtectionLevel
+    key_set: str
+    keys: int
+
+
+def usage_of_backends(database: Database) -> list[Usage]:
+    """What the stored keys depend on, by the rows alone: no backend is asked.
+
+    Raises:
+        ServiceUnavailable: The database is unavailable.
+    """
+    columns = (Key.backend, Key.protection_level, Key.key_set)
+    counted = select(*columns, func.count()).where(Key.backend.is_not(None)).group_by(*columns)
+    with database.read() as transaction:
+        rows = transaction.execute(counted).all()
+    return sorted(
+        Usage(str(backend), level, key_set or "", keys) for backend, level, key_set, keys in rows
+    )
 
 
 def note_current(database: Database, backend: Backend, now: datetime) -> str | None:

@@ -180,8 +180,8 @@ class KeyLifecycle:
             imported = generate_material(core.imports, key.cmk(), pending)
             core.objects.require_pending(imported.key, pending)
             core.step("material imported")
-            key.state, key.reference = KeyState.ENABLED, imported.key.to_bytes()
-            key.check_value, key.exposure = imported.check_value, imported.exposure
+            key.state = KeyState.ENABLED
+            key.hold(imported, core.key_set_of(imported.key))
             self._add(key, imported.key)
         core.step("row committed")
         return key

@@ -88,7 +88,7 @@ class KeyMaterial:
         key = core.current(key_id)
         _require_external(key)
         require("ImportKeyMaterial", key.state)
-        backend = core.backend_for(key.protection_level)
+        backend = core.imports.backend_for_import(key.cmk(), import_token)
         with core.objects.pending(backend, key.key_spec) as pending:
             result = core.imports.import_key_material(
                 key.cmk(),
@@ -134,8 +134,7 @@ class KeyMaterial:
             replaced = key.reference
             if replaced is not None:
                 schedule_destruction(transaction, KeyRef.from_bytes(replaced), now)
-            key.reference, key.exposure = imported.key.to_bytes(), imported.exposure
-            key.check_value = imported.check_value
+            key.hold(imported, self._core.key_set_of(imported.key))
             key.material_expires_at = result.expires_at
             if key.state is KeyState.PENDING_IMPORT:
                 key.state = KeyState.ENABLED

@@ -18,7 +18,7 @@ from hsmwrap.keypool import KeyPool, PoolSettings
 from hsmwrap.kms.access import AccessKeys, FileAccessKeys
 from hsmwrap.kms.anchors import AnchoredLog
 from hsmwrap.kms.audit import SYSTEM, AuditEntry, AuditLog
-from hsmwrap.kms.config import BackendConfig, ServerConfig
+from hsmwrap.kms.config import BackendConfig, ServerConfig, require_table_name
 from hsmwrap.kms.core import by_name
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.keysets import Progress, StoredKeys
@@ -61,7 +61,7 @@ def open_kms(
     """
     deadline = time.monotonic() + config.startup_wait.total_seconds()
     with ExitStack() as opened:
-        backends = _open_backends(config, observer, opened, deadline)
+        backends, former = _open_backends(config, observer, opened, deadline)
         key_pool = KeyPool(
             PoolSettings(
                 config.key_pool, config.key_pool // 2, token_lifetime=config.token_lifetime
@@ -75,6 +75,7 @@ def open_kms(
             database,
             backends,
             config.deployment(),
+            former_backends=former,
             access_keys=access_keys or _access_keys(config),
             audit_log=open_audit_log(config),
             anchor_lines=config.audit_anchor_lines,
@@ -187,17 +188,27 @@ def _access_keys(config: ServerConfig) -> AccessKeys:
 
 def _open_backends(
     config: ServerConfig, observer: Observer | None, opened: ExitStack, deadline: float
-) -> dict[ProtectionLevel, Backend]:
-    backends: dict[ProtectionLevel, Backend] = {}
-    for level, wanted in config.backends.items():
-        same = next((b for known, b in backends.items() if config.backends[known] == wanted), None)
+) -> tuple[dict[ProtectionLevel, Backend], list[Backend]]:
+    """The backends of the levels, and the former ones; equal configurations share one."""
+    known: list[tuple[BackendConfig, Backend]] = []
+
+    def opened_once(wanted: BackendConfig) -> Backend:
+        same = next((backend for config, backend in known if config == wanted), None)
         if same is None:
             same = _with_retries(_opening(wanted), deadline)
             opened.callback(same.close)
             same = observed(same, observer) if observer else same
-        backends[level] = same
-        by_name(backends.values())
-    return backends
+            known.append((wanted, same))
+            by_name(backend for _, backend in known)
+        return same
+
+    levels = {level: opened_once(wanted) for level, wanted in config.backends.items()}
+    former = []
+    for name, wanted in config.former_backends.items():
+        backend = opened_once(wanted)
+        require_table_name(name, backend.name)
+        former.append(backend)
+    return levels, former
 
 
 def _opening(wanted: BackendConfig) -> Callable[[], Backend]:

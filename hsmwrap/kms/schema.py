@@ -10,7 +10,7 @@ from sqlalchemy import BigInteger, Dialect, Enum, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-from hsmwrap.backend import Exposure
+from hsmwrap.backend import Exposure, ImportedKey
 from hsmwrap.catalog import KeySpec, Origin, ProtectionLevel
 from hsmwrap.imports import Cmk
 from hsmwrap.kms.states import KeyState
@@ -65,6 +65,9 @@ class Key(Row):
         check_value: Check value (KCV) of the first material. It stays when the material is
             deleted, because only the same material may be imported again.
         reference: :meth:`hsmwrap.backend.KeyRef.to_bytes`; None without material.
+        backend: Name of the backend that has the material, as in the reference.
+        key_set: Id of its key set that the material is sealed under; None: it is an object in the
+            HSM, or the backend does not tell.
     """
 
     __tablename__ = "keys"
@@ -83,7 +86,15 @@ class Key(Row):
     material_expires_at: Mapped[datetime | None] = mapped_column(Instant, index=True)
     check_value: Mapped[bytes | None] = mapped_column(LargeBinary)
     reference: Mapped[bytes | None] = mapped_column(LargeBinary)
+    backend: Mapped[str | None] = mapped_column(String(32))
+    key_set: Mapped[str | None] = mapped_column(String(32))
     exposure: Mapped[Exposure | None] = mapped_column(_words(Exposure))
+
+    def hold(self, imported: ImportedKey, key_set: str | None) -> None:
+        """Take imported material; ``key_set`` is what it is sealed under."""
+        self.reference, self.backend = imported.key.to_bytes(), imported.key.backend
+        self.key_set, self.exposure = key_set, imported.exposure
+        self.check_value = imported.check_value
 
     def cmk(self) -> Cmk:
         """The key as the import service takes it."""

@@ -18,7 +18,7 @@ from hsmwrap.errors import (
     MissingParameter,
     ServiceUnavailable,
 )
-from hsmwrap.guard import guard_all
+from hsmwrap.guard import guard_all, guarded
 from hsmwrap.imports import (
     MAX_FAILED_IMPORTS,
     TOKEN_LIFETIME,
@@ -49,6 +49,7 @@ from hsmwrap.kms.once import (
     UsedImportTokens,
 )
 from hsmwrap.kms.sweeper import Sweep, Sweeper
+from hsmwrap.kms.unusable import UnusableKeys
 from hsmwrap.policy import Deployment
 
 _HEALTH_LOCK_SECONDS = 1.0
@@ -83,6 +84,7 @@ class Kms:
         backends: Mapping[ProtectionLevel, Backend],
         deployment: Deployment,
         *,
+        former_backends: Collection[Backend] = (),
         access_keys: AccessKeys,
         audit_log: AuditLog,
         anchor_lines: int = ANCHOR_LINES,
@@ -106,6 +108,8 @@ class Kms:
             database: The database, with an up-to-date schema. The KMS closes it.
             backends: The backend of each protection level. The KMS closes them.
             deployment: Where this runs, for the policy.
+            former_backends: Backends of which only the keys are used that they have, and the import
+                tokens honoured that they issued. The KMS closes them.
             access_keys: The access keys, for the protocol layer.
             audit_log: Gets a line for each operation.
             anchor_lines: How many lines of it may be behind its anchor; 1: each line is anchored
@@ -134,6 +138,8 @@ class Kms:
         self.access_keys = access_keys
         self._database = database
         self._backends = backends = guard_all(backends)
+        self._former = tuple(guarded(backend) for backend in former_backends)
+        named = by_name((*backends.values(), *self._former))
         self._key_pool = key_pool
         self._audit = AnchoredLog(database, audit_log, anchor_lines)
         self._clock = clock
@@ -144,6 +150,7 @@ class Kms:
         imports = ImportService(
             backends,
             deployment,
+            former_backends=self._former,
             clock=clock,
             token_lifetime=token_lifetime,
             required_exposure=required_exposure,
@@ -155,16 +162,19 @@ class Kms:
             resident_bounds=resident_bounds,
             key_source=key_pool or generate_inline,
         )
-        objects = Objects(database, by_name(backends.values()), clock, import_lease, step)
+        self._unusable = UnusableKeys(database, named)
+        objects = Objects(database, named, clock, import_lease, step)
         core = Core(
             database,
             self._backends,
+            named,
             deployment,
             imports,
             objects,
             clock,
             arn_prefix,
             self._audit_system,
+            self._unusable,
             used_tokens,
             step,
         )
@@ -234,15 +244,19 @@ class Kms:
         ``facts`` has the state of each part (``database``, ``audit log``, ``backend HSM`` …).
         """
         parts, failed = {}, []
-        for level, backend in self._backends.items():
+        for part, backend in (
+            *((f"backend {level}", backend) for level, backend in self._backends.items()),
+            *((f"former backend {backend.name}", backend) for backend in self._former),
+        ):
             health = backend.health()
-            parts[f"backend {level}"] = health.detail
+            parts[part] = health.detail
             if not health.ready:
-                failed.append(f"backend {level}")
+                failed.append(part)
         for part, check in (
             ("access keys", self._check_access_keys),
             ("database", self._check_database),
             ("audit log", self._check_audit_log),
+            ("keys", self._unusable.said),
         ):
             try:
                 parts[part] = check() or "ready"
@@ -270,18 +284,22 @@ class Kms:
         self._audit.log.check(lock_seconds=_HEALTH_LOCK_SECONDS)
         return None if self._audit.whole else "ready, but a line is missing: hsmwrap audit verify"
 
-    def gauges(self) -> dict[str, bool]:
+    def gauges(self) -> dict[str, int]:
         """What of the KMS itself is as it should be, for metrics."""
         try:
             current = self._check_access_keys() is None
         except ConfigurationError:
             current = False
-        return {"access_keys_current": current, "audit_log_whole": self._audit.whole}
+        return {
+            "access_keys_current": current,
+            "audit_log_whole": self._audit.whole,
+            "keys_unusable": self._unusable.number,
+        }
 
     def watched(self) -> tuple[tuple[Backend, ...], tuple[KeyPool, ...]]:
         """Backends and key-pair pools, for metrics."""
         pools = () if self._key_pool is None else (self._key_pool,)
-        return tuple(self._backends.values()), pools
+        return (*self._backends.values(), *self._former), pools
 
     def close(self) -> None:
         """Stop sweeper and key-pair pool, anchor the audit log, close backends and database.
@@ -292,7 +310,7 @@ class Kms:
             self._sweeper.stop()
         if self._key_pool is not None:
             self._key_pool.close()
-        for backend in self._backends.values():
+        for backend in (*self._backends.values(), *self._former):
             backend.close()
         self._audit.try_to_anchor()
         self.nonces.close()

@@ -19,7 +19,7 @@ from hsmwrap import forks
 from hsmwrap.backend import ReapsWrappingKeys
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 from hsmwrap.forks import ForkAware, ForkTurn
-from hsmwrap.kms.core import Core, by_name
+from hsmwrap.kms.core import Core
 from hsmwrap.kms.keysets import Resealer
 from hsmwrap.kms.lifecycle import KeyLifecycle
 from hsmwrap.kms.schema import Key
@@ -49,7 +49,7 @@ class Sweep:
 
     def __call__(self, now: datetime) -> None:
         """Process what is due at ``now``; failures are logged and retried by the next sweep."""
-        backends = by_name(self._core.backends.values()).values()
+        backends = self._core.named.values()
         reapers = [ReapsWrappingKeys.of(backend) for backend in backends]
         work: tuple[Callable[[], object], ...] = (
             lambda: self._each(Key.material_expires_at <= now, self._core.expire, now),
@@ -57,6 +57,7 @@ class Sweep:
             lambda: self._core.objects.destroy_due(now),
             *(lambda purge=purge: purge(now) for purge in self._purges),
             lambda: self._core.database.schema().require_not_newer(),
+            self._core.unusable.look,
             *(lambda reaper=reaper: reaper.reap(now) for reaper in reapers if reaper),
             *(lambda backend=backend: self._reseal(backend, now) for backend in backends),
             self._anchor,

@@ -10,6 +10,7 @@ from hsmwrap.backend import Backend, KeyRef
 from hsmwrap.errors import HsmError, KeyNotFound
 from hsmwrap.kms.blobs import CiphertextBlob, additional_data
 from hsmwrap.kms.core import Core
+from hsmwrap.kms.errors import KeyUnusable
 from hsmwrap.kms.schema import Key
 from hsmwrap.kms.states import require
 
@@ -43,7 +44,8 @@ class DataKey:
 class KeyUse:
     """Operations with keys.
 
-    Each raises KeyNotFound for an unknown key id, Rejected… if the key is not Enabled,
+    Each raises KeyNotFound for an unknown key id, Rejected… if the key is not Enabled, KeyUnusable
+    if no configured backend has it,
     UnsupportedOperation if the backend can store such keys but not use them, and
     ServiceUnavailable if the backend is unavailable.
     """
@@ -103,16 +105,20 @@ class KeyUse:
 
     def _use(self, operation: str, key_id: str, use: _Use) -> tuple[Key, bytes]:
         key, reference = self._usable(operation, key_id)
-        backend = self._core.backend_for(key.protection_level)
         try:
-            return key, use(backend, KeyRef.from_bytes(reference))
-        except KeyNotFound as error:
+            result = self._use_once(key, reference, use)
+        except (KeyNotFound, KeyUnusable) as error:
             # A re-import or a deletion may have destroyed the object since the row was read.
             key, replaced_by = self._usable(operation, key_id)
             if replaced_by == reference:
-                why = f"the backend does not have the material of key {key_id}: {error}"
-                raise HsmError(why) from None
-            return key, use(backend, KeyRef.from_bytes(replaced_by))
+                raise self._core.unusable.found(key, error) from None
+            result = self._use_once(key, replaced_by, use)
+        self._core.unusable.works(key_id)
+        return key, result
+
+    def _use_once(self, key: Key, reference: bytes, use: _Use) -> bytes:
+        parsed = KeyRef.from_bytes(reference)
+        return use(self._core.backend_of(key, parsed), parsed)
 
     def _usable(self, operation: str, key_id: str) -> tuple[Key, bytes]:
         key = self._core.current(key_id)

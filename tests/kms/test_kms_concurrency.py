@@ -432,7 +432,7 @@ def test_use_of_a_key_whose_object_was_lost(client, open_backend):
     backend.close()
     with pytest.raises(HsmError) as caught:
         client.usable(key_id)
-    assert caught.value.code == "InternalFailure"
+    assert caught.value.code == "Rejected.Unavailable"
 
 
 def test_failed_import_is_cleaned_up_when_the_hsm_is_back(stop, objects, clock):

@@ -29,9 +29,11 @@ class DirectoryBackend(Scripted):
 
     opens = MemoryBackend
 
-    def __init__(self, directory, custody="HsmInternal", wrapping="HsmEncryptedDatabase"):
+    def __init__(
+        self, directory, custody="HsmInternal", wrapping="HsmEncryptedDatabase", name="hsm"
+    ):
         super().__init__(
-            name="hsm",
+            name=name,
             directory=str(directory),
             wrapping_custody=wrapping,
             material_custody=custody,

@@ -114,6 +114,8 @@ def _create_keys() -> None:
         sa.Column("material_expires_at", sa.BigInteger(), nullable=True),
         sa.Column("check_value", sa.LargeBinary(), nullable=True),
         sa.Column("reference", sa.LargeBinary(), nullable=True),
+        sa.Column("backend", sa.String(32), nullable=True),
+        sa.Column("key_set", sa.String(32), nullable=True),
         sa.Column("exposure", sa.String(32), nullable=True),
         sa.PrimaryKeyConstraint("key_id"),
     )
