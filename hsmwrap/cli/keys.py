@@ -397,8 +397,8 @@ def _chosen(args: argparse.Namespace) -> _Chosen:
     if args.backend:
         if args.backend not in config.former_backends:
             raise ConfigurationError(
-                f"{args.config} has no [former_backends.{args.backend}]; --config names the others "
-                "by --level"
+                "--config names backend and settings: give no others, or by --backend one that is "
+                f"in its [former_backends]; {args.backend} is not"
             )
         former = config.former_backends[args.backend]
         return _Chosen(former.plugin, former.settings, config)

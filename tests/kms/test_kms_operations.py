@@ -550,6 +550,7 @@ def test_health_and_close(open_kms):
         "access keys": "ready",
         "database": "ready",
         "audit log": "ready",
+        "keys": "ready",
     }
     kms.close()
     kms.close()
