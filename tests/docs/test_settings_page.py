@@ -7,7 +7,7 @@ from support.documents import ROOT, section_of, text_of
 
 from hsmwrap.cli import main
 from hsmwrap.keypool import PoolSettings
-from hsmwrap.kms.config import LimitsConfig, ServerConfig, settings_table
+from hsmwrap.kms.config import BackendConfig, LimitsConfig, ServerConfig, settings_table
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.software.settings import SoftwareSettings
 
@@ -43,9 +43,14 @@ def test_the_table_is_the_arguments_of_the_class(settings):
 
 def test_the_servers_table_is_what_pydantic_reads():
     names = {row.name for row in settings_table()}
-    plain = set(ServerConfig.model_fields) - {"backends", "limits"}
+    plain = set(ServerConfig.model_fields) - {"backends", "former_backends", "limits"}
     limits = {f"limits.{name}" for name in LimitsConfig.model_fields}
-    assert names == plain | limits | {"backends.LEVEL.plugin", "backends.LEVEL.settings"}
+    backends = {
+        f"{table}.{name}"
+        for table in ("backends.LEVEL", "former_backends.NAME")
+        for name in BackendConfig.model_fields
+    }
+    assert names == plain | limits | backends
 
 
 def said(capsys, *arguments):
