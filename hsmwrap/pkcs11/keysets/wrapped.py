@@ -27,7 +27,7 @@ from pkcs11.mechanisms import Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.backend import KeySetInfo
-from hsmwrap.errors import ConfigurationError, HsmError
+from hsmwrap.errors import ConfigurationError, HsmError, PinError
 from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import read, read_if_known
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
@@ -184,10 +184,17 @@ def take_in(
         PinError, ServiceUnavailable: As for :func:`~.admin.initialise`.
     """
     keys = key_sets_of(settings)
+
+    def look(pooled: PooledSession) -> tuple[list[WrappedSet], Needs]:
+        missing, needs = _missing(pooled, keys, sets), needs_of(pooled.session)
+        for each in sets:
+            # Ids prove nothing: a set may have been planted in the place of one to come.
+            if each not in missing and not _is_proven(pooled, keys, each, needs):
+                raise _another(each.number)
+        return missing, needs
+
     with connected(settings) as connection:
-        missing, needs = connection.run(
-            lambda pooled: (_missing(pooled, keys, sets), needs_of(pooled.session)), retry=False
-        )
+        missing, needs = connection.run(look, retry=False)
     for each in missing:
         key_encryption_roles = tuple(role for role in each.keys if role is not Role.MAC)
         try:
@@ -203,6 +210,10 @@ def take_in(
                 with connected(settings) as connection:
                     require_complete(connection, keys, each.number, made)
                     connection.run(partial(_require_proven, keys=keys, wrapped=each, needs=needs))
+        except PinError:
+            # Cleaning up would try a PIN again, which may lock the HSM token. What there is of the
+            # set is listed as not finished, and goes when the command is run again.
+            raise
         except BaseException:
             clean_up(settings, keys, each.number, each.made_by)
             raise
@@ -281,11 +292,15 @@ def _missing(pooled: PooledSession, keys: KeySets, sets: Sequence[WrappedSet]) -
             keys.destroy(pooled, each.number, each.made_by)
             missing.append(each)
         else:
-            raise ConfigurationError(
-                f"the HSM token has another key set {each.number}: retire what is there, or take "
-                "another key_prefix"
-            )
+            raise _another(each.number)
     return missing
+
+
+def _another(number: int) -> ConfigurationError:
+    return ConfigurationError(
+        f"the HSM token has another key set {number}: retire what is there, or take another "
+        "key_prefix"
+    )
 
 
 # --- proofs ---------------------------------------------------------------------------------------
@@ -306,21 +321,25 @@ def _prove(pooled: PooledSession, keys: KeySets, key_set: KeySet, needs: Needs) 
 def _require_proven(
     pooled: PooledSession, keys: KeySets, wrapped: WrappedSet, needs: Needs
 ) -> None:
-    """Whether those keys that are there do what they did on the HSM token that they are from.
+    """Refuse a set that does not do what it did on the HSM token that it is from.
 
     Raises:
-        HsmError: They do not.
+        HsmError: It does not.
     """
-    role, number = Role.MATERIAL_AES, wrapped.number
-    mac_key = keys.find(pooled, Role.MAC, number)
-    proven = mac_key is None or hmac.compare_digest(_tag(mac_key, number), wrapped.proof.tag)
-    if role in wrapped.keys:
-        proven = proven and _opens(pooled, keys, wrapped, needs)
-    if not proven:
+    if not _is_proven(pooled, keys, wrapped, needs):
         raise HsmError(
-            f"key set {number} does not open or authenticate what it did before, so nothing of it "
-            "is kept: the file was changed"
+            f"key set {wrapped.number} does not open or authenticate what it did before, so "
+            "nothing of it is kept: the file was changed"
         )
+
+
+def _is_proven(pooled: PooledSession, keys: KeySets, wrapped: WrappedSet, needs: Needs) -> bool:
+    """Whether those keys that are there open and authenticate as the :class:`Proof` says."""
+    number = wrapped.number
+    mac_key = keys.find(pooled, Role.MAC, number)
+    if mac_key is not None and not hmac.compare_digest(_tag(mac_key, number), wrapped.proof.tag):
+        return False
+    return Role.MATERIAL_AES not in wrapped.keys or _opens(pooled, keys, wrapped, needs)
 
 
 def _opens(pooled: PooledSession, keys: KeySets, wrapped: WrappedSet, needs: Needs) -> bool:
