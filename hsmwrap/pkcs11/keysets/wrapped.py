@@ -22,15 +22,13 @@ from functools import partial
 from typing import Any, Self, TypeAlias
 
 from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError, HsmError, PinError
 from hsmwrap.pkcs11.binding import objects
-from hsmwrap.pkcs11.binding.client_errors import read, read_if_known
-from hsmwrap.pkcs11.binding.returncodes import recovery_of
+from hsmwrap.pkcs11.binding.client_errors import map_damage, read, read_if_known
 from hsmwrap.pkcs11.binding.templates import NestedTemplate, Template
 from hsmwrap.pkcs11.keysets.admin import (
     clean_up,
@@ -247,7 +245,11 @@ def _unwrap(
 ) -> None:
     named = role, wrapped.number, wrapped.made_by
     template = keys.template(*named, trusted=True, movable=True, needs=needs)
-    try:
+    damaged = HsmError(
+        f"the key {keys.label(role, wrapped.number)} does not unwrap: the file was changed, or was "
+        "made for another key"
+    )
+    with map_damage(damaged, _no_control):
         objects.unwrap(
             carrying.key,
             wrapped.keys[role],
@@ -255,13 +257,10 @@ def _unwrap(
             mechanism=carrying.mechanism,
             parameter=carrying.parameter,
         )
-    except PKCS11Error as error:
-        if recovery_of(error) is not None:
-            raise
-        raise HsmError(
-            f"the key {keys.label(role, wrapped.number)} does not unwrap: the file was changed, or "
-            "was made for another key"
-        ) from None
+
+
+def _no_control() -> None:
+    """For :func:`map_damage`: nothing is there yet that unwraps for certain."""
 
 
 def _missing(pooled: PooledSession, keys: KeySets, sets: Sequence[WrappedSet]) -> list[WrappedSet]:
@@ -348,10 +347,9 @@ def _opens(pooled: PooledSession, keys: KeySets, wrapped: WrappedSet, needs: Nee
     kek = keys.find(pooled, role, wrapped.number)
     template = keys.material_template(role, wrapped.number)
     try:
-        key = objects.unwrap(kek, sealed, template, mechanism=needs.key_wrap)
-    except PKCS11Error as error:
-        if recovery_of(error) is not None:
-            raise
+        with map_damage(HsmError("it does not open"), _no_control):
+            key = objects.unwrap(kek, sealed, template, mechanism=needs.key_wrap)
+    except HsmError:
         return False
     try:
         return bytes(kek.wrap_key(key, mechanism=needs.key_wrap)) == sealed
