@@ -24,6 +24,7 @@ from hsmwrap.kms.config import same_name
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.errors import KeyUnusable
 from hsmwrap.kms.objects import Objects, schedule_destruction
+from hsmwrap.kms.rows import KeyRows
 from hsmwrap.kms.schema import Key
 from hsmwrap.kms.states import KeyState
 from hsmwrap.kms.unusable import UnusableKeys
@@ -60,6 +61,7 @@ class Core:
         objects: Keeps the backends' objects consistent with the rows.
         clock: Returns the current aware time.
         arn_prefix: The part of an ARN before the key id.
+        rows: Reads rows of keys.
         audit: Writes an audit line for an action of the KMS itself: action and key id.
         unusable: Keys that cannot be used.
         used_tokens: Records used import tokens; None: tokens are reusable.
@@ -74,6 +76,7 @@ class Core:
     objects: Objects
     clock: Callable[[], datetime]
     arn_prefix: str
+    rows: KeyRows
     audit: Callable[[str, str], None]
     unusable: UnusableKeys
     used_tokens: UsedTokens | None = None
@@ -115,22 +118,20 @@ class Core:
         return None if resealing is None else resealing.key_set_of(key)
 
     def current(self, key_id: str, now: datetime | None = None) -> Key:
-        """The row of a key, detached, after expiry was applied; ``now`` overrides the clock.
+        """The row of a key after expiry was applied, not to be changed; ``now``: not the clock's.
 
         Raises:
             KeyNotFound: The key does not exist.
             AuditFailed: The material expired and was deleted, but the audit log cannot be written.
         """
         now = now or self.clock()
-        with self.database.read() as transaction:
-            key = _find(transaction, key_id, now)
+        key = _existing(self.rows.get(key_id), now)
         if not _is_expired(key, now):
             return key
         expired = key.reference
         self.expire(key_id, now)
         self.objects.destroy(expired)
-        with self.database.read() as transaction:
-            return _find(transaction, key_id, now)
+        return _existing(self.rows.get(key_id), now)
 
     @contextmanager
     def locked(self, key_id: str, now: datetime) -> Iterator[tuple[Session, Key]]:
@@ -143,7 +144,7 @@ class Core:
         # In its own transaction: expired material stays deleted if the operation is then refused.
         self.current(key_id, now)
         with self.database.write() as transaction:
-            yield transaction, _find(transaction, key_id, now, lock=True)
+            yield transaction, _existing(transaction.get(Key, key_id, with_for_update=True), now)
 
     def expire(self, key_id: str, now: datetime) -> bool:
         """Delete the material if it has expired at ``now``; False if not, or if it is deleted.
@@ -178,8 +179,7 @@ def remove_material(transaction: Session, key: Key, now: datetime) -> None:
         key.state = KeyState.PENDING_IMPORT
 
 
-def _find(transaction: Session, key_id: str, now: datetime, *, lock: bool = False) -> Key:
-    key = transaction.get(Key, key_id, with_for_update=lock)
+def _existing(key: Key | None, now: datetime) -> Key:
     # After its deletion date a key does not exist, even if the sweeper has not deleted the row yet.
     if key is None or (key.deletion_at is not None and key.deletion_at <= now):
         raise KeyNotFound("no key has this id")

@@ -2,8 +2,8 @@
 
 SQLite runs in WAL mode; a writer takes its lock at the start (``BEGIN IMMEDIATE``), because an
 upgrade from read to write can fail. On PostgreSQL a writer locks the rows it read (``SELECT … FOR
-UPDATE``). No transaction is open during an HSM call. Every wait has a limit: for a connection, for
-a lock, and for a stopped process with an open transaction.
+UPDATE``), and reading takes no transaction. No transaction is open during an HSM call. Every wait
+has a limit: for a connection, for a lock, and for a stopped process with an open transaction.
 
 SQLite's files are for this process's user only, mode 0600: the rows name keys and callers, and
 hold sealed keys and used nonces.
@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from select import POLLIN, poll
 from types import MappingProxyType
 from typing import Any
 
@@ -27,17 +30,18 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Engine, create_engine, event, func, make_url, select, text
+from sqlalchemy import URL, Dialect, Engine, create_engine, event, func, make_url, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
+    DisconnectionError,
     NoSuchModuleError,
 )
 from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import Pool
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
 from hsmwrap import forks
 from hsmwrap.errors import ConfigurationError, strip_tracebacks
@@ -45,6 +49,7 @@ from hsmwrap.forks import ForkAware
 from hsmwrap.kms.database_errors import typed_error
 from hsmwrap.kms.errors import CommitUnknown
 from hsmwrap.kms.schema import Row
+from hsmwrap.locks import ReadWriteLock
 from hsmwrap.privatefile import owner_fault
 
 BUSY_SECONDS = 10
@@ -57,6 +62,7 @@ _SQLITE_PRAGMAS = (
     "PRAGMA foreign_keys=ON",
 )
 _CONNECT_SECONDS = 10
+_TRUSTED_SECONDS = 1.0
 _POSTGRESQL_SETTINGS = MappingProxyType(
     {
         "lock_timeout": str(_BUSY_MILLISECONDS),
@@ -95,6 +101,10 @@ class Database(ForkAware):
         self.engine = _engine(url, pool_size, sync=sync)
         self._writing = self.engine.execution_options(writing=True)
         self._single = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        # PostgreSQL gives each statement a snapshot of its own in any case (READ COMMITTED), so
+        # BEGIN and ROLLBACK would be two round trips for nothing.
+        self._reading = self._single if self._is_postgresql else self.engine
+        self._turn = ReadWriteLock(busy="others write the database", timeout=BUSY_SECONDS)
         forks.register(self)
 
     def after_fork_in_child(self) -> None:
@@ -105,6 +115,10 @@ class Database(ForkAware):
     def __repr__(self) -> str:
         return f"<Database {shown_url(self.engine.url)}>"
 
+    @property
+    def _is_postgresql(self) -> bool:
+        return self.engine.dialect.name == "postgresql"
+
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A read-only transaction.
@@ -112,7 +126,7 @@ class Database(ForkAware):
         Raises:
             ServiceUnavailable: The database is unavailable.
         """
-        with _available(), Session(self.engine, expire_on_commit=False) as session:
+        with _available(), Session(self._reading, expire_on_commit=False) as session:
             yield session
 
     @contextmanager
@@ -124,7 +138,9 @@ class Database(ForkAware):
             CommitUnknown: The commit itself failed; it may have happened.
         """
         writing = Session(self._writing, expire_on_commit=False)
-        with _available(), writing as session, session.begin():
+        # SQLite lets in one writer, and those that wait for it sleep and try again: unfair.
+        turn = nullcontext() if self._is_postgresql else self._turn.write()
+        with turn, _available(), writing as session, session.begin():
             yield session
             session.flush()
             _commit(session)
@@ -138,11 +154,11 @@ class Database(ForkAware):
                 not known.
         """
         with _available():
-            if self.engine.dialect.name == "postgresql":
+            if self._is_postgresql:
                 with self._single.connect() as connection:
                     yield connection
             else:
-                with self._writing.begin() as connection:
+                with self._turn.write(), self._writing.begin() as connection:
                     yield connection
 
     def insert(self, row: type[Row]) -> Any:
@@ -267,6 +283,34 @@ class Database(ForkAware):
         self.engine.dispose()
 
 
+class BareSqlite(sqlite3.Connection):
+    """A connection without SQLAlchemy, for what each request asks SQLite; no transaction is begun.
+
+    One thread at a time uses it. Each call has a connection to itself, since a lock of Python would
+    be held while its thread waits for the GIL, and all others with it.
+
+    Attributes:
+        status: The file's, when it was connected.
+    """
+
+    def __init__(self, file: Path) -> None:
+        """Connect to a file, which is made closed to others where it is absent.
+
+        Raises:
+            ConfigurationError: As :class:`Database`.
+            OSError, sqlite3.Error: It cannot be made or opened.
+        """
+        _make_private(file)
+        super().__init__(file, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        _BARE.add(self)
+        self.status = file.stat()
+
+    def close(self) -> None:
+        """Close it. Safe to call again."""
+        super().close()
+        _BARE.discard(self)
+
+
 def surely_rolled_back(error: BaseException) -> bool:
     """Whether a transaction that failed with this error was rolled back; False if unknown."""
     return isinstance(error, Exception) and not isinstance(error, CommitUnknown)
@@ -343,7 +387,7 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
         raise ConfigurationError("database_url is not an SQLAlchemy URL") from None
     if parsed.drivername in ("postgresql", "postgresql+psycopg"):
         parsed = parsed.set(drivername="postgresql+psycopg")
-        options: dict[str, Any] = {"pool_pre_ping": True, "pool_size": pool_size}
+        options: dict[str, Any] = {"pool_size": pool_size}
         if "connect_timeout" not in parsed.query:
             options["connect_args"] = {"connect_timeout": _CONNECT_SECONDS}
     elif (
@@ -360,11 +404,13 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
         raise ConfigurationError(f"database_url: {error}") from None
     if engine.dialect.name == "sqlite":
         file = Path(str(parsed.database))
-        event.listen(engine, "do_connect", lambda *_: make_private(file))
+        event.listen(engine, "do_connect", lambda *_: _make_private(file))
         event.listen(engine, "connect", partial(_prepare_sqlite, sync=sync))
         event.listen(engine, "begin", _begin_sqlite)
     else:
         event.listen(engine, "connect", partial(_prepare_postgresql, url=parsed))
+        event.listen(engine, "checkin", _note_time)
+        event.listen(engine, "checkout", partial(_require_alive, engine.dialect))
     return engine
 
 
@@ -376,7 +422,7 @@ def _differences(context: MigrationContext) -> list[Any]:
     ]
 
 
-def make_private(file: Path) -> None:
+def _make_private(file: Path) -> None:
     """Make SQLite's files, or keep them, closed to others; SQLite makes them as ``umask`` says.
 
     The directory matters as much: who can write it can put other files in their place.
@@ -446,6 +492,27 @@ def _prepare_postgresql(connection: Any, _record: object, *, url: URL) -> None:
     connection.commit()
 
 
+def _note_time(_connection: Any, record: ConnectionPoolEntry) -> None:
+    record.info["idle_since"] = time.monotonic()
+
+
+def _require_alive(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, *_: Any) -> None:
+    """Let the pool connect anew where the server has ended an idle connection.
+
+    What the server said last, that it ends, is there to be read; this costs no round trip. After
+    some time a network may have dropped the connection without a word: then the server is asked.
+    """
+    idle = time.monotonic() - record.info.get("idle_since", time.monotonic())
+    said = poll()
+    said.register(connection.pgconn.socket, POLLIN)
+    if idle < _TRUSTED_SECONDS and not said.poll(0):
+        return
+    try:
+        dialect.do_ping(connection)
+    except dialect.loaded_dbapi.Error as error:
+        raise DisconnectionError from error
+
+
 def _commit(session: Session) -> None:
     try:
         session.commit()
@@ -471,3 +538,4 @@ def _available() -> Iterator[None]:
 # A child must not close inherited connections: that would end the parent's session on the server,
 # or drop SQLite's locks. Keeping a reference prevents it.
 _INHERITED: list[Pool] = []
+_BARE: set[BareSqlite] = set()

@@ -67,13 +67,12 @@ _ADVICE: Mapping[str, str] = MappingProxyType(
 _MENDED_BY_HAND = ("28", "3D", "42", "SQLITE_ERROR", "SQLITE_NOTADB", "SQLITE_CORRUPT")
 # What libpq says where it has no SQLSTATE, and what it would be.
 _OF_LIBPQ = (
+    ("the database system is", "57P03"),  # starting up, shutting down, in recovery mode
     ("authentication failed", "28P01"),
     ("pg_hba.conf", "28000"),
     ("role ", "28000"),
     ("database ", "3D000"),
     ("too many", "53300"),
-    ("starting up", "57P03"),
-    ("shutting down", "57P03"),
     ("certificate", "TLS"),
     ("SSL", "TLS"),
     ("timeout expired", "ETIMEDOUT"),

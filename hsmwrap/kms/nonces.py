@@ -20,6 +20,7 @@ import logging
 import os
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
@@ -31,7 +32,7 @@ from sqlalchemy import delete, select, text
 from hsmwrap import forks
 from hsmwrap.errors import ServiceUnavailable
 from hsmwrap.forks import ForkAware
-from hsmwrap.kms.database import BUSY_SECONDS, Database, make_private
+from hsmwrap.kms.database import BareSqlite, Database
 from hsmwrap.kms.once import digest
 from hsmwrap.kms.schema import NonceBound, microseconds
 
@@ -56,18 +57,17 @@ SELECT :digest, :expires_at
 WHERE EXISTS (SELECT 1 FROM nonces WHERE digest = :begun)
 AND NOT EXISTS (SELECT 1 FROM nonces WHERE digest = :access_key AND expires_at > :expires_at)
 ON CONFLICT (digest) DO UPDATE SET expires_at = excluded.expires_at
-WHERE nonces.expires_at <= :now
-RETURNING digest"""
+WHERE nonces.expires_at <= :now"""
 _LOOK = "SELECT digest FROM nonces WHERE digest IN (:digest, :begun)"
 _BEGIN = """
 INSERT INTO nonces (digest, expires_at) VALUES (:digest, :expires_at)
-ON CONFLICT (digest) DO NOTHING RETURNING digest"""
+ON CONFLICT (digest) DO NOTHING"""
 _TAKE_OVER = """
 INSERT INTO nonces (digest, expires_at) SELECT digest, before FROM nonce_bounds WHERE true
 ON CONFLICT (digest) DO NOTHING"""
 _PURGE = f"""
 DELETE FROM nonces WHERE digest IN
-(SELECT digest FROM nonces WHERE expires_at <= :now LIMIT {_BATCH}) RETURNING digest"""  # noqa: S608 (a number)
+(SELECT digest FROM nonces WHERE expires_at <= :now LIMIT {_BATCH})"""  # noqa: S608 (a number)
 
 _log = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ class NonceStore(ForkAware):
             "now": microseconds(self._clock()),
         }
         self._require_below_bound(access_key, expires_at)
-        while not self._store.run(_USE, wanted):
-            found = {bytes(row[0]) for row in self._store.run(_LOOK, wanted)}
+        while not self._store.change(_USE, wanted):
+            found = {bytes(row[0]) for row in self._store.select(_LOOK, wanted)}
             if wanted["digest"] in found:
                 return False
             if _BEGUN in found:
@@ -123,7 +123,7 @@ class NonceStore(ForkAware):
 
     def purge(self, now: datetime) -> None:
         """Delete the expired marks and bounds; in small steps, between which others use nonces."""
-        while len(self._store.run(_PURGE, {"now": microseconds(now)})) == _BATCH:
+        while self._store.change(_PURGE, {"now": microseconds(now)}) == _BATCH:
             pass
         with self._database.write() as transaction:
             transaction.execute(delete(NonceBound).where(NonceBound.before <= now))
@@ -154,8 +154,11 @@ class NonceStore(ForkAware):
 class _Store(Protocol):
     """Where nonces are kept: the table ``nonces`` of some database."""
 
-    def run(self, statement: str, values: Mapping[str, Any]) -> list[Any]:
-        """Run one statement in a transaction of its own; returns the rows."""
+    def change(self, statement: str, values: Mapping[str, Any]) -> int:
+        """Run one statement in a transaction of its own; returns how many rows it changed."""
+
+    def select(self, statement: str, values: Mapping[str, Any]) -> list[Any]:
+        """Read rows."""
 
     def begin(self) -> None:
         """Take the bounds over as floors, unless another process has begun the store."""
@@ -169,16 +172,20 @@ class _Table:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def run(self, statement: str, values: Mapping[str, Any]) -> list[Any]:
+    def change(self, statement: str, values: Mapping[str, Any]) -> int:
+        with self._database.statement() as connection:
+            return connection.execute(text(statement), values).rowcount
+
+    def select(self, statement: str, values: Mapping[str, Any]) -> list[Any]:
         with self._database.statement() as connection:
             return list(connection.execute(text(statement), values))
 
     def begin(self) -> None:
-        if self.run(_LOOK, {"digest": _BEGUN, "begun": _BEGUN}):
+        if self.select(_LOOK, {"digest": _BEGUN, "begun": _BEGUN}):
             return
         with self._database.write() as transaction:
             mark = {"digest": _BEGUN, "expires_at": _FOREVER}
-            if transaction.execute(text(_BEGIN), mark).first() is not None:
+            if transaction.connection().execute(text(_BEGIN), mark).rowcount:
                 # After the mark: no bound was raised for a store before this one any more.
                 transaction.execute(text(_TAKE_OVER))
                 _log.info("the store of used nonces begins")
@@ -191,78 +198,84 @@ class _File(ForkAware):
     """In a file of SQLite that lives as long as the machine runs, never flushed to the disk.
 
     What a process has written is the kernel's, so it survives the process, however that ends.
+
+    Each call has a connection to itself. SQLite lets one of them write at a time, for microseconds.
     """
 
     def __init__(self, database: Database, file: Path) -> None:
         self._database = database
         self._file = file
         self._prefix = f"{file.name.rpartition('-')[0]}-"
-        self._connection: sqlite3.Connection | None = None
-        self._lock = threading.Lock()
+        self.after_fork_in_child()
         forks.register(self)
 
     def after_fork_in_child(self) -> None:
-        """Leave the connection to the parent."""
-        _INHERITED.append(self._connection)
-        self._connection = None
-        self._lock = threading.Lock()
+        """Leave the connections to the parent."""
+        self._idle: deque[BareSqlite] = deque()
+        self._opening = threading.Lock()
 
-    def run(self, statement: str, values: Mapping[str, Any]) -> list[Any]:
-        with self._lock, _available():
-            return self._opened().execute(statement, values).fetchall()
+    def change(self, statement: str, values: Mapping[str, Any]) -> int:
+        with self._connection() as connection:
+            return connection.execute(statement, values).rowcount
+
+    def select(self, statement: str, values: Mapping[str, Any]) -> list[Any]:
+        with self._connection() as connection:
+            return connection.execute(statement, values).fetchall()
 
     def begin(self) -> None:
-        bounds = select(NonceBound.digest, NonceBound.before)
-        with self._lock, _available():
-            connection = self._opened()
+        with self._connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
-            try:
-                mark = {"digest": _BEGUN, "expires_at": _FOREVER}
-                if connection.execute(_BEGIN, mark).fetchall():
-                    with self._database.read() as transaction:
-                        floors = [
-                            (row[0], microseconds(row[1])) for row in transaction.execute(bounds)
-                        ]
-                    connection.executemany("INSERT INTO nonces VALUES (?, ?)", floors)
-                    _log.info("the store of used nonces begins", extra={"file": str(self._file)})
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
+            mark = {"digest": _BEGUN, "expires_at": _FOREVER}
+            if connection.execute(_BEGIN, mark).rowcount:
+                bounds = select(NonceBound.digest, NonceBound.before)
+                with self._database.read() as transaction:
+                    floors = [(row[0], microseconds(row[1])) for row in transaction.execute(bounds)]
+                connection.executemany("INSERT INTO nonces VALUES (?, ?)", floors)
+                _log.info("the store of used nonces begins", extra={"file": str(self._file)})
             connection.execute("COMMIT")
 
     def close(self) -> None:
-        with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
-    def _opened(self) -> sqlite3.Connection:
-        connection = self._connection
-        # A file that was removed is one that other processes do not see.
-        if connection is None or not self._is_there():
-            if connection is not None:
-                connection.close()
-            self._connection = connection = self._open()
-        return connection
-
-    def _is_there(self) -> bool:
+    @contextmanager
+    def _connection(self) -> Iterator[BareSqlite]:
+        """A connection for one call; closed where the call fails, and with it a transaction."""
         try:
-            return os.path.samestat(self._file.stat(), self._status)
-        except FileNotFoundError:
-            return False
+            connection = self._taken()
+            try:
+                yield connection
+            except BaseException:
+                connection.close()
+                raise
+        except (OSError, sqlite3.Error) as error:
+            _log.warning("the store of used nonces failed", extra={"error": type(error).__name__})
+            raise ServiceUnavailable(
+                f"the store of used nonces is unavailable: {type(error).__name__}"
+            ) from error
+        self._idle.append(connection)
 
-    def _open(self) -> sqlite3.Connection:
+    def _taken(self) -> BareSqlite:
+        with suppress(IndexError):
+            while True:
+                connection = self._idle.pop()
+                with suppress(FileNotFoundError):
+                    # A file that was removed is one that other processes do not see.
+                    if os.path.samestat(self._file.stat(), connection.status):
+                        return connection
+                connection.close()
+        with self._opening:
+            return self._open()
+
+    def _open(self) -> BareSqlite:
         for other in self._file.parent.iterdir():
             if other.name.startswith(self._prefix) and not other.name.startswith(self._file.name):
                 other.unlink(missing_ok=True)  # of an earlier boot
-        make_private(self._file)
-        connection = sqlite3.connect(
-            self._file, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
+        connection = BareSqlite(self._file)
         try:
             for statement in _PREPARE:
                 connection.execute(statement)
-            self._status = self._file.stat()
         except BaseException:
             connection.close()
             raise
@@ -276,18 +289,3 @@ def _store(database: Database) -> _Store:
         if file is not None:
             return _File(database, file.with_name(f"{file.name}-nonces-{boot}"))
     return _Table(database)
-
-
-@contextmanager
-def _available() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, sqlite3.Error) as error:
-        _log.warning("the store of used nonces failed", extra={"error": type(error).__name__})
-        raise ServiceUnavailable(
-            f"the store of used nonces is unavailable: {type(error).__name__}"
-        ) from error
-
-
-# As in hsmwrap.kms.database: to close an inherited connection would drop the parent's locks.
-_INHERITED: list[sqlite3.Connection | None] = []

@@ -96,7 +96,7 @@ class Objects:
             raise HsmError(f"backend {made.backend} did not give a key's object the requested id")
 
     def destroy(self, reference: bytes | None) -> None:
-        """Destroy an object at once if its destruction is scheduled.
+        """Destroy an object at once if its destruction is scheduled; a sealed blob has none.
 
         Raises nothing: what fails remains scheduled.
         """
@@ -104,6 +104,8 @@ class Objects:
             return
         now = self._clock()
         try:
+            if KeyRef.from_bytes(reference).custody is not Custody.HSM_INTERNAL:
+                return
             self._destroy_all(ScheduledDestruction.reference == reference, now)
         except Exception as error:  # noqa: BLE001 (the caller's operation is already committed)
             _log.warning("object not destroyed yet", extra={"error": type(error).__name__})

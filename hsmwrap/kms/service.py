@@ -48,6 +48,7 @@ from hsmwrap.kms.once import (
     ResidentWrappingKeys,
     UsedImportTokens,
 )
+from hsmwrap.kms.rows import key_rows
 from hsmwrap.kms.sweeper import Sweep, Sweeper
 from hsmwrap.kms.unusable import UnusableKeys
 from hsmwrap.policy import Deployment
@@ -164,6 +165,7 @@ class Kms:
         )
         self._unusable = UnusableKeys(database, named)
         objects = Objects(database, named, clock, import_lease, step)
+        self._rows = key_rows(database)
         core = Core(
             database,
             self._backends,
@@ -173,6 +175,7 @@ class Kms:
             objects,
             clock,
             arn_prefix,
+            self._rows,
             self._audit_system,
             self._unusable,
             used_tokens,
@@ -314,6 +317,7 @@ class Kms:
             backend.close()
         self._audit.try_to_anchor()
         self.nonces.close()
+        self._rows.close()
         self._database.close()
 
     def __enter__(self) -> Self:

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -227,6 +228,82 @@ def test_sqlite_writers_take_turns(sqlite_url):
     with database.read() as transaction:
         assert transaction.execute(text("SELECT sequence FROM audit_anchors")).scalar() == 100
     database.close()
+
+
+def test_sqlite_writers_come_in_the_order_of_asking(sqlite_url):
+    database = Database(sqlite_url, sync=False)
+    database.migrate()
+    order, threads = [], []
+
+    def write(number):
+        with database.write():
+            order.append(number)
+
+    with database.write():
+        for number in range(6):
+            threads.append(threading.Thread(target=write, args=(number,)))
+            threads[-1].start()
+            while database._turn.waiting <= number:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == list(range(6))
+    database.close()
+
+
+def test_sqlite_writer_does_not_wait_for_ever(sqlite_url, monkeypatch):
+    monkeypatch.setattr(database_module, "BUSY_SECONDS", 0.05)
+    database = Database(sqlite_url, sync=False)
+    waiting, refused = ThreadPoolExecutor(1), []
+
+    def write():
+        with pytest.raises(ServiceUnavailable, match="others write the database"), database.write():
+            refused.append("not")
+        refused.append("refused")
+
+    with database.write():
+        waiting.submit(write).result(30)
+    assert refused == ["refused"]
+    database.close()
+
+
+class TestIdleConnectionsOfPostgresql:
+    @pytest.fixture
+    def database(self, postgres_url):
+        database = Database(postgres_url)
+        yield database
+        database.close()
+
+    @pytest.fixture
+    def pings(self, database, monkeypatch):
+        pings, ping = [], database.engine.dialect.do_ping
+        monkeypatch.setattr(
+            database.engine.dialect, "do_ping", lambda one: [pings.append(1), ping(one)]
+        )
+        return pings
+
+    def test_that_were_used_just_now_are_not_asked(self, database, pings, monkeypatch):
+        monkeypatch.setattr(database_module, "_TRUSTED_SECONDS", 3600)
+        for _ in range(3):
+            database.ping()
+        assert pings == []
+
+    def test_that_were_idle_are_asked(self, database, pings, monkeypatch):
+        monkeypatch.setattr(database_module, "_TRUSTED_SECONDS", 0)
+        for _ in range(3):
+            database.ping()
+        assert pings == [1, 1]
+
+    def test_that_the_server_ended_are_made_anew(self, database, postgres_url, pings, monkeypatch):
+        monkeypatch.setattr(database_module, "_TRUSTED_SECONDS", 3600)
+        with database.read() as transaction:
+            pid = transaction.execute(text("SELECT pg_backend_pid()")).scalar()
+        other = Database(postgres_url)
+        with other.read() as transaction:
+            transaction.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
+        other.close()
+        database.ping()
+        assert pings == [1]
 
 
 def test_absent_database(tmp_path):

@@ -13,6 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from hsmwrap.errors import ServiceUnavailable
+from hsmwrap.kms import database as database_module
 from hsmwrap.kms import nonces as nonces_module
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.nonces import STEP, NonceStore
@@ -42,7 +43,12 @@ def boot(kind, tmp_path, monkeypatch):
 @pytest.fixture
 def database_url(kind, request, migrated_sqlite, tmp_path):
     if kind == "PostgreSQL's table":
-        return request.getfixturevalue("postgres_cluster").new_database(migrated=True)
+        # Not a copy: field note 94.
+        url = request.getfixturevalue("postgres_cluster").new_database()
+        database = Database(url)
+        database.migrate()
+        database.close()
+        return url
     (tmp_path / "kms.db").write_bytes(migrated_sqlite.read_bytes())
     return f"sqlite:///{tmp_path}/kms.db"
 
@@ -70,7 +76,7 @@ def soon(clock):
 
 def rows(store):
     look = "SELECT digest, expires_at FROM nonces WHERE digest <> :begun"
-    return store._store.run(look, {"begun": nonces_module._BEGUN})
+    return store._store.select(look, {"begun": nonces_module._BEGUN})
 
 
 def bounds(store):
@@ -325,7 +331,7 @@ class TestTheFile:
         assert store.use("a", "n", soon + STEP)
 
     def test_that_another_holds_is_waited_for(self, open_store, soon, tmp_path, monkeypatch):
-        monkeypatch.setattr(nonces_module, "BUSY_SECONDS", 0.05)
+        monkeypatch.setattr(database_module, "BUSY_SECONDS", 0.05)
         store = open_store()
         assert store.use("a", "n", soon)
         other = sqlite3.connect(tmp_path / f"kms.db-nonces-{NAME_1}", isolation_level=None)
