@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from hsmwrap.errors import ConfigurationError
 
-_SERVER = ("sqlalchemy", "alembic", "pydantic_settings", "werkzeug", "gunicorn", "httptools")
+_SERVER = ("sqlalchemy", "alembic", "pydantic_settings", "gunicorn", "httptools")
 
 
 def require_server() -> None:

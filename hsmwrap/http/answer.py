@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
-
-from werkzeug.wrappers import Response
 
 from hsmwrap.errors import HsmwrapError
 from hsmwrap.kms.recommend import ELSE
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 # alibabacloud-tea-openapi compares the XML type with this very text (field note 69).
 _CONTENT_TYPE = {"JSON": "application/json;charset=utf-8", "XML": "text/xml;charset=utf-8"}
@@ -24,14 +28,35 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _XML_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*", re.ASCII)
 
 
-def success(fields: Mapping[str, Any], request_id: str, format_: str) -> Response:
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What goes back: status line's text, header fields, body. A WSGI application of its own."""
+
+    status: str
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        """Answer a request with this."""
+        start_response(self.status, self.headers)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [self.body]
+
+    def encoded(self, *, keep_alive: bool) -> bytes:
+        """The bytes of an HTTP/1.1 response."""
+        lines = [f"HTTP/1.1 {self.status}", *(f"{name}: {value}" for name, value in self.headers)]
+        lines.append(f"Date: {formatdate(usegmt=True)}")
+        lines.append(f"Connection: {'keep-alive' if keep_alive else 'close'}\r\n\r\n")
+        return "\r\n".join(lines).encode("latin-1") + self.body
+
+
+def success(fields: Mapping[str, Any], request_id: str, format_: str) -> Answer:
     """The answer of a successful operation: its fields and the RequestId, status 200."""
     return _response("KMS", {**fields, "RequestId": request_id}, 200, format_)
 
 
 def failure(
     error: HsmwrapError, request_id: str, host: str, format_: str, recommend: str = ELSE
-) -> Response:
+) -> Answer:
     """The answer for an error, with its code, message and status."""
     fields = {
         "RequestId": request_id,
@@ -43,21 +68,26 @@ def failure(
     return _response("Error", fields, error.http_status, format_)
 
 
-def page(fields: Mapping[str, Any], status: int) -> Response:
+def page(fields: Mapping[str, Any], status: int) -> Answer:
     """A page outside the API, as JSON; with a RequestId only if the fields have one."""
     return _response("Page", fields, status, "JSON")
 
 
-def _response(root: str, fields: Mapping[str, Any], status: int, format_: str) -> Response:
+def plain(status: int, content_type: str, body: bytes, *more: tuple[str, str]) -> Answer:
+    """An answer of these bytes, with more header fields."""
+    length = ("Content-Length", str(len(body)))
+    reason = HTTPStatus(status).phrase
+    return Answer(f"{status} {reason}", [("Content-Type", content_type), length, *more], body)
+
+
+def _response(root: str, fields: Mapping[str, Any], status: int, format_: str) -> Answer:
     text = to_xml(root, fields) if format_ == "XML" else json.dumps(fields)
-    response = Response(text.encode(), status, content_type=_CONTENT_TYPE[format_])
+    more = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
     if "RequestId" in fields:
-        response.headers["x-acs-request-id"] = fields["RequestId"]
+        more.append(("x-acs-request-id", fields["RequestId"]))
     if status in _RETRY:
-        response.headers["Retry-After"] = _RETRY_AFTER
-    response.headers["Cache-Control"] = "no-store"
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    return response
+        more.append(("Retry-After", _RETRY_AFTER))
+    return plain(status, _CONTENT_TYPE[format_], text.encode(), *more)
 
 
 def to_xml(root: str, fields: Mapping[str, Any]) -> str:

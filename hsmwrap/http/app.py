@@ -1,7 +1,7 @@
 """The WSGI application: Alibaba's RPC protocol in front of a KMS.
 
 WSGI, because every call blocks on an HSM or a database, so each running request needs a thread.
-:mod:`hsmwrap.http.gateway` reads requests without one. Werkzeug makes responses.
+:mod:`hsmwrap.http.gateway` reads requests without one.
 
 One request: read → format → Action → signature → Version → KMS → answer → one line in the log.
 
@@ -29,12 +29,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from werkzeug.wrappers import Response
-
 from hsmwrap.backend import Backend
 from hsmwrap.catalog import loggable
 from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidParameter, MissingParameter
 from hsmwrap.http import answer, logs
+from hsmwrap.http.answer import Answer
 from hsmwrap.http.authentication import identify, verify
 from hsmwrap.http.errors import MethodNotAllowed, MetricsUnavailable, PageNotFound, PathNotFound
 from hsmwrap.http.gateway import Limits
@@ -112,20 +111,18 @@ class _Exchange:
 class _Pages(ABC):
     """A WSGI application of pages by path. Answers every error in the API's form."""
 
-    _pages: Mapping[str, Callable[[str], Response]]
+    _pages: Mapping[str, Callable[[str], Answer]]
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request."""
-        # The path as sent: werkzeug's Request.path turns // into /. Under another server a header
-        # field may have moved a part of it to SCRIPT_NAME.
+        # Under another server a header field may have moved a part of the path to SCRIPT_NAME.
         path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
         # The connection's own: header fields such as X-Forwarded-For are what a client says.
         client = environ.get("REMOTE_ADDR") or None
         exchange = _Exchange(environ.get("HTTP_HOST", "")[:255], path, client)
-        response = self._respond(environ, exchange)
-        return response(environ, start_response)
+        return self._respond(environ, exchange)(environ, start_response)
 
-    def _respond(self, environ: WSGIEnvironment, exchange: _Exchange) -> Response:
+    def _respond(self, environ: WSGIEnvironment, exchange: _Exchange) -> Answer:
         try:
             page = self._pages.get(exchange.path)
             if page is None:
@@ -142,7 +139,7 @@ class _Pages(ABC):
             return _failed(unexpected, exchange)
 
     @abstractmethod
-    def _call(self, environ: WSGIEnvironment, exchange: _Exchange, /) -> Response:
+    def _call(self, environ: WSGIEnvironment, exchange: _Exchange, /) -> Answer:
         """Answer what is not one of the pages."""
 
 
@@ -154,12 +151,12 @@ class MetricsApp(_Pages):
         self._collect = collect
         self._pages = {"/metrics": self._metrics}
 
-    def _call(self, _environ: WSGIEnvironment, _exchange: _Exchange, /) -> Response:
+    def _call(self, _environ: WSGIEnvironment, _exchange: _Exchange, /) -> Answer:
         raise PageNotFound("nothing else is served here")
 
-    def _metrics(self, _request_id: str) -> Response:
+    def _metrics(self, _request_id: str) -> Answer:
         text = self._collect()
-        return Response(text, 200, content_type=_METRICS.CONTENT_TYPE if _METRICS else "text/plain")
+        return answer.plain(200, _METRICS.CONTENT_TYPE if _METRICS else "text/plain", text)
 
 
 class App(_Pages):
@@ -199,7 +196,7 @@ class App(_Pages):
 
     # --- the API
 
-    def _call(self, environ: WSGIEnvironment, exchange: _Exchange) -> Response:
+    def _call(self, environ: WSGIEnvironment, exchange: _Exchange) -> Answer:
         if exchange.path != "/":
             raise PathNotFound("only / is served")
         _require_method(environ, "GET", "POST")
@@ -245,10 +242,10 @@ class App(_Pages):
 
     # --- the monitoring pages
 
-    def _healthz(self, _request_id: str) -> Response:
+    def _healthz(self, _request_id: str) -> Answer:
         return answer.page({"Status": "alive"}, 200)
 
-    def _readyz(self, request_id: str) -> Response:
+    def _readyz(self, request_id: str) -> Answer:
         health = self._kms.health()
         if health.ready and not self.draining:
             return answer.page({"Status": "ready"}, 200)
@@ -392,7 +389,7 @@ def _forget_variables(error: BaseException) -> None:
             waiting += [each.__cause__, each.__context__]
 
 
-def _failed(error: HsmwrapError, exchange: _Exchange) -> Response:
+def _failed(error: HsmwrapError, exchange: _Exchange) -> Answer:
     broken = error.http_status >= 500 and not error.retryable  # noqa: PLR2004 (5xx: server error)
     # Texts of hsmwrap's own errors hold no secrets; texts of other exceptions are never logged.
     more = {"detail": str(error)} | (logs.describe(error) if broken else {})

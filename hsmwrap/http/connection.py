@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, cast
 
 from hsmwrap.errors import HsmwrapError
 from hsmwrap.http import deadline
+from hsmwrap.http.answer import Answer
 from hsmwrap.http.errors import RequestTimeout, TooManyConnections
 from hsmwrap.http.parsing import Phase, RequestParser
-from hsmwrap.http.wsgi import Answer, Peers, failure
+from hsmwrap.http.wsgi import Peers, failure
 
 if TYPE_CHECKING:
     from hsmwrap.http.gateway import Gateway, Site

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING
 
 from hsmwrap.errors import ServiceUnavailable
 from hsmwrap.http import deadline
+from hsmwrap.http.answer import Answer
 from hsmwrap.http.connection import Connection, Opening
 from hsmwrap.http.parsing import Request
-from hsmwrap.http.wsgi import Answer, Peers, call, environ, failure
+from hsmwrap.http.wsgi import Peers, call, environ, failure
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication

@@ -6,13 +6,13 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from email.utils import formatdate
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 from hsmwrap.errors import HsmwrapError
 from hsmwrap.http import answer, logs
+from hsmwrap.http.answer import Answer
 from hsmwrap.http.parsing import Request
 from hsmwrap.imports import new_request_id
 
@@ -34,22 +34,6 @@ class Peers:
     scheme: str = "http"
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What goes back: status line's text, header fields, body."""
-
-    status: str
-    headers: list[tuple[str, str]]
-    body: bytes
-
-    def encoded(self, *, keep_alive: bool) -> bytes:
-        """The bytes of an HTTP/1.1 response."""
-        lines = [f"HTTP/1.1 {self.status}", *(f"{name}: {value}" for name, value in self.headers)]
-        lines.append(f"Date: {formatdate(usegmt=True)}")
-        lines.append(f"Connection: {'keep-alive' if keep_alive else 'close'}\r\n\r\n")
-        return "\r\n".join(lines).encode("latin-1") + self.body
-
-
 def failure(error: BaseException) -> Answer:
     """The API's answer of an error that no application answered; it is logged here."""
     known = error if isinstance(error, HsmwrapError) else HsmwrapError("unexpected")
@@ -57,8 +41,7 @@ def failure(error: BaseException) -> Answer:
     level = logging.ERROR if type(known) is HsmwrapError else logging.INFO
     facts = {"request_id": request_id, "code": known.code, "http_status": known.http_status}
     _log.log(level, "request", extra={**facts, **logs.describe(error)})
-    response = answer.failure(known, request_id, "", "JSON")
-    return Answer(response.status, list(response.headers), response.get_data())
+    return answer.failure(known, request_id, "", "JSON")
 
 
 def call(app: WSGIApplication, environ: WSGIEnvironment) -> Answer:
