@@ -132,6 +132,27 @@ install_locked() {
     die 1 "pip could not install requirements/$1.txt (its reason is above)"
 }
 
+# Installs the client for Node.js that a test runs, by its lock. Without npm, or where npm cannot
+# install it, that test is skipped.
+ensure_node_client() {
+  local lock clients=$ROOT/tests/clients directory=$VENV/node
+  command -v npm >/dev/null || return 0
+  exec {lock}<"$clients/package-lock.json"
+  flock "$lock"
+  if ! cmp -s -- "$clients/package-lock.json" "$directory/installed"; then
+    say "installing tests/clients/package-lock.json by npm"
+    mkdir -p -- "$directory"
+    cp -- "$clients"/package*.json "$directory"
+    if npm ci --prefix "$directory" --ignore-scripts --no-audit --no-fund --silent >&2; then
+      cp -- "$clients/package-lock.json" "$directory/installed"
+    else
+      say "npm could not install it; going on without the client for Node.js"
+      rm -rf -- "$directory"
+    fi
+  fi
+  exec {lock}<&-
+}
+
 # --- The private token
 
 # Runs a command on a token of its own, which is gone afterwards. Usage: on_private_token COMMAND...

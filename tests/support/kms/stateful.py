@@ -29,6 +29,7 @@ from hsmwrap.errors import (
     InvalidKeyMaterial,
     KeyNotFound,
 )
+from hsmwrap.kms.errors import AliasAlreadyExists, AliasNotFound, DryRunOperationError
 from hsmwrap.kms.objects import LEASE
 from support.kms.fakes import AES_MATERIAL, OTHER_MATERIAL, import_request
 from support.kms.listing import cells
@@ -41,6 +42,7 @@ DESTRUCTION = ["destruction started", "object destroyed"]
 STEPS = [SCHEDULED, IMPORTED, COMMITTED, *DESTRUCTION]
 LASTS = st.sampled_from((None, 1, 3600, 7 * DAY))
 DIE_AT = st.sampled_from((None, None, None, None, *STEPS))
+ALIASES = st.sampled_from(("alias/a", "alias/b"))
 
 
 @dataclass(eq=False)
@@ -51,6 +53,7 @@ class Key:
     first_material: bytes | None = None
     expires_at: datetime | None = None
     deletion_at: datetime | None = None
+    description: str = ""
 
     def __repr__(self):
         return f"<key {self.state}>"
@@ -88,8 +91,14 @@ class Token:
 
 @dataclass(eq=False)
 class Blob:
+    """The plaintext is the id of the key that was the first to encrypt it."""
+
     key: Key
     text: str = field(repr=False)
+    plaintext: str = ""
+
+    def __post_init__(self):
+        self.plaintext = self.plaintext or self.key.key_id
 
 
 class TwoProcesses:
@@ -119,6 +128,7 @@ class KmsMachine(RuleBasedStateMachine):
         super().__init__()
         self.processes = processes
         self.model = []
+        self.aliases = {}
         self.objects_before = self.sweep_and_count()
 
     @property
@@ -184,8 +194,63 @@ class KmsMachine(RuleBasedStateMachine):
         )
         if shown is not None:
             metadata = shown["KeyMetadata"]
-            facts = (metadata[n] for n in ("KeyState", "MaterialExpireTime", "DeleteDate"))
-            assert tuple(facts) == (key.state, _time(key.expires_at), _time(key.deletion_at))
+            names = ("KeyState", "MaterialExpireTime", "DeleteDate", "Description")
+            assert tuple(metadata[name] for name in names) == (
+                *(key.state, _time(key.expires_at), _time(key.deletion_at)),
+                key.description,
+            )
+
+    @rule(at=workers, key=keys, description=st.sampled_from(("", "one", "two")))
+    def update_description(self, at, key, description):
+        key.settle(self.now)
+        operation = "UpdateKeyDescription"
+        code = key.refusal(operation, self.now)
+        self.expect(code, at, operation, KeyId=key.key_id, Description=description)
+        if code == "ok":
+            key.description = description
+
+    # --- aliases
+
+    def holder(self, name):
+        """The key that has the alias; a key that is gone may have it until it is swept."""
+        key = self.aliases.get(name)
+        return None if key is None or key.is_gone(self.now) else key
+
+    @rule(at=workers, key=keys, name=ALIASES)
+    def create_alias(self, at, key, name):
+        key.settle(self.now)
+        code = key.refusal("CreateAlias", self.now)
+        if code == "ok" and self.holder(name):
+            code = AliasAlreadyExists.code
+        self.expect(code, at, "CreateAlias", KeyId=key.key_id, AliasName=name)
+        if code == "ok":
+            self.aliases[name] = key
+
+    @rule(at=workers, key=keys, name=ALIASES)
+    def update_alias(self, at, key, name):
+        if name in self.aliases and not self.holder(name):
+            return  # whether the key that is gone was swept is not known
+        key.settle(self.now)
+        code = key.refusal("UpdateAlias", self.now) if self.holder(name) else AliasNotFound.code
+        self.expect(code, at, "UpdateAlias", KeyId=key.key_id, AliasName=name)
+        if code == "ok":
+            self.aliases[name] = key
+
+    @rule(at=workers, name=ALIASES)
+    def delete_alias(self, at, name):
+        if name in self.aliases and not self.holder(name):
+            return
+        code = "ok" if self.holder(name) else AliasNotFound.code
+        self.expect(code, at, "DeleteAlias", AliasName=name)
+        self.aliases.pop(name, None)
+
+    @rule(at=workers)
+    def list_aliases(self, at):
+        made = {each.key_id for each in self.model}
+        listed = self.expect("ok", at, "ListAliases", PageSize="100")["Aliases"]["Alias"]
+        found = {each["AliasName"]: each["KeyId"] for each in listed if each["KeyId"] in made}
+        names = (name for name in self.aliases if self.holder(name))
+        assert found == {name: self.aliases[name].key_id for name in names}
 
     # --- material
 
@@ -276,7 +341,35 @@ class KmsMachine(RuleBasedStateMachine):
         code = key.refusal("Decrypt", self.now)
         opened = self.expect(code, at, "Decrypt", CiphertextBlob=blob.text)
         if opened is not None:
-            assert base64.b64decode(opened["Plaintext"]).decode() == key.key_id
+            assert base64.b64decode(opened["Plaintext"]).decode() == blob.plaintext
+
+    @rule(target=blobs, at=workers, blob=blobs, key=keys, dry=st.booleans())
+    def re_encrypt(self, at, blob, key, dry):
+        codes = []
+        for each in (blob.key, key):
+            each.settle(self.now)
+            codes.append(each.refusal("ReEncrypt", self.now))
+        code = next((each for each in codes if each != "ok"), "ok")
+        parameters = {"CiphertextBlob": blob.text, "DestinationKeyId": key.key_id}
+        if dry and code == "ok":
+            code = DryRunOperationError.code
+        made = self.expect(code, at, "ReEncrypt", **parameters, DryRun=str(dry))
+        return hypothesis.stateful.multiple(
+            *[Blob(key, m["CiphertextBlob"], blob.plaintext) for m in (made,) if m]
+        )
+
+    @rule(at=workers, name=ALIASES)
+    def use_by_alias(self, at, name):
+        key = self.holder(name)
+        if key is None and name in self.aliases:
+            return
+        if key is not None:
+            key.settle(self.now)
+        operation = "GenerateDataKeyWithoutPlaintext"
+        code = key.refusal(operation, self.now) if key else AliasNotFound.code
+        made = self.expect(code, at, operation, KeyId=name)
+        if made is not None:
+            assert made["KeyId"] == key.key_id
 
     # --- time
 
@@ -316,6 +409,9 @@ class KmsMachine(RuleBasedStateMachine):
         kept = sum(key.material is not None and not key.is_gone(self.now) for key in self.model)
         for key in self.model:
             self.call(0, "DeleteKeyMaterial", KeyId=key.key_id)
+        self.list_aliases(0)
+        for name in ("alias/a", "alias/b"):
+            self.call(0, "DeleteAlias", AliasName=name)
         assert objects - self.objects_before == kept
 
 
