@@ -1,6 +1,6 @@
 """``hsmwrap keys`` killed by SIGKILL at each of its steps, and what has to hold after each.
 
-A step is a token object that was made or destroyed (with ``HSMWRAP_KILLS=each`` any call of the
+A step is a token object that was made or destroyed (with ``HSMWRAP_KILLS=N`` each N-th call of the
 PKCS#11 module as well), a commit of the database, or a change of a file. Each command runs in a
 fork, on a :class:`World`, which is put back before the next kill.
 """
@@ -27,7 +27,8 @@ from hsmwrap.registry import KeySetManager
 from support import forked
 from support.kms.fakes import AES_MATERIAL, SM4_MATERIAL, Client, import_request
 
-EACH = os.environ.get("HSMWRAP_KILLS") == "each"
+NTH_CALL = int(os.environ.get("HSMWRAP_KILLS", "0"))
+"""Which calls of the module are steps: each N-th, none if 0."""
 WHOLE = "6 keys", "master key"
 """How ``keys list`` describes a key set with all of its keys."""
 
@@ -45,9 +46,10 @@ class Command:
     """``hsmwrap keys ARGUMENTS --config SITE/server.toml``, in the world's directory.
 
     ``{name}`` in an argument is the fingerprint of the file ``name``, as it was shown; ``{old}`` is
-    the id of the first key set. After one that ``ends_tokens``, import tokens that were issued
-    before do not hold. ``was_done`` is what a second run says after one that did all. A second run
-    needs that none of the files that the command ``writes`` are there; the first one is its --out.
+    the id of the first key set, ``{here}`` the directory. After one that ``ends_tokens``, import
+    tokens that were issued before do not hold. ``was_done`` is what a second run says after one
+    that did all. A second run needs that none of the files that the command ``writes`` are there;
+    the first one is its --out.
     """
 
     arguments: tuple[str, ...]
@@ -90,7 +92,7 @@ class World:
         if self.shim is not None:
             kinds = {step.kind: step.nth} if step and step.kind != "here" else {}
             self.shim.kill(**kinds)
-        words = [each.format(**self.shown) for each in command.arguments]
+        words = [each.format(**self.shown, here=self.directory) for each in command.arguments]
         words += ["--config", self.config(command.site, killed=True), "--json"]
         done = self._ask(
             "command",
@@ -110,10 +112,13 @@ class World:
 
     def steps_of(self, command):
         """Every step of a command, by running it once."""
-        kinds, before = ["change", *["call"] * EACH], self._counted()
-        here = self.run(command)
-        made = {kind: self._counted()[kind] - before[kind] for kind in kinds} | {"here": here}
-        return [Step(kind, nth + 1) for kind, count in made.items() for nth in range(count)]
+        before = self._counted()
+        here, after = self.run(command), self._counted()
+        made = {kind: after[kind] - before[kind] for kind in before}
+        steps = [Step("change", nth) for nth in range(1, made["change"] + 1)]
+        if NTH_CALL:
+            steps += [Step("call", nth) for nth in range(1, made["call"] + 1, NTH_CALL)]
+        return steps + [Step("here", nth) for nth in range(1, here + 1)]
 
     def _counted(self):
         if self.shim is None:
@@ -128,12 +133,10 @@ class World:
             (self.directory / name).unlink(missing_ok=True)
         self.run(command, again=True)
 
-    def check(self, *, tokens, sites=None):
-        """Each key opens at these sites; by default at the source, and at all others that have a
-        current key set. That is whole."""
-        for site in sites or self.sites:
-            asked = {"kept": self.kept, "tokens": tokens}
-            asked["must_be_there"] = sites is not None or site == "source"
+    def check(self, *, tokens, sites=("source",), others=()):
+        """Each key opens at ``sites``, and at those others that have a current, whole key set."""
+        for site in (*sites, *others):
+            asked = {"kept": self.kept, "tokens": tokens, "must_be_there": site in sites}
             done = self._ask("check", site, config=self.config(site), **asked)
             assert done.returncode == 0, (site, done.stderr)
 
