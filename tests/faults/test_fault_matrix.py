@@ -19,11 +19,11 @@ from hsmwrap.pkcs11.binding.returncodes import RECOVERY
 OPERATIONS = (
     *("issue_rsa", "issue_sm2", "import_unwrap", "import_raw", "import_sm2"),
     *("encrypt", "decrypt", "token", "reap", "discard", "open_again", "restart"),
-    *("capabilities", "keys_init", "keys_rotate", "keys_retire"),
+    *("capabilities", "keys_init", "keys_rotate", "keys_retire", "keys_backup", "keys_restore"),
 )
 # Operations whose cases take long: their codes are shared among so many processes.
 PARTS = {"capabilities": 2, "keys_init": 3, "keys_rotate": 3, "keys_retire": 3}
-STARTING = {"open_again", "keys_init", "keys_rotate", "keys_retire"}
+STARTING = {"open_again", *(name for name in OPERATIONS if name.startswith("keys_"))}
 ERRORS = {row.error.__name__ for row in RECOVERY.values()}
 # An empty HSM list at start-up is a wrong setting; there is nothing yet to come back.
 ERRORS_AT_START = ERRORS | {"TokenSelectionError"}

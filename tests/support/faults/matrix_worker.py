@@ -32,7 +32,13 @@ AES = KeySpec.ALIYUN_AES_256
 CREATORS = {"C_GenerateKeyPair", "C_UnwrapKey", "C_CreateObject", "C_DeriveKey"}
 NOT_OURS = {"C_GetFunctionList", "C_GetInfo"}
 NEVER = {"function": "C_SeedRandom", "code": CKR.DEVICE_ERROR}
-MANY_CALLS = {"capabilities", "keys_init", "keys_rotate", "keys_retire"}
+MANY_CALLS = {
+    *("capabilities", "keys_init", "keys_rotate", "keys_retire"),
+    *("keys_backup", "keys_restore"),
+}
+# They log in as often as those before them, and do the same in between: a sixth of the cases.
+THIN = {"keys_backup", "keys_restore"}
+BACKUP_KEY = secrets.token_bytes(32)
 
 
 def encrypt(key, material):
@@ -57,6 +63,7 @@ class FaultedBackend:
         self.keys = settings | {"key_prefix": "administered"}
         self.so_pin_file = so_pin_file
         self.sets = ()  # under the prefix of self.keys
+        self.made = None  # a backup of them
         self.held = None  # as settle() said, and nothing was done since
         self.backend = self.open()
         self.undisturbed = self.backend.capabilities()
@@ -239,6 +246,25 @@ class FaultedBackend:
 
         return self.administer(act, before=2, after=1)
 
+    def back_up(self):
+        return Pkcs11Backend.back_up_keys(self.keys, BACKUP_KEY, so_pin_file=self.so_pin_file)
+
+    def keys_backup(self):
+        return self.administer(self.back_up, before=1, after=1)
+
+    def keys_restore(self):
+        if self.made is None:
+            self.shim.clear()
+            self.backend.close()
+            self.provide(1)
+            self.made = self.back_up()
+
+        def act():
+            arguments = self.keys, self.made, BACKUP_KEY
+            Pkcs11Backend.restore_keys(*arguments, so_pin_file=self.so_pin_file)
+
+        return self.administer(act, before=0, after=1)
+
     def administer(self, act, *, before, after):
         """One command; if it failed, it can be repeated. ``before``, ``after``: numbers of sets."""
         self.shim.clear()
@@ -340,9 +366,9 @@ class FaultedBackend:
 
 def rules(operation, calls, codes):
     """Every function by each of the codes."""
-    for function, count in calls.items():
+    for place, (function, count) in enumerate(calls.items()):
         for index, code in enumerate(RECOVERY):
-            if code.name not in codes:
+            if code.name not in codes or (operation in THIN and (place + index) % 6):
                 continue
             for after in (False, True) if function in CREATORS else (False,):
                 nth = 1 + index * count // len(RECOVERY) if operation in MANY_CALLS else 1
