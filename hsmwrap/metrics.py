@@ -5,8 +5,8 @@ given to :func:`hsmwrap.observe.observed`, and API requests, by :func:`count_req
 scrape: what backends say of their health and pools of their stocks, by a :class:`FactsCollector`.
 
 One process: everything is in one registry. Several, under ``PROMETHEUS_MULTIPROC_DIR`` (set
-before this module is imported): operations and latencies are those of all processes together;
-facts are those of the process that answers, and say so by the label ``pid``.
+before this module is imported): the page is that of all processes together, whichever answers
+(:mod:`hsmwrap.workermetrics`). Each has to call :func:`publish` at intervals.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 from hsmwrap.backend import Backend
@@ -25,10 +26,19 @@ from hsmwrap.locks import ReadWriteLock
 from hsmwrap.observe import Operation
 
 try:
-    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, generate_latest
+    from prometheus_client import (
+        REGISTRY,
+        CollectorRegistry,
+        Counter,
+        Histogram,
+        generate_latest,
+        values,
+    )
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
     from prometheus_client.multiprocess import MultiProcessCollector
     from prometheus_client.registry import Collector
+
+    from hsmwrap.workermetrics import Rule, SharedMetrics
 except ImportError:
     raise ConfigurationError(
         "metrics need the extra 'metrics' (prometheus_client is missing): "
@@ -39,6 +49,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """What :func:`render` returns."""
 
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+PUBLISH_SECONDS = 5
+"""Pause between two calls of :func:`publish`, and so how old the facts of other processes are."""
 _LABELS = ("backend", "operation", "spec", "algorithm", "key_spec", "outcome")
 # Sealing takes 0.1 ms, an RSA pair 25 to 250 ms, a lost HSM seconds.
 _BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -122,6 +134,8 @@ def count_request(action: str, code: str, seconds: float) -> None:
         latency.labels(action).observe(coarse(action, seconds))
 
 
+_Family = GaugeMetricFamily | CounterMetricFamily
+
 _BACKEND_GAUGES: Mapping[str, str] = MappingProxyType(
     {
         "sessions_in_use": "HSM sessions lent to running calls.",
@@ -156,13 +170,67 @@ _POOL_COUNTERS: Mapping[str, str] = MappingProxyType(
 )
 
 
-_KMS_GAUGES: Mapping[str, str] = MappingProxyType(
+_KMS: Mapping[str, tuple[Callable[..., _Family], str, tuple[str, ...]]] = MappingProxyType(
     {
-        "access_keys_current": "1 where the access keys are those of their file as it is now.",
-        "audit_log_whole": "0 where the anchored line of the audit log is missing.",
-        "keys_unusable": "Keys that are known not to be usable.",
+        "access_keys_current": (
+            GaugeMetricFamily,
+            "1 where the access keys are those of their file as it is now.",
+            (),
+        ),
+        "audit_failures": (CounterMetricFamily, "Failed attempts to write the audit log.", ()),
+        "audit_log_whole": (
+            GaugeMetricFamily,
+            "0 where the anchored line of the audit log is missing.",
+            (),
+        ),
+        "key_set": (
+            GaugeMetricFamily,
+            "1 for each key set that was in use, with its use at the last sweep.",
+            ("backend", "key_set", "use"),
+        ),
+        "keys": (GaugeMetricFamily, "CMKs by state at the last sweep.", ("state",)),
+        "keys_unusable": (GaugeMetricFamily, "Keys that are known not to be usable.", ()),
+        "last_sweep_timestamp_seconds": (
+            GaugeMetricFamily,
+            "When the last sweep ended, in seconds since 1970.",
+            (),
+        ),
+        "sweep_failures": (CounterMetricFamily, "Parts of sweeps that failed.", ()),
     }
 )
+KmsFacts = Mapping[str, float | Mapping[tuple[str, ...], float]]
+"""What :meth:`hsmwrap.kms.service.Kms.gauges` says: a value, or one for each tuple of labels."""
+
+_RULES: Mapping[str, Rule] = MappingProxyType(
+    dict.fromkeys(
+        (
+            "hsmwrap_access_keys_current",
+            "hsmwrap_audit_log_whole",
+            "hsmwrap_backend_ready",
+            "hsmwrap_last_sweep_timestamp_seconds",
+        ),
+        min,
+    )
+    | dict.fromkeys(
+        (
+            "hsmwrap_backend_generation",
+            "hsmwrap_backend_implicit_rejection",
+            "hsmwrap_backend_one_at_a_time",
+            "hsmwrap_key_set",
+            "hsmwrap_keypool_stopped",
+            "hsmwrap_keys",
+            "hsmwrap_keys_unusable",
+        ),
+        max,
+    )
+)
+"""How the facts of several processes become one, where they are not added up: the worst counts."""
+
+_SHARED = (
+    SharedMetrics(Path(os.environ[_MULTIPROCESS]), _RULES) if _MULTIPROCESS in os.environ else None
+)
+if _SHARED:
+    values.ValueClass = values.MultiProcessValue(_SHARED.slot)  # type: ignore[no-untyped-call]
 
 
 class FactsCollector(Collector):
@@ -172,7 +240,7 @@ class FactsCollector(Collector):
         self,
         backends: Iterable[Backend],
         pools: Iterable[KeyPool] = (),
-        kms: Callable[[], Mapping[str, int]] = dict,
+        kms: Callable[[], KmsFacts] = dict,
     ) -> None:
         """Take what to read; a backend that is given twice is read once.
 
@@ -221,12 +289,16 @@ class FactsCollector(Collector):
             yield gauge
 
     def _of_kms(self) -> Iterator[Metric]:
-        values = self._kms()
-        for name, text in _KMS_GAUGES.items():
-            gauge = _gauge(f"hsmwrap_{name}", text)
-            if name in values:
-                _add(gauge, values[name])
-            yield gauge
+        facts = self._kms()
+        for name, (make, text, labels) in _KMS.items():
+            family = make(f"hsmwrap_{name}", text, labels=labels)
+            fact = facts.get(name, {})
+            for where, value in fact.items() if isinstance(fact, Mapping) else [((), fact)]:
+                family.add_metric(where, value)
+            yield family
+        processes = _gauge("hsmwrap_processes", "Processes that serve.")
+        processes.add_metric((), 1)
+        yield processes
 
     def _of_pools(self) -> Iterator[Metric]:
         kinds = [kind for pool in self._pools for kind in pool.facts()]
@@ -247,33 +319,38 @@ def render(*collectors: Collector) -> bytes:
 
     Collectors that are given here need not be in a registry, and must not be in the default one.
     """
-    counted = REGISTRY
-    if _MULTIPROCESS in os.environ:
-        counted = CollectorRegistry()
+    counted, facts = REGISTRY, [each for one in collectors for each in one.collect()]
+    if _SHARED:
+        counted, facts = CollectorRegistry(), _SHARED.of_all(facts)
         MultiProcessCollector(counted)  # type: ignore[no-untyped-call]  # the library's
     read = CollectorRegistry()
-    for collector in collectors:
-        read.register(collector)
+    read.register(_Collected(facts))
     with _UPDATING.write():
         text = generate_latest(counted)
     return text + generate_latest(read)
 
 
-_Family = GaugeMetricFamily | CounterMetricFamily
+def publish(*collectors: Collector) -> None:
+    """Write what the collectors say for the pages of other processes; nothing with only one."""
+    if _SHARED:
+        _SHARED.publish(each for one in collectors for each in one.collect())
+
+
+class _Collected(Collector):
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        return self._metrics
 
 
 def _gauge(name: str, text: str, *labels: str) -> _Family:
-    return GaugeMetricFamily(name, text, labels=_named(labels))
+    return GaugeMetricFamily(name, text, labels=labels)
 
 
 def _counter(name: str, text: str, *labels: str) -> _Family:
-    return CounterMetricFamily(name, text, labels=_named(labels))
+    return CounterMetricFamily(name, text, labels=labels)
 
 
 def _add(family: _Family, value: float, *labels: str) -> None:
-    where = [str(os.getpid())] if _MULTIPROCESS in os.environ else []
-    family.add_metric([*labels, *where], value)
-
-
-def _named(labels: tuple[str, ...]) -> tuple[str, ...]:
-    return (*labels, "pid") if _MULTIPROCESS in os.environ else labels
+    family.add_metric(labels, value)

@@ -234,16 +234,17 @@ def test_a_fork_waits_for_the_update_of_another_thread():
         assert Child(child).result()
 
 
-def test_processes_are_added_up_and_facts_name_theirs(tmp_path):
+def test_processes_are_added_up(tmp_path):
     lines = run_alone(MULTIPROCESS, PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
     labels = 'algorithm="",backend="fake",key_spec="",operation="mac",outcome="ok",spec=""'
     assert f"hsmwrap_backend_operations_total{{{labels}}} 3.0" in lines
-    pid = lines[0]
-    assert f'hsmwrap_backend_ready{{backend="fake",pid="{pid}"}} 1.0' in lines
+    assert 'hsmwrap_backend_ready{backend="fake"} 1.0' in lines
+    assert "hsmwrap_processes 1.0" in lines
+    # The children had a slot one after the other.
+    assert {path.name for path in tmp_path.glob("slot-*")} == {"slot-0.lock", "slot-1.lock"}
 
 
 MULTIPROCESS = """
-import os
 from support.keypool.fakes import Child, FakeBackend
 from hsmwrap import metrics
 from hsmwrap.observe import observed
@@ -252,7 +253,6 @@ watched = observed(fake, metrics.PrometheusObserver())
 watched.mac(b"parent")
 for _ in range(2):
     Child(lambda: watched.mac(b"child")).result()
-print(os.getpid())
 print(metrics.render(metrics.FactsCollector([fake])).decode())
 """
 

@@ -257,7 +257,7 @@ class App(_Pages):
 def _render(
     backends: Iterable[Backend] = (),
     pools: Iterable[KeyPool] = (),
-    kms: Callable[[], Mapping[str, int]] = dict,
+    kms: Callable[[], Mapping[str, Any]] = dict,
 ) -> bytes:
     """All metrics: of requests, and of these backends, key-pair pools and KMS.
 
@@ -313,11 +313,18 @@ def from_config(config: ServerConfig, tls: Tls | None) -> App:
     Raises:
         ConfigurationError: The configuration is wrong; the text says what to change.
     """
-    from hsmwrap.kms.opening import open_kms  # noqa: PLC0415 (only a real server needs it)
+    # Only a real server needs these imports.
+    from hsmwrap.kms.opening import open_kms  # noqa: PLC0415
+    from hsmwrap.kms.sweeper import Sweeper  # noqa: PLC0415
 
     logs.configure()
     kms = open_kms(config, observer=_METRICS.PrometheusObserver() if _METRICS else None)
     atexit.register(kms.close)
+    if _METRICS:
+        facts = _METRICS.FactsCollector(*kms.watched(), kms.gauges)
+        publisher = Sweeper(lambda: _METRICS.publish(facts), _METRICS.PUBLISH_SECONDS)
+        atexit.register(publisher.stop)
+        atexit.register(_METRICS.publish, facts)
     return create_app(
         kms,
         kms.access_keys,

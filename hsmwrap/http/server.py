@@ -17,7 +17,6 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from gunicorn.app.base import BaseApplication
@@ -97,8 +96,6 @@ class Server(BaseApplication):
             "on_reload": self._replace,
             "when_ready": lambda _arbiter: _call_each_second(each_second),
         }
-        if workers > 1:
-            self._share_metrics()
         super().__init__()
 
     def load_config(self) -> None:
@@ -130,12 +127,21 @@ class Server(BaseApplication):
             return end.code if isinstance(end.code, int) else 1
         return 0
 
-    def _share_metrics(self) -> None:
-        """Make prometheus_client aggregate over workers; has to run before it is imported."""
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-            directory = Path(tempfile.mkdtemp(prefix="hsmwrap-metrics-"))
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
-            self._options["on_exit"] = lambda _arbiter: shutil.rmtree(directory)
+
+def share_metrics() -> None:
+    """Give the worker processes a directory for their metrics, unless there is one.
+
+    Has to run before prometheus_client is imported, and in the process that starts the workers.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        directory, starter = tempfile.mkdtemp(prefix="hsmwrap-metrics-"), os.getpid()
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+
+        def remove() -> None:
+            if os.getpid() == starter:
+                shutil.rmtree(directory, ignore_errors=True)
+
+        atexit.register(remove)
 
 
 def _call_each_second(function: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ from gunicorn.workers.base import Worker
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.http import deadline
 from hsmwrap.http.gateway import Gateway, Place, Site
-from hsmwrap.http.server import Server
+from hsmwrap.http.server import Server, share_metrics
 
 if TYPE_CHECKING:
     # Not at run time: this is imported before the fork, and prometheus_client has to be after it.
@@ -35,6 +35,11 @@ class KmsWorker(Worker):
 
     wsgi: Any
     _quick = False
+
+    @staticmethod
+    def setup() -> None:
+        """Share the metrics of all workers (gunicorn's hook, before it starts them)."""
+        share_metrics()
 
     @staticmethod
     def check_config(cfg: Any, _log: Any) -> None:

@@ -287,16 +287,20 @@ class Kms:
         self._audit.log.check(lock_seconds=_HEALTH_LOCK_SECONDS)
         return None if self._audit.whole else "ready, but a line is missing: hsmwrap audit verify"
 
-    def gauges(self) -> dict[str, int]:
-        """What of the KMS itself is as it should be, for metrics."""
+    def gauges(self) -> dict[str, float | Mapping[tuple[str, ...], float]]:
+        """Facts of the KMS itself, for metrics: a value, or one for each tuple of labels."""
         try:
             current = self._check_access_keys() is None
         except ConfigurationError:
             current = False
         return {
             "access_keys_current": current,
+            "audit_failures": self._audit.log.failures,
             "audit_log_whole": self._audit.whole,
             "keys_unusable": self._unusable.number,
+            "last_sweep_timestamp_seconds": self._sweep.ended,
+            "sweep_failures": self._sweep.failures,
+            **self._sweep.counted,
         }
 
     def watched(self) -> tuple[tuple[Backend, ...], tuple[KeyPool, ...]]:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.sql.elements import ColumnElement
 
 from hsmwrap import forks
@@ -22,13 +22,20 @@ from hsmwrap.forks import ForkAware, ForkTurn
 from hsmwrap.kms.core import Core
 from hsmwrap.kms.keysets import Resealer
 from hsmwrap.kms.lifecycle import KeyLifecycle
-from hsmwrap.kms.schema import Key
+from hsmwrap.kms.schema import Key, KeySetSeen
+from hsmwrap.kms.states import KeyState
 
 _log = logging.getLogger(__name__)
 
 
 class Sweep:
-    """One sweep; any number of processes may sweep at the same time."""
+    """One sweep; any number of processes may sweep at the same time.
+
+    Attributes:
+        ended: When the last sweep ended, in seconds since 1970.
+        failures: How many parts have failed.
+        counted: CMKs by state, and key sets by backend, id and use, as of the last sweep.
+    """
 
     def __init__(
         self,
@@ -46,6 +53,9 @@ class Sweep:
         self._purges = tuple(purges)
         self._anchor = anchor
         self._reseal = Resealer(core.database, core.audit, reseal_at_once)
+        self.ended = 0.0
+        self.failures = 0
+        self.counted: dict[str, dict[tuple[str, ...], float]] = {}
 
     def __call__(self, now: datetime) -> None:
         """Process what is due at ``now``; failures are logged and retried by the next sweep."""
@@ -61,15 +71,32 @@ class Sweep:
             *(lambda reaper=reaper: reaper.reap(now) for reaper in reapers if reaper),
             *(lambda backend=backend: self._reseal(backend, now) for backend in backends),
             self._anchor,
+            self._count,
         )
         for part in work:
             try:
                 part()
             except HsmwrapError as error:
+                self.failures += 1
                 facts = {"code": error.code, "why": str(error)}
                 _log.warning("a part of the sweep failed", extra=facts)
             except Exception:  # noqa: BLE001 (the other parts run all the same)
+                self.failures += 1
                 _log.exception("a part of the sweep failed")
+        self.ended = now.timestamp()
+
+    def _count(self) -> None:
+        with self._core.database.read() as transaction:
+            states = select(Key.state, func.count()).group_by(Key.state)
+            found = {row[0]: row[1] for row in transaction.execute(states)}
+            sets = transaction.scalars(select(KeySetSeen)).all()
+        self.counted = {
+            "keys": {(state.value,): found.get(state, 0) for state in KeyState},
+            "key_set": {
+                (each.backend, each.key_set, "opens only" if each.superseded_at else "current"): 1
+                for each in sets
+            },
+        }
 
     def _delete(self, key_id: str, now: datetime) -> None:
         if self._lifecycle.delete_due(key_id, now):

@@ -340,8 +340,31 @@ def test_an_application_that_does_not_load_is_never_ready(tmp_path):
         pass
 
 
+REQUESTS = re.compile(rb'http_requests_total\{action="Encrypt",code="OK"\} (\S+)')
+
+
+def test_every_worker_has_the_counters_of_all_under_gunicorns_own_command(tmp_path):
+    pytest.importorskip("prometheus_client")
+    worker = ["-k", "hsmwrap.http.worker.KmsWorker", "-w", "2"]
+    with under_gunicorn(tmp_path, *worker) as process:
+        wait_for_text(process, "Booting worker", times=2)
+        answered, workers = 0, set()
+        end = time.monotonic() + DEADLINE
+        while len(workers) < 2:
+            assert time.monotonic() < end
+            parse(process.exchange(get(signed("Encrypt"))))
+            answered += 1
+            page = process.exchange(get(signed("Metrics")))
+            workers.add(json.loads(page.partition(b"\r\n\r\n")[2])["Process"])
+            counted = json.loads(page.partition(b"\r\n\r\n")[2])["Metrics"].encode()
+            assert float(REQUESTS.search(counted)[1]) == answered
+        directory = json.loads(page.partition(b"\r\n\r\n")[2])["Directory"]
+        assert Path(directory).is_dir()
+    assert not Path(directory).exists()
+
+
 def test_metrics_of_all_workers(tmp_path):
-    """Also of workers that have ended: their successors answer here."""
+    """Also of workers that have ended: their successors answer here, and take their files over."""
     pytest.importorskip("prometheus_client")
     with running([*FAKE, "2", str(tmp_path)], tmp_path / "log") as process:
         for _ in range(20):
@@ -351,4 +374,7 @@ def test_metrics_of_all_workers(tmp_path):
             os.kill(int(pid), signal.SIGTERM)
         wait_for_text(process, "Worker exiting", times=2)
         text = process.exchange(get("", "/metrics"), process.metrics_port).decode()
+        directory = json.loads(process.exchange(get(signed("Metrics"))).partition(b"\r\n\r\n")[2])
+        files = Path(directory["Directory"]).glob("counter_*.db")
+        assert {file.name for file in files} <= {f"counter_{slot}.db" for slot in range(4)}
     assert 'hsmwrap_http_requests_total{action="Encrypt",code="OK"} 20.0' in text

@@ -1,10 +1,14 @@
 """/metrics of a KMS that was opened from a configuration: HTTP, backends, key-pair pool."""
 
+import re
+import time
+
 import pytest
 from werkzeug.test import Client
 
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.http.app import _render, create_app
+from hsmwrap.kms import Caller, Permissions
 from hsmwrap.kms.config import load_config
 from hsmwrap.kms.opening import open_kms
 from hsmwrap.metrics import PrometheusObserver
@@ -48,6 +52,34 @@ def test_everything_is_on_one_page(kms):
     assert 'hsmwrap_backend_ready{backend="software"} 1.0' in page
     assert f"hsmwrap_keypool_level{labels} 2.0" in page
     assert 'operation="generate_wrapping_key",outcome="ok"' in page
+
+
+def value(page, name):
+    return float(re.search(rf"^{name} (\S+)", page, re.MULTILINE)[1])
+
+
+def test_facts_of_the_kms(kms, tmp_path):
+    page = _render(*kms.watched(), kms.gauges).decode()
+    assert 'hsmwrap_keys{state="PendingImport"} 0.0' in page
+    (key_set,) = re.findall(
+        r'hsmwrap_key_set{backend="software",key_set="(\w+)",use="current"} 1', page
+    )
+    assert key_set
+    before = time.time()
+    kms.execute("CreateKey", {"Origin": "EXTERNAL"}, Caller("a", Permissions.everything()), "r")
+    kms.sweep()
+    page = _render(*kms.watched(), kms.gauges).decode()
+    assert 'hsmwrap_keys{state="PendingImport"} 1.0' in page
+    swept = value(page, "hsmwrap_last_sweep_timestamp_seconds")
+    assert before <= swept <= time.time()
+    for name in ("sweep", "audit"):
+        assert f"hsmwrap_{name}_failures_total 0.0" in page
+    (tmp_path / "audit.log").unlink()
+    (tmp_path / "audit.log").mkdir()
+    kms.sweep()  # its part that anchors the log fails
+    page = _render(*kms.watched(), kms.gauges).decode()
+    assert "hsmwrap_sweep_failures_total 1.0" in page
+    assert value(page, "hsmwrap_audit_failures_total") >= 1
 
 
 def test_closing_the_kms_closes_the_pool(kms):

@@ -7,7 +7,7 @@ those of the server, or a deadline in capitals. It is ready where the file ``hea
 directory.
 
 A call of the action Wait leaves the file ``started`` and returns when the file ``release`` is
-there.
+there. Metrics returns this process's page of metrics, its number and the directory of all.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class WaitingKms:
             (self._directory / "started").touch()
             while not (self._directory / "release").exists():
                 time.sleep(0.01)
+        if action == "Metrics":
+            from hsmwrap.http.app import _render
+
+            directory = os.environ["PROMETHEUS_MULTIPROC_DIR"]
+            return {"Process": os.getpid(), "Directory": directory, "Metrics": _render().decode()}
         return {"Length": sum(map(len, parameters.values()))}
 
     def record_refusal(self, action, caller, request_id, code):
