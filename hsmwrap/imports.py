@@ -25,6 +25,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 from hsmwrap import policy, tokens
+from hsmwrap.arguments import checked, of_a_setting, of_the_api, require_fields
 from hsmwrap.backend import (
     Backend,
     Custody,
@@ -86,9 +87,9 @@ class Cmk:
             A re-import has to match it.
 
     Raises:
-        InvalidParameter: The key id is empty, too long, or no text that UTF-8 can carry; or a text
-            spells no member.
-        MissingParameter: A member is None or an empty text.
+        InvalidParameter: The key id is empty, too long, or no text that UTF-8 can carry; a text
+            spells no member; or something has another type.
+        MissingParameter: The key id or a member is None, or a member is an empty text.
     """
 
     key_id: str
@@ -98,6 +99,7 @@ class Cmk:
     check_value: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        require_fields(self, ("key_id", "check_value"), of_the_api)
         try:
             fits = 1 <= len(self.key_id.encode()) <= tokens.MAX_CMK_ID_LENGTH
         except UnicodeEncodeError:
@@ -221,13 +223,14 @@ class ResidentBounds:
         in_all: For all CMKs together.
 
     Raises:
-        ConfigurationError: A bound is less than 1.
+        ConfigurationError: A bound is not a number, or less than 1.
     """
 
     of_cmk: int = MAX_RESIDENT_KEYS_OF_CMK
     in_all: int = MAX_RESIDENT_KEYS
 
     def __post_init__(self) -> None:
+        require_fields(self, ("of_cmk", "in_all"), of_a_setting)
         for name, bound in (("_of_cmk", self.of_cmk), ("", self.in_all)):
             if bound < 1:
                 raise ConfigurationError(
@@ -367,6 +370,7 @@ def _utc_now() -> datetime:
 class ImportService:
     """GetParametersForImport and ImportKeyMaterial over any backends."""
 
+    @checked(of_a_setting)
     def __init__(
         self,
         backends: Mapping[ProtectionLevel, Backend],
@@ -375,7 +379,7 @@ class ImportService:
         former_backends: Collection[Backend] = (),
         clock: Callable[[], datetime] = _utc_now,
         token_lifetime: timedelta = TOKEN_LIFETIME,
-        required_exposure: Exposure | None = None,
+        required_exposure: Exposure | str | None = None,
         refused_algorithms: Collection[WrappingAlgorithm] = frozenset(),
         used_tokens: UsedTokens | None = None,
         failed_imports: FailedImports | None = None,
@@ -412,8 +416,8 @@ class ImportService:
             key_source: Where wrapping keys come from.
 
         Raises:
-            ConfigurationError: A level, the exposure or an algorithm has an unknown spelling, or
-                ``max_failed_imports`` is less than 1.
+            ConfigurationError: A level, the exposure or an algorithm has an unknown spelling,
+                ``max_failed_imports`` is less than 1, or an argument has another type.
             UnsupportedProtectionLevel: A backend may not serve the level that it is given for.
         """
         self._backends = {
@@ -446,6 +450,7 @@ class ImportService:
         self._resident_bounds = resident_bounds or ResidentBounds()
         self._key_source = key_source
 
+    @checked(of_the_api)
     def get_parameters_for_import(
         self,
         cmk: Cmk,
@@ -455,7 +460,8 @@ class ImportService:
         """Issue a fresh public wrapping key and an import token.
 
         Raises:
-            MissingParameter, InvalidParameter: Spec or algorithm is missing or unknown.
+            MissingParameter, InvalidParameter: Spec or algorithm is missing or unknown, or an
+                argument has another type.
             UnsupportedOrigin: The CMK does not take imports.
             UnsupportedProtectionLevel: No HSM in this region, or no backend for this level.
             CombinationRefused: The compatibility table, the configuration (refused algorithms,
@@ -484,6 +490,7 @@ class ImportService:
             self._resident_keys.release(claim)
             raise
 
+    @checked(of_the_api)
     def import_key_material(
         self,
         cmk: Cmk,
@@ -504,7 +511,8 @@ class ImportService:
 
         Raises:
             UnsupportedOrigin: The CMK does not take imports.
-            InvalidParameter: The expiry is not in the future, or has no time zone.
+            InvalidParameter: The expiry is not in the future, or has no time zone; or an argument
+                has another type.
             InvalidImportToken: Changed, of another CMK, key spec or backend, used up, or too many
                 imports under it failed.
             ExpiredImportToken: Authentic, but too old.
@@ -539,6 +547,7 @@ class ImportService:
         _log_event("imported key material", cmk, backend, claims.token_id, imported.exposure)
         return ImportResult(imported, claims.token_id, key_material_expire)
 
+    @checked(of_the_api)
     def backend_for_import(self, cmk: Cmk, import_token: bytes) -> Backend:
         """The backend that imports under this token: the one that issued it.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import delete, func, select, update
 
+from hsmwrap.arguments import checked_methods
 from hsmwrap.kms.core import Core, existing
 from hsmwrap.kms.errors import AliasAlreadyExists, AliasNotFound
 from hsmwrap.kms.schema import Alias, Key
@@ -25,6 +26,7 @@ class AliasPage:
     total: int
 
 
+@checked_methods
 class Aliases:
     """Operations on aliases; a name has the prefix ``alias/``."""
 

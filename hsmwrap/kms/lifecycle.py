@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import delete, func, select
 
 from hsmwrap import policy
+from hsmwrap.arguments import checked_methods
 from hsmwrap.backend import KeyRef
 from hsmwrap.catalog import KeySpec, Origin, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import InvalidParameter
@@ -29,6 +30,7 @@ class KeyPage:
     total: int
 
 
+@checked_methods
 class KeyLifecycle:
     """Operations on keys. Each raises KeyNotFound for an unknown key id."""
 

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
+from hsmwrap.arguments import checked_methods
 from hsmwrap.backend import Exposure, ImportedKey, KeyRef
 from hsmwrap.catalog import Origin, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.checkvalue import same_check_value
@@ -43,6 +44,7 @@ from hsmwrap.kms.states import KeyState, require
 _log = logging.getLogger(__name__)
 
 
+@checked_methods
 class KeyMaterial:
     """Operations on key material. Each raises KeyNotFound for an unknown key id."""
 

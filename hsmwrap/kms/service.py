@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
+from hsmwrap.arguments import checked, of_a_setting, of_the_api
 from hsmwrap.backend import Backend, Exposure, Health
 from hsmwrap.catalog import ProtectionLevel, WrappingAlgorithm
 from hsmwrap.errors import (
@@ -79,6 +80,7 @@ class Kms:
         operations: The typed operations, without permissions and audit.
     """
 
+    @checked(of_a_setting)
     def __init__(
         self,
         database: Database,
@@ -188,6 +190,7 @@ class Kms:
         self.sweep()
         self._sweeper = Sweeper(self.sweep, sweep_seconds) if sweep_seconds else None
 
+    @checked(of_the_api)
     def execute(
         self, action: str, parameters: Mapping[str, str], caller: Caller, request_id: str
     ) -> dict[str, Any]:
@@ -231,12 +234,14 @@ class Kms:
                 raise DryRunOperationError("the request would have succeeded without DryRun")
         return fields | {"RequestId": request_id}
 
+    @checked(of_the_api)
     def record_refusal(self, action: str, caller: Caller, request_id: str, code: str) -> None:
         """Audit a request that the protocol refused; the caller is who it claims to be."""
         self._audit.append(
             AuditEntry(request_id, caller.access_key_id, action, None, code, client=caller.address)
         )
 
+    @checked(of_the_api)
     def sweep(self, now: datetime | None = None) -> None:
         """Process due work: expired material, key deletions, orphaned objects, old nonces."""
         self._sweep(now or self._clock())

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from hsmwrap.arguments import checked_methods
 from hsmwrap.backend import Backend, KeyRef
 from hsmwrap.errors import HsmError, KeyNotFound
 from hsmwrap.kms.blobs import CiphertextBlob, additional_data
@@ -41,6 +42,7 @@ class DataKey:
     plaintext: bytes = field(repr=False)
 
 
+@checked_methods
 class KeyUse:
     """Operations with keys.
 

@@ -121,6 +121,18 @@ def _(scene):
     yield from each(scene.desk.cmk, "", "x" * 256, "\N{CJK UNIFIED IDEOGRAPH-5BC6}" * 86)
 
 
+@bad("argument of another type, in Python", InvalidParameter)
+def _(scene):
+    desk = scene.desk
+    parameters, ciphertext = good(desk, OAEP1)
+    bring_in = desk.service().import_key_material
+    yield partial(bring_in, "key-1", ciphertext, parameters.import_token)
+    yield partial(bring_in, desk.cmk(), ciphertext.hex(), parameters.import_token)
+    yield partial(bring_in, desk.cmk(), ciphertext, bytearray(parameters.import_token))
+    yield partial(bring_in, desk.cmk(), ciphertext, parameters.import_token, 1_900_000_000)
+    yield from each(desk.cmk, 7, b"key-1")
+
+
 @bad("origin other than EXTERNAL", UnsupportedOrigin)
 def _(scene):
     desk = scene.desk
