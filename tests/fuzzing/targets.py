@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 from hsmwrap import oaep, sm2, tokens
 from hsmwrap.backend import KeyRef, Mac
@@ -21,9 +22,13 @@ from hsmwrap.errors import (
 from hsmwrap.http.message import read_message
 from hsmwrap.http.signature import read_claim
 from hsmwrap.kms import audit, auditfiles
+from hsmwrap.kms.api import OPERATIONS
 from hsmwrap.kms.blobs import CiphertextBlob
 from hsmwrap.kms.config import load_config
-from hsmwrap.kms.parameters import encryption_context, unix_time
+from hsmwrap.kms.errors import InvalidAction
+from hsmwrap.kms.parameters import AliasName, encryption_context, parse, unix_time
+from hsmwrap.kms.recommend import recommend
+from hsmwrap.kms.schema import ALIAS_LENGTH
 from hsmwrap.kms.signing import SigningSecret
 from hsmwrap.pkcs11.token import pin, uri
 
@@ -155,9 +160,31 @@ def http_request(data: bytes) -> None:
 
 def encryption_context_json(data: bytes) -> None:
     """EncryptionContext and KeyMaterialExpireUnix."""
-    for parse in (encryption_context, unix_time):
+    for read in (encryption_context, unix_time):
         with suppress(HsmwrapError):
-            parse("Name", _text(data))
+            read("Name", _text(data))
+
+
+def api_parameters(data: bytes) -> None:
+    """An action and its parameters, as a form: values, or an error with advice."""
+    form = dict(parse_qsl(_text(data), keep_blank_values=True))
+    action = form.pop("Action", "")
+    operation = OPERATIONS.get(action)
+    try:
+        if operation is None:
+            raise InvalidAction
+        arguments = parse(operation.parameters, form)
+    except HsmwrapError as error:
+        advice = recommend(error, action, form)
+        assert advice
+        # Only what looks like a name is repeated.
+        assert not any(len(value) > 64 and value in advice for value in form.values())
+        return
+    assert arguments.keys() == operation.parameters.keys()
+    for name, value in arguments.items():
+        if isinstance(value, AliasName):
+            assert value == form[name]
+            assert len(value) <= len("alias/") + ALIAS_LENGTH
 
 
 def configuration(data: bytes) -> None:
@@ -199,6 +226,7 @@ TARGETS = {
             pin_source,
             http_request,
             encryption_context_json,
+            api_parameters,
             configuration,
             audit_log,
         ),

@@ -130,6 +130,62 @@ def test_the_other_operations(call):
     assert listed["TotalCount"] >= 1
 
 
+def imported(call):
+    key_id, token, encrypted = wrapped(call)
+    call("ImportKeyMaterial", KeyId=key_id, EncryptedKeyMaterial=encrypted, ImportToken=token)
+    return key_id
+
+
+def test_aliases(call):
+    key_id, name = imported(call), f"alias/{os.urandom(8).hex()}"
+    call("CreateAlias", KeyId=key_id, AliasName=name)
+    with pytest.raises(SdkError, match=r"^AliasAlreadyExists$"):
+        call("CreateAlias", KeyId=key_id, AliasName=name)
+    alias = call("ListAliasesByKeyId", KeyId=key_id)["Aliases"]["Alias"]
+    assert [(each["AliasName"], each["KeyId"]) for each in alias] == [(name, key_id)]
+    assert call("ListAliases", PageNumber=1, PageSize=100)["TotalCount"] >= 1
+    made = call("GenerateDataKeyWithoutPlaintext", KeyId=name, KeySpec="AES_128")
+    assert made["KeyId"] == key_id
+    opened = call("Decrypt", CiphertextBlob=made["CiphertextBlob"])
+    assert len(base64.b64decode(opened["Plaintext"])) == 16
+    other = imported(call)
+    call("UpdateAlias", KeyId=other, AliasName=name)
+    assert call("DescribeKey", KeyId=name)["KeyMetadata"]["KeyId"] == other
+    call("DeleteAlias", AliasName=name)
+    with pytest.raises(SdkError, match=r"^Forbidden\.AliasNotFound$"):
+        call("DescribeKey", KeyId=name)
+
+
+def test_re_encryption_and_dry_runs(call):
+    source, destination = imported(call), imported(call)
+    context = {"tenant": "a"}
+    made = call("Encrypt", KeyId=source, Plaintext=b64(b"hello"), EncryptionContext=context)
+    wanted = {
+        "CiphertextBlob": made["CiphertextBlob"],
+        "SourceEncryptionContext": context,
+        "DestinationKeyId": destination,
+        "DestinationEncryptionContext": {"tenant": "b"},
+    }
+    with pytest.raises(SdkError, match=r"^DryRunOperationError$"):
+        call("ReEncrypt", **wanted, DryRun="true")
+    moved = call("ReEncrypt", **wanted, DryRun="false")["CiphertextBlob"]
+    opened = call("Decrypt", CiphertextBlob=moved, EncryptionContext={"tenant": "b"})
+    assert (opened["KeyId"], base64.b64decode(opened["Plaintext"])) == (destination, b"hello")
+
+
+def test_versions_description_and_regions(call):
+    created = call("CreateKey", Origin="EXTERNAL", EnableAutomaticRotation=False)["KeyMetadata"]
+    key_id, version = created["KeyId"], created["PrimaryKeyVersion"]
+    listed = call("ListKeyVersions", KeyId=key_id)["KeyVersions"]["KeyVersion"]
+    assert [each["KeyVersionId"] for each in listed] == [version]
+    one = call("DescribeKeyVersion", KeyId=key_id, KeyVersionId=version)["KeyVersion"]
+    assert one == listed[0]
+    call("UpdateKeyDescription", KeyId=key_id, Description="für Tests")
+    assert call("DescribeKey", KeyId=key_id)["KeyMetadata"]["Description"] == "für Tests"
+    regions = call("DescribeRegions")["Regions"]["Region"]
+    assert [each["RegionId"] for each in regions] == ["cn-hangzhou"]
+
+
 def test_the_longest_plaintext(call):
     """6 KiB, that is 8 KiB and more in the request line."""
     key_id = call("CreateKey", Origin="EXTERNAL", ProtectionLevel="HSM")["KeyMetadata"]["KeyId"]

@@ -56,9 +56,11 @@ class NewSdk:
             signature_algorithm=self._algorithm,
         )
         fields = {_snake(name): value for name, value in parameters.items()}
-        request = getattr(models, f"{action}Request")(**fields)
+        # An operation without parameters has no request.
+        model = getattr(models, f"{action}Request", None)
+        requests = [] if model is None else [model(**fields)]
         try:
-            response = getattr(Client(config), _snake(action))(request)
+            response = getattr(Client(config), _snake(action))(*requests)
         except (ClientException, ServerException) as error:
             raise SdkError(error.code, error.status_code, error.request_id) from error
         return response.body.to_map()
