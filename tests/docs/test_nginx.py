@@ -51,6 +51,8 @@ http {{
     uwsgi_temp_path {directory}/uwsgi;
     scgi_temp_path {directory}/scgi;
     access_log {directory}/main-access.log;
+    # SDKs leave connections open that are kept for them, which pytest would find.
+    keepalive_timeout 0;
     include {directory}/hsmwrap.conf;
 }}
 """
@@ -166,18 +168,24 @@ def kms(tmp_path_factory):
     file = directory / "hsmwrap.toml"
     file.write_text(KMS.format(directory=directory))
     with running(["-m", "hsmwrap.cli", "serve", "--config", str(file)], directory / "log") as one:
-        yield one.port
+        yield Served(one.port, directory / "audit.log")
+
+
+@dataclass
+class Served:
+    port: int
+    audit_file: Path
 
 
 @pytest.fixture(scope="module")
 def ours(kms, tmp_path_factory):
-    with nginx(tmp_path_factory.mktemp("nginx"), kms) as made:
+    with nginx(tmp_path_factory.mktemp("nginx"), kms.port) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def plain(kms, tmp_path_factory):
-    with nginx(tmp_path_factory.mktemp("plain"), kms, PLAIN) as made:
+    with nginx(tmp_path_factory.mktemp("plain"), kms.port, PLAIN) as made:
         yield made
 
 
@@ -231,6 +239,19 @@ def test_nothing_of_the_query_is_logged(ours):
     assert "?" not in logged
 
 
+def test_the_request_id_joins_both_logs(ours, kms):
+    SDKS[DEFAULT_SDKS[0]].call(ours.to, "ListKeys")
+    (ours_line,) = (ours.directory / "hsmwrap-access.log").read_text().splitlines()[-1:]
+    address, request_id = ours_line.split()[0], ours_line.split()[-1]
+    assert address == "127.0.0.1"
+    (line,) = [line for line in audited(kms) if line["request_id"] == request_id]
+    assert line["action"] == "ListKeys"
+
+
+def audited(kms):
+    return [json.loads(line) for line in kms.audit_file.read_text().splitlines()]
+
+
 def test_a_plain_proxy_pass_logs_plaintext(plain):
     plain.post("/?Plaintext=c2VjcmV0MQ==")
     assert "c2VjcmV0MQ==" in (plain.directory / "hsmwrap-access.log").read_text()
@@ -251,7 +272,7 @@ def test_the_error_log_repeats_the_request_line_but_at_emerg(tmp_path, configura
 )
 def test_bodies_stay_in_memory(kms, tmp_path, changes, written):
     """nginx warns when it writes one to a temporary file."""
-    with nginx(tmp_path / "nginx", kms, **{" emerg;": " warn;"} | changes) as made:
+    with nginx(tmp_path / "nginx", kms.port, **{" emerg;": " warn;"} | changes) as made:
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         assert made.post("/", b"Plaintext=" + b"x" * 100_000, **form) == 400
     said = "a client request body is buffered to a temporary file"
