@@ -11,10 +11,22 @@ import os
 import sys
 
 from hsmwrap import __version__
-from hsmwrap.cli import audit, backends, compat, config, db, demo, doctor, keys, serve, wrap
+from hsmwrap.cli import (
+    audit,
+    backends,
+    compat,
+    config,
+    db,
+    demo,
+    doctor,
+    keys,
+    profiles,
+    serve,
+    wrap,
+)
 from hsmwrap.errors import ConfigurationError, HsmwrapError
 
-_COMMANDS = (compat, backends, doctor, demo, wrap, keys, config, db, serve, audit)
+_COMMANDS = (compat, backends, profiles, doctor, demo, wrap, keys, config, db, serve, audit)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         "backend": _plugin(args.backend),
         "module": {},
         "token": {},
+        "profile": {},
         "key_sets": [],
         "objects": {"before": None, "after": None, "left": []},
         "examination": {},
@@ -134,6 +135,11 @@ def _examine(args: argparse.Namespace, settings: Mapping[str, Any], document: Do
     say(f"asking {checked.module} what it is")
     identity = inspection.identify(checked)
     document["module"], document["token"] = identity.module, identity.token
+    fitting = ", ".join(identity.profiles) or "none of `hsmwrap profiles list`"
+    document["profile"] = {
+        "used": checked.profile or checked.profile_file or "none",
+        "fits": fitting,
+    }
     document["key_sets"] = _key_sets(args.backend, settings)
     objects = document["objects"]
     before = inspection.token_objects(checked)

@@ -104,9 +104,10 @@ def _sections(document: Document) -> Iterator[tuple[str, _Table | list[str]]]:
     yield "Verdict", _verdict(document)
     run = {name: document[name] for name in ("hsmwrap", "at", "python", "platform")}
     yield "Backend", _facts(run | document["backend"])
-    for name in ("module", "token"):
+    titles = {"module": "PKCS#11 module", "token": "HSM token", "profile": "Vendor profile"}
+    for name, title in titles.items():
         if document[name]:
-            yield f"HSM {name}" if name == "token" else "PKCS#11 module", _facts(document[name])
+            yield title, _facts(document[name])
     if document["key_sets"]:
         sets = [(s["key_set"], _yes(s["current"]), s["detail"]) for s in document["key_sets"]]
         yield "Key sets", (("key set", "current", "detail"), sets)

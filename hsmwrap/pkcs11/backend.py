@@ -47,7 +47,6 @@ from hsmwrap.errors import (
 )
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors
 from hsmwrap.pkcs11.binding.gcm import AesGcm
-from hsmwrap.pkcs11.binding.profiles import profile
 from hsmwrap.pkcs11.binding.templates import Template
 from hsmwrap.pkcs11.keysets import admin, cloning
 from hsmwrap.pkcs11.keysets import backup as key_set_backup
@@ -120,7 +119,7 @@ class Pkcs11Backend(
     def __init__(self, settings: Pkcs11Settings) -> None:
         """Connect to the HSM token; see :class:`Connection` for the errors."""
         self._settings = settings
-        self._vendor = profile(settings.profile)
+        self._vendor = settings.vendor
         self._keys = KeySets(
             settings.key_prefix,
             must_be_trusted=settings.require_trusted_keys,
@@ -142,7 +141,6 @@ class Pkcs11Backend(
     def check_settings(cls, settings: Mapping[str, Any]) -> frozenset[ProtectionLevel]:
         """Check settings, module file and PIN source; what may come later with ``lazy`` is not."""
         checked = Pkcs11Settings.from_mapping(settings)
-        profile(checked.profile)
         # A name without a slash is looked for by the dynamic linker.
         if "/" in checked.module and not os.access(checked.module, os.R_OK):
             raise ConfigurationError(f"module {checked.module}: is not there, or cannot be read")

@@ -16,6 +16,7 @@ from typing import Any
 from pkcs11.constants import Attribute, ObjectClass, TokenFlag
 from pkcs11.types import Slot
 
+from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.module import Module
 from hsmwrap.pkcs11.keysets import admin
@@ -41,6 +42,12 @@ class Identity:
 
     module: dict[str, Any]
     token: dict[str, Any]
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """Names of the vendor profiles that are for what calls itself this."""
+        said = (self.token["manufacturer"], self.token["model"], self.module["description"])
+        return profiles.fitting(*said)
 
 
 def identify(settings: Pkcs11Settings) -> Identity:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from hsmwrap.backend import Custody
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.pkcs11.binding import profiles
+from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.token.pin import SOURCES, PinSource
 from hsmwrap.pkcs11.token.pin import from_settings as pin_from_settings
 from hsmwrap.pkcs11.token.selection import SETTING_NAMES, TokenSelector, selector_from
@@ -34,6 +37,7 @@ class Pkcs11Settings(Settings):
     Attributes that are not settings themselves:
         selector: Which HSM token, from the URI, the ``token_`` settings and ``slot_id``.
         pin: The one PIN source, from the URI or the ``pin_`` settings; None where none is given.
+        vendor: The vendor's SM2, from the profile.
     """
 
     component: ClassVar[str] = "PKCS#11 backend"
@@ -104,7 +108,10 @@ class Pkcs11Settings(Settings):
     require_trusted_keys: bool = setting(
         SWITCH, "Use only key sets that the security officer made trusted.", default=False
     )
-    profile: str | None = setting(NAME, "Vendor profile.")
+    profile: str | None = setting(
+        NAME, "Vendor profile; `hsmwrap profiles list` has those that there are."
+    )
+    profile_file: str | None = setting(TEXT, "File with a vendor profile of your own (TOML).")
     name: str = setting(NAME, "Name of the backend in import tokens and key references.", "pkcs11")
     key_prefix: str = setting(
         NAME, "Start of the labels of the backend's objects in the HSM token.", "hsmwrap"
@@ -112,6 +119,17 @@ class Pkcs11Settings(Settings):
 
     selector: TokenSelector = field(init=False)
     pin: PinSource | None = field(init=False)
+    vendor: VendorSm2 | None = field(init=False)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
+        """As :meth:`hsmwrap.settings.Settings.from_mapping`, over the profile's settings."""
+        named = [mapping.get(each) for each in ("profile", "profile_file")]
+        chosen = None
+        if all(each is None or isinstance(each, str) for each in named):
+            chosen = profiles.chosen(*named)
+        presets = (chosen and chosen.settings) or {}
+        return super(Pkcs11Settings, cls).from_mapping({**presets, **mapping})
 
     def __post_init__(self) -> None:
         """Check the values, and put what the URI says beside them.
@@ -123,12 +141,14 @@ class Pkcs11Settings(Settings):
         if self.initial_backoff > self.max_backoff:
             raise ConfigurationError("initial_backoff exceeds max_backoff")
         uri = parse(self.uri, allow_pin_value=self.allow_pin_value) if self.uri else Pkcs11Uri()
+        chosen = profiles.chosen(self.profile, self.profile_file)
         derived = {
             "module": self._module(uri),
             "selector": selector_from(
                 {name: getattr(self, name) for name in SETTING_NAMES.values()}, uri
             ),
             "pin": self._pin_source(uri),
+            "vendor": chosen.sm2 if chosen is not None else None,
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)

@@ -91,6 +91,10 @@ class Sm2Ciphertext:
         )
         return _tlv(_SEQUENCE, content)
 
+    def write(self, layout: Layout) -> bytes:
+        """Write it in this layout."""
+        return _CODECS[layout][1](self)
+
 
 def check_layouts(layouts: Iterable[str]) -> frozenset[Layout]:
     """Turn a configured set of layouts (members or their names) into one that is unambiguous.

@@ -28,6 +28,7 @@ KEYS = {
     "backend",
     "module",
     "token",
+    "profile",
     "key_sets",
     "objects",
     "examination",
@@ -114,6 +115,7 @@ def test_a_token_without_a_key_set_is_left_as_it_was(softhsm, run_json):
     )
     assert (status, document["verdict"]["broken"]) == (0, [])
     assert inspection.token_objects(checked) == before
+    assert document["profile"] == {"used": "none", "fits": "softhsm2"}
     assert document["objects"] == {"before": before.total(), "after": before.total(), "left": []}
     assert document.keys() == KEYS
     assert document["examination"].keys() == EXAMINATION
@@ -209,6 +211,7 @@ def test_on_nss(tmp_path):
     assert exposures(document)["RSAES_OAEP_SHA_256"] == "in_hsm"
     assert (status, len(document["verdict"]["broken"])) == (1, 1)
     assert "EC_SM2:SM2PKE is required, but not served" in document["verdict"]["broken"][0]
+    assert document["profile"]["fits"] == "nss"
     sm2 = document["examination"]["rows"][-1]
     assert (sm2["served"], sm2["exposure"], bool(sm2["reason"])) == (False, None, True)
     assert document["objects"]["left"] == []

@@ -13,17 +13,24 @@ from support.pkcs11.vendor_token import VendorToken, packed
 from hsmwrap.backend import Custody
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
-from hsmwrap.pkcs11.binding.profiles import PROFILES, CiphertextForm, vendor_key_type
+from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.pkcs11.binding.templates import USES
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, KeySets, Role, unwrapped_template
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.wrapping import probe, sm2
 from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, new_object_id
 from hsmwrap.pkcs11.wrapping.features import TokenFeatures
-from hsmwrap.sm2 import decode_spki, open_engine
+from hsmwrap.sm2 import Layout, decode_spki, open_engine
 
-DECRYPTING = {name: vendor for name, vendor in PROFILES.items() if vendor.decrypt is not None}
-DECRYPTING["sansec, DER"] = dataclasses.replace(PROFILES["sansec"], form=CiphertextForm.DER)
+VENDORS = {
+    name: vendor for name in profiles.names() if (vendor := profiles.load(name).sm2) is not None
+}
+DECRYPTING = {name: vendor for name, vendor in VENDORS.items() if vendor.decrypt is not None}
+DECRYPTING |= {
+    f"sansec, {layout}": dataclasses.replace(VENDORS["sansec"], ciphertext=layout)
+    for layout in Layout
+    if layout is not Layout.C1C3C2
+}
 EVERYTHING = TokenFeatures()
 """A token that refuses no attribute."""
 SETTINGS = Pkcs11Settings(module="/m")
@@ -119,8 +126,8 @@ def test_a_key_set_made_without_the_profile_opens_no_vendor_key(vendor):
 
 
 def test_a_vendor_without_decryption_derives_with_keys_of_its_type():
-    template = unwrapped_template(Role.WRAPPING_DERIVE, PROFILES["luna"])
-    assert template[Attribute.KEY_TYPE] == PROFILES["luna"].key_type
+    template = unwrapped_template(Role.WRAPPING_DERIVE, VENDORS["luna"])
+    assert template[Attribute.KEY_TYPE] == VENDORS["luna"].key_type
     assert (template[Attribute.DERIVE], template[Attribute.DECRYPT]) == (True, False)
 
 
@@ -133,7 +140,10 @@ def test_the_profile_changes_sm2_keys_only(vendor):
 
 def test_a_vendor_s_symmetric_key_in_the_partition_stops_nothing(token_and_store):
     token, store = token_and_store
-    theirs = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.KEY_TYPE: vendor_key_type(1 << 31)}
+    theirs = {
+        Attribute.CLASS: ObjectClass.SECRET_KEY,
+        Attribute.KEY_TYPE: VENDORS["sansec"].key_type,
+    }
     for use in (Attribute.WRAP, Attribute.SIGN):
         token.keep(packed({**theirs, Attribute.TOKEN: True, use: True, Attribute.LABEL: "sm4"}))
     assert [(each.number, each.current) for each in store.keys.list(token)] == [(1, True)]
@@ -157,8 +167,8 @@ def test_the_probe_tries_the_vendor_s_own_mechanisms(vendor, custody):
 
 @pytest.mark.parametrize("custody", Custody)
 def test_the_probe_finds_out_that_the_vendor_takes_another_form(vendor, custody):
-    form = CiphertextForm.DER if vendor.form is not CiphertextForm.DER else CiphertextForm.C1C3C2
-    other = dataclasses.replace(vendor, form=form)
+    layout = Layout.DER if vendor.ciphertext is not Layout.DER else Layout.C1C3C2
+    other = dataclasses.replace(vendor, ciphertext=layout)
     with pytest.raises(InvalidKeyMaterial):
         imported(*with_keys(vendor, vendor), other, custody)
 

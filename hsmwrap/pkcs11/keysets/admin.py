@@ -27,7 +27,6 @@ from hsmwrap.errors import (
 )
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.mechanisms import noted
-from hsmwrap.pkcs11.binding.profiles import profile
 from hsmwrap.pkcs11.binding.returncodes import code_name, recovery_of, said, typed_error
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
 from hsmwrap.pkcs11.keysets import movability
@@ -276,7 +275,7 @@ def clean_up(settings: Pkcs11Settings, keys: KeySets, number: int, made_by: str)
 
 def key_sets_of(settings: Pkcs11Settings) -> KeySets:
     """Finds and makes the keys that these settings name."""
-    return KeySets(settings.key_prefix, vendor=profile(settings.profile))
+    return KeySets(settings.key_prefix, vendor=settings.vendor)
 
 
 @contextmanager

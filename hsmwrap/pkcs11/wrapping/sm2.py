@@ -16,7 +16,7 @@ from pkcs11.types import Session
 from hsmwrap.errors import HsmError
 from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors, read
-from hsmwrap.pkcs11.binding.profiles import CiphertextForm, VendorSm2
+from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.binding.templates import Template
 from hsmwrap.sm2 import OID_DER, Sm2Ciphertext, decode_point, decrypt_with_x2, encode_spki
 
@@ -97,7 +97,7 @@ def decrypt(private: Any, ciphertext: Sm2Ciphertext, vendor: VendorSm2 | None) -
         InvalidKeyMaterial: C3 does not match, or the token refuses.
     """
     if vendor is not None and vendor.decrypt is not None:
-        raw = ciphertext.to_der() if vendor.form is CiphertextForm.DER else ciphertext.to_c1c3c2()
+        raw = ciphertext.write(vendor.ciphertext)
         with map_client_errors(private):
             return bytes(private.decrypt(raw, mechanism=vendor.decrypt))
     with map_client_errors(private):

@@ -17,10 +17,9 @@ from pkcs11.exceptions import (
 )
 from pkcs11.mechanisms import KeyType, Mechanism
 
-from hsmwrap.pkcs11.binding.profiles import CiphertextForm
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper, _CkAttribute
 from hsmwrap.pkcs11.sessions.session import PooledSession
-from hsmwrap.sm2 import Layout, open_engine, parse
+from hsmwrap.sm2 import open_engine, parse
 
 MAPPER = HsmAttributeMapper()
 SIZE = ctypes.sizeof(_CkAttribute)
@@ -89,10 +88,8 @@ class Key:
             raise MechanismInvalid
         if not self[Attribute.DECRYPT]:
             raise PKCS11Error("Unmapped error code 0x68")  # CKR_KEY_FUNCTION_NOT_PERMITTED
-        der = self.token.vendor.form is CiphertextForm.DER
-        layout = Layout.DER if der else Layout.C1C3C2
         try:
-            parsed = parse(data, self.token.material_length, (layout,))
+            parsed = parse(data, self.token.material_length, (self.token.vendor.ciphertext,))
             return open_engine("libcrypto").decrypt(self.pair.private, self.pair.public, parsed)
         except Exception:
             raise EncryptedDataInvalid from None
