@@ -184,14 +184,14 @@ def encrypt_key_material(algorithm: WrappingAlgorithm, public_key: bytes, materi
 def _answer_in(text: str) -> Mapping[str, Any]:
     """The answer, with its names in small letters and without underscores."""
     document: Any = text
-    # Twice: the older SDK for Python returns bytes, which print as b'{"KeyId": …}'.
-    for _ in range(2):
-        if isinstance(document, str | bytes):
-            document = _parsed(document)
-    for _ in range(2):
-        if isinstance(document, dict):
-            document = {str(n).replace("_", "").lower(): value for n, value in document.items()}
-            document = document.get("body", document)
+    # The older SDK for Python returns bytes, which print as b'{"KeyId": …}'.
+    while isinstance(document, str | bytes):
+        document = _parsed(document)
+    while isinstance(document, dict):
+        document = {str(n).replace("_", "").lower(): value for n, value in document.items()}
+        if "body" not in document:
+            break
+        document = document["body"]
     if not isinstance(document, dict):
         raise InvalidParameter(
             "parameters", "are not the JSON object that GetParametersForImport answers"

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from support.frames import assert_no_secret
 from support.importing import AES, SM2PKE, SM4, Desk, each_algorithm, open_software
 
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm
 from hsmwrap.cli import main, wrap
-from hsmwrap.customer import read_parameters
-from hsmwrap.errors import ExpiredImportToken
+from hsmwrap.customer import encrypt_key_material, read_parameters, require_key_material
+from hsmwrap.errors import ExpiredImportToken, InvalidParameter
 from hsmwrap.sm2 import Layout, parse
 
 DECRYPT = {
@@ -331,6 +332,15 @@ class TestMaterial:
                 wrap_key(*options, material=None)
         assert not Path("new").exists()
         assert "--generate" in capsys.readouterr().err
+
+
+def test_an_error_keeps_no_key_material(pairs):
+    with pytest.raises(InvalidParameter) as caught:
+        require_key_material(KEY, SM4)
+    assert_no_secret(caught.value, {"key material": KEY})
+    with pytest.raises(InvalidParameter) as caught:
+        encrypt_key_material(SM2PKE, pairs["RSA"][1], KEY)
+    assert_no_secret(caught.value, {"key material": KEY})
 
 
 class TestGenerate:
