@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from hsmwrap import registry
 from hsmwrap.backend import HasKeySets
 from hsmwrap.errors import ConfigurationError, HsmwrapError
 from hsmwrap.kms.access import FileAccessKeys
-from hsmwrap.kms.config import BackendConfig, ServerConfig, require_own_names
+from hsmwrap.kms.config import BackendConfig, ServerConfig, name_of, require_own_names
+from hsmwrap.kms.keysets import usage_of_backends
 from hsmwrap.kms.opening import audit_key, open_database
 from hsmwrap.kms.tls import open_tls
 
@@ -173,6 +175,7 @@ def try_to_open(config: ServerConfig) -> Iterator[Tried]:
     for table, wanted in _tables(config):
         yield _tried(table, partial(_try_backend, wanted))
     yield _tried("database", partial(_try_database, config))
+    yield _tried("stored keys", partial(_try_stored_keys, config))
 
 
 def _tried(part: str, attempt: Callable[[], str]) -> Tried:
@@ -188,6 +191,20 @@ def _try_backend(wanted: BackendConfig) -> str:
         key_sets = HasKeySets.of(backend)
         current = f", current key set {key_sets.current_key_set()}" if key_sets else ""
         return f"{backend.name}{current}"
+
+
+def _try_stored_keys(config: ServerConfig) -> str:
+    configured = {name_of(backend) for _, backend in _tables(config)}
+    with closing(open_database(config)) as database:
+        if not database.schema().is_current:
+            return "none yet"
+        used = usage_of_backends(database)
+    if missing := sorted({row.backend for row in used} - configured):
+        raise ConfigurationError(
+            f"some are in backends that are not configured: {', '.join(missing)}; add a table "
+            "[former_backends.NAME] for each"
+        )
+    return f"{sum(row.keys for row in used)}, all in backends that are configured"
 
 
 def _try_database(config: ServerConfig) -> str:

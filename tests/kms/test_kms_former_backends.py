@@ -17,12 +17,13 @@ from hsmwrap.errors import (
 )
 from hsmwrap.kms import Kms, StaticAccessKeys, load_config
 from hsmwrap.kms.audit import AuditLog
-from hsmwrap.kms.checking import check
+from hsmwrap.kms.checking import check, try_to_open
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.errors import KeyUnusable
 from hsmwrap.kms.keysets import usage_of_backends
 from hsmwrap.kms.schema import Key, ScheduledDestruction
 from hsmwrap.policy import Deployment
+from hsmwrap.registry import open_backend
 from hsmwrap.testing import MemoryBackend
 
 HSM = ProtectionLevel.HSM
@@ -272,6 +273,9 @@ def test_usage_is_printed_without_any_hsm(file, capsys, tmp_path):
         transaction.add(_row(9, "gone", "1"))
     assert main(usage) == 1
     assert "gone     NOT CONFIGURED" in capsys.readouterr().out
+    tried = {each.part: each for each in try_to_open(load_config(file))}
+    assert not tried["stored keys"].ok
+    assert "not configured: gone;" in tried["stored keys"].detail
     database.close()
 
 
@@ -282,3 +286,35 @@ def _row(number, backend, key_set):
         creator="me", created_at=datetime.now(UTC), backend=backend, key_set=key_set,
         reference=b"r", **words,
     )  # fmt: skip
+
+
+def test_two_backends_on_a_real_module(hsmwrap_softhsm, database_url, tmp_path):
+    """In one process, with key sets of their own, as two HSMs have them."""
+    opened = {
+        name: open_backend("pkcs11", hsmwrap_softhsm.settings(f"former-{name}") | {"name": name})
+        for name in ("old", "new")
+    }
+    clock = Clock()
+
+    def kms(name, *former):
+        return Kms(
+            Database(database_url, sync=False), {HSM: opened[name]}, Deployment(),
+            former_backends=[opened[each] for each in former],
+            access_keys=StaticAccessKeys(()),
+            audit_log=AuditLog(tmp_path / "audit.log", clock), clock=clock,
+        )  # fmt: skip
+
+    before = Client(kms("old"))
+    key_id, pending = before.create(), before.create()
+    before.import_material(key_id)
+    blob, token = before.usable(key_id), before.parameters(pending)
+    with kms("new", "old") as both:
+        client = Client(both)
+        assert client("Decrypt", CiphertextBlob=blob)["Plaintext"] == "aGVsbG8="
+        client.import_material(pending, AES_MATERIAL, token)
+        client.import_material(key_id)
+        counted = {(u.backend, u.keys) for u in usage_of_backends(both._database)}
+        assert counted == {("old", 1), ("new", 1)}
+        assert client("Decrypt", CiphertextBlob=blob)["Plaintext"] == "aGVsbG8="
+        client.usable(pending)
+    before.kms.close()
