@@ -873,6 +873,16 @@ class TestFiles:
             assert waiting.result(5) == 1
         assert (verify(log.path, key).lines, verify(old, key).lines) == (1, 6)
 
+    def test_reading_waits_for_a_line_that_is_being_written(self, log, key):
+        whole = log.path.read_bytes()
+        with ThreadPoolExecutor(1) as thread:
+            with log._locked():
+                log.path.write_bytes(whole[:-9])
+                report = thread.submit(verify, log.path, key)
+                time.sleep(0.1)
+                log.path.write_bytes(whole)
+            assert report.result(5).ok
+
     def test_under_load_no_line_is_lost(self, tmp_path):
         path = tmp_path / "shared.log"
         threads = [threading.Thread(target=_append, args=(path, f"t{i}")) for i in range(3)]
