@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Self
 
 from hsmwrap.backend import Custody
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, strip_tracebacks
 from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.token.pin import SOURCES, PinSource
@@ -122,6 +122,7 @@ class Pkcs11Settings(Settings):
     vendor: VendorSm2 | None = field(init=False)
 
     @classmethod
+    @strip_tracebacks
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
         """As :meth:`hsmwrap.settings.Settings.from_mapping`, over the profile's settings."""
         named = [mapping.get(each) for each in ("profile", "profile_file")]

@@ -174,7 +174,8 @@ def test_re_encryption_and_dry_runs(call):
 
 
 def test_versions_description_and_regions(call):
-    created = call("CreateKey", Origin="EXTERNAL", EnableAutomaticRotation=False)["KeyMetadata"]
+    key = {"Origin": "EXTERNAL", "ProtectionLevel": "HSM", "EnableAutomaticRotation": False}
+    created = call("CreateKey", **key)["KeyMetadata"]
     key_id, version = created["KeyId"], created["PrimaryKeyVersion"]
     listed = call("ListKeyVersions", KeyId=key_id)["KeyVersions"]["KeyVersion"]
     assert [each["KeyVersionId"] for each in listed] == [version]

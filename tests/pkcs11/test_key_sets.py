@@ -23,7 +23,7 @@ from support.services.softhsm import ROOT, make_softhsm
 from hsmwrap.errors import ConfigurationError, InvalidImportToken, PinError, TokenSelectionError
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.host import ModuleHost
-from hsmwrap.pkcs11.binding.profiles import vendor_key_type
+from hsmwrap.pkcs11.binding.profiles import by_number
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
 from hsmwrap.pkcs11.keysets import admin, keys
 from hsmwrap.pkcs11.keysets.keys import KeySets, Role
@@ -398,14 +398,16 @@ def pooled(*objects):
 
 
 def test_a_foreign_key_of_a_vendor_s_type_stops_nothing():
-    sm4 = Foreign(LABEL="theirs", CLASS=ObjectClass.SECRET_KEY, KEY_TYPE=vendor_key_type(1 << 31))
-    ours = Foreign(LABEL="p:mac:1", KEY_TYPE=vendor_key_type(1 << 31))
+    sm4 = Foreign(
+        LABEL="theirs", CLASS=ObjectClass.SECRET_KEY, KEY_TYPE=by_number(KeyType, 1 << 31)
+    )
+    ours = Foreign(LABEL="p:mac:1", KEY_TYPE=by_number(KeyType, 1 << 31))
     assert KeySets("p").list(Session(sm4, ours)) == []
 
 
 def test_key_types_round_trip():
     mapper = HsmAttributeMapper()
-    for key_type in (KeyType.AES, KeyType.EC, vendor_key_type(0x80000004)):
+    for key_type in (KeyType.AES, KeyType.EC, by_number(KeyType, 0x80000004)):
         packed = mapper.pack_attribute(Attribute.KEY_TYPE, key_type)
         assert mapper.unpack_attributes(Attribute.KEY_TYPE, packed) == key_type
     packed = mapper.pack_attribute(Attribute.KEY_TYPE, KeyType.AES)

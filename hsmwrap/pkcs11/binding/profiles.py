@@ -64,12 +64,12 @@ def _number(kind: type[_E], what: str) -> Kind:
     number = integer(0, 2**32 - 1)
 
     def read(value: Any) -> _E:
-        return value if isinstance(value, kind) else _by_number(kind, number.read(value))
+        return value if isinstance(value, kind) else by_number(kind, number.read(value))
 
     return Kind(f"{what} of PKCS#11 as a number, such as 0x80000001", read)
 
 
-def _by_number(kind: type[_E], value: int) -> _E:
+def by_number(kind: type[_E], value: int) -> _E:
     """A member by number, for python-pkcs11, which takes no plain int (field note 6)."""
     for member in kind:
         if member.value == value:
