@@ -251,6 +251,8 @@ def _given_shares(args: argparse.Namespace, opened: backup.Backup) -> dict[str, 
     """The shares from their files, or typed at the terminal, which does not show them."""
     forbid_core_dumps()
     if args.share_file:
+        if len({*args.share_file}) < len(args.share_file):
+            raise ConfigurationError("--share-file: a share is given twice")
         files = [PrivateFile(file, "share") for file in args.share_file]
         return {str(file): file.read_text() for file in files}
     _require_terminal("give --share-file FILE for each share, or type them at a terminal")
@@ -310,11 +312,16 @@ def _show(words: tuple[str, ...]) -> None:
 
 def _write_new(file: Path, content: str) -> None:
     """A file of this user alone, which did not exist."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with open(os.open(file, flags, 0o600), "w", encoding="utf-8") as out:  # noqa: PTH123 (a descriptor has no path)
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
+        descriptor = os.open(file, flags, 0o600)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as out:  # noqa: PTH123 (a descriptor has no path)
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
+        except BaseException:
+            file.unlink()  # a part of a share
+            raise
     except OSError as error:
         raise ConfigurationError(f"{file}: {error.strerror}") from None

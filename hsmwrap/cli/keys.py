@@ -44,10 +44,11 @@ officer's PIN the key-encryption keys of an HSM token become CKA_TRUSTED, and no
 what they wrap.
 
 With --config FILE, the file of `hsmwrap serve`, backend and settings come from there, and the
-database is asked which stored keys need which set: `list` counts them, `reseal` moves them to the
-current set, and `retire` refuses while something needs the old one. `usage` counts the stored keys
-of each backend and key set, without any HSM; exit code 1 if a backend that has some is not
-configured. --backend names one of [former_backends].
+database is asked which stored keys need which set: `list` counts them (exit code 1 if a set that
+they need is missing), `reseal` moves them to the current set, `retire` refuses while something
+needs the old one, and `rotate` while one is missing, as the new set may take its number. `usage`
+counts the stored keys of each backend and key set, without any HSM; exit code 1 if a backend that
+has some is not configured. --backend names one of [former_backends].
 
 `reseal` moves sealed keys inside the HSM; no client imports again. It runs beside serving
 processes, shows its progress, and goes on where it was when it is run again.
@@ -124,7 +125,9 @@ def add_parser(subparsers: Subparsers) -> None:
         help="reseal: at most so many keys a second (default: %(default)g)",
     )
     parser.add_argument(
-        "--force", action="store_true", help="retire: also what is needed; that is lost"
+        "--force",
+        action="store_true",
+        help="retire, rotate: all the same; what is needed is lost",
     )
     parser.add_argument(
         "--file",
@@ -177,8 +180,9 @@ def run(args: argparse.Namespace) -> int:
         return (_reap if args.action == "reap" else _reseal)(args, chosen)
     key_sets = registry.KeySetManager(chosen.plugin, chosen.settings)
     if args.action == "list":
-        _print(key_sets.list(), _usage(chosen), as_json=args.json)
-        return 0
+        sets, usage = key_sets.list(), _usage(chosen)
+        _print(sets, usage, as_json=args.json)
+        return 1 if _missing(sets, usage) else 0
     so_pin_file = args.so_pin_file or os.environ.get(ENVIRONMENT["so_pin_file"])
     if args.action in {"init", "rotate"} and chosen.plugin == "pkcs11" and not so_pin_file:
         print(_WEAKER, file=sys.stderr)
@@ -209,6 +213,12 @@ def _changed(ceremony: Ceremony, chosen: _Chosen) -> tuple[KeySetInfo, ...]:
     elif args.action == "init":
         key_sets.initialise(so_pin_file=so_pin_file)
     elif args.action == "rotate":
+        if not args.force and (missing := _missing(key_sets.list(), _usage(chosen))):
+            raise ConfigurationError(
+                f"stored keys need key set {', '.join(missing)}, which the backend does not have: "
+                "bring it back first (`hsmwrap keys restore`), as a new set may take its number. "
+                "With --force they are lost"
+            )
         key_sets.rotate(so_pin_file=so_pin_file)
     elif args.action == "retire":
         if not args.force:
@@ -410,6 +420,11 @@ def _chosen(args: argparse.Namespace) -> _Chosen:
     return _Chosen(backend.plugin, backend.settings, config)
 
 
+def _missing(sets: tuple[KeySetInfo, ...], usage: Mapping[str, int] | None) -> list[str]:
+    """Key sets that stored keys need and that the backend does not have."""
+    return sorted((usage or {}).keys() - {each.key_set for each in sets})
+
+
 def _print(sets: tuple[KeySetInfo, ...], usage: Mapping[str, int] | None, *, as_json: bool) -> None:
     if as_json:
         rows = [
@@ -417,7 +432,8 @@ def _print(sets: tuple[KeySetInfo, ...], usage: Mapping[str, int] | None, *, as_
             | ({} if usage is None else {"keys": usage.get(s.key_set, 0)})
             for s in sets
         ]
-        print(tables.to_json({"key_sets": rows}))
+        missing = {key_set: (usage or {})[key_set] for key_set in _missing(sets, usage)}
+        print(tables.to_json({"key_sets": rows} | ({"missing": missing} if missing else {})))
         return
     marks = {True: "current", False: "opens only"}
     headings = ["key set", "use", "detail"]
@@ -425,4 +441,5 @@ def _print(sets: tuple[KeySetInfo, ...], usage: Mapping[str, int] | None, *, as_
     if usage is not None:
         headings.append("keys")
         cells = [[*row, str(usage.get(row[0], 0))] for row in cells]
+        cells += [[each, "MISSING", "", str(usage[each])] for each in _missing(sets, usage)]
     print(tables.render(headings, cells, right={"keys"}))

@@ -34,9 +34,15 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="the TOML configuration")
     parser.add_argument("--port", type=int, metavar="N", help="instead of the file's; 0: any free")
     parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)"
+        "--workers", type=_workers, default=1, metavar="N", help="processes (default: %(default)s)"
     )
     parser.set_defaults(run=run)
+
+
+def _workers(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError("takes a number of processes, 1 or more")
+    return int(text)
 
 
 class _Help(argparse.Action):

@@ -18,7 +18,7 @@ import ssl
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING
@@ -241,6 +241,12 @@ class Gateway:
     ) -> None:
         """Run a complete request; ``done`` gets the answer, once."""
         self.served += 1
+        if request.method == "HEAD":
+            answered = done
+
+            def done(answer: Answer) -> None:
+                answered(replace(answer, body=b""))
+
         place = site.places.get(request.path, site.otherwise)
         if place is Place.LOOP:
             done(call(site.app, environ(request, peers)))

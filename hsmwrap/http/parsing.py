@@ -95,6 +95,8 @@ class RequestParser:
         self.wants_continue = False
         self.unread = False
         self._max_body = max_body
+        # Chunk sizes, their extensions and trailers: llhttp keeps a trailer until it is whole.
+        self._max_framing = MAX_HEADERS_LENGTH + 2 * max_body
         self._read_body = read_body
         self._last = False
         self._http = HttpRequestParser(self)
@@ -110,6 +112,8 @@ class RequestParser:
             return
         if self._phase is Phase.HEAD:
             self._unfinished += len(data)
+        elif self._phase is Phase.BODY:
+            self._framing += len(data)
         try:
             self._http.feed_data(data)
         except HttpParserUpgrade:  # the answer ignores the upgrade, as RFC 9110 section 7.8 allows
@@ -121,6 +125,8 @@ class RequestParser:
         else:
             if self._phase is Phase.HEAD and self._unfinished > MAX_HEADERS_LENGTH:
                 self._refuse(_headers_too_large())
+            elif self._phase is Phase.BODY and self._framing > self._max_framing:
+                self._refuse(HeadersTooLarge("the framing of the body is too long"))
 
     def end(self) -> None:
         """Take the end of the stream; in the middle of a body that is a ``refusal``."""
@@ -135,7 +141,7 @@ class RequestParser:
         self._refused: HsmwrapError | None = None
         self._target = bytearray()
         self._headers: list[tuple[str, str]] = []
-        self._headers_length = self._unfinished = 0
+        self._headers_length = self._unfinished = self._framing = 0
         self._body = bytearray()
 
     def on_url(self, part: bytes) -> None:
@@ -168,6 +174,9 @@ class RequestParser:
         hosts = [name for name, _ in self._headers].count("host")
         if hosts > 1 or (version == "1.1" and not hosts):  # RFC 9112, section 3.2
             self._stop(MalformedRequest("HTTP 1.1 needs one Host, and takes one"))
+        codings = [value.lower() for name, value in self._headers if name == "transfer-encoding"]
+        if codings and (version == "1.0" or codings != ["chunked"]):  # RFC 9112, section 6.1
+            self._stop(MalformedRequest("Transfer-Encoding is chunked, and of HTTP 1.1"))
         path, _, query = _AUTHORITY.sub(b"", self._target, count=1).partition(b"?")
         self._request = Request(
             self._http.get_method().decode("ascii"),
@@ -193,6 +202,7 @@ class RequestParser:
         """The next piece of the body."""
         if self._last:
             return
+        self._framing -= len(part)
         self._body += part
         if len(self._body) > self._max_body:
             self._stop(self._body_too_large())

@@ -24,6 +24,7 @@ from hsmwrap.kms.signing import SigningSecret
 
 SENSITIVE = frozenset({"CiphertextBlob", "EncryptedKeyMaterial", "ImportToken", "Plaintext"})
 """Parameters whose values must not appear in a log or an error message."""
+_SENSITIVE = frozenset(map(str.lower, SENSITIVE))  # a client may misspell them
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def _read_v1(message: RpcMessage) -> Claim:
     signature = parameters.pop("Signature")
 
     def disclosed() -> str:
-        shown = {n: "***" if n in SENSITIVE else v for n, v in parameters.items()}
+        shown = {n: "***" if n.lower() in _SENSITIVE else v for n, v in parameters.items()}
         return canonical.v1_string_to_sign(message.method, shown)
 
     return Claim(

@@ -409,11 +409,16 @@ class AuditLog:
             last = chain.link_of(lines[-1], last, position)
             position += len(lines[-1])
         text = b"".join(lines)
-        if os.write(file, text) != len(text):
+        try:
+            whole = os.write(file, text) == len(text)
+            if whole and self.sync:
+                os.fdatasync(file)
+        except BaseException:
+            os.ftruncate(file, end.size)  # they are owed, and would be there twice
+            raise
+        if not whole:
             os.ftruncate(file, end.size)
             raise OSError("a line was written only in part; is the disk full?")
-        if self.sync:
-            os.fdatasync(file)
         self._queue.end = _End(end.file, position, last, lines[-1], time.monotonic())
         for number, each in enumerate(batch, start=end.last.sequence + 1):
             each.sequence = number

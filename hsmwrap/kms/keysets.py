@@ -136,9 +136,7 @@ class StoredKeys:
             raise ConfigurationError(f"key set {key_set} is current; rotate first")
         needs = []
         if keys := self.usage().get(key_set, 0):
-            needs.append(
-                f"{keys} stored keys are sealed under it; `hsmwrap keys reseal` moves them"
-            )
+            needs.append(f"{keys} stored keys (`hsmwrap keys reseal` moves them)")
         if rotated + wait > now:
             end = (rotated + wait).replace(microsecond=0).isoformat()
             needs.append(f"import tokens, which may be valid until {end}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
@@ -358,9 +358,9 @@ class Kms:
             audited.outcome = HsmwrapError.code
             raise
         finally:
-            for use, key_id in audited.uses:
-                self._audit.append(
-                    AuditEntry(
+            with ExitStack() as lines:  # each is written or owed, also where one before it failed
+                for use, key_id in reversed(tuple(audited.uses)):
+                    entry = AuditEntry(
                         request_id,
                         caller.access_key_id,
                         use,
@@ -369,7 +369,7 @@ class Kms:
                         audited.alias,
                         caller.address,
                     )
-                )
+                    lines.callback(self._audit.append, entry)
 
     def _audit_system(self, action: str, key_id: str) -> None:
         self._audit.append(AuditEntry("", SYSTEM, action, key_id, "ok"))

@@ -7,6 +7,7 @@ import secrets
 import select
 import subprocess
 import sys
+from argparse import Namespace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from support.kms.fakes import AES_MATERIAL, SM4_MATERIAL, Client
 from support.shares import told
 
 from hsmwrap import transcript
-from hsmwrap.cli import main
+from hsmwrap.cli import ceremonies, main
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.kms import StaticAccessKeys, load_config, open_kms
 from hsmwrap.testing.softhsm import SoftHsm, SoftHsmError
@@ -386,3 +387,28 @@ def test_a_transcript_has_fingerprints_and_no_secret(softhsm, tmp_path):
     assert not any(told(path.read_text(), text) for path in tmp_path.glob("share-*"))
     for secret in ("HSMWRAP_PIN_FILE", "HSMWRAP_SO_PIN_FILE"):
         assert Path(softhsm.environment[secret]).read_text().strip() not in text
+
+
+def test_a_share_file_that_is_given_twice_is_refused():
+    given = Namespace(share_file=[Path("share-1"), Path("share-2"), Path("share-1")])
+    with pytest.raises(ConfigurationError, match="given twice"):
+        ceremonies._given_shares(given, None)
+
+
+def test_a_part_of_a_share_is_not_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(ConfigurationError, match="full"):
+        ceremonies._write_new(tmp_path / "share-1", "words")
+    assert not (tmp_path / "share-1").exists()
+
+
+def test_a_line_that_was_written_in_part_leaves_a_whole_transcript(tmp_path, monkeypatch):
+    file, now = tmp_path / "transcript", datetime.now(UTC)
+    transcript.append(file, now, {"event": "one"})
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda f, line: write(f, line[:5]))
+        with pytest.raises(ConfigurationError, match="only in part"):
+            transcript.append(file, now, {"event": "two"})
+    transcript.append(file, now, {"event": "two"})
+    assert transcript.verify(file).problems == ()

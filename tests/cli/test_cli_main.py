@@ -92,3 +92,11 @@ class TestBackends:
             ("broken", False),
         ]
         assert document["backends"][1]["error"].endswith("no licence")
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "two"])
+def test_a_server_has_a_worker(workers, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "--workers", workers])
+    assert stopped.value.code == 2
+    assert "1 or more" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_keys_are_counted_moved_and_then_their_set_is_retired(config, run_json, 
 
     assert main(["keys", "retire", old, *at]) == 2
     refused = capsys.readouterr().err
-    assert f"needed by {KEYS} stored keys" in refused
+    assert f"needed by {KEYS} stored keys (`hsmwrap keys reseal` moves them)" in refused
     assert "import tokens" in refused
 
     status, moved = run_json("keys", "reseal", *at)
@@ -75,6 +75,22 @@ def test_keys_are_counted_moved_and_then_their_set_is_retired(config, run_json, 
         client = Client(kms)
         for key in client("ListKeys")["Keys"]["Key"]:
             client.usable(key["KeyId"])
+
+
+def test_a_key_set_that_is_missing_is_listed_and_its_number_is_not_taken(config, run_json, capsys):
+    at = ("--config", str(config))
+    old = run_json("keys", "list", *at)[1]["key_sets"][0]["key_set"]
+    run_json("keys", "rotate", *at)
+    run_json("keys", "retire", old, "--force", *at)
+    status, listed = run_json("keys", "list", *at)
+    assert (status, listed["missing"]) == (1, {old: KEYS})
+    assert main(["keys", "list", *at]) == 1
+    assert "MISSING" in capsys.readouterr().out
+    assert main(["keys", "rotate", *at]) == 2
+    assert f"stored keys need key set {old}, which the backend does not have" in (
+        capsys.readouterr().err
+    )
+    assert main(["keys", "rotate", "--force", *at]) == 0
 
 
 def test_the_moves_are_in_the_audit_log(config, run_json, tmp_path):

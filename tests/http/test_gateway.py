@@ -280,6 +280,22 @@ def test_head_has_no_body(app):
     assert second.startswith(b"HTTP/1.1 200 OK\r\n")
 
 
+def test_head_has_no_body_if_the_gateway_answers(app, monkeypatch):
+    monkeypatch.setattr(deadline, "PAGE_SECONDS", 0.1)
+    with serving(app, places={b"/wait": Place.RESERVED}) as running:
+        client = running.connect(get("/wait").replace(b"GET", b"HEAD"))
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += client.recv(65536)
+        app.release.set()
+        client.sendall(get("/next"))
+        while received.count(b"\r\n\r\n") < 2:
+            received += client.recv(65536)
+    first, _, second = received.partition(b"\r\n\r\n")
+    assert first.startswith(b"HTTP/1.1 503 ")
+    assert second.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
 def test_an_old_client(app):
     with serving(app) as running:
         received = ends(running.connect(b"GET / HTTP/1.0\r\n\r\n"))

@@ -129,6 +129,32 @@ def test_bodies_without_a_known_end(framing):
     assert code(raw) in {"MalformedRequest", "InvalidParameter"}
 
 
+@pytest.mark.parametrize(
+    ("version", "coding"),
+    [
+        (b"1.0", b"chunked"),
+        (b"1.1", b"gzip, chunked"),
+        (b"1.1", b"gzip\r\nTransfer-Encoding: chunked"),
+    ],
+)
+def test_codings_that_others_may_read_in_another_way(version, coding):
+    """RFC 9112, section 6.1."""
+    head = b"POST / HTTP/%s\r\nHost: h\r\nTransfer-Encoding: %s\r\n\r\n" % (version, coding)
+    assert code(head + b"0\r\n\r\n") == "MalformedRequest"
+
+
+@pytest.mark.parametrize("endless", [b"0\r\nX: ", b"0\r\n", b"1;"])
+def test_the_framing_of_a_body_ends(endless):
+    """A trailer, its name or an extension of a chunk that goes on and on."""
+    parser = parse(CHUNKED + endless)
+    fed = 0
+    while parser.refusal is None and fed < 10 * MAX_HEADERS_LENGTH:
+        parser.feed(b"a" * 1000)
+        fed += 1000
+    assert parser.refusal is not None
+    assert fed <= MAX_HEADERS_LENGTH + 2 * MAX_BODY + 1000
+
+
 def line(length: int) -> bytes:
     return b"GET /" + b"a" * (length - 1) + b" HTTP/1.1\r\nHost: h\r\n\r\n"
 

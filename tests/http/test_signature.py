@@ -447,3 +447,12 @@ def test_acs3_message_holds_a_digest(bench):
     message = response.get_json()["Message"]
     assert "server string to sign is:ACS3-HMAC-SHA256\n" in message
     assert "testsecret" not in response.text
+
+
+def test_a_misspelt_parameter_is_not_disclosed(bench):
+    """The string to sign comes back in the error's text, for SDKs to compare."""
+    parameters = v1_parameters(plaintext="c2VjcmV0")
+    answer = bench.get(encode_all({**parameters, "Signature": "AAAA"}))
+    assert code(answer) == "SignatureDoesNotMatch"
+    assert "plaintext" in answer.text
+    assert "c2VjcmV0" not in answer.text

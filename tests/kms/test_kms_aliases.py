@@ -8,6 +8,7 @@ from support.kms.fakes import Client
 from hsmwrap.errors import HsmwrapError, KeyNotFound
 from hsmwrap.kms import Caller, Grant, Permissions
 from hsmwrap.kms.api import OPERATIONS
+from hsmwrap.kms.audit import AuditFailed
 from hsmwrap.kms.errors import (
     AliasAlreadyExists,
     AliasNotFound,
@@ -215,4 +216,24 @@ def test_the_audit_log_has_both_keys_of_a_re_encryption(client, key_id, tmp_path
     assert audited(caller, tmp_path) == [
         ("ReEncryptFrom", key_id, None, "ok"),
         ("ReEncryptTo", other, None, "ok"),
+    ]
+
+
+def test_the_second_line_of_a_re_encryption_is_owed_where_the_first_fails(
+    client, key_id, tmp_path, monkeypatch
+):
+    other = client.create()
+    client.import_material(other, bytes(32))
+    caller = Client(client.kms, Caller("mover", Permissions.everything()))
+    blob = client.usable(key_id)
+    log = client.kms._audit.log
+    with monkeypatch.context() as patch:
+        patch.setattr(type(log), "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(AuditFailed):
+            caller("ReEncrypt", CiphertextBlob=blob, DestinationKeyId=other)
+    caller("DescribeKey", KeyId=other)
+    assert [line[:2] for line in audited(caller, tmp_path)] == [
+        ("ReEncryptFrom", key_id),
+        ("ReEncryptTo", other),
+        ("DescribeKey", other),
     ]

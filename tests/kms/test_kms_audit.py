@@ -1206,6 +1206,16 @@ class TestThreadsThatWait:
         assert len(writes[1]) == 1
         assert verify(log.path, key).lines == 8
 
+    def test_are_not_there_twice_after_a_sync_that_failed(self, tmp_path, key, monkeypatch):
+        log = AuditLog(tmp_path / "a.log", lambda: NOW, key, sync=True)
+        log.append(entry(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(audit.os, "fdatasync", lambda _: Path("/nonexistent").stat())
+            with pytest.raises(AuditFailed):
+                log.append(entry(1))
+        log.append(entry(2))
+        assert verify(log.path, key).lines == 3
+
     def test_fail_together_and_their_lines_are_owed(self, tmp_path, key, monkeypatch):
         log = AuditLog(tmp_path / "a.log", lambda: NOW, key)
         log.append(entry(0))

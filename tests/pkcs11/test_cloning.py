@@ -6,6 +6,8 @@ import secrets
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pkcs11 import exceptions as ck
 from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.mechanisms import KeyType, Mechanism
@@ -14,7 +16,7 @@ from support.pkcs11.clone_user import MATERIAL, sealed_on, used_on
 
 from hsmwrap.checkvalue import check_value
 from hsmwrap.errors import ConfigurationError, UnsupportedOperation
-from hsmwrap.pkcs11.keysets.cloning import WrappedSets
+from hsmwrap.pkcs11.keysets.cloning import TransportKey, WrappedSets, _public_numbers
 from hsmwrap.pkcs11.keysets.keys import Role
 from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
 from hsmwrap.registry import KeySetManager
@@ -335,3 +337,12 @@ def test_a_user_cannot_make_a_public_key_trusted(attacker):
         attacker.session.generate_keypair(
             KeyType.RSA, 2048, capabilities=MechanismFlag.WRAP, public_template=template
         )
+
+
+def test_a_transport_key_with_another_exponent_is_refused():
+    numbers = rsa.generate_private_key(65537, 3072).public_key().public_numbers()
+    for exponent in (3, 2**32 + 1):
+        odd = rsa.RSAPublicNumbers(exponent, numbers.n).public_key()
+        der = odd.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        with pytest.raises(ConfigurationError, match="exponent 65537"):
+            _public_numbers(TransportKey(der))

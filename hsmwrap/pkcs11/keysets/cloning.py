@@ -61,6 +61,7 @@ from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.pin import PinSource
 
 _MODULUS_BITS = 3072
+_EXPONENT = 65537
 _OAEP = (Mechanism.SHA_1, MGF.SHA1, None)
 _TRANSPORT = "hsmwrap-transport-key/1"
 _KEY_SETS = "hsmwrap-key-sets/1"
@@ -301,6 +302,10 @@ def _public_numbers(transport_key: TransportKey) -> rsa.RSAPublicNumbers:
         key = load_der_public_key(transport_key.public_key)
     except (ValueError, UnsupportedAlgorithm):
         key = None
-    if not isinstance(key, rsa.RSAPublicKey) or key.key_size != _MODULUS_BITS:
-        raise ConfigurationError(f"the transport key is not an RSA key of {_MODULUS_BITS} bits")
-    return key.public_numbers()
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size == _MODULUS_BITS:
+        numbers = key.public_numbers()
+        if numbers.e == _EXPONENT:
+            return numbers
+    raise ConfigurationError(
+        f"the transport key is not an RSA key of {_MODULUS_BITS} bits with the exponent {_EXPONENT}"
+    )
