@@ -251,8 +251,9 @@ def _given_shares(args: argparse.Namespace, opened: backup.Backup) -> dict[str, 
     """The shares from their files, or typed at the terminal, which does not show them."""
     forbid_core_dumps()
     if args.share_file:
-        if len({*args.share_file}) < len(args.share_file):
-            raise ConfigurationError("--share-file: a share is given twice")
+        for file in args.share_file:
+            if args.share_file.count(file) > 1:
+                raise ConfigurationError(f"--share-file: {file} is given twice")
         files = [PrivateFile(file, "share") for file in args.share_file]
         return {str(file): file.read_text() for file in files}
     _require_terminal("give --share-file FILE for each share, or type them at a terminal")

@@ -391,7 +391,7 @@ def test_a_transcript_has_fingerprints_and_no_secret(softhsm, tmp_path):
 
 def test_a_share_file_that_is_given_twice_is_refused():
     given = Namespace(share_file=[Path("share-1"), Path("share-2"), Path("share-1")])
-    with pytest.raises(ConfigurationError, match="given twice"):
+    with pytest.raises(ConfigurationError, match="share-1 is given twice"):
         ceremonies._given_shares(given, None)
 
 
