@@ -20,10 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
 
 _BOOT_SECONDS = 120
 _CLOSING_SECONDS = 10
 """How long a worker may take to close its KMS, after the last request."""
+
+START_FAILED, PIN_REFUSED = Arbiter.WORKER_BOOT_ERROR, Arbiter.APP_LOAD_ERROR
+"""Exit codes of a worker with which gunicorn ends the server, with the same code."""
 
 _LOGGING = {
     "version": 1,
@@ -78,7 +82,8 @@ class Server(BaseApplication):
         self._reload = reload
         self.metrics_address = metrics_address
         self.shutdown_seconds, self.drain_seconds = shutdown_seconds, drain_seconds
-        self._replaced = mmap.mmap(-1, 8)  # shared with the workers
+        self._replaced = mmap.mmap(-1, 8)  # shared with the workers, as the next one
+        self._was_ready = mmap.mmap(-1, 1)
         api_address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._options = {
             # The worker takes the last one for the metrics.
@@ -92,7 +97,7 @@ class Server(BaseApplication):
             "timeout": _BOOT_SECONDS,
             "control_socket_disable": True,
             "logconfig_dict": _LOGGING,
-            "post_worker_init": _announce,
+            "post_worker_init": self._announce,
             "on_reload": self._replace,
             "when_ready": lambda _arbiter: _call_each_second(each_second),
         }
@@ -119,8 +124,20 @@ class Server(BaseApplication):
     def _replace(self, arbiter: Any) -> None:
         self._replaced[:] = arbiter.worker_age.to_bytes(8, "big")
 
+    @property
+    def was_ready(self) -> bool:
+        """Whether a worker was ready since the start."""
+        return self._was_ready[0] == 1
+
+    def _announce(self, worker: Any) -> None:
+        self._was_ready[0] = 1
+        _announce(worker)
+
     def run_to_exit(self) -> int:
-        """Serve until a signal; returns the exit code. Worker processes return here too."""
+        """Serve until a signal; returns the exit code. Worker processes return here too.
+
+        The exit code is :data:`START_FAILED` or :data:`PIN_REFUSED` if no worker became ready.
+        """
         try:
             self.run()
         except SystemExit as end:

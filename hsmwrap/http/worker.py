@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
+import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from gunicorn.workers.base import Worker
 
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, HsmwrapError, PinError
 from hsmwrap.http import deadline
 from hsmwrap.http.gateway import Gateway, Place, Site
-from hsmwrap.http.server import Server, share_metrics
+from hsmwrap.http.server import PIN_REFUSED, START_FAILED, Server, share_metrics
 
 if TYPE_CHECKING:
     # Not at run time: this is imported before the fork, and prometheus_client has to be after it.
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     from hsmwrap.kms.tls import Tls
 
 _HEARTBEAT_SECONDS = 1.0
+_PAUSE_SECONDS = 2.0
+"""Before another worker takes the place of one that could not open the KMS."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -55,6 +61,31 @@ class KmsWorker(Worker):
     def _server(self) -> Server | None:
         """None under gunicorn's own command."""
         return self.app if isinstance(self.app, Server) else None
+
+    def load_wsgi(self) -> None:
+        """Open the KMS (gunicorn's hook).
+
+        Until a worker was ready, a failure ends the server. Later it ends this worker, and gunicorn
+        starts another. After a refused PIN this one stays instead: each new one would try the PIN.
+
+        Raises:
+            SystemExit: The KMS does not open; the log says why.
+        """
+        try:
+            super().load_wsgi()
+        except HsmwrapError as error:
+            if self._server is None:
+                raise
+            refused = isinstance(error, PinError)
+            event = "a worker process cannot open the KMS"
+            _log.error(event, extra={"code": error.code, "why": str(error)})
+            if not self._server.was_ready:
+                sys.exit(PIN_REFUSED if refused else START_FAILED)
+            end = time.monotonic() + (math.inf if refused else _PAUSE_SECONDS)
+            while self.alive and self.ppid == os.getppid() and time.monotonic() < end:
+                self.notify()
+                time.sleep(_HEARTBEAT_SECONDS / 10)
+            sys.exit(0 if refused else 1)
 
     def run(self) -> None:
         """Serve until a signal, the death of the parent, or ``max_requests`` (gunicorn's hook)."""

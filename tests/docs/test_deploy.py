@@ -28,6 +28,7 @@ from support.http.kms_over_http import backend_settings
 from support.http.rpc_signing import v1_query
 
 from hsmwrap.cli import _parser
+from hsmwrap.http.server import PIN_REFUSED
 from hsmwrap.privatefile import PrivateFile
 
 DEPLOY = ROOT / "docs" / "deploy"
@@ -148,6 +149,9 @@ class TestUnit:
 
     def test_it_waits_longer_than_the_server_does(self):
         assert int(unit_values("TimeoutStopSec")[0]) > 30
+
+    def test_a_refused_pin_is_not_tried_again(self):
+        assert unit_values("RestartPreventExitStatus") == [str(PIN_REFUSED)]
 
     def test_systemd_takes_it(self, tmp_path):
         needs_service()

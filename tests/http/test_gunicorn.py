@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -378,3 +379,79 @@ def test_metrics_of_all_workers(tmp_path):
         files = Path(directory["Directory"]).glob("counter_*.db")
         assert {file.name for file in files} <= {f"counter_{slot}.db" for slot in range(4)}
     assert 'hsmwrap_http_requests_total{action="Encrypt",code="OK"} 20.0' in text
+
+
+CANNOT_OPEN = "a worker process cannot open the KMS"
+
+
+def workers_of(process):
+    pid = process.popen.pid
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def oldest_worker(process, directory, *, of):
+    """The oldest one, as soon as so many are open."""
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        opened = [pid for pid in workers_of(process) if (directory / f"opened-{pid}").exists()]
+        if len(opened) == of:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return min(opened)
+
+
+def test_a_later_worker_that_cannot_open_does_not_end_the_server(tmp_path):
+    """The next ones try again, until one is ready."""
+    with running([*FAKE, "1", str(tmp_path)], tmp_path / "log") as process:
+        oldest = oldest_worker(process, tmp_path, of=1)
+        (tmp_path / "unavailable").touch()
+        os.kill(oldest, signal.SIGKILL)
+        wait_for_text(process, "exited with code 1", times=2)
+        (tmp_path / "unavailable").unlink()
+        assert parse(process.exchange(get(signed("Encrypt"))))[0] == 200
+        assert process.stop() == 0
+    logged = [json.loads(line) for line in process.log_text().splitlines()]
+    assert {line.get("why") for line in logged if line["message"] == CANNOT_OPEN} == {
+        "the HSM is unreachable"
+    }
+
+
+def test_a_refused_pin_is_not_tried_again_by_further_workers(tmp_path):
+    """The worker stays, without serving; SIGHUP replaces it. The others serve."""
+    with running([*FAKE, "2", str(tmp_path)], tmp_path / "log") as process:
+        oldest = oldest_worker(process, tmp_path, of=2)
+        (tmp_path / "pin").touch()
+        os.kill(oldest, signal.SIGKILL)
+        wait_for_text(process, "the PIN was refused")
+        assert parse(process.exchange(get(signed("Encrypt"))))[0] == 200
+        stays = max(workers_of(process))
+        # As long as another one takes that fails for another reason, and then ends.
+        (tmp_path / "pin").rename(tmp_path / "unavailable")
+        os.kill(oldest_worker(process, tmp_path, of=1), signal.SIGKILL)
+        wait_for_text(process, "exited with code 1")
+        assert stays in workers_of(process)
+        assert process.log_text().count("the PIN was refused") == 1
+        (tmp_path / "unavailable").unlink()
+        process.popen.send_signal(signal.SIGHUP)
+        assert parse(process.exchange(get(signed("Encrypt"))))[0] == 200
+        assert process.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "why"),
+    [("unavailable", 3, "the HSM is unreachable"), ("pin", 4, "the PIN was refused")],
+)
+def test_a_failed_start_is_a_line_of_the_log_and_an_exit_code(tmp_path, file, code, why):
+    (tmp_path / file).touch()
+    done = subprocess.run(
+        [sys.executable, *FAKE, "1", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.returncode == code
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["why"] for line in lines if line["message"] == CANNOT_OPEN] == [why]
+    assert "traceback" not in done.stderr.lower()

@@ -4,7 +4,8 @@ Usage: python -m support.http.gunicorn_fake WORKERS DIRECTORY [SECONDS] [OPTION=
 
 SECONDS are the deadline of everything that a client does, instead of the real ones. Options are
 those of the server, or a deadline in capitals. It is ready where the file ``healthy`` is in the
-directory.
+directory. It does not open where ``unavailable`` or ``pin`` is there; a process
+that opened leaves ``opened-PID``.
 
 A call of the action Wait leaves the file ``started`` and returns when the file ``release`` is
 there. Metrics returns this process's page of metrics, its number and the directory of all.
@@ -55,6 +56,7 @@ class AnyNonce:
 
 
 def load(directory: Path):
+    from hsmwrap.errors import PinError, ServiceUnavailable
     from hsmwrap.http import logs
     from hsmwrap.http.app import create_app
     from hsmwrap.kms.access import StaticAccessKeys
@@ -63,6 +65,11 @@ def load(directory: Path):
     if (directory / "broken").exists():
         raise RuntimeError("this application does not load")
     logs.configure()
+    if (directory / "unavailable").exists():
+        raise ServiceUnavailable("the HSM is unreachable")
+    if (directory / "pin").exists():
+        raise PinError("the PIN was refused")
+    (directory / f"opened-{os.getpid()}").touch()
     return create_app(
         WaitingKms(directory),
         StaticAccessKeys([ACCESS_KEY]),
