@@ -184,7 +184,8 @@ class Gateway:
     Attributes:
         loop: The event loop.
         connections: Those that are open.
-        served: How many requests there were.
+        served: How many requests a thread took or will take; pages and what is refused before do
+            not count.
         last_requests: True: each answer ends its connection.
     """
 
@@ -240,7 +241,6 @@ class Gateway:
         self, site: Site, request: Request, peers: Peers, done: Callable[[Answer], None]
     ) -> None:
         """Run a complete request; ``done`` gets the answer, once."""
-        self.served += 1
         if request.method == "HEAD":
             answered = done
 
@@ -257,6 +257,7 @@ class Gateway:
             done(failure(ServiceUnavailable("too many requests wait for a thread")))
             return
         threads.free -= 1
+        self.served += not reserved
         late: asyncio.TimerHandle | None = None
 
         def expire() -> None:

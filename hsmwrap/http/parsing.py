@@ -48,7 +48,8 @@ class Request:
         method: As sent.
         path: As sent, percent-encoded.
         query: As sent; what follows the first question mark.
-        headers: Name in lower case and value, both decoded as latin-1, in the order received.
+        headers: Name in lower case and value, both decoded as latin-1, in the order received;
+            without ``Upgrade`` where it asked for an upgrade.
         version: ``1.0`` or ``1.1``.
         body: The whole body, without its framing.
         keep_alive: Whether the connection may be kept after the answer.
@@ -115,10 +116,8 @@ class RequestParser:
         elif self._phase is Phase.BODY:
             self._framing += len(data)
         try:
-            self._http.feed_data(data)
-        except HttpParserUpgrade:  # the answer ignores the upgrade, as RFC 9110 section 7.8 allows
-            self.requests[-1].keep_alive = False
-            self._last = True
+            while data and not self._last:
+                data = self._feed_until_upgrade(data)
         except HttpParserError:
             if not self._last:
                 self._refuse(self._refused or self._unparsable())
@@ -167,7 +166,7 @@ class RequestParser:
             self._stop(_headers_too_large())
 
     def on_headers_complete(self) -> None:
-        """The head is complete."""
+        """The head is complete. What asks for an upgrade is read again, without that."""
         version = self._http.get_http_version()
         if version not in _VERSIONS:
             self._stop(MalformedRequest("HTTP 1.0 and 1.1 are served"))
@@ -177,6 +176,8 @@ class RequestParser:
         codings = [value.lower() for name, value in self._headers if name == "transfer-encoding"]
         if codings and (version == "1.0" or codings != ["chunked"]):  # RFC 9112, section 6.1
             self._stop(MalformedRequest("Transfer-Encoding is chunked, and of HTTP 1.1"))
+        if self._asks_for_upgrade():
+            return
         path, _, query = _AUTHORITY.sub(b"", self._target, count=1).partition(b"?")
         self._request = Request(
             self._http.get_method().decode("ascii"),
@@ -211,7 +212,7 @@ class RequestParser:
         """The request is complete."""
         self._phase = Phase.IDLE
         self.wants_continue = False
-        if self._last:
+        if self._last or self._asks_for_upgrade():
             return
         request = self._request
         request.body = bytes(self._body)
@@ -222,6 +223,32 @@ class RequestParser:
             self._stop(MalformedRequest("too many requests at once"))
 
     # ---
+
+    def _feed_until_upgrade(self, data: bytes) -> bytes:
+        """Returns what is to be fed next: nothing, unless a request asked for an upgrade.
+
+        No upgrade is served: such a request is answered as if it had not asked (RFC 9110, section
+        7.8). httptools ends it with its head, so a new parser gets the head without the fields
+        that ask, and then its body. Java's HttpClient asks for h2c in every first request.
+        """
+        try:
+            self._http.feed_data(data)
+        except HttpParserUpgrade as upgrade:
+            if not self._asks_for_upgrade():  # CONNECT: what follows is not HTTP
+                self.requests[-1].keep_alive = False
+                self._last = True
+                return b""
+            version = self._http.get_http_version().encode()
+            head = b"%s %s HTTP/%s\r\n" % (self._http.get_method(), self._target, version)
+            for name, value in self._headers:
+                if name != "upgrade":
+                    head += f"{name}: {value}\r\n".encode("latin-1")
+            self._http = HttpRequestParser(self)
+            return head + b"\r\n" + data[upgrade.args[0] :]
+        return b""
+
+    def _asks_for_upgrade(self) -> bool:
+        return self._http.should_upgrade() and self._http.get_method() != b"CONNECT"
 
     def _stop(self, refusal: HsmwrapError) -> None:
         """Make httptools give up, which reports any exception of a callback as its own."""

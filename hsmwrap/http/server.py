@@ -73,7 +73,8 @@ class Server(BaseApplication):
             port: Port to listen on; 0 takes a free one.
             workers: Processes.
             threads: Threads of each process: its running calls.
-            max_requests: After so many, and up to a tenth more, a process is replaced; 0: never.
+            max_requests: After so many, and up to half as many more, a process is replaced; 0:
+                never. Pages do not count.
             shutdown_seconds: How long running calls may take to finish at shutdown.
             drain_seconds: How long before that ``/readyz`` says not ready, and calls are served.
             metrics_address: Address and port of ``/metrics``; empty: no page.
@@ -91,7 +92,7 @@ class Server(BaseApplication):
             "workers": workers,
             "threads": threads,
             "max_requests": max_requests,
-            "max_requests_jitter": max_requests // 10,
+            "max_requests_jitter": max_requests // 2,
             "worker_class": "hsmwrap.http.worker.KmsWorker",
             "graceful_timeout": math.ceil(drain_seconds + shutdown_seconds) + _CLOSING_SECONDS,
             "timeout": _BOOT_SECONDS,

@@ -118,8 +118,9 @@ class LimitsConfig(_Table):
     database_pool_size: int = Field(default=16, ge=1)
     """Database connections of one process."""
     max_requests: int = Field(default=0, ge=0)
-    """After so many requests, and up to a tenth more at random, a process ends and another takes
-    its place: for HSM modules that leak memory. 0: never."""
+    """After so many requests, and up to half as many more at random, a process ends and another
+    takes its place: for HSM modules that leak memory. Pages such as /readyz do not count. 0:
+    never."""
     shutdown_seconds: float = Field(default=30, ge=0, le=86_400)
     """How long a shutdown waits for running requests."""
     drain_seconds: float = Field(default=0, ge=0, le=86_400)

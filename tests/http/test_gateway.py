@@ -196,6 +196,20 @@ def test_pages_need_no_thread_of_the_requests(app, place):
         app.release.set()
 
 
+def test_only_requests_of_the_threads_count(app):
+    """For max_requests: probes, and what no thread takes, replace no worker."""
+    places = {b"/loop": Place.LOOP, b"/reserved": Place.RESERVED}
+    with serving(app, threads=1, places=places) as running:
+        for page in ("/loop", "/reserved"):
+            answered(running, get(page))
+        assert running.gateway.served == 0
+        waiting = [running.connect(get("/wait")) for _ in range(1 + WAITING_PER_THREAD)]
+        until(lambda: running.gateway.served == len(waiting))
+        assert read_answer(running.connect(get()))[0] == 503
+        assert running.gateway.served == len(waiting)
+        app.release.set()
+
+
 def test_a_page_that_does_not_come_is_answered(app, monkeypatch):
     monkeypatch.setattr(deadline, "PAGE_SECONDS", 0.1)
     with serving(app, places={b"/wait": Place.RESERVED}) as running:

@@ -22,6 +22,7 @@ from support.http.rpc_signing import v1_query
 
 from hsmwrap.http.app import MAX_BODY
 from hsmwrap.http.parsing import MAX_REQUEST_LINE
+from hsmwrap.http.server import Server
 
 FAKE = ("-m", "support.http.gunicorn_fake")
 UUID = r"[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}"
@@ -304,6 +305,11 @@ def test_no_call_fails_when_workers_are_replaced(tmp_path, workers):
         assert len(statuses) > 3 * 40
         process.terminate()
         process.popen.communicate(timeout=DEADLINE)
+
+
+def test_the_counts_at_which_workers_end_are_far_apart():
+    server = Server(lambda: None, host="127.0.0.1", port=0, max_requests=100)
+    assert (server.cfg.max_requests, server.cfg.max_requests_jitter) == (100, 50)
 
 
 def test_a_worker_whose_parent_is_gone_ends(tmp_path):

@@ -43,6 +43,7 @@ def code(raw: bytes) -> str:
 
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: h\r\n"
+UPGRADE = POST + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 STREAMS = [
     b"GET /?a=b HTTP/1.1\r\nHost: h\r\n\r\n" + POST + b"Content-Length: 3\r\n\r\nabc",
@@ -53,6 +54,9 @@ STREAMS = [
     POST + b"Content-Length: 2000\r\n\r\nabc",
     CHUNKED + b"2\r\nabc",
     b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + GET,
+    UPGRADE + b"Content-Length: 3\r\n\r\nabc" + GET,
+    UPGRADE + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n" + GET,
+    b"CONNECT h:1 HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + GET,
     b"GET / HTTP/1.1\r\nHost: h\r\nX-Half",
 ]
 
@@ -70,6 +74,37 @@ def test_a_request():
     ).requests
     headers = [("host", "h"), ("x-a", "\xff"), ("content-length", "3")]
     assert request == Request("POST", b"/", b"a=%2F?b", headers, "1.1", b"abc", keep_alive=True)
+
+
+@pytest.mark.parametrize(
+    "framed",
+    [
+        b"Content-Length: 3\r\n\r\nabc",
+        b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    ],
+)
+def test_a_request_that_asks_for_an_upgrade_keeps_its_body(framed):
+    """As Java's HttpClient sends it; RFC 9110, section 7.8."""
+    plain = (UPGRADE + framed).replace(b"Upgrade: h2c\r\n", b"")
+    assert outcome(parse(UPGRADE + framed + GET)) == outcome(parse(plain + GET))
+    first, second = parse(UPGRADE + framed + GET).requests
+    assert (first.body, first.keep_alive, second.method) == (b"abc", True, "GET")
+
+
+def test_upgrades_have_the_limits_of_other_requests():
+    assert code(UPGRADE + b"Content-Length: %d\r\n\r\n" % (MAX_BODY + 1)) == "RequestTooLarge"
+    assert code(UPGRADE + b"Content-Length: 1\r\nHost: h\r\n\r\na") == "MalformedRequest"
+    many = parse(GET.replace(b"\r\n\r\n", b"\r\nConnection: Upgrade\r\nUpgrade: a\r\n\r\n") * 1000)
+    assert len(many.requests) < 20
+    assert many.refusal.code == "MalformedRequest"
+    unread = parse((UPGRADE.replace(b"/", b"/none", 1) + b"Content-Length: 1\r\n\r\na") * 2)
+    assert (len(unread.requests), unread.unread) == (1, True)
+
+
+def test_nothing_follows_connect():
+    parser = parse(b"CONNECT h:1 HTTP/1.1\r\nHost: h\r\n\r\n" + GET)
+    (request,) = parser.requests
+    assert (request.method, request.keep_alive) == ("CONNECT", False)
 
 
 def test_trailers_are_left_out():
