@@ -10,9 +10,11 @@ write a new chain.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -61,6 +63,31 @@ def write(content: Mapping[str, Any], last: Link, key: bytes | None = None) -> b
     numbered = {"sequence": last.sequence + 1, **content}
     text = _json(numbered)
     return text[:-1] + b',"digest":"' + _digest(text, last.digest, key).encode() + b'"}\n'
+
+
+def add(file: int, lines: bytes, size: int, *, sync: bool) -> None:
+    """Write lines to the end of an open file, all of them or none; the caller has locked it.
+
+    Args:
+        file: Open for appending.
+        lines: What :func:`write` made.
+        size: The file's size.
+        sync: True flushes them to the disk.
+
+    Raises:
+        OSError: They could not be written, and were taken back.
+    """
+    whole = False
+    try:
+        if os.write(file, lines) == len(lines):
+            if sync:
+                os.fdatasync(file)
+            whole = True
+    finally:
+        if not whole:
+            os.ftruncate(file, size)
+    if not whole:
+        raise OSError(errno.EIO, "a line was written only in part; is the disk full?")
 
 
 def link_of(line: bytes, last: Link, position: int = 0) -> Link:

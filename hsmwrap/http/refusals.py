@@ -60,12 +60,14 @@ class RefusalAudit:
             HsmwrapError: The audit log cannot be written.
         """
         left_out, audited = self._count(caller.access_key_id)
-        if left_out:
-            # They came from other addresses too.
-            anywhere = replace(caller, address=None)
-            self._kms.record_refusal("", anywhere, request_id, f"{LEFT_OUT} {left_out}")
-        if audited:
-            self._kms.record_refusal(action, caller, request_id, code)
+        try:
+            if left_out:
+                # They came from other addresses too.
+                anywhere = replace(caller, address=None)
+                self._kms.record_refusal("", anywhere, request_id, f"{LEFT_OUT} {left_out}")
+        finally:  # a line that cannot be written now is owed
+            if audited:
+                self._kms.record_refusal(action, caller, request_id, code)
 
     def _count(self, access_key_id: str) -> tuple[int, bool]:
         """The number of refusals left out before, and whether this one is audited."""

@@ -114,14 +114,14 @@ class AnchoredLog:
         self._moving = ReadWriteLock()
         self.whole = True
 
-    def append(self, entry: AuditEntry) -> None:
-        """Write one line, and move the anchor where it is due. The first line is anchored at once.
+    def append(self, entry: AuditEntry, *more: AuditEntry) -> None:
+        """Write a line for each entry, and move the anchor where it is due: at once by the first.
 
         Raises:
-            AuditFailed: The line cannot be written.
+            AuditFailed: The lines cannot be written; they are owed.
         """
         anchored = self._anchored
-        sequence = self.log.append(entry)
+        sequence = self.log.append(entry, *more)
         if anchored and anchored < sequence < anchored + self._lines:
             return
         with self._moving.write():

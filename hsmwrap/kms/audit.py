@@ -56,6 +56,7 @@ MAX_LINE = 7 * 12 * MAX_TEXT + 512
 """Longest line in bytes."""
 _NUMBER = re.compile("[1-9][0-9]{0,17}")
 _MOST_OWED = 10_000
+_LOST = "an audit line is lost"
 _MAX_SEQUENCE = 2**52  # of what is read; numbers that follow still fit
 
 _log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class AuditLog:
     """Appends to one log.
 
     Attributes:
-        path: The file; created with mode 600.
+        path: The file; created with mode 600. A new file has the mode of the one before.
         clock: Returns the current aware time.
         key: HMAC key of the chain; None: SHA-256.
         sync: True flushes each line to the disk.
@@ -182,17 +183,27 @@ class AuditLog:
         """How often this process could not write."""
         return self._queue.failures
 
-    def append(self, entry: AuditEntry) -> int:
-        """Write one line, with those of other threads that wait, and return its number.
+    def append(self, entry: AuditEntry, *more: AuditEntry) -> int:
+        """Write a line for each entry, with those of other threads; returns the last one's number.
 
         Raises:
-            AuditFailed: It cannot be written now, or the file does not end with a line of an audit
-                log. The line is owed: it is written as soon as that is possible.
-            AuditLocked: Others held the log's lock for ``lock_seconds``; the line is owed too.
+            AuditFailed: They cannot be written now, or the file does not end with a line of an
+                audit log. The lines are owed: they are written as soon as that is possible.
+            AuditLocked: Others held the log's lock for ``lock_seconds``; the lines are owed too.
         """
-        queue, waiting = self._queue, _Waiting(entry, self.clock())
-        queue.waiting.append(waiting)
-        deadline = time.monotonic() + self.lock_seconds
+        now, deadline = self.clock(), time.monotonic() + self.lock_seconds
+        mine = [_Waiting(each, now) for each in (entry, *more)]
+        self._queue.waiting.extend(mine)
+        for waiting in mine:
+            self._wait(waiting, deadline)
+        for waiting in mine:
+            if not waiting.sequence:
+                failed = waiting.failed or self._late()
+                raise type(failed)(str(failed)) from failed
+        return mine[-1].sequence
+
+    def _wait(self, waiting: _Waiting, deadline: float) -> None:
+        queue = self._queue
         while not waiting.is_over:
             # The thread whose turn it is writes this line too, or wakes this one at its end.
             turn = queue.turn
@@ -209,10 +220,6 @@ class AuditLog:
                     queue.wake_next()
             elif not waiting.news.acquire(timeout=max(0, deadline - time.monotonic())):
                 waiting.failed = self._late()
-        if waiting.sequence:
-            return waiting.sequence
-        failed = waiting.failed or self._late()
-        raise type(failed)(str(failed)) from failed
 
     def head(self) -> Link:
         """The last line.
@@ -245,6 +252,23 @@ class AuditLog:
         deadline = time.monotonic() + (self.lock_seconds if lock_seconds is None else lock_seconds)
         with self._turn(deadline):
             self._write_waiting(deadline)
+
+    def write_owed(self, lock_seconds: float) -> None:
+        """Write the lines that are owed, before the process ends; what remains is logged as lost.
+
+        Args:
+            lock_seconds: In place of the log's own.
+        """
+        queue = self._queue
+        if not queue.waiting:
+            return
+        with suppress(AuditFailed):
+            self.check(lock_seconds=lock_seconds)
+        for each in list(queue.waiting):
+            if each.failed:  # without that, its thread is still here
+                with suppress(ValueError):
+                    queue.waiting.remove(each)
+                    _log.error(_LOST, extra={"line": each.entry})
 
     def rotate(self, at_least: int = 1) -> str | None:
         """Begin a new file that goes on with the chain; processes that append go on with it.
@@ -399,7 +423,7 @@ class AuditLog:
                     each.failed = error
                     each.wake()
             while len(queue.waiting) > _MOST_OWED:
-                _log.error("an audit line is lost", extra={"line": queue.waiting.popleft().entry})
+                _log.error(_LOST, extra={"line": queue.waiting.popleft().entry})
             raise
 
     def _write(self, file: int, batch: list[_Waiting], end: _End) -> None:
@@ -408,17 +432,7 @@ class AuditLog:
             lines.append(chain.write(_content(each.entry, each.time), last, self.key))
             last = chain.link_of(lines[-1], last, position)
             position += len(lines[-1])
-        text = b"".join(lines)
-        try:
-            whole = os.write(file, text) == len(text)
-            if whole and self.sync:
-                os.fdatasync(file)
-        except BaseException:
-            os.ftruncate(file, end.size)  # they are owed, and would be there twice
-            raise
-        if not whole:
-            os.ftruncate(file, end.size)
-            raise OSError("a line was written only in part; is the disk full?")
+        chain.add(file, b"".join(lines), end.size, sync=self.sync)
         self._queue.end = _End(end.file, position, last, lines[-1], time.monotonic())
         for number, each in enumerate(batch, start=end.last.sequence + 1):
             each.sequence = number
@@ -495,9 +509,7 @@ class AuditLog:
             raise OSError("too many files have problems")
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(descriptor, "wb") as created:  # noqa: PTH123 (a descriptor has no path)
-            if os.geteuid() == 0:  # the service still has to write it
-                status = os.fstat(file)
-                os.fchown(descriptor, status.st_uid, status.st_gid)
+            _give_to_the_same(descriptor, os.fstat(file))
             created.write(line)
             created.flush()
             os.fsync(descriptor)
@@ -525,6 +537,18 @@ def ended_files(path: Path) -> list[str]:
     found = (name for name in os.listdir(path.parent) if name.startswith(begin))  # noqa: PTH208 (names)
     ended = [name for name in found if _NUMBER.fullmatch(name.removeprefix(begin))]
     return sorted(ended, key=lambda name: int(name.removeprefix(begin)))
+
+
+def _give_to_the_same(new: int, old: os.stat_result) -> None:
+    """Give a new file the group and mode of the old one, and as root its owner."""
+    if os.geteuid() == 0:  # the service still has to write it
+        os.fchown(new, old.st_uid, old.st_gid)
+    elif os.fstat(new).st_gid != old.st_gid:
+        try:
+            os.fchown(new, -1, old.st_gid)
+        except PermissionError:
+            return  # the rights are not for another group
+    os.fchmod(new, stat.S_IMODE(old.st_mode))
 
 
 def sha256(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
@@ -55,6 +55,7 @@ from hsmwrap.kms.unusable import UnusableKeys
 from hsmwrap.policy import Deployment
 
 _HEALTH_LOCK_SECONDS = 1.0
+_CLOSING_LOCK_SECONDS = 1.0
 _KEYS = frozenset({"KeyId", "DestinationKeyId"})
 # Lines that cannot be written after this look are owed, and nothing else is done meanwhile.
 _CHECK_AGE_SECONDS = 0.05
@@ -314,8 +315,9 @@ class Kms:
         return (*self._backends.values(), *self._former), pools
 
     def close(self) -> None:
-        """Stop sweeper and key-pair pool, anchor the audit log, close backends and database.
+        """Stop sweeper and key-pair pool, write owed audit lines, close backends and database.
 
+        The audit log is anchored. A line that still cannot be written is lost, and logged.
         Safe to call again.
         """
         if self._sweeper is not None:
@@ -324,6 +326,7 @@ class Kms:
             self._key_pool.close()
         for backend in (*self._backends.values(), *self._former):
             backend.close()
+        self._audit.log.write_owed(_CLOSING_LOCK_SECONDS)
         self._audit.try_to_anchor()
         self.nonces.close()
         self._rows.close()
@@ -358,18 +361,19 @@ class Kms:
             audited.outcome = HsmwrapError.code
             raise
         finally:
-            with ExitStack() as lines:  # each is written or owed, also where one before it failed
-                for use, key_id in reversed(tuple(audited.uses)):
-                    entry = AuditEntry(
-                        request_id,
-                        caller.access_key_id,
-                        use,
-                        key_id,
-                        audited.outcome,
-                        audited.alias,
-                        caller.address,
-                    )
-                    lines.callback(self._audit.append, entry)
+            entries = (
+                AuditEntry(
+                    request_id,
+                    caller.access_key_id,
+                    use,
+                    key_id,
+                    audited.outcome,
+                    audited.alias,
+                    caller.address,
+                )
+                for use, key_id in audited.uses
+            )
+            self._audit.append(*entries)
 
     def _audit_system(self, action: str, key_id: str) -> None:
         self._audit.append(AuditEntry("", SYSTEM, action, key_id, "ok"))

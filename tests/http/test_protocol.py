@@ -226,6 +226,22 @@ def test_refusals_are_audited_some_a_minute(bench):
     assert bench.kms.addresses[PER_MINUTE:] == [None, "192.0.2.7"]
 
 
+def test_a_refusal_is_recorded_though_the_line_before_it_fails(bench, monkeypatch):
+    """The KMS owes what it could not write: both lines."""
+    for _ in range(PER_MINUTE + 1):
+        forged(bench)
+    bench.clock.advance(minutes=1)
+    recorded = []
+
+    def fail(*facts):
+        recorded.append(facts[3])
+        raise AuditFailed("the disk is full")
+
+    monkeypatch.setattr(bench.kms, "record_refusal", fail)
+    assert code(forged(bench)) == "InternalFailure"
+    assert recorded == [f"{LEFT_OUT} 1", "SignatureDoesNotMatch"]
+
+
 def test_replays_are_audited_some_a_minute(bench):
     query = v1_query()
     for _ in range(2 * PER_MINUTE):

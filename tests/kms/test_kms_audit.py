@@ -256,6 +256,26 @@ def test_line_written_in_part_is_taken_back(log, key, monkeypatch):
     assert verify(log.path, key).ok
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_lines_that_were_not_flushed_are_taken_back_and_written_once(tmp_path, monkeypatch, error):
+    log = AuditLog(tmp_path / "a.log", lambda: NOW, sync=True)
+    log.append(entry(0))
+    before = log.path.read_bytes()
+
+    def fail(_file):
+        raise error
+
+    monkeypatch.setattr(audit.os, "fdatasync", fail)
+    for number in (1, 2):
+        with pytest.raises((AuditFailed, KeyboardInterrupt)):
+            log.append(entry(number))
+        assert log.path.read_bytes() == before
+    monkeypatch.undo()
+    log.append(entry(3))
+    written = [json.loads(line)["request_id"] for line in log.path.read_text().splitlines()]
+    assert written == ["r0", "r1", "r2", "r3"]
+
+
 def test_lock_does_not_stay_with_a_child_forked_meanwhile(log):
     context = multiprocessing.get_context("fork")
     over = context.Event()
@@ -610,6 +630,29 @@ def test_a_kms_closes_without_its_database_or_log(open_kms, broken_log, caplog):
     assert "the end of the audit log could not be anchored" in caplog.text
 
 
+def test_owed_lines_are_written_when_the_kms_closes(open_kms, monkeypatch, tmp_path):
+    kms = open_kms()
+    monkeypatch.setattr(audit.os, "write", lambda *_: 0)
+    with pytest.raises(AuditFailed):
+        Client(kms)("ListKeys")
+    monkeypatch.undo()
+    kms.close()
+    assert json.loads((tmp_path / "audit.log").read_text())["action"] == "ListKeys"
+    assert anchors.remembered(kms._database, kms._audit.log)[0].sequence == 1
+
+
+def test_owed_lines_that_are_lost_when_the_kms_closes_are_logged(open_kms, monkeypatch, caplog):
+    kms = open_kms()
+    monkeypatch.setattr(audit.os, "write", lambda *_: 0)
+    for _ in range(2):
+        with pytest.raises(AuditFailed):
+            kms.record_refusal("ListKeys", Client(kms).caller, "r-lost", "SignatureDoesNotMatch")
+    for _ in range(2):
+        kms.close()
+    lost = [each.line for each in caplog.records if each.getMessage() == "an audit line is lost"]
+    assert [each.request_id for each in lost] == ["r-lost", "r-lost"]
+
+
 def test_a_request_is_answered_though_its_line_cannot_be_anchored(open_kms, monkeypatch, caplog):
     kms = open_kms(anchor_lines=1)
 
@@ -664,6 +707,27 @@ class TestFiles:
             if number < 2:
                 log.append(entry(number))
         return log
+
+    @pytest.mark.parametrize("mode", [0o600, 0o640, 0o660])
+    def test_the_new_file_has_the_mode_and_group_of_the_old_one(self, tmp_path, mode, monkeypatch):
+        log = AuditLog(tmp_path / "a.log", lambda: NOW)
+        log.append(entry(1))
+        log.path.chmod(mode)
+        log.append(entry(2))
+        log.rotate()
+        assert log.path.stat().st_mode & 0o777 == mode
+        # A user who may not give a file to the group that the old one has: no group gets rights.
+        monkeypatch.setattr(audit.os, "geteuid", lambda: 1000)
+        before = os.stat_result([*log.path.stat()[:5], log.path.stat().st_gid + 1, *[0] * 4])
+        new = os.open(tmp_path / "new", os.O_WRONLY | os.O_CREAT, 0o600)
+
+        def refused(*_):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(audit.os, "fchown", refused)
+        audit._give_to_the_same(new, before)
+        assert os.fstat(new).st_mode & 0o777 == 0o600
+        os.close(new)
 
     def test_numbers_and_chain_go_on(self, rotated, key):
         report = verify(rotated.path, key, (rotated.head(),))
