@@ -64,11 +64,7 @@ def append(path: Path, now: datetime, content: Mapping[str, Any]) -> str:
                     f"transcript {path}: {problems[0]}; keep it, and begin a new one"
                 )
             line = chain.write({"time": now.isoformat(timespec="seconds"), **content}, last)
-            size = os.fstat(file).st_size
-            if os.write(file, line) != len(line):
-                os.ftruncate(file, size)
-                raise ConfigurationError(f"transcript {path}: a line was written only in part")
-            os.fsync(file)
+            chain.add(file, line, os.fstat(file).st_size, sync=True)
         finally:
             os.close(file)
     except OSError as error:

@@ -59,7 +59,7 @@ def recorded(ceremony: Ceremony) -> Iterator[None]:
 
     Raises:
         ConfigurationError: The transcript cannot be written, or is damaged. Before the ceremony
-            that means that nothing was done.
+            that means that nothing was done. After a ceremony that failed it is only printed.
     """
     args, path = ceremony.args, ceremony.args.transcript
     if path is None:
@@ -85,7 +85,10 @@ def recorded(ceremony: Ceremony) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        write(type(error).__name__)
+        try:
+            write(type(error).__name__)
+        except ConfigurationError as unwritten:  # the ceremony's own error is the one that counts
+            print(f"hsmwrap: {unwritten}", file=sys.stderr)
         raise
     digest = write("ok")
     print(f"hsmwrap: {path}: last line {digest}", file=sys.stderr)

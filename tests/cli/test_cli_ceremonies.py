@@ -1,5 +1,6 @@
 """Ceremonies of ``hsmwrap keys``: terminals, two HSM tokens, transcripts."""
 
+import argparse
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from hsmwrap import transcript
 from hsmwrap.cli import ceremonies, main
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.kms import StaticAccessKeys, load_config, open_kms
+from hsmwrap.registry import KeySetManager
 from hsmwrap.testing.softhsm import SoftHsm, SoftHsmError
 
 
@@ -340,6 +342,39 @@ def test_a_transcript_that_cannot_be_written_stops_the_ceremony(tmp_path, capsys
     assert main(["keys", "init", *at, "--transcript", str(tmp_path)]) == 2
     assert "transcript" in capsys.readouterr().err
     assert not (tmp_path / "keyring").exists()
+
+
+@pytest.mark.parametrize("failing", ["write", "fdatasync"])
+def test_a_line_that_cannot_be_written_is_taken_back(written, failing, monkeypatch):
+    file, _ = written
+    before, write = file.read_bytes(), os.write
+
+    def full(_file):
+        raise OSError(28, "No space left on device")
+
+    partial = {"write": lambda to, line: write(to, line[:9]), "fdatasync": full}
+    monkeypatch.setattr(os, failing, partial[failing])
+    with pytest.raises(ConfigurationError, match=r"transcript .*: (a line was written only|No sp)"):
+        transcript.append(file, NOW, {"ceremony": "init"})
+    monkeypatch.undo()
+    assert file.read_bytes() == before
+    transcript.append(file, NOW, {"ceremony": "init"})
+    assert transcript.verify(file).lines == 5
+    assert not transcript.verify(file).problems
+
+
+def test_the_error_of_a_ceremony_is_not_replaced_by_that_of_its_transcript(tmp_path, capsys):
+    args = argparse.Namespace(transcript=tmp_path / "t", words=None, action="init", key_set=None)
+    key_sets = KeySetManager("software", {"keyring_file": str(tmp_path / "keyring")})
+
+    @ceremonies.recorded(ceremonies.Ceremony(args, key_sets, None))
+    def fail():
+        args.transcript.write_bytes(b"damaged")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert "is not a line of a transcript" in capsys.readouterr().err
 
 
 def test_each_ceremony_is_written_down_with_its_end(tmp_path, run_json, capsys):
