@@ -1,5 +1,7 @@
 """Private files: PINs, the keyring, access keys and the audit key. One reader, one policy.
 
+:meth:`PrivateFile.write_new` makes a new one, for all commands that write a file.
+
 A private file is a regular file (symbolic links are followed: Kubernetes mounts secrets as links),
 belongs to this process's user or to root, and is closed to everyone else. Only where root owns it,
 its group may read it: Kubernetes mounts secrets as root:fsGroup 0440. An access control list may
@@ -18,6 +20,7 @@ import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from hsmwrap.errors import ConfigurationError, strip_tracebacks
@@ -75,6 +78,33 @@ class PrivateFile:
             ConfigurationError: As for :meth:`read_bytes` and :func:`decode`.
         """
         return decode(self.read_bytes(), str(self))
+
+    @strip_tracebacks
+    def write_new(self, content: bytes) -> None:
+        """Make the file, of mode 0600 and on the disk with its whole content, or none.
+
+        Raises:
+            ConfigurationError: It exists, also as a link that leads nowhere, or cannot be written.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor = os.open(self.path, flags, 0o600)
+            try:
+                with open(descriptor, "wb") as file:  # noqa: PTH123 (a descriptor has no path)
+                    file.write(content)
+                    file.flush()
+                    os.fsync(descriptor)
+                parent = Path(self.path).absolute().parent
+                directory = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    os.fsync(directory)
+                finally:
+                    os.close(directory)
+            except BaseException:
+                Path(self.path).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise ConfigurationError(f"{self}: {error.strerror}") from None
 
     def _read(self) -> tuple[bytearray, _Stamp]:
         # O_NONBLOCK: opening a FIFO must not wait for a writer; it is refused below.

@@ -1,6 +1,7 @@
 """Private files: one policy for every secret that is read from a file."""
 
 import os
+import resource
 import stat
 import struct
 from pathlib import Path
@@ -249,6 +250,66 @@ def test_no_descriptor_is_left_open(make, tmp_path):
     for path in (exposed, tmp_path, tmp_path / "missing"):
         refusal(read, path)
     assert sorted(Path("/proc/self/fd").iterdir()) == before
+
+
+class TestWriteNew:
+    @pytest.fixture
+    def file(self, tmp_path):
+        return PrivateFile(tmp_path / "new", "share")
+
+    def test_is_for_this_user_only_and_on_the_disk(self, file, tmp_path, monkeypatch):
+        flushed, fsync = [], os.fsync
+
+        def note(descriptor):
+            flushed.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", note)
+        before = os.umask(0)
+        try:
+            file.write_new(SECRET.encode())
+        finally:
+            os.umask(before)
+        assert file.path.stat().st_mode & 0o777 == 0o600
+        assert file.read_text() == SECRET
+        assert flushed == [str(file.path), str(tmp_path)]
+
+    def test_replaces_nothing_and_follows_no_link(self, file, tmp_path):
+        for make in (
+            lambda: file.path.write_bytes(b"as before"),
+            lambda: file.path.symlink_to(tmp_path / "nowhere"),
+        ):
+            make()
+            assert refusal(file.write_new, SECRET.encode()) == f"share {file.path}: File exists"
+            assert file.path.is_symlink() or file.path.read_bytes() == b"as before"
+            file.path.unlink()
+        assert not (tmp_path / "nowhere").exists()
+
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+    @pytest.mark.parametrize("failing", [1, 2])
+    def test_leaves_nothing_where_it_fails(self, file, monkeypatch, error, failing):
+        calls, fsync = [], os.fsync
+
+        def fail(descriptor):
+            calls.append(descriptor)
+            if len(calls) == failing:
+                raise error
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises((ConfigurationError, KeyboardInterrupt)):
+            file.write_new(SECRET.encode())
+        assert len(calls) == failing
+        assert not file.path.exists()
+
+    def test_leaves_no_part_of_what_is_too_long(self, file):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+        try:
+            assert refusal(file.write_new, bytes(200)).endswith("File too large")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert not file.path.exists()
 
 
 class TestParsedFile:

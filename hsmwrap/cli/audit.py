@@ -16,6 +16,7 @@ from hsmwrap.cli import tables
 from hsmwrap.cli.arguments import Subparsers, add_json_option
 from hsmwrap.cli.extras import require_server
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.privatefile import PrivateFile
 
 if TYPE_CHECKING:
     from hsmwrap.chain import Link
@@ -163,10 +164,18 @@ def run_export(args: argparse.Namespace) -> int:
     except OSError as error:
         raise ConfigurationError(f"{log.path}: {error.strerror}") from None
     if args.position_file:
-        beside = args.position_file.with_name(f".{args.position_file.name}.new")
-        beside.write_text(f"{position}\n")
-        beside.replace(args.position_file)
+        _keep_position(args.position_file, position)
     return code
+
+
+def _keep_position(file: Path, position: int) -> None:
+    beside = file.with_name(f".{file.name}.new")
+    try:
+        beside.unlink(missing_ok=True)  # left by a command that was killed
+        PrivateFile(beside, "--position-file").write_new(f"{position}\n".encode())
+        beside.replace(file)
+    except OSError as error:
+        raise ConfigurationError(f"--position-file {file}: {error.strerror}") from None
 
 
 def _position(file: Path) -> int:

@@ -150,7 +150,7 @@ def back_up(ceremony: Ceremony) -> None:
     args = ceremony.args
     if args.shares is None or args.threshold is None:
         raise ConfigurationError("backup: give --shares N and --threshold M")
-    if args.out is None or args.out.exists():
+    if args.out is None or os.path.lexists(args.out):
         raise ConfigurationError("backup: name a new file by --out FILE")
     files = _share_files(args)
     forbid_core_dumps()
@@ -170,9 +170,9 @@ def back_up(ceremony: Ceremony) -> None:
             _show(words)
         else:
             for file, share in zip(files, words, strict=True):
-                _write_new(file, share + "\n")
+                PrivateFile(file, "share").write_new(f"{share}\n".encode())
                 written.append(file)
-        _write_new(args.out, made.to_json())
+        PrivateFile(args.out, "--out").write_new(made.to_json().encode())
     except BaseException:
         for file in written:
             file.unlink(missing_ok=True)
@@ -283,7 +283,7 @@ def _share_files(args: argparse.Namespace) -> list[Path] | None:
         _require_terminal("give --shares-to DIR for files, or read the shares from a terminal")
         return None
     files: list[Path] = [args.shares_to / f"share-{n}" for n in range(1, args.shares + 1)]
-    if not args.shares_to.is_dir() or any(file.exists() for file in files):
+    if not args.shares_to.is_dir() or any(map(os.path.lexists, files)):
         raise ConfigurationError(
             f"--shares-to {args.shares_to}: takes a directory that has no shares yet"
         )
@@ -312,20 +312,3 @@ def _show(words: tuple[str, ...]) -> None:
             out.flush()
             keys.readline()
         out.write(_CLEAR)
-
-
-def _write_new(file: Path, content: str) -> None:
-    """A file of this user alone, which did not exist."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        descriptor = os.open(file, flags, 0o600)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as out:  # noqa: PTH123 (a descriptor has no path)
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-        except BaseException:
-            file.unlink()  # a part of a share
-            raise
-    except OSError as error:
-        raise ConfigurationError(f"{file}: {error.strerror}") from None

@@ -29,6 +29,7 @@ from hsmwrap.cli.ceremonies import Ceremony
 from hsmwrap.cli.extras import require_server
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.keypool import PoolSettings
+from hsmwrap.privatefile import PrivateFile
 
 if TYPE_CHECKING:
     from hsmwrap.kms.config import ServerConfig
@@ -240,7 +241,7 @@ def _write_file(ceremony: Ceremony) -> None:
     """A step of cloning that makes a file: write it, and show its fingerprint."""
     args, key_sets, so_pin_file = ceremony.args, ceremony.key_sets, ceremony.so_pin_file
     out: Path | None = args.out
-    if out is None or out.exists():
+    if out is None or os.path.lexists(out):
         raise ConfigurationError(f"{args.action}: name a new file by --out FILE")
     if args.action == "transport-key":
         made = key_sets.make_transport_key(so_pin_file=so_pin_file)
@@ -251,10 +252,7 @@ def _write_file(ceremony: Ceremony) -> None:
         made = key_sets.export(content, fingerprint, so_pin_file=so_pin_file)
         ceremony.compared("key_sets", made.fingerprint)
         ceremony.present(key_sets.list())
-    try:
-        out.write_text(made.content, "utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"--out {out}: {error.strerror}") from None
+    PrivateFile(out, "--out").write_new(made.content.encode())
     if args.json:
         print(tables.to_json({"file": str(out), "fingerprint": made.fingerprint}))
     else:

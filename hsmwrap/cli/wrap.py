@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     material = _given(args.key_material, key_spec) if args.key_material else _drawn(key_spec)
     ciphertext = encrypt_key_material(algorithm, parameters.public_key, material)
     if args.generate:
-        _write_new("--generate", args.generate, material)
+        PrivateFile(args.generate, "--generate").write_new(material)
     print(
         f"CMK {parameters.key_id}, {key_spec}, {algorithm} under {parameters.spec}, parameters "
         f"valid until {parameters.expires_at:%Y-%m-%dT%H:%M:%SZ}\n"
@@ -166,27 +166,6 @@ def _drawn(key_spec: KeySpec) -> bytes:
         return material
 
 
-def _write_new(option: str, path: str, content: bytes) -> None:
-    """Make a file of mode 0600 that is on the disk, or none."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with open(descriptor, "wb") as file:  # noqa: PTH123 (a descriptor)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            directory = os.open(Path(path).absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-        except OSError:
-            Path(path).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise ConfigurationError(f"{option} {path}: {error.strerror}") from None
-
-
 def _formatted(form: str, parameters: AnsweredParameters, ciphertext: bytes) -> bytes:
     encoded = base64.b64encode(ciphertext)
     if form == "request":
@@ -201,7 +180,7 @@ def _formatted(form: str, parameters: AnsweredParameters, ciphertext: bytes) -> 
 
 def _give_out(content: bytes, path: str | None) -> None:
     if path is not None:
-        _write_new("--out", path, content)
+        PrivateFile(path, "--out").write_new(content)
         return
     sys.stdout.buffer.write(content)
     if sys.stdout.isatty():  # a line end in a file or a variable would be one in the request

@@ -21,6 +21,7 @@ from hsmwrap import transcript
 from hsmwrap.cli import ceremonies, main
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.kms import StaticAccessKeys, load_config, open_kms
+from hsmwrap.privatefile import PrivateFile
 from hsmwrap.registry import KeySetManager
 from hsmwrap.testing.softhsm import SoftHsm, SoftHsmError
 
@@ -433,7 +434,7 @@ def test_a_share_file_that_is_given_twice_is_refused():
 def test_a_part_of_a_share_is_not_left(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(ConfigurationError, match="full"):
-        ceremonies._write_new(tmp_path / "share-1", "words")
+        PrivateFile(tmp_path / "share-1", "share").write_new(b"words")
     assert not (tmp_path / "share-1").exists()
 
 

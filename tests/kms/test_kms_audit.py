@@ -1140,8 +1140,11 @@ class TestCommand:
         assert exported("--position-file", position) == (0, [1, 2, 3])
         assert exported("--position-file", position) == (0, [])
         Client(kms)("ListKeys")
+        position.with_name(".position.new").write_text("left by a killed command")
         assert exported("--position-file", position) == (0, [4])
         assert position.read_text() == "4\n"
+        assert not position.with_name(".position.new").exists()
+        assert position.stat().st_mode & 0o777 == 0o600
         rewrite(kms._audit.log, lambda lines: [*lines[:3], b"x\n"])
         assert exported("--after", "2") == (1, [3])
         position.write_text("four")
