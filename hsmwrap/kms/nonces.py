@@ -12,6 +12,10 @@ expires at the bound or later. It is committed before the first such nonce is ac
 the bounds over as *floors*: a request below the floor of its access key may have been accepted
 before, and is refused. So a request is never accepted twice, and after a crash an access key waits
 for at most :data:`STEP` (if the clocks of its clients agree).
+
+A dump of PostgreSQL brings the table along. So what marks a store as begun has the identity of its
+table, and a restored store begins again. Its floors are those of the dump: what was accepted later
+than that is not known.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,8 +46,12 @@ STEP = timedelta(seconds=5)
 _BATCH = 500
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FOREVER = 2**62
-# This row is in every store that has begun.
-_BEGUN = digest("store of nonces")
+_BEGUN = "store of nonces"
+_CLUSTER_IS_READABLE = "SELECT has_function_privilege('pg_control_system()', 'EXECUTE')"
+_CLUSTER = "SELECT system_identifier::text FROM pg_control_system()"
+_TABLE = """
+SELECT oid::text, 'nonces'::regclass::oid::text FROM pg_database
+WHERE datname = current_database()"""
 
 _PREPARE = (
     "PRAGMA journal_mode=WAL",
@@ -64,7 +73,8 @@ INSERT INTO nonces (digest, expires_at) VALUES (:digest, :expires_at)
 ON CONFLICT (digest) DO NOTHING"""
 _TAKE_OVER = """
 INSERT INTO nonces (digest, expires_at) SELECT digest, before FROM nonce_bounds WHERE true
-ON CONFLICT (digest) DO NOTHING"""
+ON CONFLICT (digest) DO UPDATE SET expires_at = excluded.expires_at
+WHERE nonces.expires_at < excluded.expires_at"""
 _PURGE = f"""
 DELETE FROM nonces WHERE digest IN
 (SELECT digest FROM nonces WHERE expires_at <= :now LIMIT {_BATCH})"""  # noqa: S608 (a number)
@@ -105,7 +115,7 @@ class NonceStore(ForkAware):
             "digest": digest("nonce", access_key_id.encode(), nonce.encode()),
             "expires_at": microseconds(expires_at),
             "access_key": access_key,
-            "begun": _BEGUN,
+            "begun": self._store.begun,
             "now": microseconds(self._clock()),
         }
         self._require_below_bound(access_key, expires_at)
@@ -113,10 +123,10 @@ class NonceStore(ForkAware):
             found = {bytes(row[0]) for row in self._store.select(_LOOK, wanted)}
             if wanted["digest"] in found:
                 return False
-            if _BEGUN in found:
+            if wanted["begun"] in found:
                 raise ServiceUnavailable(
-                    "the record of used nonces was lost in a crash, and this request may have been "
-                    "answered before it; sign it again"
+                    "the record of used nonces was lost in a crash or is restored, and this "
+                    "request may have been answered before; sign it again"
                 )
             self._store.begin()
         return True
@@ -154,6 +164,10 @@ class NonceStore(ForkAware):
 class _Store(Protocol):
     """Where nonces are kept: the table ``nonces`` of some database."""
 
+    @property
+    def begun(self) -> bytes:
+        """Digest of the row that is in the store when it has begun."""
+
     def change(self, statement: str, values: Mapping[str, Any]) -> int:
         """Run one statement in a transaction of its own; returns how many rows it changed."""
 
@@ -172,6 +186,15 @@ class _Table:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    @cached_property
+    def begun(self) -> bytes:
+        if self._database.file is not None:
+            return digest(_BEGUN)
+        cluster = b""
+        if self.select(_CLUSTER_IS_READABLE, {})[0][0]:
+            cluster = self.select(_CLUSTER, {})[0][0].encode()
+        return digest(_BEGUN, cluster, *(oid.encode() for oid in self.select(_TABLE, {})[0]))
+
     def change(self, statement: str, values: Mapping[str, Any]) -> int:
         with self._database.statement() as connection:
             return connection.execute(text(statement), values).rowcount
@@ -181,10 +204,10 @@ class _Table:
             return list(connection.execute(text(statement), values))
 
     def begin(self) -> None:
-        if self.select(_LOOK, {"digest": _BEGUN, "begun": _BEGUN}):
+        if self.select(_LOOK, {"digest": self.begun, "begun": self.begun}):
             return
+        mark = {"digest": self.begun, "expires_at": _FOREVER}
         with self._database.write() as transaction:
-            mark = {"digest": _BEGUN, "expires_at": _FOREVER}
             if transaction.connection().execute(text(_BEGIN), mark).rowcount:
                 # After the mark: no bound was raised for a store before this one any more.
                 transaction.execute(text(_TAKE_OVER))
@@ -206,6 +229,7 @@ class _File(ForkAware):
         self._database = database
         self._file = file
         self._prefix = f"{file.name.rpartition('-')[0]}-"
+        self.begun = digest(_BEGUN)
         self.after_fork_in_child()
         forks.register(self)
 
@@ -225,7 +249,7 @@ class _File(ForkAware):
     def begin(self) -> None:
         with self._connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
-            mark = {"digest": _BEGUN, "expires_at": _FOREVER}
+            mark = {"digest": self.begun, "expires_at": _FOREVER}
             if connection.execute(_BEGIN, mark).rowcount:
                 bounds = select(NonceBound.digest, NonceBound.before)
                 with self._database.read() as transaction:

@@ -24,7 +24,10 @@ from hsmwrap.kms.database import BareSqlite, Database
 from hsmwrap.kms.schema import Key
 
 MOST_ROWS = 10_000
-"""How many rows are kept."""
+"""How many rows are kept: by a process with PostgreSQL, by each watcher of a process with SQLite.
+
+A process has as many watchers as calls of it have looked for a row at the same time.
+"""
 _T = TypeVar("_T")
 _VERSION = "xmin::text || ctid::text"
 _VERSION_OF_ONE = text(f"SELECT {_VERSION} FROM keys WHERE key_id = :key_id")  # noqa: S608 (a constant)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import secrets
 import signal
 import sqlite3
 import threading
@@ -9,7 +10,7 @@ import time
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import OperationalError
 
 from hsmwrap.errors import ServiceUnavailable
@@ -76,7 +77,7 @@ def soon(clock):
 
 def rows(store):
     look = "SELECT digest, expires_at FROM nonces WHERE digest <> :begun"
-    return store._store.select(look, {"begun": nonces_module._BEGUN})
+    return store._store.select(look, {"begun": store._store.begun})
 
 
 def bounds(store):
@@ -289,6 +290,72 @@ class TestAfterACrash:
             store.use("a", "n", soon)
         assert store.use("a", "n", soon + STEP)
         assert not open_store().use("a", "n", soon + STEP)
+
+
+class TestAfterARestore:
+    """A dump of PostgreSQL has the rows of unlogged tables as well."""
+
+    @pytest.fixture
+    def kind(self):
+        return "PostgreSQL's table"
+
+    @pytest.fixture(params=["elsewhere", "in place"])
+    def restored(self, request, postgres_cluster, clock):
+        """Restores a dump of this database, and opens a store in what it became."""
+        opened = []
+
+        def restores(dump, url):
+            if request.param == "elsewhere":
+                url = postgres_cluster.new_database()
+            postgres_cluster.restore(dump, url)
+            database = Database(url, sync=False)
+            opened.append(database)
+            return url, NonceStore(database, clock)
+
+        yield restores
+        for database in opened:
+            database.close()
+
+    def test_nothing_from_before_the_bound_is_accepted_again(
+        self, postgres_cluster, database_url, open_store, soon, restored
+    ):
+        url, store = database_url, open_store()
+        for number in range(2):  # the second dump has the floors of the first restore
+            now = soon + number * 2 * STEP
+            assert store.use("a", f"before the dump {number}", now)
+            dump = postgres_cluster.dump(url)
+            assert store.use("a", f"after it {number}", now + 0.5 * STEP)
+            url, store = restored(dump, url)
+            assert not store.use("a", f"before the dump {number}", now)
+            with pytest.raises(ServiceUnavailable, match="sign it again"):
+                store.use("a", f"after it {number}", now + 0.5 * STEP)
+            assert store.use("a", f"later {number}", now + STEP)
+        assert store.use("b", "n", soon)
+
+    def test_the_identity_of_the_cluster_counts_where_the_user_may_read_it(
+        self, database_url, clock
+    ):
+        """Databases and tables of two clusters may have the same numbers."""
+        role = f"kms_{make_url(database_url).database}"
+        owner = Database(database_url)
+
+        def begun(user):
+            database = Database(database_url.replace("hsmwrap@", f"{user}@"))
+            store = NonceStore(database, clock)
+            assert store.use(secrets.token_hex(8), "n", clock() + timedelta(minutes=20))
+            database.close()
+            return store._store.begun
+
+        with owner.write() as transaction:
+            transaction.execute(text(f"CREATE ROLE {role} LOGIN"))
+            granted = f"SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}"
+            transaction.execute(text(f"GRANT {granted}"))
+        assert begun(role) == begun("hsmwrap")
+        with owner.write() as transaction:
+            revoked = "EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC"
+            transaction.execute(text(f"REVOKE {revoked}"))
+        owner.close()
+        assert begun(role) != begun("hsmwrap")
 
 
 class TestTheFile:

@@ -89,6 +89,17 @@ class PrivateCluster:
             self._execute(f"DROP DATABASE {name} WITH (FORCE)")
             self._made.remove(name)
 
+    def dump(self, url: str) -> bytes:
+        """What ``pg_dump`` makes of a database, to be restored in place of another one."""
+        options = ("--clean", "--if-exists", "--dbname", url.replace("+psycopg", ""))
+        done = subprocess.run([self._bin / "pg_dump", *options], capture_output=True, check=True)
+        return done.stdout
+
+    def restore(self, dump: bytes, url: str) -> None:
+        """Restore what :meth:`dump` made."""
+        options = ("--quiet", "--set", "ON_ERROR_STOP=1", "--dbname", url.replace("+psycopg", ""))
+        subprocess.run([self._bin / "psql", *options], input=dump, capture_output=True, check=True)
+
     def _execute(self, statement: str) -> None:
         with psycopg.connect(
             host=str(self._home), user="hsmwrap", dbname="postgres", autocommit=True
