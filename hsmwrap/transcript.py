@@ -33,11 +33,13 @@ class Verified:
         lines: How many lines there are.
         digest: That of the last line.
         problems: What is wrong, with the number of the line.
+        noted: Number of the line whose digest was given; 0: none.
     """
 
     lines: int
     digest: str
     problems: tuple[str, ...]
+    noted: int = 0
 
 
 def append(path: Path, now: datetime, content: Mapping[str, Any]) -> str:
@@ -58,7 +60,7 @@ def append(path: Path, now: datetime, content: Mapping[str, Any]) -> str:
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             lock_file(file, FILE_LOCK_SECONDS)
-            last, _, problems = _read(path)
+            last, _, problems, _ = _read(path)
             if problems:
                 raise ConfigurationError(
                     f"transcript {path}: {problems[0]}; keep it, and begin a new one"
@@ -77,22 +79,24 @@ def verify(path: Path, digest: str | None = None) -> Verified:
 
     Args:
         path: The file.
-        digest: That of its last line, as it was written down elsewhere; None: not known.
+        digest: That of one of its lines, as it was written down elsewhere after a ceremony; None:
+            not known. Lines that were cut off after that one do not show.
 
     Raises:
         ConfigurationError: It cannot be read.
     """
     try:
-        last, lines, problems = _read(path)
+        last, lines, problems, noted = _read(path, digest)
     except OSError as error:
         raise ConfigurationError(f"transcript {path}: {error.strerror}") from None
-    if digest is not None and digest != last.digest:
-        problems = (*problems, "the last line has another digest: lines are missing at the end")
-    return Verified(lines, last.digest, problems)
+    if digest is not None and not noted:
+        problems = (*problems, "no line has the digest given: lines are missing at the end")
+    return Verified(lines, last.digest, problems, noted)
 
 
-def _read(path: Path) -> tuple[chain.Link, int, tuple[str, ...]]:
-    last, number, problems = _START, 0, list[str]()
+def _read(path: Path, digest: str | None = None) -> tuple[chain.Link, int, tuple[str, ...], int]:
+    """The last line, how many there are, what is wrong, and the number of the line sought."""
+    last, number, problems, noted = _START, 0, list[str](), 0
     with path.open("rb") as file:
         for number, line in enumerate(chain.lines(file, _LONGEST), start=1):
             try:
@@ -102,4 +106,5 @@ def _read(path: Path) -> tuple[chain.Link, int, tuple[str, ...]]:
                 continue
             problems += (f"line {number}: {fault}" for fault in chain.faults(link, content, last))
             last = link
-    return last, number, tuple(problems)
+            noted = number if link.digest == digest else noted
+    return last, number, tuple(problems), noted

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hsmwrap import chain
 from hsmwrap.cli import tables
 from hsmwrap.cli.arguments import Subparsers, add_json_option
 from hsmwrap.cli.extras import require_server
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from hsmwrap.kms.audit import AuditLog
     from hsmwrap.kms.auditfiles import AuditReport
     from hsmwrap.kms.database import Database
+
+
+_MOST_PROBLEMS = 20  # that are printed
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -87,7 +91,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "--position-file",
         type=Path,
         metavar="FILE",
-        help="go on after the number in this file, and write the last one there at the end",
+        help="go on after the line in this file, and write number and digest of the last one there "
+        "at the end",
     )
     export.set_defaults(run=run_export)
 
@@ -103,6 +108,7 @@ def _with_config(actions: Subparsers, name: str, summary: str, text: str) -> Arg
 def run(args: argparse.Namespace) -> int:
     """Verify the log and print the result."""
     require_server()
+    from hsmwrap.kms.audit import START  # noqa: PLC0415 (the extra may be absent)
     from hsmwrap.kms.auditfiles import verify  # noqa: PLC0415 (the extra may be absent)
 
     log = _from_config(args.config) if args.config else _from_arguments(args)
@@ -112,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigurationError(f"{log.path}: {error.strerror}") from None
     # Renaming the log or the host, or emptying both, must not skip the check of the log's end. The
     # start of the chain is not an anchor: every log has it, also an emptied one.
-    missing = bool(args.config and not report.anchor)
+    anchored = any(anchor != START for anchor in log.anchors)
+    missing = bool(args.config and not report.anchor and not anchored)
     whole = report.ok and (args.without_anchor or not missing)
     print(_json(report, whole=whole) if args.json else _text(log, report, missing=missing))
     return 0 if whole else 1
@@ -150,25 +157,25 @@ def run_export(args: argparse.Namespace) -> int:
     from hsmwrap.kms.opening import open_audit_log  # noqa: PLC0415 (the extra may be absent)
 
     log = open_audit_log(load_config(args.config))
-    position = _position(args.position_file) if args.position_file else args.after
+    position, digest = _position(args.position_file) if args.position_file else (args.after, "")
     code = 0
     try:
-        for sequence, each in export(log.path, position, log.key):
+        for sequence, each in export(log.path, position, log.key, digest):
             if isinstance(each, AuditProblem):
                 print(f"{log.path}: {each}", file=sys.stderr)
                 code = 1
             else:
                 sys.stdout.buffer.write(each)
-                position = sequence
+                position, digest = sequence, chain.read(each)[0].digest
         sys.stdout.flush()
     except OSError as error:
         raise ConfigurationError(f"{log.path}: {error.strerror}") from None
     if args.position_file:
-        _keep_position(args.position_file, position)
+        _keep_position(args.position_file, f"{position} {digest}".rstrip())
     return code
 
 
-def _keep_position(file: Path, position: int) -> None:
+def _keep_position(file: Path, position: str) -> None:
     beside = file.with_name(f".{file.name}.new")
     try:
         beside.unlink(missing_ok=True)  # left by a command that was killed
@@ -178,13 +185,18 @@ def _keep_position(file: Path, position: int) -> None:
         raise ConfigurationError(f"--position-file {file}: {error.strerror}") from None
 
 
-def _position(file: Path) -> int:
+def _position(file: Path) -> tuple[int, str]:
+    """Number of the last line that was exported, and its digest; empty: not known."""
     try:
-        return int(file.read_text("ascii"))
+        number, _, digest = file.read_text("ascii").strip().partition(" ")
+        return int(number), digest
     except FileNotFoundError:
-        return 0
+        return 0, ""
     except (OSError, ValueError):
-        raise ConfigurationError(f"{file}: has to hold one number, or not to exist") from None
+        raise ConfigurationError(
+            f"{file}: has to hold one number, and the digest of that line if it is known, or not "
+            "to exist"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +263,12 @@ def _age(anchor: Link) -> int | None:
 
 
 def _text(log: _Log, report: AuditReport, *, missing: bool) -> str:
-    found = [f"{log.path}: {problem}" for problem in report.problems]
+    found = [f"{log.path}: {problem}" for problem in report.problems[:_MOST_PROBLEMS]]
+    if more := len(report.problems) - len(found):
+        found.append(f"{log.path}: and {more} more problems; --json has them all")
     verdict = "damaged" if found else "complete"
+    if report.lines and not report.sound:  # none chains to the line before
+        verdict += ", or the key is another one"
     end = "" if log.name else "; only --config can check that the end was not cut off"
     if report.anchor:
         end = (

@@ -101,11 +101,15 @@ def verify_transcript(args: argparse.Namespace) -> int:
     found = transcript.verify(args.transcript, args.fingerprint)
     if args.json:
         document = {"ok": not found.problems, "lines": found.lines, "digest": found.digest}
+        document["noted"] = found.noted or None
         print(tables.to_json(document | {"problems": found.problems}))
     else:
         problems = [f"{args.transcript}: {problem}" for problem in found.problems]
         verdict = "damaged" if problems else "complete"
         end = "" if args.fingerprint else "; compare the last line's digest with what was noted"
+        if 0 < found.noted < found.lines:
+            follow = found.lines - found.noted
+            end = f"; noted after line {found.noted}; {follow} lines follow"
         summary = f"{args.transcript}: {found.lines} lines, {verdict}{end}"
         print("\n".join([*problems, summary, f"last line {found.digest}"]))
     return 1 if found.problems else 0

@@ -334,7 +334,7 @@ def _reseal(args: argparse.Namespace, chosen: _Chosen) -> int:
         raise ConfigurationError("reseal: give --config FILE, the server's; it names the database")
     if not args.rate > 0:
         raise ConfigurationError("--rate: takes more than 0 keys a second")
-    with _stored_keys(chosen, chosen.config) as stored:
+    with _stored_keys(chosen, chosen.config, moves=True) as stored:
         progress = _Progress(sum(stored.usage().values()), args.rate)
         done = stored.reseal(report=progress)
         current = stored.current_key_set
@@ -367,12 +367,14 @@ class _Progress:
 
 
 @contextmanager
-def _stored_keys(chosen: _Chosen, config: ServerConfig) -> Iterator[StoredKeys]:
+def _stored_keys(
+    chosen: _Chosen, config: ServerConfig, *, moves: bool = False
+) -> Iterator[StoredKeys]:
     from hsmwrap.kms.opening import opened_stored_keys  # noqa: PLC0415 (the extra may be absent)
 
     with (
         registry.open_backend(chosen.plugin, chosen.settings) as backend,
-        opened_stored_keys(config, backend) as stored,
+        opened_stored_keys(config, backend, moves=moves) as stored,
     ):
         yield stored
 

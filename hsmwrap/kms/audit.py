@@ -316,7 +316,7 @@ class AuditLog:
         """
         with self._locked() as file:
             with suppress(ValueError):
-                last = max(last, self._end(file).last.sequence)
+                last = max(last, _last_line(file)[0].sequence)
             name = self._next_name(file)
             accepted = [
                 {"file": each, "sha256": digest}
@@ -450,9 +450,32 @@ class AuditLog:
                 _log.warning("audit log: incomplete last line cut off", extra=facts)
                 os.ftruncate(file, size)
             text = os.pread(file, size - last.position, last.position)
+            # Once for each file, as other processes that append check it too.
+            if not (end and end.file == _identity(status)) and not self._chains(file, last, text):
+                raise ValueError(
+                    f"its last line, number {last.sequence}, does not chain with "
+                    f"{'this key' if self.key else 'no key'}: set audit_key_file to the key of "
+                    "this log; if it was that, the line was changed"
+                )
             end = _End(_identity(status), size, last, text, time.monotonic())
         self._queue.end = end
         return end
+
+    def _chains(self, file: int, last: Link, text: bytes) -> bool:
+        """Whether the last line was written with this log's key, as far as that can be told."""
+        if not text:
+            return True
+        link, content = chain.read(text)
+        before = before_first(link, content)
+        if last.position:
+            start = max(0, last.position - MAX_LINE)
+            tail = os.pread(file, last.position - start, start)
+            try:
+                before = chain.read(tail[tail.rfind(b"\n", 0, -1) + 1 :])[0]
+            except ValueError:
+                return True  # that line is damaged, which says nothing of the key
+        before = replace(before, sequence=link.sequence - 1)
+        return not any(chain.faults(link, content, before, self.key))
 
     def _goes_on(self, end: _End) -> bool:
         """Whether the file is the same and ends with a line, as far as one sees without the lock.
@@ -626,6 +649,13 @@ def first_line(file: int) -> tuple[Link, dict[str, Any]] | None:
         return chain.read(os.pread(file, MAX_LINE, 0).partition(b"\n")[0] + b"\n")
     except ValueError:
         return None
+
+
+def before_first(line: Link, content: dict[str, Any]) -> Link:
+    """What the first line of a file is chained to, as it says."""
+    rotated = content.get("action") == ROTATE and "before" in content
+    digest = str(content.get("chained_to")) if rotated else START.digest
+    return Link(line.sequence - 1, digest)
 
 
 def _without_zeros(file: int, end: int) -> int:

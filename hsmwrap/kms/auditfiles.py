@@ -21,6 +21,7 @@ from hsmwrap.kms.audit import (
     MAX_TEXT,
     ROTATE,
     START,
+    before_first,
     ended_files,
     first_line,
     sha256,
@@ -185,9 +186,16 @@ def damaged_files(path: Path, report: AuditReport) -> list[tuple[str, str | None
 
 
 def export(
-    path: Path, after: int, key: bytes | None = None
+    path: Path, after: int, key: bytes | None = None, digest: str = ""
 ) -> Iterator[tuple[int, bytes | AuditProblem]]:
     """The lines with higher numbers than ``after``, as they are, and the problems among them.
+
+    Args:
+        path: The log's own file.
+        after: Number of the last line that is known.
+        key: HMAC key of the chain; None: SHA-256.
+        digest: That of the line ``after``, in hex: another line of this number is a problem.
+            Empty: not known.
 
     Yields:
         The number of the last line so far, and the line or the problem.
@@ -196,9 +204,15 @@ def export(
         OSError: As :func:`verify`.
     """
     last, head = after, 0
-    for line in _lines(path, key, after):
+    for line in _lines(path, key, after - bool(digest)):
         head = line.link.sequence if line.link else head
         if line.link is not None and line.link.sequence <= after:
+            if digest and line.link.sequence == after and line.link.digest != digest:
+                fault = (
+                    f"is another line {after} than the one known: the end was cut off, and other "
+                    "lines with numbers up to this one followed, which are not here"
+                )
+                yield last, AuditProblem(line.number, fault, line.file)
             continue
         for fault in line.faults:
             yield last, AuditProblem(line.number, fault, line.file)
@@ -275,10 +289,8 @@ def _of_file(
                 faults.append(f"follows {said}, and not {before}: files were exchanged or added")
             elif said != before:
                 yield _Line(said, 0, b"", None, {}, ("is missing",))
-            if content["action"] == ACCEPT:
-                last = Link(link.sequence - 1, START.digest)
-            elif last is None or said != before:
-                last = Link(link.sequence - 1, str(content.get("chained_to")))
+            if content["action"] == ACCEPT or last is None or said != before:
+                last = before_first(link, content)
         faults += chain.faults(link, content, last or START, key)
         yield _Line(name, number, text, link, content, tuple(faults))
         last = link

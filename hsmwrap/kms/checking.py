@@ -20,7 +20,7 @@ from hsmwrap.errors import ConfigurationError, HsmwrapError
 from hsmwrap.kms.access import FileAccessKeys
 from hsmwrap.kms.config import BackendConfig, ServerConfig, name_of, require_own_names
 from hsmwrap.kms.keysets import usage_of_backends
-from hsmwrap.kms.opening import audit_key, open_database
+from hsmwrap.kms.opening import audit_key, open_audit_log, open_database
 from hsmwrap.kms.tls import open_tls
 
 _WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 (compared with, not listened on)
@@ -176,6 +176,7 @@ def try_to_open(config: ServerConfig) -> Iterator[Tried]:
         yield _tried(table, partial(_try_backend, wanted))
     yield _tried("database", partial(_try_database, config))
     yield _tried("stored keys", partial(_try_stored_keys, config))
+    yield _tried("audit log", partial(_try_audit_log, config))
 
 
 def _tried(part: str, attempt: Callable[[], str]) -> Tried:
@@ -205,6 +206,12 @@ def _try_stored_keys(config: ServerConfig) -> str:
             "[former_backends.NAME] for each"
         )
     return f"{sum(row.keys for row in used)}, all in backends that are configured"
+
+
+def _try_audit_log(config: ServerConfig) -> str:
+    if not config.audit_file.exists():
+        return "is made at the first start"
+    return f"goes on after line {open_audit_log(config).head().sequence}"
 
 
 def _try_database(config: ServerConfig) -> str:

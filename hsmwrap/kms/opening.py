@@ -97,18 +97,28 @@ def open_kms(
 
 
 @contextmanager
-def opened_stored_keys(config: ServerConfig, backend: Backend) -> Iterator[StoredKeys]:
+def opened_stored_keys(
+    config: ServerConfig, backend: Backend, *, moves: bool = False
+) -> Iterator[StoredKeys]:
     """The stored keys of one backend of a server, beside its processes; with an audit log.
+
+    Args:
+        config: The server's.
+        backend: The backend.
+        moves: Whether keys will be moved, so that the audit log has to be writable.
 
     Raises:
         ConfigurationError: The configuration names something that cannot be used.
         UnsupportedOperation: The backend does not re-seal keys.
         ServiceUnavailable: The database is unavailable.
+        AuditFailed: The audit log cannot be written, and keys will be moved.
     """
     database = open_database(config)
     try:
         database.prepare()
         log = AnchoredLog(database, open_audit_log(config), config.audit_anchor_lines)
+        if moves:
+            log.log.check()
 
         def audit(action: str, key_id: str) -> None:
             log.append(AuditEntry("", SYSTEM, action, key_id, "ok"))

@@ -277,6 +277,17 @@ def test_a_transcript_is_complete(written, run_json):
     assert run_json("keys", "verify-transcript", "--transcript", str(file), *noted)[0] == 0
 
 
+def test_a_digest_of_an_earlier_ceremony_is_found(written, run_json, capsys):
+    file, digest = written
+    for number in range(2):
+        transcript.append(file, NOW, {"ceremony": "rotate", "words": f"line {number}"})
+    noted = ("keys", "verify-transcript", "--transcript", str(file), "--fingerprint", digest)
+    assert main([*noted]) == 0
+    assert "6 lines, complete; noted after line 4; 2 lines follow\n" in capsys.readouterr().out
+    status, found = run_json(*noted)
+    assert (status, found["noted"], found["lines"]) == (0, 4, 6)
+
+
 def changed(lines):
     lines[1] = lines[1].replace(b"line 1", b"line 7")
 

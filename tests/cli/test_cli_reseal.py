@@ -8,6 +8,7 @@ from support.kms.fakes import AES_MATERIAL, Client
 from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.cli import main
 from hsmwrap.kms import StaticAccessKeys, load_config, open_kms
+from hsmwrap.kms.checking import try_to_open
 from hsmwrap.software import SoftwareBackend
 
 pytestmark = pytest.mark.slow
@@ -98,6 +99,25 @@ def test_the_moves_are_in_the_audit_log(config, run_json, tmp_path):
     run_json("keys", "reseal", "--config", str(config))
     assert (tmp_path / "audit.log").read_text().count("ResealKey") == KEYS
     assert main(["audit", "verify", "--config", str(config)]) == 0
+
+
+def test_nothing_moves_with_another_audit_key(config, run_json, tmp_path, capsys):
+    key_file = tmp_path / "audit.key"
+    key_file.write_bytes(bytes(32))
+    key_file.chmod(0o600)
+    before = (tmp_path / "audit.log").read_bytes()
+    run_json("keys", "rotate", "--config", str(config))
+    config.write_text(f'audit_key_file = "{key_file}"\n' + config.read_text())
+    for command in (("keys", "reseal"), ("audit", "rotate")):
+        assert main([*command, "--config", str(config)]) == 1
+        assert "does not chain with this key: set audit_key_file" in capsys.readouterr().err
+    assert (tmp_path / "audit.log").read_bytes() == before
+    assert sets(run_json("keys", "list", "--config", str(config))[1]) == [(False, KEYS), (True, 0)]
+    with opened(config) as kms:
+        assert not kms.health().ready
+    tried = {each.part: each for each in try_to_open(load_config(config))}
+    assert not tried["audit log"].ok
+    assert "does not chain with this key" in tried["audit log"].detail
 
 
 def test_a_key_that_does_not_move_is_the_exit_code(config, run_json, tmp_path):

@@ -207,6 +207,38 @@ def test_new_chain_cannot_be_made_without_the_key(log):
     assert not verify(forged.path).ok
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize(
+    ("key", "other", "said"),
+    [(KEY, None, "no key"), (None, KEY, "this key"), (KEY, bytes(32), "this key")],
+)
+def test_a_process_with_another_key_writes_nothing(log, other, said, rotated):
+    if rotated:
+        log.rotate()
+    before = log.path.read_bytes()
+    stranger = AuditLog(log.path, lambda: NOW, other)
+    message = f"does not chain with {said}: set audit_key_file to the key of this log"
+    for write in (stranger.head, stranger.check, stranger.rotate):
+        with pytest.raises(AuditFailed, match=message):
+            write()
+    with pytest.raises(AuditFailed, match=message):
+        stranger.append(entry(6))
+    assert log.path.read_bytes() == before
+    assert AuditLog(log.path, lambda: NOW, log.key).append(entry(6)) == 7 + rotated
+    assert verify(log.path, log.key).ok
+
+
+def test_another_key_goes_on_once_the_log_is_accepted(log, key):
+    other = AuditLog(log.path, lambda: NOW, bytes(32))
+    first, _ = other.accept("the key was changed")
+    assert (first.sequence, other.append(entry(7))) == (7, 8)
+
+
+def test_a_last_line_after_a_damaged_one_says_nothing_of_the_key(log, key):
+    rewrite(log, lambda lines: [*lines[:4], b"x\n", lines[5]])
+    assert AuditLog(log.path, lambda: NOW, key).append(entry(6)) == 7
+
+
 def test_empty_log(tmp_path, key):
     (tmp_path / "e.log").touch()
     assert verify(tmp_path / "e.log", key).ok
@@ -919,8 +951,10 @@ class TestFiles:
         log.path.write_bytes(line)
         assert problems(log)
         assert not log.holds(Link(7, "0" * 64))
-        assert log.rotate()
-        assert problems(log)
+        with pytest.raises(AuditFailed, match="its last line, number 8, does not chain"):
+            log.rotate()
+        assert re.fullmatch(r"a\.log\.[0-9]+", log.accept("a reason")[1])
+        log.append(entry(9))
 
     def test_processes_that_wait_go_on_with_the_new_file(self, log, key):
         other = replace(log)
@@ -1080,6 +1114,22 @@ class TestExport:
             ["a.log.2: is missing", "line 2: is not a line of an audit log"],
         )
 
+    @pytest.mark.parametrize("rotated", [False, True])
+    def test_a_line_of_the_same_number_that_is_another_one_is_a_problem(self, log, key, rotated):
+        known = log.head()
+        rewrite(log, lambda lines: lines[:4])
+        for number in range(3):
+            log.append(entry(90 + number))
+            if rotated and number == 1:
+                log.rotate()
+        found = list(export(log.path, 6, key, known.digest))
+        assert isinstance(found[0][1], AuditProblem)
+        assert "is another line 6 than the one known" in str(found[0][1])
+        assert [number for number, _ in found[1:]] == list(range(7, 8 + rotated))
+        same = verify(log.path, key).head
+        assert list(export(log.path, same.sequence, key, same.digest)) == []
+        assert len(list(export(log.path, 6, key))) == 1 + rotated
+
     def test_a_log_that_ends_before_the_position_is_a_problem(self, log):
         assert self.exported(log, 9) == ([], ["the log ends with line 6, before line 9"])
 
@@ -1142,7 +1192,8 @@ class TestCommand:
         Client(kms)("ListKeys")
         position.with_name(".position.new").write_text("left by a killed command")
         assert exported("--position-file", position) == (0, [4])
-        assert position.read_text() == "4\n"
+        last = json.loads((tmp_path / "audit.log").read_text().splitlines()[-1])
+        assert position.read_text() == f"4 {last['digest']}\n"
         assert not position.with_name(".position.new").exists()
         assert position.stat().st_mode & 0o777 == 0o600
         rewrite(kms._audit.log, lambda lines: [*lines[:3], b"x\n"])
@@ -1163,6 +1214,22 @@ class TestCommand:
         found = json.loads(out)
         assert (code, found["ok"], found["lines"]) == (1, False, 5)
         assert found["problems"][0]["line"] == 1
+
+    def test_another_key_is_said_and_not_each_line_is_printed(self, log, key, tmp_path, capsys):
+        for number in range(20):
+            log.append(entry(number))
+        key_file = tmp_path / "another.key"
+        key_file.write_bytes(bytes(32))
+        key_file.chmod(0o600)
+        code, out = self.run(capsys, "--file", log.path, "--key-file", key_file)
+        assert code == 1
+        end = "; only --config can check that the end was not cut off"
+        assert out.splitlines()[20:] == [
+            f"{log.path}: and 6 more problems; --json has them all",
+            f"{log.path}: 26 lines, damaged, or the key is another one{end}",
+        ]
+        out = self.run(capsys, "--file", log.path, "--key-file", key_file, "--json")[1]
+        assert len(json.loads(out)["problems"]) == 26
 
     @pytest.fixture
     def config(self, database_url, tmp_path):
@@ -1185,6 +1252,7 @@ class TestCommand:
         code, out = self.run(capsys, "--config", config)
         assert code == 1
         assert "ends without line 2" in out
+        assert "cannot check" not in out
 
     def test_no_anchor_is_no_proof(self, open_kms, config, capsys, monkeypatch):
         kms = open_kms()
