@@ -42,7 +42,7 @@ try:
 except ImportError:
     raise ConfigurationError(
         "metrics need the extra 'metrics' (prometheus_client is missing): "
-        "pip install 'hsmwrap[metrics]'"
+        "pip install '.[metrics]' in a clone of hsmwrap"
     ) from None
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

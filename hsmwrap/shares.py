@@ -110,6 +110,6 @@ def _library() -> Any:
         import shamir_mnemonic  # noqa: PLC0415 (the extra may be absent)
     except ImportError:
         raise ConfigurationError(
-            "shares need the extra 'backup': pip install 'hsmwrap[backup]'"
+            "shares need the extra 'backup': pip install '.[backup]' in a clone of hsmwrap"
         ) from None
     return shamir_mnemonic

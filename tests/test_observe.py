@@ -259,7 +259,7 @@ print(metrics.render(metrics.FactsCollector([fake])).decode())
 
 def test_without_the_library_the_error_names_the_extra():
     (line,) = run_alone(WITHOUT_THE_LIBRARY)
-    assert "pip install 'hsmwrap[metrics]'" in line
+    assert "pip install '.[metrics]' in a clone of hsmwrap" in line
 
 
 WITHOUT_THE_LIBRARY = """

@@ -38,7 +38,8 @@ _SERVER = """\
 The TOML file of `hsmwrap serve --config FILE`. A dot stands for a level (`[limits]`); LEVEL is
 `HSM` or `SOFTWARE`, NAME the name of a backend that only uses the keys and import tokens that it
 has. Environment variables outrank the file: `HSMWRAP_SERVER_` and the name in capitals, with `__`
-for each dot (`HSMWRAP_SERVER_LIMITS__MAX_THREADS`)."""
+for each dot (`HSMWRAP_SERVER_LIMITS__MAX_THREADS`). Relative paths, that of an SQLite database
+too, are relative to the directory in which the command is started, not to that of the file."""
 
 
 def add_parser(subparsers: Subparsers) -> None:

@@ -19,5 +19,5 @@ def require_server() -> None:
     if missing:
         raise ConfigurationError(
             f"this needs the extra 'server' ({', '.join(missing)} missing): "
-            "pip install 'hsmwrap[server]'"
+            "pip install '.[server]' in a clone of hsmwrap"
         )

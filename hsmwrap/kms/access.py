@@ -16,9 +16,11 @@ from typing import Any, Protocol
 
 from hsmwrap.catalog import loggable
 from hsmwrap.errors import ConfigurationError, strip_tracebacks
+from hsmwrap.kms.api import PERMISSIONS
 from hsmwrap.kms.audit import SYSTEM
 from hsmwrap.kms.signing import SigningSecret
 from hsmwrap.privatefile import ParsedFile, PrivateFile
+from hsmwrap.settings import did_you_mean
 
 MAX_ID_LENGTH = 128
 """Longest id of an access key: keys remember their creator, and logs name who asked."""
@@ -225,8 +227,8 @@ def parse_access_keys(document: Mapping[str, Any]) -> list[AccessKey]:
     """Read the access keys of a parsed file.
 
     Raises:
-        ConfigurationError: A key is missing, unknown or of the wrong kind, or an id is too long;
-            no value is quoted.
+        ConfigurationError: A key is missing, unknown or of the wrong kind, an id is too long, or a
+            grant names an action or a key that there cannot be; no value is quoted.
     """
     try:
         _only(document, "access_key")
@@ -257,7 +259,20 @@ def _grant(entry: Mapping[str, Any]) -> Grant:
         raise ConfigurationError(
             'access keys: a grant names its keys; keys = ["*"] stands for every key'
         )
-    return Grant(_texts(entry["actions"]), _texts(entry["keys"]))
+    grant = Grant(_texts(entry["actions"]), _texts(entry["keys"]))
+    for pattern in grant.actions:
+        if not any(fnmatchcase(action, pattern) for action in PERMISSIONS):
+            raise ConfigurationError(
+                f"access keys: an entry of actions matches none; "
+                f"{did_you_mean([pattern], PERMISSIONS)}It takes {', '.join(PERMISSIONS)}, and "
+                "patterns of them (Generate*)"
+            )
+    if any(pattern.startswith(("alias/", "acs:")) for pattern in grant.keys):
+        raise ConfigurationError(
+            "access keys: an entry of keys that is an alias or an ARN matches no key: give the "
+            "key id, as another call may give the alias to another key"
+        )
+    return grant
 
 
 def _only(entry: Any, *known: str) -> None:

@@ -395,6 +395,9 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         "CancelKeyDeletion": Operation(_KEY_ID, _cancel_key_deletion),
     }
 )
+
+PERMISSIONS = (*sorted(OPERATIONS.keys() - {"ReEncrypt"}), "ReEncryptFrom", "ReEncryptTo")
+"""The actions that a grant may name: the operations, and the two uses of ReEncrypt."""
 """The operations by action."""
 
 

@@ -145,7 +145,9 @@ class ServerConfig(_Table, BaseSettings):
     port: int = Field(default=8443, ge=0, le=65_535)
     """Port to listen on; 0 takes a free one."""
     metrics_address: str = Field(
-        default="127.0.0.1:9443", pattern=r"^((\[[0-9A-Fa-f:.]+\]|[^\[\]:\s]+):[0-9]{1,5})?$"
+        default="127.0.0.1:9443",
+        pattern=r"^((\[[0-9A-Fa-f:.]+\]|[^\[\]:\s]+):[0-9]{1,5})?$",
+        title="ADDRESS:PORT",
     )
     """Address and port of the page /metrics (`[::1]:9443`); empty: no page."""
     tls_certificate_file: Path | None = None
@@ -330,6 +332,9 @@ def _fault(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return f"{name}: unknown setting; {_place_of(error['loc'])}see `hsmwrap config settings`"
     row = _setting_at(error["loc"])
+    if error["loc"][-1] == "[key]":
+        level = ".".join(map(str, error["loc"][:-1]))
+        return f"{level}: is not a protection level; take {' or '.join(ProtectionLevel)}"
     if row is None:  # a table of several
         return f"{name}: required" if error["type"] == "missing" else f"{name}: takes a table"
     if error["type"] == "missing":
@@ -399,6 +404,8 @@ _TAKES: Mapping[Any, str] = {
 
 def _takes(field: FieldInfo) -> str:
     """What a setting takes, in words, from the annotation and the bounds that pydantic checks."""
+    if field.title:
+        return field.title
     outer = get_origin(field.annotation)
     kind, *_ = get_args(field.annotation) or (field.annotation,)
     bounds = {
@@ -446,11 +453,12 @@ def read_file(path: Path | None) -> dict[str, Any]:
 
 
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
-    known = {field.upper(): ENV_PREFIX + field.upper() for field in ServerConfig.model_fields}
+    known = {field.upper() for field in ServerConfig.model_fields}
     for name in environ:
         key = name.upper().removeprefix(ENV_PREFIX).split("__")[0]
         if name.upper().startswith(ENV_PREFIX) and key not in known:
-            hint = did_you_mean([name], list(known.values()))
+            names = [ENV_PREFIX + row.name.upper().replace(".", "__") for row in settings_table()]
+            hint = did_you_mean([name.upper()], names)
             raise ConfigurationError(
                 f"configuration: nothing reads {name}; {hint}see `hsmwrap config settings`"
             )

@@ -38,7 +38,7 @@ class GmsslEngine(Sm2Engine):
             module = importlib.import_module("gmssl.sm2")
         except ImportError:
             raise ConfigurationError(
-                "the SM2 engine gmssl needs the extra: pip install 'hsmwrap[gmssl]'"
+                "the SM2 engine gmssl needs the extra: pip install '.[gmssl]' in a clone of hsmwrap"
             ) from None
         self._gmssl = module.CryptSM2(private_key="", public_key="")
         _logger.warning("SM2 engine gmssl is NOT FOR PRODUCTION: its timing leaks private keys")

@@ -167,7 +167,7 @@ def _require_gmssl() -> None:
     except ImportError as error:
         raise ConfigurationError(
             f"the package gmssl is needed as a second SM2 client ({error}): "
-            "pip install 'hsmwrap[gmssl]'"
+            "pip install '.[gmssl]' in a clone of hsmwrap"
         ) from None
 
 

@@ -47,7 +47,7 @@ def test_the_packages_exist():
     assert update == "apt-get update"
     if shutil.which("apt-get"):
         subprocess.run([*install.split(), "--simulate"], check=True, capture_output=True)
-    assert pip == "python -m pip install 'hsmwrap[testing]'"
+    assert pip == "python -m pip install './hsmwrap[testing]'"
     assert "testing" in metadata("hsmwrap").get_all("Provides-Extra")
 
 

@@ -132,6 +132,13 @@ def test_an_unknown_variable_names_the_nearest_known_one(file, monkeypatch):
         load_config(file)
 
 
+def test_a_variable_with_too_few_underscores_names_the_right_one(file, monkeypatch):
+    monkeypatch.setenv("HSMWRAP_SERVER_LIMITS_MAX_THREADS", "8")
+    known = "did you mean HSMWRAP_SERVER_LIMITS__MAX_THREADS[?]"
+    with pytest.raises(ConfigurationError, match=known):
+        load_config(file)
+
+
 def test_durations_in_variables_are_seconds_or_iso_8601(file, monkeypatch):
     monkeypatch.setenv("HSMWRAP_SERVER_TOKEN_LIFETIME", "600")
     monkeypatch.setenv("HSMWRAP_SERVER_SWEEP_INTERVAL", "PT2M")
@@ -254,6 +261,11 @@ def test_a_level_in_small_letters_comes_from_the_file(file, capsys):
         ('sweep_interval = "long"\n', "sweep_interval: takes seconds, or ISO 8601 (PT24H)"),
         ('managed_hsm = "GOLD"\n', "managed_hsm: takes one of SCA, FIPS, NONE; Class"),
         ("limits = 1\n", "limits: takes a table"),
+        ('metrics_address = "9443"\n', "metrics_address: takes ADDRESS:PORT; Address"),
+        (
+            '[backends.HSMM]\nplugin = "software"\n',
+            "backends.HSMM: is not a protection level; take SOFTWARE or HSM",
+        ),
     ],
 )
 def test_what_is_right_is_said_in_our_words(tmp_path, line, said):

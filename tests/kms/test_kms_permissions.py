@@ -6,7 +6,7 @@ from support.kms.fakes import ADMIN, AES_MATERIAL, Client
 from hsmwrap.errors import ConfigurationError, HsmwrapError
 from hsmwrap.kms import AccessKey, Caller, Grant, NoPermission, Permissions
 from hsmwrap.kms.access import MAX_ID_LENGTH, FileAccessKeys, parse_access_keys
-from hsmwrap.kms.api import OPERATIONS
+from hsmwrap.kms.api import OPERATIONS, PERMISSIONS
 from hsmwrap.kms.audit import SYSTEM
 from hsmwrap.kms.schema import Key
 
@@ -280,6 +280,37 @@ def test_a_grant_without_keys_is_refused():
         parse_access_keys({"access_key": [entry]})
     with pytest.raises(TypeError):
         Grant(("Encrypt",))
+
+
+@pytest.mark.parametrize(
+    ("actions", "near"),
+    [
+        (["Encrpyt"], "did you mean Encrypt?"),
+        (["Decrypt", "encrypt"], "did you mean Encrypt?"),
+        (["ReEncrypt"], "did you mean ReEncryptTo?"),
+        (["Zap*"], "It takes "),
+    ],
+)
+def test_an_action_that_there_is_not_is_refused(actions, near):
+    entry = {"id": "a", "secret": "x", "allow": [{"actions": actions, "keys": ["*"]}]}
+    with pytest.raises(ConfigurationError, match="actions matches none") as caught:
+        parse_access_keys({"access_key": [entry]})
+    assert near in str(caught.value)
+    assert "Encrpyt" not in str(caught.value)
+
+
+def test_each_action_can_be_granted():
+    actions = ["*", "De*", "ReEncrypt*", "[CL]*Key*", *PERMISSIONS]
+    entry = {"id": "a", "secret": "x", "allow": [{"actions": actions, "keys": ["*"]}]}
+    parse_access_keys({"access_key": [entry]})
+    assert set(OPERATIONS) - set(PERMISSIONS) == {"ReEncrypt"}
+
+
+@pytest.mark.parametrize("key", ["alias/foo", "alias/*", "acs:kms:cn-hangzhou:1:key/x"])
+def test_an_alias_or_an_arn_in_keys_is_refused(key):
+    grant = {"actions": ["Encrypt"], "keys": ["*", key]}
+    with pytest.raises(ConfigurationError, match="matches no key: give the key id"):
+        parse_access_keys({"access_key": [{"id": "a", "secret": "x", "allow": [grant]}]})
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ USUAL = [
     f"secret = '{SECRET}' # the secret",
     f"\t secret\t=\t'{SECRET}'\nallow = []",
     f"# secret = 'an older one'\nsecret='{SECRET}'",
-    f"secret = '{SECRET}'\nallow = [{{ actions = ['secret = \"no\"'], keys = ['#'] }}]",
+    f"secret = '{SECRET}'\nallow = [{{ actions = ['*'], keys = ['secret = \"no\"', '#'] }}]",
 ]
 UNUSUAL = [f'"secret" = "{SECRET}"', f"secret = '''{SECRET}'''", 'secret = "Zx9\\u002d4711-QQ"']
 

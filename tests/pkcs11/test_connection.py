@@ -373,6 +373,20 @@ assert "PIN_INCORRECT" in backend.health().detail
     run_on(locked_out, code, json.dumps(settings))
 
 
+def test_a_missing_pin_setting_is_said(softhsm, monkeypatch):
+    """Without a login the HSM token would answer CKR_USER_NOT_LOGGED_IN to the first call."""
+    pins = {"pin_file", "pin_env", "pin_command", "pin", "allow_pin_value"}
+    settings = softhsm.settings("connection")
+    bare = Pkcs11Settings.from_mapping({n: v for n, v in settings.items() if n not in pins})
+    assert bare.pin is None
+    with pytest.raises(ConfigurationError, match=r"no PIN setting, .* set pin_file"):
+        Connection(bare)
+    monkeypatch.setattr(login, "flags_of", lambda _session: TokenFlag.TOKEN_INITIALIZED)
+    connection = Connection(bare)
+    assert connection.run(random_bytes)
+    connection.close()
+
+
 def test_a_low_count_stops_no_first_login(connect, monkeypatch):
     """Another program's wrong PIN sets it, and no server could start any more."""
     monkeypatch.setattr(login, "flags_of", lambda _session: TokenFlag.USER_PIN_COUNT_LOW)

@@ -18,7 +18,7 @@ from pkcs11.constants import TokenFlag
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.types import Session
 
-from hsmwrap.errors import HsmUnavailable, HsmwrapError, PinError
+from hsmwrap.errors import ConfigurationError, HsmUnavailable, HsmwrapError, PinError
 from hsmwrap.pkcs11.binding.module import Module
 from hsmwrap.pkcs11.binding.returncodes import (
     HsmLost,
@@ -86,12 +86,18 @@ class UserLogin:
         """Log in through a session that was opened without PIN; the caller holds a lock.
 
         Raises:
+            ConfigurationError: The HSM token requires a PIN, and no setting says where it is.
             PinError: Refused, now or before, or the next wrong PIN may lock the HSM token.
             NoLogin: Perhaps refused, or a PIN that was read before cannot be read now.
             PKCS11Error: The HSM token does not answer.
         """
         flags = flags_of(session)
         if self._pin is None and not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
+            if flags & TokenFlag.LOGIN_REQUIRED:
+                raise ConfigurationError(
+                    "no PIN setting, but the HSM token requires a login, and has no PIN pad: set "
+                    "pin_file"
+                )
             return
         self.require_not_stopped()
         serial = bytes(session.token.serial)
