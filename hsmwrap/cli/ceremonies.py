@@ -287,7 +287,9 @@ def _share_files(args: argparse.Namespace) -> list[Path] | None:
         _require_terminal("give --shares-to DIR for files, or read the shares from a terminal")
         return None
     files: list[Path] = [args.shares_to / f"share-{n}" for n in range(1, args.shares + 1)]
-    if not args.shares_to.is_dir() or any(map(os.path.lexists, files)):
+    if not args.shares_to.is_dir():
+        raise ConfigurationError(f"--shares-to {args.shares_to}: is not a directory: make it first")
+    if any(map(os.path.lexists, files)):
         raise ConfigurationError(
             f"--shares-to {args.shares_to}: takes a directory that has no shares yet"
         )

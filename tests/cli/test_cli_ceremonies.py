@@ -123,7 +123,7 @@ def test_shares_are_shown_one_at_a_time_and_typed_without_an_echo(softhsm, tmp_p
         ),
         (
             ["backup", "--shares", "3", "--threshold", "2", "--out", "f", "--shares-to", "none"],
-            "takes a directory that has no shares yet",
+            "--shares-to none: is not a directory: make it first",
         ),
         (["restore"], "give --file FILE, the backup"),
         (["restore", "--file", "none"], "No such file"),
@@ -147,6 +147,7 @@ def test_a_backup_replaces_no_file_and_no_share(tmp_path, capsys):
     there = tmp_path / "share-2"
     there.write_text("")
     assert main(["keys", "backup", *numbers, "--out", str(tmp_path / "new")]) == 2
+    assert "takes a directory that has no shares yet" in capsys.readouterr().err
     assert main(["keys", "backup", *numbers, "--out", str(there)]) == 2
     assert list(tmp_path.iterdir()) == [there]
 

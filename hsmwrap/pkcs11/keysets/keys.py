@@ -220,6 +220,14 @@ class KeySets:
         epoch = pooled.epoch.number
         number = self.look(pooled)
         if not number:
+            if self._must_be_trusted and any(
+                each.finished
+                for each in KeySets(self._prefix, vendor=self._vendor).list(pooled.session)
+            ):
+                raise ConfigurationError(
+                    f"the HSM token has no trusted keys labelled {self._prefix}:…, but others; "
+                    "`hsmwrap keys rotate` with the SO PIN (--so-pin-file) makes trusted ones"
+                )
             kind = "trusted " if self._must_be_trusted else ""
             raise ConfigurationError(
                 f"the HSM token has no {kind}keys labelled {self._prefix}:…; "
