@@ -47,9 +47,9 @@ what they wrap.
 With --config FILE, the file of `hsmwrap serve`, backend and settings come from there, and the
 database is asked which stored keys need which set: `list` counts them (exit code 1 if a set that
 they need is missing), `reseal` moves them to the current set, `retire` refuses while something
-needs the old one, and `rotate` while one is missing, as the new set may take its number. `usage`
-counts the stored keys of each backend and key set, without any HSM; exit code 1 if a backend that
-has some is not configured. --backend names one of [former_backends].
+needs the old one, and `init` and `rotate` while one is missing, as the new set may take its number.
+`usage` counts the stored keys of each backend and key set, without any HSM; exit code 1 if a
+backend that has some is not configured. --backend names one that is configured.
 
 `reseal` moves sealed keys inside the HSM; no client imports again. It runs beside serving
 processes, shows its progress, and goes on where it was when it is run again.
@@ -128,7 +128,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="retire, rotate: all the same; what is needed is lost",
+        help="retire, init, rotate: all the same; what is needed is lost",
     )
     parser.add_argument(
         "--file",
@@ -211,30 +211,28 @@ def _changed(ceremony: Ceremony, chosen: _Chosen) -> tuple[KeySetInfo, ...]:
         content, fingerprint = _confirmed(args)
         ceremony.compared("key_sets", fingerprint)
         key_sets.import_exported(content, fingerprint, so_pin_file=so_pin_file)
-    elif args.action == "init":
-        key_sets.initialise(so_pin_file=so_pin_file)
-    elif args.action == "rotate":
-        if not args.force and (missing := _missing(key_sets.list(), _usage(chosen))):
-            raise ConfigurationError(
-                f"stored keys need key set {', '.join(missing)}, which the backend does not have: "
-                "bring it back first (`hsmwrap keys restore`), as a new set may take its number. "
-                "With --force they are lost"
-            )
-        key_sets.rotate(so_pin_file=so_pin_file)
-    elif args.action == "retire":
+    elif args.action in {"init", "rotate"}:
         if not args.force:
-            _require_unneeded(args.key_set or "", chosen, key_sets)
-        key_sets.retire(args.key_set or "")
+            _require_none_missing(chosen, key_sets)
+        make = key_sets.initialise if args.action == "init" else key_sets.rotate
+        make(so_pin_file=so_pin_file)
+    elif args.action == "retire":
+        if not args.key_set:
+            raise ConfigurationError("retire: name the key set; `hsmwrap keys list` shows them all")
+        if not args.force:
+            _require_unneeded(args.key_set, chosen, key_sets)
+        key_sets.retire(args.key_set)
     return ceremony.present(key_sets.list())
 
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """The backend that the command is for, and the server whose it is; None without --config."""
+    """The backend that the command is for; with --config its name, and the server whose it is."""
 
     plugin: str
     settings: dict[str, Any] = field(repr=False)  # a PIN may be in it
     config: ServerConfig | None = None
+    name: str = ""
 
 
 def _write_file(ceremony: Ceremony) -> None:
@@ -306,8 +304,21 @@ def _usage(chosen: _Chosen) -> Mapping[str, int] | None:
     """How many stored keys need each key set; None without a database to ask."""
     if chosen.config is None:
         return None
-    with _stored_keys(chosen, chosen.config) as stored:
-        return stored.usage()
+    from hsmwrap.kms.keysets import usage_of  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.opening import open_database  # noqa: PLC0415 (the extra may be absent)
+
+    with closing(open_database(chosen.config)) as database:
+        return usage_of(database, chosen.name)
+
+
+def _require_none_missing(chosen: _Chosen, key_sets: registry.KeySetManager) -> None:
+    usage = _usage(chosen)
+    if usage and (missing := _missing(key_sets.list(), usage)):
+        raise ConfigurationError(
+            f"stored keys need key set {', '.join(missing)}, which the backend does not have: "
+            "bring it back first (`hsmwrap keys restore`), as a new set may take its number. "
+            "With --force they are lost"
+        )
 
 
 def _require_unneeded(key_set: str, chosen: _Chosen, key_sets: registry.KeySetManager) -> None:
@@ -401,38 +412,44 @@ def _chosen(args: argparse.Namespace) -> _Chosen:
     if args.settings or given_options(args):
         raise ConfigurationError("--config names backend and settings: give no others")
     require_server()
-    from hsmwrap.kms.config import load_config  # noqa: PLC0415 (the extra may be absent)
+    from hsmwrap.kms.config import load_config, name_of  # noqa: PLC0415 (the extra may be absent)
 
     config = load_config(args.config)
     if args.backend:
-        if args.backend not in config.former_backends:
+        current = {name_of(each): each for each in config.backends.values()}
+        configured = {**current, **config.former_backends}
+        if args.backend not in configured:
             raise ConfigurationError(
-                "--config names backend and settings: give no others, or by --backend one that is "
-                f"in its [former_backends]; {args.backend} is not"
+                "--config names backend and settings: give no others, or by --backend the name of "
+                f"one that is configured: {', '.join(configured)}; {args.backend} is not"
             )
-        former = config.former_backends[args.backend]
-        return _Chosen(former.plugin, former.settings, config)
+        named = configured[args.backend]
+        return _Chosen(named.plugin, named.settings, config, args.backend)
     hsm = ProtectionLevel.HSM
     level = args.level or (hsm if hsm in config.backends else next(iter(config.backends), hsm))
     if level not in config.backends:
         raise ConfigurationError(f"{args.config} has no backend of level {level}")
     backend = config.backends[ProtectionLevel(level)]
-    return _Chosen(backend.plugin, backend.settings, config)
+    return _Chosen(backend.plugin, backend.settings, config, name_of(backend))
 
 
-def _missing(sets: tuple[KeySetInfo, ...], usage: Mapping[str, int] | None) -> list[str]:
-    """Key sets that stored keys need and that the backend does not have."""
-    return sorted((usage or {}).keys() - {each.key_set for each in sets})
+def _missing(sets: tuple[KeySetInfo, ...], usage: Mapping[str, int] | None) -> Mapping[str, int]:
+    """How many stored keys need each key set that the backend does not have."""
+    if not usage:
+        return {}
+    from hsmwrap.kms.keysets import missing_from  # noqa: PLC0415 (the extra may be absent)
+
+    return missing_from(sets, usage)
 
 
 def _print(sets: tuple[KeySetInfo, ...], usage: Mapping[str, int] | None, *, as_json: bool) -> None:
+    missing = _missing(sets, usage)
     if as_json:
         rows = [
             {"key_set": s.key_set, "current": s.current, "detail": s.detail}
             | ({} if usage is None else {"keys": usage.get(s.key_set, 0)})
             for s in sets
         ]
-        missing = {key_set: (usage or {})[key_set] for key_set in _missing(sets, usage)}
         print(tables.to_json({"key_sets": rows} | ({"missing": missing} if missing else {})))
         return
     marks = {True: "current", False: "opens only"}
@@ -441,5 +458,6 @@ def _print(sets: tuple[KeySetInfo, ...], usage: Mapping[str, int] | None, *, as_
     if usage is not None:
         headings.append("keys")
         cells = [[*row, str(usage.get(row[0], 0))] for row in cells]
-        cells += [[each, "MISSING", "", str(usage[each])] for each in _missing(sets, usage)]
+        lost = "restore a backup that has it"
+        cells += [[key_set, "MISSING", lost, str(keys)] for key_set, keys in missing.items()]
     print(tables.render(headings, cells, right={"keys"}))

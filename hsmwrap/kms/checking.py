@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from hsmwrap import registry
-from hsmwrap.backend import HasKeySets
-from hsmwrap.errors import ConfigurationError, HsmwrapError
+from hsmwrap.backend import HasKeySets, KeySetInfo
+from hsmwrap.errors import ConfigurationError, HsmwrapError, UnsupportedOperation
 from hsmwrap.kms.access import FileAccessKeys
 from hsmwrap.kms.config import BackendConfig, ServerConfig, name_of, require_own_names
-from hsmwrap.kms.keysets import usage_of_backends
+from hsmwrap.kms.keysets import missing_from, usage_of, usage_of_backends
 from hsmwrap.kms.opening import audit_key, open_audit_log, open_database
 from hsmwrap.kms.tls import open_tls
 
@@ -172,10 +172,11 @@ def try_to_open(config: ServerConfig) -> Iterator[Tried]:
 
     A backend is opened as the server would: it logs in, so a wrong PIN costs a try.
     """
+    listed: dict[str, tuple[KeySetInfo, ...]] = {}
     for table, wanted in _tables(config):
-        yield _tried(table, partial(_try_backend, wanted))
+        yield _tried(table, partial(_try_backend, wanted, listed))
     yield _tried("database", partial(_try_database, config))
-    yield _tried("stored keys", partial(_try_stored_keys, config))
+    yield _tried("stored keys", partial(_try_stored_keys, config, listed))
     yield _tried("audit log", partial(_try_audit_log, config))
 
 
@@ -186,24 +187,38 @@ def _tried(part: str, attempt: Callable[[], str]) -> Tried:
         return Tried(part, ok=False, detail=str(error))
 
 
-def _try_backend(wanted: BackendConfig) -> str:
+def _try_backend(wanted: BackendConfig, listed: dict[str, tuple[KeySetInfo, ...]]) -> str:
+    """Use a backend; notes its key sets by its name, where ``hsmwrap keys`` can list them."""
     with registry.open_backend(wanted.plugin, wanted.settings) as backend:
         backend.mac(b"")  # also one that is lazy connects
         key_sets = HasKeySets.of(backend)
         current = f", current key set {key_sets.current_key_set()}" if key_sets else ""
-        return f"{backend.name}{current}"
+        opened = f"{backend.name}{current}"
+    with suppress(UnsupportedOperation):
+        manager = registry.KeySetManager(wanted.plugin, wanted.settings)
+        listed[name_of(wanted)] = manager.list()
+    return opened
 
 
-def _try_stored_keys(config: ServerConfig) -> str:
+def _try_stored_keys(config: ServerConfig, listed: Mapping[str, tuple[KeySetInfo, ...]]) -> str:
     configured = {name_of(backend) for _, backend in _tables(config)}
     with closing(open_database(config)) as database:
         if not database.schema().is_current:
             return "none yet"
         used = usage_of_backends(database)
+        usage = {name: usage_of(database, name) for name in listed}
     if missing := sorted({row.backend for row in used} - configured):
         raise ConfigurationError(
             f"some are in backends that are not configured: {', '.join(missing)}; add a table "
             "[former_backends.NAME] for each"
+        )
+    if lost := [
+        f"{keys} need key set {key_set} of backend {name}"
+        for name, sets in listed.items()
+        for key_set, keys in missing_from(sets, usage[name]).items()
+    ]:
+        raise ConfigurationError(
+            f"{', '.join(lost)}, which it does not have: restore a backup that has it"
         )
     return f"{sum(row.keys for row in used)}, all in backends that are configured"
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import func, select, update
 
-from hsmwrap.backend import Backend, Custody, HasKeySets, KeyRef, ReSealsKeys
+from hsmwrap.backend import Backend, Custody, HasKeySets, KeyRef, KeySetInfo, ReSealsKeys
 from hsmwrap.catalog import ProtectionLevel
 from hsmwrap.errors import ConfigurationError, HsmError, KeyNotFound, UnsupportedOperation
 from hsmwrap.kms.database import Database
@@ -142,7 +142,7 @@ class StoredKeys:
             needs.append(f"import tokens, which may be valid until {end}")
         if needs:
             raise ConfigurationError(
-                f"key set {key_set} of backend {self._name} is needed by {' and '.join(needs)}. "
+                f"key set {key_set} of backend {self._name} is needed by {' and by '.join(needs)}. "
                 "With --force it is retired all the same, and what needs it is lost"
             )
 
@@ -250,6 +250,27 @@ def usage_of_backends(database: Database) -> list[Usage]:
     return sorted(
         Usage(str(backend), level, key_set or "", keys) for backend, level, key_set, keys in rows
     )
+
+
+def usage_of(database: Database, backend: str) -> Mapping[str, int]:
+    """How many stored keys need each key set of a backend, by its id and by the rows alone.
+
+    Raises:
+        ServiceUnavailable: The database is unavailable.
+    """
+    if database.schema().revision is None:
+        return {}
+    counted: Counter[str] = Counter()
+    for row in usage_of_backends(database):
+        if row.backend == backend and row.key_set:
+            counted[row.key_set] += row.keys
+    return counted
+
+
+def missing_from(sets: Iterable[KeySetInfo], usage: Mapping[str, int]) -> dict[str, int]:
+    """Of how many stored keys need each key set, that of the sets that the backend lacks."""
+    there = {each.key_set for each in sets if each.finished}
+    return {key_set: keys for key_set, keys in sorted(usage.items()) if key_set not in there}
 
 
 def note_current(database: Database, backend: Backend, now: datetime) -> str | None:

@@ -2,7 +2,8 @@
 
 Two kinds: keys of a backend that is not configured, which each sweep counts in the database; and
 keys that their backend did not have when this process used them last, because their key set was
-retired or their object is gone. The log names each one once.
+retired or their object is gone. The log has the number of the first kind for each backend, and
+names each key of the second kind once.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class UnusableKeys:
     def look(self) -> None:
         """Count the keys of other backends, and forget keys that were deleted or imported again.
 
+        The log has the count of each such backend when it changes.
+
         Raises:
             ServiceUnavailable: The database is unavailable.
         """
@@ -66,13 +69,18 @@ class UnusableKeys:
         with self._lock:
             found = dict(self._found)
         with self._database.read() as transaction:
-            self._of_others = {str(name): count for name, count in transaction.execute(counted)}
+            of_others = {str(name): count for name, count in transaction.execute(counted)}
             rows = transaction.scalars(select(Key).where(Key.key_id.in_(found)))
             references = {key.key_id: key.reference for key in rows}
         with self._lock:
+            before, self._of_others = self._of_others, of_others
             for key_id, key in found.items():
                 if references.get(key_id) != key.reference:
                     self._found.pop(key_id, None)
+        for name, count in of_others.items():
+            if before.get(name) != count:
+                facts = {"backend": name, "keys": count, "why": f"add [former_backends.{name}]"}
+                _log.error("keys are of a backend that is not configured", extra=facts)
 
     @property
     def number(self) -> int:

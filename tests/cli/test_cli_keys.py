@@ -37,6 +37,12 @@ def test_the_current_set_cannot_be_retired(keyring, run_json, capsys):
     assert "current" in capsys.readouterr().err
 
 
+def test_retire_without_a_number_says_what_is_missing(keyring, run_json, capsys):
+    run_json("keys", "init", *keyring)
+    assert main(["keys", "retire", "--force", *keyring]) == 2
+    assert "retire: name the key set; `hsmwrap keys list`" in capsys.readouterr().err
+
+
 def test_init_twice_is_refused(keyring, run_json):
     run_json("keys", "init", *keyring)
     assert main(["keys", "init", *keyring]) == 2

@@ -151,7 +151,7 @@ def test_the_rate_is_kept_and_progress_is_shown(config, run_json, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--backend", "software"], "--config names backend and settings"),
+        (["--backend", "pkcs11"], "that is configured: software; pkcs11 is not"),
         (["--keyring-file", "f"], "--config names backend and settings"),
         (["--level", "HSM"], "no backend of level HSM"),
     ],
@@ -159,6 +159,62 @@ def test_the_rate_is_kept_and_progress_is_shown(config, run_json, monkeypatch):
 def test_what_contradicts_the_server_s_file_is_refused(config, options, why, capsys):
     assert main(["keys", "list", "--config", str(config), *options]) == 2
     assert why in capsys.readouterr().err
+
+
+def test_the_backend_of_a_level_may_be_named(config, run_json):
+    named = ("--config", str(config), "--backend", "software")
+    assert sets(run_json("keys", "list", *named)[1]) == [(True, KEYS)]
+
+
+@pytest.fixture
+def restored(config, tmp_path, run_json):
+    """After a rotation and the move to the new set, the keyring of before was restored."""
+    keyring = tmp_path / "keyring"
+    old = keyring.read_bytes()
+    run_json("keys", "rotate", "--config", str(config))
+    run_json("keys", "reseal", "--config", str(config))
+    newer = keyring.read_bytes()
+    keyring.write_bytes(old)
+    return SimpleNamespace(keyring=keyring, newer=newer)
+
+
+def test_a_missing_set_fails_a_check_and_nothing_is_made_before_it_is_back(
+    config, restored, run_json, capsys
+):
+    at = ("--config", str(config))
+    status, listed = run_json("keys", "list", *at)
+    assert (status, sets(listed)) == (1, [(True, 0)])
+    ((lost, keys),) = listed["missing"].items()
+    assert keys == KEYS
+
+    before = restored.keyring.read_bytes()
+    for action in ("rotate", "init"):
+        assert main(["keys", action, *at]) == 2
+        refused = capsys.readouterr().err
+        assert f"stored keys need key set {lost}, which the backend does not have" in refused
+    assert restored.keyring.read_bytes() == before
+
+    tried = {each.part: each for each in try_to_open(load_config(config))}
+    assert not tried["stored keys"].ok
+    assert f"{KEYS} need key set {lost} of backend software" in tried["stored keys"].detail
+
+    restored.keyring.write_bytes(restored.newer)
+    status, listed = run_json("keys", "list", *at)
+    assert (status, "missing" in listed) == (0, False)
+    assert all(each.ok for each in try_to_open(load_config(config)))
+    assert run_json("keys", "rotate", *at)[0] == 0
+
+
+def test_before_the_server_s_first_start_a_set_is_made(tmp_path, run_json):
+    file = tmp_path / "server.toml"
+    file.write_text(
+        f'database_url = "sqlite:///{tmp_path}/kms.db"\naudit_file = "{tmp_path}/audit.log"\n'
+        '[backends.SOFTWARE]\nplugin = "software"\n'
+        f'settings = {{ keyring_file = "{tmp_path / "keyring"}" }}\n'
+    )
+    assert run_json("keys", "init", "--config", str(file))[0] == 0
+    assert sets(run_json("keys", "list", "--config", str(file))[1]) == [(True, 0)]
+    assert not (tmp_path / "kms.db").exists()
 
 
 @pytest.mark.parametrize("rate", ["0", "-1", "nan"])

@@ -147,6 +147,11 @@ def test_keys_of_a_backend_that_is_not_configured(site, caplog):
     before.import_material(key_id)
     blob = before.usable(key_id)
     client, _ = site.open("new")
+    # Before a client uses one, and once.
+    client.kms.sweep()
+    (counted,) = (r for r in caplog.records if "backend that is not configured" in r.getMessage())
+    assert (counted.backend, counted.keys) == ("old", 1)
+    assert counted.why == "add [former_backends.old]"
     for _ in range(2):
         with pytest.raises(KeyUnusable, match=r"is in backend old, .* add \[former_backends.old\]"):
             client("Decrypt", CiphertextBlob=blob)
