@@ -36,6 +36,7 @@ MAX_HEADERS_LENGTH = 64 * 1024
 
 _MAX_PIPELINED = 16
 _VERSIONS = {"1.0", "1.1"}
+_FRAMING_OF_A_BYTE = len("1\r\n" + "\r\n")
 # RFC 9112, section 3.2.2: a server has to accept the absolute form as well.
 _AUTHORITY = re.compile(rb"\Ahttps?://[^/?#]*", re.IGNORECASE)
 
@@ -96,8 +97,6 @@ class RequestParser:
         self.wants_continue = False
         self.unread = False
         self._max_body = max_body
-        # Chunk sizes, their extensions and trailers: llhttp keeps a trailer until it is whole.
-        self._max_framing = MAX_HEADERS_LENGTH + 2 * max_body
         self._read_body = read_body
         self._last = False
         self._http = HttpRequestParser(self)
@@ -122,10 +121,7 @@ class RequestParser:
             if not self._last:
                 self._refuse(self._refused or self._unparsable())
         else:
-            if self._phase is Phase.HEAD and self._unfinished > MAX_HEADERS_LENGTH:
-                self._refuse(_headers_too_large())
-            elif self._phase is Phase.BODY and self._framing > self._max_framing:
-                self._refuse(HeadersTooLarge("the framing of the body is too long"))
+            self._refuse_what_does_not_end()
 
     def end(self) -> None:
         """Take the end of the stream; in the middle of a body that is a ``refusal``."""
@@ -223,6 +219,15 @@ class RequestParser:
             self._stop(MalformedRequest("too many requests at once"))
 
     # ---
+
+    def _refuse_what_does_not_end(self) -> None:
+        # Framing: sizes of chunks, their extensions and trailers; llhttp keeps a trailer until
+        # it is whole. Chunks of one byte have the most that a client needs.
+        framing = MAX_HEADERS_LENGTH + _FRAMING_OF_A_BYTE * len(self._body)
+        if self._phase is Phase.HEAD and self._unfinished > MAX_HEADERS_LENGTH:
+            self._refuse(_headers_too_large())
+        elif self._phase is Phase.BODY and self._framing > framing:
+            self._refuse(HeadersTooLarge("the framing of the body is too long"))
 
     def _feed_until_upgrade(self, data: bytes) -> bytes:
         """Returns what is to be fed next: nothing, unless a request asked for an upgrade.

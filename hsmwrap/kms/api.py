@@ -395,10 +395,10 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         "CancelKeyDeletion": Operation(_KEY_ID, _cancel_key_deletion),
     }
 )
+"""The operations by action."""
 
 PERMISSIONS = (*sorted(OPERATIONS.keys() - {"ReEncrypt"}), "ReEncryptFrom", "ReEncryptTo")
 """The actions that a grant may name: the operations, and the two uses of ReEncrypt."""
-"""The operations by action."""
 
 
 def key_metadata(key: Key) -> Fields:

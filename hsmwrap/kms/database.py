@@ -58,7 +58,6 @@ _BUSY_MILLISECONDS = BUSY_SECONDS * 1000
 _SQLITE_ENDS = ("-wal", "-shm", "-journal")
 _SQLITE_PRAGMAS = (
     f"PRAGMA busy_timeout={_BUSY_MILLISECONDS}",
-    "PRAGMA journal_mode=WAL",
     "PRAGMA foreign_keys=ON",
 )
 _CONNECT_SECONDS = 10
@@ -311,6 +310,27 @@ class BareSqlite(sqlite3.Connection):
         _BARE.discard(self)
 
 
+def use_wal(connection: sqlite3.Connection) -> None:
+    """Put a file of SQLite in WAL mode, where it is not yet.
+
+    Where several connections do so at once, SQLite refuses one of them without its busy timeout
+    (field note 97).
+
+    Raises:
+        sqlite3.OperationalError: Others locked the file for :data:`BUSY_SECONDS`.
+    """
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
+        else:
+            return
+
+
 def surely_rolled_back(error: BaseException) -> bool:
     """Whether a transaction that failed with this error was rolled back; False if unknown."""
     return isinstance(error, Exception) and not isinstance(error, CommitUnknown)
@@ -476,6 +496,7 @@ def _prepare_sqlite(connection: Any, _record: object, *, sync: bool) -> None:
     connection.isolation_level = None
     for pragma in (*_SQLITE_PRAGMAS, f"PRAGMA synchronous={'FULL' if sync else 'OFF'}"):
         connection.execute(pragma)
+    use_wal(connection)
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -37,7 +37,7 @@ from sqlalchemy import delete, select, text
 from hsmwrap import forks
 from hsmwrap.errors import ServiceUnavailable
 from hsmwrap.forks import ForkAware
-from hsmwrap.kms.database import BareSqlite, Database
+from hsmwrap.kms.database import BareSqlite, Database, use_wal
 from hsmwrap.kms.once import digest
 from hsmwrap.kms.schema import NonceBound, microseconds
 
@@ -54,7 +54,6 @@ SELECT oid::text, 'nonces'::regclass::oid::text FROM pg_database
 WHERE datname = current_database()"""
 
 _PREPARE = (
-    "PRAGMA journal_mode=WAL",
     "PRAGMA synchronous=OFF",
     """CREATE TABLE IF NOT EXISTS nonces
     (digest BLOB PRIMARY KEY, expires_at INTEGER NOT NULL) WITHOUT ROWID""",
@@ -298,6 +297,7 @@ class _File(ForkAware):
                 other.unlink(missing_ok=True)  # of an earlier boot
         connection = BareSqlite(self._file)
         try:
+            use_wal(connection)
             for statement in _PREPARE:
                 connection.execute(statement)
         except BaseException:

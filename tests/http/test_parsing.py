@@ -187,7 +187,15 @@ def test_the_framing_of_a_body_ends(endless):
         parser.feed(b"a" * 1000)
         fed += 1000
     assert parser.refusal is not None
-    assert fed <= MAX_HEADERS_LENGTH + 2 * MAX_BODY + 1000
+    assert fed <= MAX_HEADERS_LENGTH + 2000
+
+
+def test_a_body_of_small_chunks_has_no_other_limit():
+    parser = parse(CHUNKED)
+    for _ in range(MAX_BODY // 100):
+        parser.feed(b"1\r\na\r\n" * 100)
+    parser.feed(b"0\r\n\r\n")
+    assert [len(request.body) for request in parser.requests] == [MAX_BODY // 100 * 100]
 
 
 def line(length: int) -> bytes:

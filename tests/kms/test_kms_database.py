@@ -3,9 +3,11 @@
 import base64
 import json
 import os
+import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -17,7 +19,7 @@ from support.kms.fakes import AES_MATERIAL, Client
 from hsmwrap.errors import ConfigurationError, ServiceUnavailable
 from hsmwrap.kms import database as database_module
 from hsmwrap.kms.blobs import CiphertextBlob
-from hsmwrap.kms.database import Database, surely_rolled_back
+from hsmwrap.kms.database import Database, surely_rolled_back, use_wal
 from hsmwrap.kms.errors import CommitUnknown
 from hsmwrap.kms.schema import Row
 
@@ -206,6 +208,37 @@ def test_failed_commit_is_told_from_a_failure_before_it(database, monkeypatch):
     assert not surely_rolled_back(KeyboardInterrupt())
     with database.read() as transaction:
         assert transaction.execute(text("SELECT count(*) FROM used_once")).scalar() == 1
+
+
+def test_several_open_a_new_sqlite_file(tmp_path, monkeypatch):
+    """SQLite itself does not wait then: field note 97."""
+    file = tmp_path / "new.db"
+    writer = sqlite3.connect(file, isolation_level=None)
+    writer.execute("CREATE TABLE used_once (value INTEGER)")
+    writer.execute("BEGIN IMMEDIATE")
+    waited = []
+
+    def wait(seconds):
+        waited.append(seconds)
+        writer.execute("COMMIT")
+
+    monkeypatch.setattr(time, "sleep", wait)
+    database = Database(f"sqlite:///{file}")
+    with database.read() as transaction:
+        assert transaction.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+    assert len(waited) == 1
+    database.close()
+    writer.close()
+
+
+def test_the_lock_on_a_new_sqlite_file_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(database_module, "BUSY_SECONDS", 0.05)
+    with closing(sqlite3.connect(tmp_path / "new.db", isolation_level=None)) as writer:
+        writer.execute("CREATE TABLE used_once (value INTEGER)")
+        writer.execute("BEGIN IMMEDIATE")
+        other = sqlite3.connect(tmp_path / "new.db")
+        with closing(other), pytest.raises(sqlite3.OperationalError, match="locked"):
+            use_wal(other)
 
 
 def test_sqlite_writers_take_turns(sqlite_url):
