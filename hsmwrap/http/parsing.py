@@ -223,11 +223,12 @@ class RequestParser:
     def _refuse_what_does_not_end(self) -> None:
         # Framing: sizes of chunks, their extensions and trailers; llhttp keeps a trailer until
         # it is whole. Chunks of one byte have the most that a client needs.
-        framing = MAX_HEADERS_LENGTH + _FRAMING_OF_A_BYTE * len(self._body)
         if self._phase is Phase.HEAD and self._unfinished > MAX_HEADERS_LENGTH:
             self._refuse(_headers_too_large())
-        elif self._phase is Phase.BODY and self._framing > framing:
-            self._refuse(HeadersTooLarge("the framing of the body is too long"))
+        elif self._phase is Phase.BODY:
+            framing = MAX_HEADERS_LENGTH + _FRAMING_OF_A_BYTE * len(self._body)
+            if self._framing > framing:
+                self._refuse(HeadersTooLarge("the framing of the body is too long"))
 
     def _feed_until_upgrade(self, data: bytes) -> bytes:
         """Returns what is to be fed next: nothing, unless a request asked for an upgrade.

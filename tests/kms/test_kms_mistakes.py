@@ -283,7 +283,7 @@ MISTAKES = {
         listening=True,
     ),
     "metrics without a port": Mistake(
-        top(metrics_address="127.0.0.1"), "metrics_address: takes text", listening=True
+        top(metrics_address="127.0.0.1"), "metrics_address: takes ADDRESS:PORT", listening=True
     ),
 }
 
