@@ -153,6 +153,9 @@ class Backend(ABC):
     def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
         """Encrypt under an imported key: version ‖ nonce (12) ‖ ciphertext ‖ tag (16), by GCM.
 
+        Where the HSM has no GCM, :mod:`hsmwrap.ccm` makes CCM of its ECB and CBC, in messages with
+        a version of their own.
+
         No nonce may come twice under one key, in whatever thread, process, forked child, machine
         or instance after a restart: one repetition reveals GCM's authentication key. Twelve
         random bytes do (for up to 2^32 messages per key, NIST SP 800-38D, 8.3); a counter does
@@ -853,6 +856,9 @@ class KeySetFile:
 
 MESSAGE_VERSION = 1
 """First byte of what :meth:`Backend.encrypt` returns: AES-256-GCM or SM4-GCM, 12-byte nonce."""
+
+MESSAGE_VERSION_CCM = 2
+"""The same for CCM, of HSMs that have no GCM: see :mod:`hsmwrap.ccm`."""
 
 CHECK_VALUE_LENGTH = 17
 """Bytes of a check value: one for its method, and 16."""

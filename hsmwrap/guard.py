@@ -30,6 +30,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, get_args, get_origin, get_
 from hsmwrap.backend import (
     CHECK_VALUE_LENGTH,
     MESSAGE_VERSION,
+    MESSAGE_VERSION_CCM,
     NONCE_LENGTH,
     TAG_LENGTH,
     Ability,
@@ -68,6 +69,7 @@ MAX_NAME_LENGTH = 32
 MAC_LENGTH = 32
 
 _SPKI_LENGTH = {WrappingKeySpec.RSA_2048: 294, WrappingKeySpec.EC_SM2: 91}
+_VERSIONS = frozenset({MESSAGE_VERSION, MESSAGE_VERSION_CCM})
 _MESSAGE_OVERHEAD = 1 + NONCE_LENGTH + TAG_LENGTH
 _RSA_LENGTH = 256
 # DER is both the shortest and the longest layout: head of the SEQUENCE, INTEGERs of 1 to 33 bytes,
@@ -325,8 +327,8 @@ class GuardedBackend(Composition, Guarded):
             declared = Backend.encrypt
             encrypt = self._backend.encrypt
             message = checked(self._plugin, declared, encrypt, key, plaintext, additional_data)
-            if len(message) != len(plaintext) + _MESSAGE_OVERHEAD or message[0] != MESSAGE_VERSION:
-                raise self._broken(declared, "returned what is not version ‖ nonce ‖ GCM output")
+            if len(message) != len(plaintext) + _MESSAGE_OVERHEAD or message[0] not in _VERSIONS:
+                raise self._broken(declared, "returned what is not version ‖ nonce ‖ sealed text")
             return message
 
     @strip_tracebacks
@@ -334,7 +336,7 @@ class GuardedBackend(Composition, Guarded):
         """The plaintext of a message."""
         with self._gate.enter():
             self._require_usable(key)
-            if len(ciphertext) < _MESSAGE_OVERHEAD or ciphertext[0] != MESSAGE_VERSION:
+            if len(ciphertext) < _MESSAGE_OVERHEAD or ciphertext[0] not in _VERSIONS:
                 raise InvalidCiphertext
             declared = Backend.decrypt
             decrypt = self._backend.decrypt

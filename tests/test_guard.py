@@ -274,7 +274,7 @@ def test_an_object_id_is_made_where_none_is_given(case):
     assert len(case.bring().key.data) == 16
 
 
-@pytest.mark.parametrize("message", [b"", b"\x01" * 28, b"\x02" * 40])
+@pytest.mark.parametrize("message", [b"", b"\x01" * 28, b"\x02" * 28, b"\x03" * 40])
 def test_what_is_no_message_does_not_reach_the_plug_in(case, message):
     refused(case, InvalidCiphertext, lambda: case.backend.decrypt(case.key, message))
 

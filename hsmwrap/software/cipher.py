@@ -2,8 +2,8 @@
 
 A message is version (1 byte) ‖ nonce (12) ‖ ciphertext ‖ tag (16). The additional data is exactly
 the caller's, so any GCM implementation can read what follows the version byte. The version byte
-itself is not authenticated; only one value is accepted. A later version has to authenticate its
-own.
+itself is not authenticated; only one value is accepted. Version 2 authenticates its own
+(:mod:`hsmwrap.ccm`).
 """
 
 from __future__ import annotations

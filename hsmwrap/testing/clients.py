@@ -23,10 +23,11 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherAlgorithm, algorithms, modes
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from hsmwrap.backend import MESSAGE_VERSION, NONCE_LENGTH, TAG_LENGTH
+from hsmwrap import ccm
+from hsmwrap.backend import MESSAGE_VERSION, MESSAGE_VERSION_CCM, NONCE_LENGTH, TAG_LENGTH
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm
 from hsmwrap.customer import PADDINGS
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, InvalidCiphertext
 
 Encryptor = Callable[[WrappingAlgorithm, bytes, bytes], bytes]
 """(wrapping algorithm, DER SubjectPublicKeyInfo, key material) → encrypted key material."""
@@ -114,8 +115,16 @@ def gmssl_encrypt(algorithm: WrappingAlgorithm, public_key: bytes, material: byt
     return bytes(ciphertext)
 
 
-def encrypt_message(spec: KeySpec, key: bytes, plaintext: bytes, additional_data: bytes) -> bytes:
-    """Encrypt by pyca: version ‖ nonce (12) ‖ ciphertext ‖ tag (16), AES-256-GCM or SM4-GCM."""
+def encrypt_message(
+    spec: KeySpec,
+    key: bytes,
+    plaintext: bytes,
+    additional_data: bytes,
+    version: int = MESSAGE_VERSION,
+) -> bytes:
+    """Encrypt by pyca: version ‖ nonce (12) ‖ ciphertext ‖ tag (16), GCM, or CCM by version."""
+    if version == MESSAGE_VERSION_CCM:
+        return ccm.encrypt(*_blocks(spec, key), plaintext, additional_data)
     nonce = secrets.token_bytes(NONCE_LENGTH)
     encryptor = Cipher(_cipher(spec, key), modes.GCM(nonce)).encryptor()
     encryptor.authenticate_additional_data(additional_data)
@@ -129,6 +138,11 @@ def decrypt_message(spec: KeySpec, key: bytes, message: bytes, additional_data: 
     Raises:
         ClientFailed: Wrong version, key, additional data or tag.
     """
+    if message[:1] == bytes([MESSAGE_VERSION_CCM]):
+        try:
+            return ccm.decrypt(*_blocks(spec, key), message, additional_data)
+        except InvalidCiphertext:
+            raise ClientFailed("the message does not decrypt under the known key") from None
     nonce, body, tag = message[1:][:NONCE_LENGTH], message[1:-TAG_LENGTH], message[-TAG_LENGTH:]
     body = body[NONCE_LENGTH:]
     if message[:1] != bytes([MESSAGE_VERSION]):
@@ -144,6 +158,15 @@ def decrypt_message(spec: KeySpec, key: bytes, message: bytes, additional_data: 
 def clients_of(algorithm: WrappingAlgorithm) -> tuple[Client, ...]:
     """Return the clients that can encrypt under ``algorithm``."""
     return (OPENSSL, GMSSL) if algorithm is WrappingAlgorithm.SM2PKE else (OPENSSL,)
+
+
+def _blocks(spec: KeySpec, key: bytes) -> tuple[ccm.Blocks, ccm.Blocks]:
+    """ECB, and CBC with an IV of zeros, by pyca."""
+    ecb, cbc = modes.ECB(), modes.CBC(bytes(ccm.BLOCK))  # noqa: S305  # CCM is made of them
+    return (
+        lambda blocks: Cipher(_cipher(spec, key), ecb).encryptor().update(blocks),
+        lambda blocks: Cipher(_cipher(spec, key), cbc).encryptor().update(blocks),
+    )
 
 
 def _cipher(spec: KeySpec, key: bytes) -> CipherAlgorithm:
