@@ -14,7 +14,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "faultshim"
 MAGIC = 0x6D696873
-VERSION = 3
+VERSION = 4
 CODES_MAX = 16
 PROCESSES_MAX = 128
 PIN_MAX = 64
@@ -68,6 +68,7 @@ class Control(ctypes.Structure):
         ("size", ctypes.c_uint64),
         ("device", ctypes.c_uint64),
         ("restrictions", ctypes.c_uint64),
+        ("vendor", ctypes.c_uint64),
         ("pin", ctypes.c_char * PIN_MAX),
         ("kill_calls", ctypes.c_uint64),
         ("kill_changes", ctypes.c_uint64),

@@ -11,9 +11,11 @@ For authors of backends, on the HSM or the software token of their choice (needs
     assert shim.counters().held == before.held          # no session and no object left behind
     assert not shim.counters().violations
 
-The module can also be made poorer than it is, and so play other HSM tokens (:class:`Restriction`)::
+The module can also be made poorer than it is, and so play other HSM tokens (:class:`Restriction`),
+and it can play an HSM with a vendor's own mechanisms (:class:`Vendor`)::
 
     shim.restrict(Restriction.NO_AES_ECB, Restriction.ONE_SESSION)
+    shim.play(Vendor.SANSEC)                            # an HSM with a vendor's SM2
 
 Everything can be changed while the module runs, by any thread, and from other processes through
 :class:`FaultControl`; only one process at a time should change it. The shim works in forked
@@ -29,7 +31,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Flag, auto
+from enum import Flag, IntEnum, auto
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -47,6 +49,7 @@ __all__ = [
     "FaultShim",
     "Restriction",
     "ShimBuildError",
+    "Vendor",
     "Violations",
     "build",
 ]
@@ -115,6 +118,22 @@ class Restriction(Flag):
     MODIFIABLE_IGNORED = auto()
     WRAP_WITH_TRUSTED_IGNORED = auto()
     """These attributes are taken, and have no effect."""
+    NO_TRUST = auto()
+    """UNWRAP_TEMPLATE, TRUSTED, WRAP_WITH_TRUSTED and ALLOWED_MECHANISMS are unknown."""
+
+
+class Vendor(IntEnum):
+    """An HSM with SM2 of its vendor's, played in front of SoftHSM2 with OpenSSL 3's libcrypto.
+
+    The numbers of mechanisms and key types are those of the profile of this name; they collide.
+    What the vendors' own HSMs do beyond that is not known here, and is not claimed: both generate
+    pairs, decrypt and unwrap, SoftHSM2 keeps the keys, and other restrictions can be set beside.
+    """
+
+    SANSEC = 1
+    """Takes C1 ‖ C3 ‖ C2 by 0x80008200 and DER by 0x80008201."""
+    TASS = 2
+    """Takes C1 ‖ C2 ‖ C3 by 0x80008200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +336,13 @@ class FaultControl:
     def restore_device(self) -> None:
         """Restore the removed HSM."""
         self._control.device &= ~_control.DEVICE_ABSENT
+
+    def play(self, vendor: Vendor | None) -> None:
+        """Make the module play a vendor's HSM, or none; restrictions stay as they are.
+
+        To be set while no process has the module initialised.
+        """
+        self._control.vendor = vendor or 0
 
     def restrict(self, *restrictions: Restriction, pin: str | None = None) -> None:
         """Make the module play a token with these restrictions, and no others; with none, itself.

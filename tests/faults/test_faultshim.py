@@ -16,7 +16,16 @@ import pytest
 from support.faults.shimclient import CKA_CLASS, CKA_TOKEN, PIN, Client, fresh_process, ready
 
 from hsmwrap.testing import _control, _shimbuild
-from hsmwrap.testing.faults import CKR, FUNCTIONS, FaultControl, FaultShim, Restriction, build, main
+from hsmwrap.testing.faults import (
+    CKR,
+    FUNCTIONS,
+    FaultControl,
+    FaultShim,
+    Restriction,
+    Vendor,
+    build,
+    main,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -81,10 +90,11 @@ def test_layout_is_that_of_the_header(tmp_path):
     prints += ['P(CONTROL_MAGIC, "MAGIC")', 'P(CONTROL_VERSION, "VERSION")']
     prints += ['P(CODES_MAX, "CODES")', 'P(PROCESSES_MAX, "PROCESSES")', 'P(PIN_MAX, "PIN")']
     prints += [f'P({each.name}, "{each.name}")' for each in Restriction]
-    prints += ['P(RESTRICTION_COUNT, "RESTRICTIONS")']
+    prints += ['P(RESTRICTION_COUNT, "RESTRICTIONS")', 'P(VENDOR_COUNT, "VENDORS")']
+    prints += [f'P(VENDOR_{each.name}, "VENDOR_{each.name}")' for each in Vendor]
     source = tmp_path / "layout.c"
     source.write_text(
-        '#include <stdio.h>\n#include "restrictions.h"\n'
+        '#include <stdio.h>\n#include "restrictions.h"\n#include "vendor.h"\n'
         '#define P(value, name) printf("%s %lu\\n", name, (unsigned long)(value));\n'
         "int main(void) {" + "\n".join(prints) + "}"
     )
@@ -98,6 +108,8 @@ def test_layout_is_that_of_the_header(tmp_path):
     mirrored |= {"CODES": _control.CODES_MAX, "PROCESSES": _control.PROCESSES_MAX}
     mirrored |= {"PIN": _control.PIN_MAX, "RESTRICTIONS": len(Restriction)}
     mirrored |= {each.name: each.value for each in Restriction}
+    mirrored |= {f"VENDOR_{each.name}": each.value for each in Vendor}
+    mirrored |= {"VENDORS": len(Vendor) + 1}
     assert measured == mirrored
 
 
@@ -149,8 +161,10 @@ def test_function_list_is_in_the_order_of_the_standard(home):
     assert list(real.entries) == [real.exported(name) for name in FUNCTIONS]
 
 
+@pytest.mark.parametrize("vendor", [None, *Vendor])
 @fresh_process
-def test_every_function_answers_as_the_module_does(home):
+def test_every_function_answers_as_the_module_does(home, vendor):
+    FaultControl(home).play(vendor)
     shim, real = Client(FaultControl(home).path), Client(SOFTHSM)
     arity = dict(_arities())
     silent = {"C_Initialize", "C_Finalize", "C_GetFunctionList"}

@@ -16,7 +16,7 @@
 #include "functions.h"
 
 #define CONTROL_MAGIC 0x6D696873u /* "shim" */
-#define CONTROL_VERSION 3u
+#define CONTROL_VERSION 4u
 
 enum { CODES_MAX = 16, PROCESSES_MAX = 128, PIN_MAX = 64 };
 
@@ -66,6 +66,7 @@ struct control {
     uint64_t size;
     counter device; /* test */
     counter restrictions; /* test: bits of enum restriction */
+    counter vendor; /* test: the one of vendor.h that is played */
     char pin[PIN_MAX]; /* test, before the restrictions: what is typed at the token's PIN pad */
     counter kill_calls;   /* test: the process that makes the last of so many calls is killed before it */
     counter kill_changes; /* test: the same for token objects made and destroyed, and after it */
@@ -83,9 +84,9 @@ struct control {
     struct function_control function[FUNCTION_COUNT];
     struct process_share process[PROCESSES_MAX];
 };
-static_assert(offsetof(struct control, function) == 192, "layout");
-static_assert(offsetof(struct control, process) == 192 + 128 * 68, "68 functions in v2.40");
-static_assert(sizeof(struct control) == 192 + 128 * 68 + 24 * PROCESSES_MAX, "layout");
+static_assert(offsetof(struct control, function) == 200, "layout");
+static_assert(offsetof(struct control, process) == 200 + 128 * 68, "68 functions in v2.40");
+static_assert(sizeof(struct control) == 200 + 128 * 68 + 24 * PROCESSES_MAX, "layout");
 
 static inline void raise_high_water(counter *mark, uint64_t value)
 {

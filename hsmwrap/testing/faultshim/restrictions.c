@@ -5,70 +5,16 @@
 #include <stdbool.h>
 #include <string.h>
 
+#include "attributes.h"
 #include "ledger.h"
 #include "makers.h"
 
-enum {
-    CKA_CLASS = 0x00,
-    CKA_PRIVATE = 0x02,
-    CKA_KEY_TYPE = 0x100,
-    CKA_SENSITIVE = 0x103,
-    CKA_EXTRACTABLE = 0x162,
-    CKA_MODIFIABLE = 0x170,
-    CKA_COPYABLE = 0x171,
-    CKA_EC_POINT = 0x181,
-    CKA_WRAP_WITH_TRUSTED = 0x210,
-    CKA_UNWRAP_TEMPLATE = 0x40000212,
-    CKA_ALLOWED_MECHANISMS = 0x40000600,
-};
-enum { CKO_PRIVATE_KEY = 0x03, CKO_SECRET_KEY = 0x04 };
-enum { CKK_GENERIC_SECRET = 0x10, CKK_SHA256_HMAC = 0x2B };
-enum {
-    CKM_RSA_PKCS = 0x01,
-    CKM_RSA_X_509 = 0x03,
-    CKM_RSA_PKCS_OAEP = 0x09,
-    CKM_SHA256_HMAC = 0x251,
-    CKM_ECDH1_DERIVE = 0x1050,
-    CKM_AES_ECB = 0x1081,
-    CKM_AES_CBC = 0x1082,
-    CKM_AES_CTR = 0x1086,
-    CKM_AES_GCM = 0x1087,
-    CKM_AES_KEY_WRAP_PAD = 0x210A,
-    CKM_AES_KEY_WRAP_KWP = 0x210B,
-};
-enum {
-    CKR_ATTRIBUTE_TYPE_INVALID = 0x12,
-    CKR_ATTRIBUTE_VALUE_INVALID = 0x13,
-    CKR_KEY_TYPE_INCONSISTENT = 0x63,
-    CKR_MECHANISM_INVALID = 0x70,
-    CKR_MECHANISM_PARAM_INVALID = 0x71,
-    CKR_SESSION_COUNT = 0xB1,
-    CKR_USER_ALREADY_LOGGED_IN = 0x100,
-    CKR_USER_NOT_LOGGED_IN = 0x101,
-    CKR_BUFFER_TOO_SMALL = 0x150,
-};
-enum { CKF_PROTECTED_AUTHENTICATION_PATH = 0x100 };
 enum { ATTRIBUTES_MAX = 64, MECHANISMS_MAX = 32, POINT_MAX = 256, ARITY_MAX = 8 };
-
-struct ck_mechanism {
-    CK_ULONG mechanism;
-    const void *parameter;
-    CK_ULONG length;
-};
 
 struct ck_oaep_params {
     CK_ULONG hash, mgf, source;
     const void *data;
     CK_ULONG length;
-};
-
-struct ck_session_info {
-    CK_ULONG slot, state, flags, device_error;
-};
-
-struct ck_token_info {
-    unsigned char label[32], manufacturer[32], model[16], serial[16];
-    CK_ULONG flags;
 };
 
 /* A template as the real module gets it. */
@@ -85,26 +31,6 @@ static const CK_ULONG generic_secret = CKK_GENERIC_SECRET;
 static const CK_ULONG hmac_mark = CKM_SHA256_HMAC;
 
 /* --- templates ----------------------------------------------------------------------------- */
-
-static const struct ck_attribute *find(const struct ck_attribute *list, CK_ULONG count, CK_ULONG type)
-{
-    for (CK_ULONG i = 0; list && i < count; i++)
-        if (list[i].type == type && list[i].value)
-            return &list[i];
-    return NULL;
-}
-
-static bool says(const struct ck_attribute *list, CK_ULONG count, CK_ULONG type, bool value)
-{
-    const struct ck_attribute *found = find(list, count, type);
-    return found && found->length == 1 && (*(const unsigned char *)found->value != 0) == value;
-}
-
-static bool is_number(const struct ck_attribute *attribute, CK_ULONG number)
-{
-    return attribute && attribute->length == sizeof number
-        && memcmp(attribute->value, &number, sizeof number) == 0;
-}
 
 static void append(struct template *to, CK_ULONG type, const void *value, CK_ULONG length)
 {
@@ -170,6 +96,12 @@ static void rewrite(uint64_t set, enum function_id id, const struct ck_attribute
     }
 }
 
+static bool is_of_trust(CK_ULONG type)
+{
+    return type == CKA_UNWRAP_TEMPLATE || type == CKA_TRUSTED || type == CKA_WRAP_WITH_TRUSTED
+        || type == CKA_ALLOWED_MECHANISMS;
+}
+
 static CK_RV refused_template(uint64_t set, const struct maker *maker, const word a[])
 {
     const struct ck_attribute *list = (const struct ck_attribute *)a[maker->template];
@@ -181,6 +113,9 @@ static CK_RV refused_template(uint64_t set, const struct maker *maker, const wor
         && (find(list, count, CKA_UNWRAP_TEMPLATE) || find(list, count, CKA_ALLOWED_MECHANISMS)
             || find(list, count, CKA_COPYABLE) || find(list, count, CKA_MODIFIABLE)))
         return CKR_ATTRIBUTE_TYPE_INVALID;
+    for (CK_ULONG i = 0; (set & NO_TRUST) && list && i < count; i++)
+        if (is_of_trust(list[i].type))
+            return CKR_ATTRIBUTE_TYPE_INVALID;
     if ((set & NO_SESSION_OBJECTS) && maker->id != FN_C_CopyObject
         && !says(list, count, CKA_TOKEN, true))
         return CKR_ATTRIBUTE_VALUE_INVALID;
@@ -410,12 +345,20 @@ static CK_RV get_attributes(uint64_t set, const word a[], forward call)
         read[i] = to[i];
         if ((set & POINTS) && to[i].type == CKA_EC_POINT)
             read[i] = (struct ck_attribute){CKA_EC_POINT, point, sizeof point};
+        if ((set & NO_TRUST) && is_of_trust(to[i].type))
+            read[i] = (struct ck_attribute){CKA_CLASS, NULL, 0};
     }
+    CK_RV without = CKR_OK;
     CK_RV rv = call(FN_C_GetAttributeValue, (const word[]){a[0], a[1], (word)read, a[3]});
     for (CK_ULONG i = 0; i < a[3]; i++) {
         if ((set & POINTS) && to[i].type == CKA_EC_POINT && read[i].length != (CK_ULONG)-1) {
             CK_RV given = give_point(set, &to[i], point, read[i].length);
             rv = rv == CKR_OK ? given : rv;
+            continue;
+        }
+        if ((set & NO_TRUST) && is_of_trust(to[i].type)) {
+            to[i].length = (CK_ULONG)-1;
+            without = CKR_ATTRIBUTE_TYPE_INVALID;
             continue;
         }
         to[i].length = read[i].length;
@@ -427,7 +370,7 @@ static CK_RV get_attributes(uint64_t set, const word a[], forward call)
             && is_number(&to[i], CKK_GENERIC_SECRET) && is_hmac_key(a, a[1], call))
             *(CK_ULONG *)to[i].value = CKK_SHA256_HMAC;
     }
-    return rv;
+    return rv == CKR_OK ? without : rv;
 }
 
 /* --- one call ------------------------------------------------------------------------------ */

@@ -38,7 +38,8 @@
     X(ALLOWED_MECHANISMS_IGNORED)   \
     X(COPYABLE_IGNORED)             \
     X(MODIFIABLE_IGNORED)           \
-    X(WRAP_WITH_TRUSTED_IGNORED)
+    X(WRAP_WITH_TRUSTED_IGNORED)    \
+    X(NO_TRUST)
 
 #define RESTRICTION_NUMBER(name) NUMBER_##name,
 enum { RESTRICTIONS(RESTRICTION_NUMBER) RESTRICTION_COUNT };
@@ -46,8 +47,6 @@ enum { RESTRICTIONS(RESTRICTION_NUMBER) RESTRICTION_COUNT };
 #define RESTRICTION(name) name = UINT64_C(1) << NUMBER_##name,
 enum restriction { RESTRICTIONS(RESTRICTION) };
 #undef RESTRICTION
-
-typedef CK_RV (*forward)(enum function_id id, const word a[]);
 
 /* Performs a call as the token that is played does; ``arity``: number of its arguments. */
 CK_RV restricted_call(struct control *control, enum function_id id, unsigned arity,

@@ -21,6 +21,7 @@
 #include "ledger.h"
 #include "makers.h"
 #include "restrictions.h"
+#include "vendor.h"
 #include "verdict.h"
 
 #define DESCRIPTION(name, arity, kind) {arity, kind},
@@ -67,6 +68,11 @@ static CK_RV call_real(enum function_id id, const word a[])
             a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]);
     default: return CKR_GENERAL_ERROR;
     }
+}
+
+static CK_RV call_vendor(enum function_id id, const word a[])
+{
+    return vendor_call(control, id, a, call_real);
 }
 
 /* --- dying ----------------------------------------------------------------------------------- */
@@ -211,7 +217,7 @@ static CK_RV call_device(enum function_id id, const word a[], uint64_t device)
             return call_slot_without_token(id, a);
     }
     bool token_object = destroys_token_object(id, a);
-    CK_RV rv = restricted_call(control, id, description[id].arity, a, call_real);
+    CK_RV rv = restricted_call(control, id, description[id].arity, a, call_vendor);
     if (rv == CKR_OK && token_object) {
         atomic_fetch_add(&control->token_objects_destroyed, 1);
         die_at_last(&control->kill_changes);
@@ -354,6 +360,7 @@ static void after_fork_in_child(void)
     atomic_store(&process.stale, false);
     ledger_after_fork_in_child();
     restrictions_after_fork_in_child();
+    vendor_after_fork_in_child();
 }
 
 static bool complain(const char *what, const char *why)

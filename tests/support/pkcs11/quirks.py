@@ -137,6 +137,7 @@ QUIRKS = (
     Quirk(R.COPYABLE_IGNORED),
     Quirk(R.MODIFIABLE_IGNORED),
     Quirk(R.WRAP_WITH_TRUSTED_IGNORED),
+    Quirk(R.NO_TRUST, says=("CKA_ALLOWED_MECHANISMS is not honoured",)),
 )
 
 NETWORK_HSM = Quirk(

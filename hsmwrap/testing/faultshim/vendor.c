@@ -1,0 +1,54 @@
+/* The vendors that can be played, and the order of the layers.
+ *
+ * To add mechanisms: a file of their own with a function like sm2_call, their numbers in struct
+ * vendor, and a line in vendor_call: the layer of SM2 gets a function that calls the new layer, and
+ * the new layer gets the real module. A layer calls the next one for what it does not do itself, and
+ * for the objects that it makes: what unwraps SM2 ciphertexts calls C_CreateObject of the layers
+ * below, so a key type that a layer below knows can be unwrapped into. What a layer needs of
+ * libcrypto is a line in libcrypto.h; what it keeps in memory is dropped after a fork, in
+ * vendor_after_fork_in_child.
+ */
+#include "vendor.h"
+
+#include <string.h>
+
+#include "libcrypto.h"
+
+#define ARITY(name, arity, kind) arity,
+static const unsigned char arity[FUNCTION_COUNT] = {FUNCTIONS(ARITY)};
+
+/* The numbers are those of the profiles in hsmwrap/pkcs11/binding/vendors, and collide as they do;
+ * what the vendors' own HSMs do beyond their numbers is not known here. */
+static const struct vendor vendors[VENDOR_COUNT] = {
+    [VENDOR_SANSEC] = {
+        .sm2_key_type = 0x80000004,
+        .sm2_generate = 0x80008001,
+        .sm2_decrypt = {{0x80008200, SM2_C1C3C2}, {0x80008201, SM2_DER}},
+    },
+    [VENDOR_TASS] = {
+        .sm2_key_type = 0x80000004,
+        .sm2_generate = 0x80008001,
+        .sm2_decrypt = {{0x80008200, SM2_C1C2C3}},
+    },
+};
+
+CK_RV vendor_call(struct control *control, enum function_id id, const word a[], forward real)
+{
+    uint64_t played = atomic_load(&control->vendor);
+    if (played == VENDOR_NONE)
+        return real(id, a);
+    if (played >= VENDOR_COUNT || !libcrypto())
+        return CKR_FUNCTION_FAILED;
+    return sm2_call(&vendors[played], id, a, real);
+}
+
+void vendor_after_fork_in_child(void)
+{
+    sm2_after_fork_in_child();
+}
+
+void copy_arguments(enum function_id id, const word from[], word to[ARGUMENTS_MAX])
+{
+    memset(to, 0, ARGUMENTS_MAX * sizeof *to);
+    memcpy(to, from, arity[id] * sizeof *to);
+}
