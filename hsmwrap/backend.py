@@ -418,6 +418,16 @@ class ClonesKeySets(Ability):
             HsmError: A key does not unwrap; nothing is kept of its key set.
         """
 
+    @classmethod
+    def discard_transport_key(
+        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
+    ) -> None:
+        """On the target: destroy the transport key, as no key sets will come for it.
+
+        Called where a clone failed after :meth:`make_transport_key`. Without it (the default) the
+        transport key stays until the next one replaces it.
+        """
+
 
 class BacksUpKeySets(Ability):
     """For backends whose key sets can be wrapped under a key that the caller has.

@@ -42,6 +42,7 @@ class Backup:
         key_sets: Ids of the key sets that there were; the plug-in may have left some out.
         threshold: How many shares are needed.
         shares: :func:`hsmwrap.shares.digest` of each share.
+        identifier: :func:`hsmwrap.shares.identifier` of all of them.
         content: What the plug-in made.
         tag: HMAC-SHA-256 of the rest, in hexadecimal digits.
     """
@@ -52,6 +53,7 @@ class Backup:
     key_sets: tuple[str, ...]
     threshold: int
     shares: tuple[str, ...]
+    identifier: int
     content: str
     tag: str = ""
 
@@ -82,6 +84,7 @@ class Backup:
                 key_sets=tuple(map(str, document["key_sets"])),
                 threshold=int(document["threshold"]),
                 shares=tuple(map(str, document["shares"])),
+                identifier=int(document["identifier"]),
                 content=str(document["content"]),
                 tag=str(document["tag"]),
             )
@@ -135,6 +138,7 @@ def back_up(
         key_sets=tuple(each.key_set for each in key_sets.list()),
         threshold=threshold,
         shares=tuple(map(secret_sharing.digest, made)),
+        identifier=secret_sharing.identifier(made[0]),
         content=content,
     )
     return replace(backup, tag=backup.tag_under(secret)), made

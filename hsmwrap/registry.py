@@ -186,6 +186,12 @@ class KeySetManager:
         return checked(self._name, declared, call, *arguments, so_pin_file=so_pin_file)
 
     @strip_tracebacks
+    def discard_transport_key(self, *, so_pin_file: str | None = None) -> None:
+        """Destroy the transport key; see :meth:`ClonesKeySets.discard_transport_key`."""
+        declared, call = ClonesKeySets.discard_transport_key, self._cloning().discard_transport_key
+        checked(self._name, declared, call, self._settings, so_pin_file=so_pin_file)
+
+    @strip_tracebacks
     def back_up(self, backup_key: bytes, *, so_pin_file: str | None = None) -> str:
         """Wrap the key sets; :func:`hsmwrap.backup.back_up` makes the key and the file."""
         declared, call = BacksUpKeySets.back_up_keys, self._backing_up().back_up_keys

@@ -92,9 +92,22 @@ def require_share(named: str, words: str, digests: Sequence[str], seen: Mapping[
         ) from None
     found = digest(words)
     if found not in digests:
-        raise ConfigurationError(f"{named} is whole, but a share of another backup")
+        raise ConfigurationError(
+            f"{named} is whole, but a share of another backup (its SLIP-39 identifier is "
+            f"{identifier(words)})"
+        )
     if found in seen:
         raise ConfigurationError(f"{named} is the same share as {seen[found]}")
+
+
+def identifier(words: str) -> int:
+    """The random number of 15 bits that all shares of one secret have; not a secret (SLIP-39).
+
+    Args:
+        words: A share that is whole.
+    """
+    found: int = _library().Share.from_mnemonic(words).identifier
+    return found
 
 
 def digest(words: str) -> str:

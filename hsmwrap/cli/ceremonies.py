@@ -7,7 +7,7 @@ import getpass
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +17,9 @@ from hsmwrap import backup, shares, transcript
 from hsmwrap.backend import KeySetInfo
 from hsmwrap.cli import tables
 from hsmwrap.cli.arguments import read_settings
+from hsmwrap.cli.newfiles import NewFiles, new_files
 from hsmwrap.coredumps import forbid_core_dumps
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, HsmwrapError, PinError
 from hsmwrap.privatefile import PrivateFile
 from hsmwrap.registry import KeySetManager
 
@@ -51,6 +52,31 @@ class Ceremony:
         """Note the key sets that there are afterwards; returns them."""
         self.facts["key_sets"] = [each.key_set for each in sets]
         return sets
+
+
+def files_of(args: argparse.Namespace) -> AbstractContextManager[NewFiles | None]:
+    """The files that this command makes: see :func:`~.newfiles.new_files`.
+
+    Raises:
+        ConfigurationError: They are not named, or one cannot be made.
+    """
+    if args.action not in {"transport-key", "export", "backup"}:
+        return nullcontext()
+    if args.action == "backup" and (args.shares is None or args.threshold is None):
+        raise ConfigurationError("backup: give --shares N and --threshold M")
+    if args.out is None:
+        raise ConfigurationError(f"{args.action}: name a new file by --out FILE")
+    shares_of: list[Path] = []
+    if args.action == "backup":
+        if args.shares_to is None:
+            _require_terminal("give --shares-to DIR for files, or read the shares from a terminal")
+        elif not args.shares_to.is_dir():
+            raise ConfigurationError(
+                f"--shares-to {args.shares_to}: is not a directory: make it first"
+            )
+        else:
+            shares_of = _share_files(args)
+    return new_files(args.action, [*shares_of, args.out])  # shares open nothing without a backup
 
 
 @contextmanager
@@ -137,26 +163,37 @@ def clone(ceremony: Ceremony) -> tuple[KeySetInfo, ...]:
     """The three steps in one process; returns the key sets of the other HSM token."""
     target, so_pin_file = other_token(ceremony)
     transport = target.make_transport_key(so_pin_file=so_pin_file)
-    ceremony.compared("transport_key", transport.fingerprint)
-    made = ceremony.key_sets.export(
-        transport.content, transport.fingerprint, so_pin_file=ceremony.so_pin_file
-    )
-    ceremony.compared("key_sets", made.fingerprint)
-    cloned = target.import_exported(made.content, made.fingerprint, so_pin_file=so_pin_file)
+    exported = False
+    try:
+        ceremony.compared("transport_key", transport.fingerprint)
+        made = ceremony.key_sets.export(
+            transport.content, transport.fingerprint, so_pin_file=ceremony.so_pin_file
+        )
+        ceremony.compared("key_sets", made.fingerprint)
+        exported = True
+        cloned = target.import_exported(made.content, made.fingerprint, so_pin_file=so_pin_file)
+    except BaseException as error:
+        # A PIN that the target refused is not tried again: that may lock it.
+        if not (exported and isinstance(error, PinError)):
+            _discard_transport_key(target, so_pin_file)
+        raise
     return ceremony.present(cloned)
+
+
+def _discard_transport_key(target: KeySetManager, so_pin_file: str | None) -> None:
+    try:
+        target.discard_transport_key(so_pin_file=so_pin_file)
+    except HsmwrapError as error:  # that of the clone is the one that counts
+        left = "a transport key is left in the other HSM token; the next clone replaces it"
+        print(f"hsmwrap: {left}: {error}", file=sys.stderr)
 
 
 # --- backup ---------------------------------------------------------------------------------------
 
 
-def back_up(ceremony: Ceremony) -> None:
+def back_up(ceremony: Ceremony, files: NewFiles) -> None:
     """Make a backup file, and hand out its shares."""
     args = ceremony.args
-    if args.shares is None or args.threshold is None:
-        raise ConfigurationError("backup: give --shares N and --threshold M")
-    if args.out is None or os.path.lexists(args.out):
-        raise ConfigurationError("backup: name a new file by --out FILE")
-    files = _share_files(args)
     forbid_core_dumps()
     made, words = backup.back_up(
         ceremony.key_sets,
@@ -168,25 +205,18 @@ def back_up(ceremony: Ceremony) -> None:
     ceremony.facts["key_sets"] = list(made.key_sets)
     ceremony.facts["shares"] = f"{made.threshold} of {len(made.shares)}"
     ceremony.compared("backup", made.fingerprint)
-    written: list[Path] = []
-    try:
-        if files is None:
-            _show(words)
-        else:
-            for file, share in zip(files, words, strict=True):
-                PrivateFile(file, "share").write_new(f"{share}\n".encode())
-                written.append(file)
-        PrivateFile(args.out, "--out").write_new(made.to_json().encode())
-    except BaseException:
-        for file in written:
-            file.unlink(missing_ok=True)
-        raise
+    if args.shares_to is None:
+        _show(words)
+    written = [] if args.shares_to is None else _share_files(args)
+    files.write([*(f"{share}\n" for _, share in zip(written, words, strict=False)), made.to_json()])
     if args.json:
         shown = {"file": str(args.out), "fingerprint": made.fingerprint}
-        print(tables.to_json(shown | {"shares": [str(file) for file in written]}))
+        shares_of = {"identifier": made.identifier, "shares": [str(file) for file in written]}
+        print(tables.to_json(shown | shares_of), flush=True)
     else:
         needed = f"{made.threshold} of {len(made.shares)} shares open it"
-        print(f"{args.out}\nfingerprint {made.fingerprint}\n{needed}")
+        named = f"SLIP-39 identifier of the shares: {made.identifier}"
+        print(f"{args.out}\nfingerprint {made.fingerprint}\n{needed}\n{named}", flush=True)
 
 
 def restore(ceremony: Ceremony) -> tuple[KeySetInfo, ...]:
@@ -281,19 +311,9 @@ def _given_shares(args: argparse.Namespace, opened: backup.Backup) -> dict[str, 
     return given
 
 
-def _share_files(args: argparse.Namespace) -> list[Path] | None:
-    """Where each share goes; None: to the terminal."""
-    if args.shares_to is None:
-        _require_terminal("give --shares-to DIR for files, or read the shares from a terminal")
-        return None
-    files: list[Path] = [args.shares_to / f"share-{n}" for n in range(1, args.shares + 1)]
-    if not args.shares_to.is_dir():
-        raise ConfigurationError(f"--shares-to {args.shares_to}: is not a directory: make it first")
-    if any(map(os.path.lexists, files)):
-        raise ConfigurationError(
-            f"--shares-to {args.shares_to}: takes a directory that has no shares yet"
-        )
-    return files
+def _share_files(args: argparse.Namespace) -> list[Path]:
+    """The file of each share in the directory --shares-to."""
+    return [args.shares_to / f"share-{number}" for number in range(1, args.shares + 1)]
 
 
 def _require_terminal(otherwise: str) -> None:

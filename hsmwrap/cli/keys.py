@@ -27,9 +27,9 @@ from hsmwrap.cli.arguments import (
 )
 from hsmwrap.cli.ceremonies import Ceremony
 from hsmwrap.cli.extras import require_server
+from hsmwrap.cli.newfiles import NewFiles
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.keypool import PoolSettings
-from hsmwrap.privatefile import PrivateFile
 
 if TYPE_CHECKING:
     from hsmwrap.kms.config import ServerConfig
@@ -188,11 +188,9 @@ def run(args: argparse.Namespace) -> int:
     if args.action in {"init", "rotate"} and chosen.plugin == "pkcs11" and not so_pin_file:
         print(_WEAKER, file=sys.stderr)
     ceremony = ceremonies.Ceremony(args, key_sets, so_pin_file)
-    with ceremonies.recorded(ceremony):
-        if args.action in {"transport-key", "export"}:
-            _write_file(ceremony)
-        elif args.action == "backup":
-            ceremonies.back_up(ceremony)
+    with ceremonies.files_of(args) as files, ceremonies.recorded(ceremony):
+        if files is not None:
+            (ceremonies.back_up if args.action == "backup" else _write_file)(ceremony, files)
         elif args.action == "drill":
             return ceremonies.drill(ceremony, chosen.config)
         else:
@@ -235,12 +233,9 @@ class _Chosen:
     name: str = ""
 
 
-def _write_file(ceremony: Ceremony) -> None:
+def _write_file(ceremony: Ceremony, files: NewFiles) -> None:
     """A step of cloning that makes a file: write it, and show its fingerprint."""
     args, key_sets, so_pin_file = ceremony.args, ceremony.key_sets, ceremony.so_pin_file
-    out: Path | None = args.out
-    if out is None or os.path.lexists(out):
-        raise ConfigurationError(f"{args.action}: name a new file by --out FILE")
     if args.action == "transport-key":
         made = key_sets.make_transport_key(so_pin_file=so_pin_file)
         ceremony.compared("transport_key", made.fingerprint)
@@ -250,11 +245,12 @@ def _write_file(ceremony: Ceremony) -> None:
         made = key_sets.export(content, fingerprint, so_pin_file=so_pin_file)
         ceremony.compared("key_sets", made.fingerprint)
         ceremony.present(key_sets.list())
-    PrivateFile(out, "--out").write_new(made.content.encode())
+    files.write([made.content])
     if args.json:
-        print(tables.to_json({"file": str(out), "fingerprint": made.fingerprint}))
+        shown = tables.to_json({"file": str(args.out), "fingerprint": made.fingerprint})
     else:
-        print(f"{out}\nfingerprint {made.fingerprint}\nCompare it on the other side.")
+        shown = f"{args.out}\nfingerprint {made.fingerprint}\nCompare it on the other side."
+    print(shown, flush=True)
 
 
 def _confirmed(args: argparse.Namespace) -> tuple[str, str]:

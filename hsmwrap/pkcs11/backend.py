@@ -181,6 +181,13 @@ class Pkcs11Backend(
         return KeySetFile(made.to_json(), made.fingerprint)
 
     @classmethod
+    def discard_transport_key(
+        cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
+    ) -> None:
+        """Destroy the transport key in the HSM token; needs the SO PIN."""
+        cloning.discard_transport_key(*_officer(settings, so_pin_file))
+
+    @classmethod
     def export_keys(
         cls,
         settings: Mapping[str, Any],

@@ -18,8 +18,9 @@ from support.kms.fakes import AES_MATERIAL, SM4_MATERIAL, Client
 from support.shares import told
 
 from hsmwrap import transcript
+from hsmwrap.backend import KeySetFile
 from hsmwrap.cli import ceremonies, main
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, HsmError, PinError
 from hsmwrap.kms import StaticAccessKeys, load_config, open_kms
 from hsmwrap.privatefile import PrivateFile
 from hsmwrap.registry import KeySetManager
@@ -147,7 +148,7 @@ def test_a_backup_replaces_no_file_and_no_share(tmp_path, capsys):
     there = tmp_path / "share-2"
     there.write_text("")
     assert main(["keys", "backup", *numbers, "--out", str(tmp_path / "new")]) == 2
-    assert "takes a directory that has no shares yet" in capsys.readouterr().err
+    assert "share-2: is there already" in capsys.readouterr().err
     assert main(["keys", "backup", *numbers, "--out", str(there)]) == 2
     assert list(tmp_path.iterdir()) == [there]
 
@@ -180,7 +181,6 @@ def test_a_clone_in_one_command_and_back(softhsm, tmp_path):
     target = SoftHsm.make(tmp_path / "both", "target")
     source.environment["HSMWRAP_PIN_FILE"] = str(tmp_path / "source.pin")
     source.environment["HSMWRAP_SO_PIN_FILE"] = str(tmp_path / "source-so.pin")
-    source.run_keys("init", "hsmwrap")
     record = ("--transcript", str(tmp_path / "transcript"))
 
     def clone(one, other):
@@ -189,6 +189,11 @@ def test_a_clone_in_one_command_and_back(softhsm, tmp_path):
         given = ("--to", str(to), "--to-so-pin-file", so_pin, *record)
         return sets(one.run_keys("clone", "hsmwrap", *given))
 
+    with pytest.raises(SoftHsmError, match="has no key set whose keys can leave it"):
+        clone(source, target)
+    assert {each.name for each in (tmp_path / "both").rglob("*.object")} == {"token.object"}
+    (tmp_path / "transcript").unlink()
+    source.run_keys("init", "hsmwrap")
     assert clone(source, target) == [("1", True)]
     assert sets(target.run_keys("rotate", "hsmwrap")) == [("1", False), ("2", True)]
     assert clone(target, source) == [("1", False), ("2", True)]
@@ -196,6 +201,50 @@ def test_a_clone_in_one_command_and_back(softhsm, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "transcript").read_text().splitlines()]
     assert [each["outcome"] for each in lines] == ["began", "ok"] * 2
     assert lines[1]["fingerprints"].keys() == {"transport_key", "key_sets"}
+
+
+class Target(KeySetManager):
+    """Of the other HSM token, as a clone sees it."""
+
+    def __init__(self, failing):
+        self.failing, self.calls, self._name = failing, [], "pkcs11"
+
+    def _called(self, name, error=None):
+        self.calls.append(name)
+        if self.failing == name:
+            raise error or PinError("refused")
+        return KeySetFile("{}", "00")
+
+    def make_transport_key(self, **_):
+        return self._called("make_transport_key")
+
+    def export(self, *_, **_options):
+        return self._called("export")
+
+    def import_exported(self, *_, **_options):
+        return self._called("import_exported", HsmError("does not unwrap"))
+
+    def discard_transport_key(self, **_):
+        self._called("discard_transport_key")
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "discarded"),
+    [
+        ("make_transport_key", PinError, False),
+        ("export", PinError, True),
+        ("import_exported", HsmError, True),
+        ("import_exported", PinError, False),  # the next wrong PIN may lock the target
+    ],
+)
+def test_a_clone_that_fails_leaves_no_transport_key(failing, error, discarded, monkeypatch):
+    target = Target(failing)
+    if error is PinError:
+        monkeypatch.setattr(target, "import_exported", lambda *_, **__: target._called(failing))
+    monkeypatch.setattr(ceremonies, "other_token", lambda _: (target, "so.pin"))
+    with pytest.raises(error):
+        ceremonies.clone(ceremonies.Ceremony(Namespace(), target, "so.pin"))
+    assert (target.calls[-1] == "discard_transport_key") is discarded
 
 
 # --- a drill with a server's keys -----------------------------------------------------------------

@@ -21,9 +21,15 @@ MOVES = (
     Command(("retire", "{old}", "--force"), ends_tokens=True, was_done="has no key"),
 )
 CLONE = (
-    Command(("transport-key", "--out", "transport"), "target", writes=("transport",)),
+    Command(
+        ("transport-key", "--out", "transport"),
+        "target",
+        was_done="is there already",
+        writes=("transport",),
+    ),
     Command(
         ("export", "--file", "transport", "--fingerprint", "{transport}", "--out", "exported"),
+        was_done="is there already",
         writes=("exported",),
     ),
     Command(("import", "--file", "exported", "--fingerprint", "{exported}"), "target"),
@@ -32,6 +38,7 @@ SHARES = ("share-1", "share-2", "share-3")
 BACKUP = (
     Command(
         ("backup", "--shares", "3", "--threshold", "2", "--shares-to", ".", "--out", "kept"),
+        was_done="is there already",
         writes=("kept", *SHARES),
     ),
     Command(

@@ -1,8 +1,11 @@
 """Key sets in a backup file and its shares: each token has processes of its own."""
 
 import json
+import os
+import re
 import secrets
 import shutil
+import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import combinations
@@ -15,6 +18,7 @@ from hsmwrap import shares as secret_sharing
 from hsmwrap.backup import Backup, restore
 from hsmwrap.checkvalue import check_value
 from hsmwrap.errors import ConfigurationError, UnsupportedOperation
+from hsmwrap.pkcs11.keysets.backup import _drill_prefix
 from hsmwrap.registry import KeySetManager
 from hsmwrap.testing.softhsm import SoftHsm, SoftHsmError
 
@@ -178,7 +182,10 @@ def nothing(share):
         (unknown_word, "is damaged"),
         (missing_word, "is damaged"),
         (nothing, "is damaged"),
-        (of_another_backup, "is whole, but a share of another backup"),
+        (
+            of_another_backup,
+            r"is whole, but a share of another backup \(its SLIP-39 identifier is \d+\)",
+        ),
     ],
 )
 def test_a_wrong_share_is_named_and_nothing_of_it_is_said(backup, empty, change, why):
@@ -342,6 +349,32 @@ def test_a_drill_refuses_a_token_in_use(drilled, tmp_path):
     with pytest.raises(SoftHsmError, match="has key sets, so a KMS may use it"):
         drilled(used)
     assert objects_of(used) == before
+
+
+def test_a_drill_removes_what_a_killed_one_left_and_nothing_else(drilled, backup, tmp_path):
+    """Not what has a name like it, nor what a drill would have made on another token."""
+    scratch = SoftHsm.make(tmp_path / "scratch", "scratch")
+    before = objects_of(scratch)
+    shown = subprocess.run(
+        ["softhsm2-util", "--show-slots"],
+        env=os.environ | scratch.environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    (serial,) = re.findall(r"Serial number: +(\S+)", shown)
+    left = [_drill_prefix("0badcafe", serial), _drill_prefix("12345678", serial)]
+    others = [_drill_prefix("0badcafe", "another"), "drill-0badcafe"]
+    for prefix in left:
+        backup.restored_on(scratch, prefix=prefix)
+    drilled(scratch)
+    assert objects_of(scratch) == before
+    for prefix in others:
+        backup.restored_on(scratch, prefix=prefix)
+    kept = objects_of(scratch)
+    assert len(kept) > len(before)
+    drilled(scratch)
+    assert objects_of(scratch) == kept
 
 
 def test_what_does_not_restore_is_told_and_leaves_nothing(drilled, backup, tmp_path):

@@ -10,7 +10,9 @@ templates take key sets and nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from pkcs11.types import Session
 from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError, UnsupportedOperation
 from hsmwrap.pkcs11.binding import objects
+from hsmwrap.pkcs11.binding.client_errors import read_if_known
 from hsmwrap.pkcs11.binding.templates import Template, secret_key
 from hsmwrap.pkcs11.keysets import movability
 from hsmwrap.pkcs11.keysets.admin import (
@@ -43,11 +46,14 @@ from hsmwrap.pkcs11.keysets.wrapped import (
     take_in,
     wrap_sets,
 )
+from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.pin import PinSource
 
 _FORMAT = "hsmwrap-pkcs11-backup/1"
 _DRILL = "drill"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +134,8 @@ def drill(
     """Restore on a scratch HSM token, let ``examine`` look at it, and destroy what was restored.
 
     The restored keys have a ``key_prefix`` of their own, which ``examine`` gets. So nothing that
-    the token has is touched, whichever token it is.
+    the token has is touched, whichever token it is. But what an earlier drill on it left that was
+    killed is destroyed: the prefix, in which the token's serial number is, tells it.
 
     Returns:
         The key sets that were restored.
@@ -148,13 +155,38 @@ def drill(
             f"the HSM token {label} (serial number {serial}) has key sets, so a KMS may use it; a "
             "drill takes a scratch token"
         )
-    own = replace(settings, key_prefix=f"{_DRILL}-{secrets.token_hex(8)}")
+    _destroy_leftovers(settings, serial)
+    own = replace(settings, key_prefix=_drill_prefix(secrets.token_hex(4), serial))
     try:
         restored = restore(own, so_pin, backup, backup_key)
         examine(own.key_prefix)
     finally:
         destroy_all(own)
     return restored
+
+
+def _drill_prefix(word: str, serial: str) -> str:
+    """The ``key_prefix`` of a drill: none that is chosen by other means looks like it."""
+    proof = hashlib.sha256(f"hsmwrap drill\n{serial}\n{word}".encode()).hexdigest()[:8]
+    return f"{_DRILL}-{word}-{proof}"
+
+
+def _destroy_leftovers(settings: Pkcs11Settings, serial: str) -> None:
+    """Destroy what drills on this HSM token left that were killed."""
+
+    def destroy(pooled: PooledSession) -> set[str]:
+        found = set()
+        for each in pooled.find({Attribute.TOKEN: True}):
+            prefix = str(read_if_known(each, Attribute.LABEL) or "").partition(":")[0]
+            word = prefix.removeprefix(f"{_DRILL}-").partition("-")[0]
+            if prefix == _drill_prefix(word, serial):
+                each.destroy()
+                found.add(prefix)
+        return found
+
+    with connected(settings) as connection:
+        if found := connection.run(destroy):
+            _log.warning("objects of killed drills were destroyed", extra={"of": sorted(found)})
 
 
 def _backup_key(value: bytes, use: Attribute) -> CarriedBy:

@@ -247,9 +247,18 @@ def import_sets(
         yield CarryingKey(private, Mechanism.RSA_PKCS_OAEP, _OAEP)
 
     sets = take_in(settings, so_pin, wrapped.sets, private_half)
-    with officer_session(settings, so_pin) as session:
-        _destroy(session, label)
+    discard_transport_key(settings, so_pin)
     return sets
+
+
+def discard_transport_key(settings: Pkcs11Settings, so_pin: PinSource) -> None:
+    """Destroy the transport key, if there is one.
+
+    Raises:
+        PinError, ServiceUnavailable, HsmError: As for :func:`~.admin.initialise`.
+    """
+    with officer_session(settings, so_pin) as session:
+        _destroy(session, _label(settings))
 
 
 # --- keys -----------------------------------------------------------------------------------------

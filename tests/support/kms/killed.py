@@ -48,8 +48,7 @@ class Command:
     ``{name}`` in an argument is the fingerprint of the file ``name``, as it was shown; ``{old}`` is
     the id of the first key set, ``{here}`` the directory. After one that ``ends_tokens``, import
     tokens that were issued before do not hold. ``was_done`` is what a second run says after one
-    that did all. A second run needs that none of the files that the command ``writes`` are there;
-    the first one is its --out.
+    that did all. ``writes`` are the files that it makes, the first one is its --out.
     """
 
     arguments: tuple[str, ...]
@@ -102,12 +101,14 @@ class World:
             counted=str(counted),
             die_at=step.nth if step and step.kind == "here" else 0,
         )
+        if done.stdout and command.writes:
+            self.shown[command.writes[0]] = json.loads(done.stdout)["fingerprint"]
         if again and command.was_done and command.was_done in done.stderr:
             return 0
         expected = 0 if step is None else -signal.SIGKILL
         assert done.returncode == expected, (command, step, done.returncode, done.stderr)
-        if command.writes and step is None:
-            self.shown[command.writes[0]] = json.loads(done.stdout)["fingerprint"]
+        if step is None:
+            self._nothing_is_unfinished(command)
         return int(counted.read_text()) if step is None else 0
 
     def steps_of(self, command):
@@ -128,10 +129,13 @@ class World:
         return {"change": changes, "call": sum(counters.calls.values())}
 
     def again(self, command):
-        """Run a command that was killed; the files that it had written are removed before."""
-        for name in command.writes:
-            (self.directory / name).unlink(missing_ok=True)
+        """Run a command that was killed."""
         self.run(command, again=True)
+
+    def _nothing_is_unfinished(self, command):
+        """Its files are there, as if it had never been killed."""
+        assert all((self.directory / name).is_file() for name in command.writes)
+        assert not list(self.directory.rglob("*.unfinished")), command
 
     def check(self, *, tokens, sites=("source",), others=()):
         """Each key opens at ``sites``, and at those others that have a current, whole key set."""
@@ -194,16 +198,16 @@ class _Steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _audit(self, name, arguments):
-        if not self.on or name not in ("open", "os.rename", "os.remove"):
+        if not self.on or name not in ("open", "os.rename", "os.link", "os.remove"):
             return
         path = arguments[0]
         if isinstance(path, int) or not Path(os.fsdecode(path)).resolve().is_relative_to(
             self._directory
         ):
             return
-        if name == "os.rename":
+        if name in ("os.rename", "os.link"):
             self._step()
-            self._step(lambda: Path(path).replace(arguments[1]))
+            self._step(lambda: getattr(os, name[3:])(path, arguments[1]))
         elif name == "os.remove":
             self._step(lambda: Path(path).unlink(missing_ok=True))
         elif arguments[2] & (os.O_WRONLY | os.O_RDWR):
