@@ -71,6 +71,7 @@ from hsmwrap.pkcs11.wrapping.material import (
     HostMaterial,
     MaterialSource,
     MaterialStore,
+    kept_open,
     material_custody,
     parse_key_ref,
 )
@@ -407,7 +408,7 @@ class Pkcs11Backend(
         nonce, sealed = ciphertext[1:_MESSAGE_HEAD], ciphertext[_MESSAGE_HEAD:]
 
         def operation(gcm: AesGcm, obj: Any) -> bytes:
-            with map_client_errors(obj, error=InvalidCiphertext):
+            with map_client_errors(*gcm.read_through(obj), error=InvalidCiphertext):
                 return gcm.decrypt(obj, nonce, sealed, additional_data)
 
         return self._use(key, operation)
@@ -470,7 +471,11 @@ class Pkcs11Backend(
     # --- upkeep ------------------------------------------------------------------------------
 
     def reap(self, now: datetime) -> ReapReport:
-        """Destroy expired resident wrapping keys of all processes, and our own pending objects."""
+        """Destroy expired resident wrapping keys of all processes, and our own pending objects.
+
+        Sealed keys that were open for too long are closed.
+        """
+        self._connection.close_opened_keys(expired=True)
         self._connection.destroy_pending()
         prefix = self._settings.key_prefix
         return self._connection.run(lambda pooled: reaper.reap(pooled, prefix, now))
@@ -482,13 +487,20 @@ class Pkcs11Backend(
         retry: bool = True,
         pending: PendingObject | None = None,
     ) -> _T:
-        """As :meth:`Connection.run`; an HSM without memory gets rid of expired wrapping keys."""
+        """As :meth:`Connection.run`; an HSM without memory gets rid of what need not be there.
+
+        That is expired wrapping keys, and keys that sessions keep open: these must not be why a
+        call fails, so it is made once more.
+        """
         try:
             return self._connection.run(operation, retry=retry, pending=pending)
         except HsmResourceExhausted:
             with suppress(HsmwrapError):
+                self._connection.close_opened_keys()
                 self.reap(datetime.now(UTC))
-            raise
+            if not (self._settings.opened_keys and retry):
+                raise
+        return self._connection.run(operation, retry=retry, pending=pending)
 
     def health(self) -> Health:
         """State of the connection; never waits for the HSM."""
@@ -527,7 +539,9 @@ class Pkcs11Backend(
             trusted=trusted,
             gcm=gcm,
             wrapping=WrappingKeyStore(self._keys, prefix, features),
-            material=MaterialStore(self.name, self._keys, prefix, custody, features),
+            material=MaterialStore(
+                self.name, self._keys, prefix, custody, features, kept_open(self._settings)
+            ),
             capabilities=report.capabilities(
                 self._settings,
                 features,

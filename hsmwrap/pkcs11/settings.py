@@ -79,6 +79,11 @@ class Pkcs11Settings(Settings):
     )
     sessions: int = setting(integer(1, 1024), "Size of the session pool.", 8)
     session_wait: float = setting(seconds(), "How long a call waits for a session.", 10.0)
+    opened_keys: int = setting(
+        integer(0, 1024),
+        "Sealed keys that each session keeps open for up to a minute; 0: each use unwraps its key.",
+        0,
+    )
     lazy: bool = setting(SWITCH, "Start although the HSM is unavailable.", default=False)
     initial_backoff: float = setting(
         seconds(), "Wait before a lost HSM is tried again; doubles up to max_backoff.", 0.5

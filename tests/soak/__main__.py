@@ -22,7 +22,7 @@ from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.testing.faults import FaultShim
-from soak import moves
+from soak import memory, moves
 from soak.faults import FaultSchedule
 from soak.load import LoadTarget
 from soak.runner import Outcome, Plan, Soak, say
@@ -115,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["moves"]:
         return moves.main(given[1:])
+    if given[:1] == ["memory"]:
+        return memory.main(given[1:])
     parser = argparse.ArgumentParser(prog="scripts/soak", description=soak.__doc__)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=1)

@@ -67,6 +67,17 @@ class _SessionInfo(ctypes.Structure):
     )
 
 
+_CIPHER_INIT = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong)
+_CIPHER = ctypes.CFUNCTYPE(
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+    ctypes.c_char_p,
+    ctypes.c_ulong,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_ulong),
+)
+
+
 class _FunctionListHead(ctypes.Structure):
     """The first entries of CK_FUNCTION_LIST; the rest is python-pkcs11's business."""
 
@@ -86,22 +97,19 @@ class _FunctionListHead(ctypes.Structure):
                 ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong
             ),
         ),
-        ("_until_c_encrypt_init", ctypes.c_void_p * 10),
+        ("_until_c_get_attribute_value", ctypes.c_void_p * 5),
         (
-            "c_encrypt_init",
-            ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong),
-        ),
-        (
-            "c_encrypt",
+            "c_get_attribute_value",
             ctypes.CFUNCTYPE(
-                ctypes.c_ulong,
-                ctypes.c_ulong,
-                ctypes.c_char_p,
-                ctypes.c_ulong,
-                ctypes.c_void_p,
-                ctypes.POINTER(ctypes.c_ulong),
+                ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong
             ),
         ),
+        ("_until_c_encrypt_init", ctypes.c_void_p * 4),
+        ("c_encrypt_init", _CIPHER_INIT),
+        ("c_encrypt", _CIPHER),
+        ("_until_c_decrypt_init", ctypes.c_void_p * 2),
+        ("c_decrypt_init", _CIPHER_INIT),
+        ("c_decrypt", _CIPHER),
     )
 
 

@@ -22,7 +22,7 @@ from pkcs11.mechanisms import KeyType, Mechanism
 Template = dict[Attribute, Any]
 
 
-class _CkAttribute(ctypes.Structure):
+class CkAttribute(ctypes.Structure):
     """CK_ATTRIBUTE (PKCS#11 v2.40, 3.4)."""
 
     _fields_ = (
@@ -45,10 +45,10 @@ class NestedTemplate:
         values = {key: mapper.pack_attribute(key, value) for key, value in template.items()}
         self._buffers = [ctypes.create_string_buffer(v, len(v)) for v in values.values()]
         entries = (
-            _CkAttribute(int(key), ctypes.addressof(buffer), len(buffer))
+            CkAttribute(int(key), ctypes.addressof(buffer), len(buffer))
             for key, buffer in zip(values, self._buffers, strict=True)
         )
-        self.packed = bytes((_CkAttribute * len(values))(*entries))
+        self.packed = bytes((CkAttribute * len(values))(*entries))
 
 
 def _pack_mechanisms(mechanisms: Iterable[int]) -> bytes:

@@ -198,6 +198,24 @@ class Connection(ForkAware):
         with self._gate.enter():
             self._pending.destroy_all()
 
+    def close_opened_keys(self, *, expired: bool = False) -> None:
+        """Close the idle sessions that keep keys open, or only those whose keys have ``expired``.
+
+        Sessions in use close their expired keys by themselves.
+
+        Raises:
+            HsmUnavailable, PoolTimeout, BackendClosed: As :meth:`run`.
+        """
+        with (
+            self._gate.enter(),
+            self._host.inside(self._settings.session_wait) as (_module, generation),
+        ):
+            connected = self._connector.connected
+            if connected is not None and connected.generation == generation:
+                connected.pool.close_idle(
+                    lambda each: each.opened.expired if expired else len(each.opened) > 0
+                )
+
     def health(self) -> tuple[bool, str, dict[str, Any]]:
         """Whether calls can succeed, why not, and numbers; never waits for the HSM.
 

@@ -115,11 +115,14 @@ class PoolState:
         self.queue.clear()
         return self.take_idle()
 
-    def take_idle(self) -> list[PooledSession]:
-        """Take all idle sessions out of the pool, to be closed."""
-        idle, self.idle = self.idle, []
-        self.total -= len(idle)
-        return idle
+    def take_idle(
+        self, which: Callable[[PooledSession], bool] = lambda _session: True
+    ) -> list[PooledSession]:
+        """Take idle sessions out of the pool, to be closed."""
+        taken = [each for each in self.idle if which(each)]
+        self.idle = [each for each in self.idle if not which(each)]
+        self.total -= len(taken)
+        return taken
 
 
 class SessionPool:
@@ -200,10 +203,13 @@ class SessionPool:
         if not kept:
             self._discard(session.session)
 
-    def close_idle(self) -> None:
-        """Close the idle sessions: one was dead, and others may have died with it."""
+    def close_idle(self, which: Callable[[PooledSession], bool] = lambda _session: True) -> None:
+        """Close idle sessions, and with each its session objects.
+
+        All, where one was dead and others may have died with it.
+        """
         with self._lock:
-            idle = self._state.take_idle()
+            idle = self._state.take_idle(which)
             self._state.serve()
         for pooled in idle:
             self._discard(pooled.session)

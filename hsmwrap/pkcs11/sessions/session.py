@@ -22,6 +22,7 @@ from pkcs11.exceptions import (
 from pkcs11.types import Session, Token
 
 from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, ObjectLock
+from hsmwrap.pkcs11.sessions.opened import OpenedKeys
 
 _BATCH = 10  # objects in a call of C_FindObjects, as in python-pkcs11
 
@@ -71,6 +72,7 @@ class PooledSession:
         epoch: Of the object handles, the same in all sessions of a connection.
         objects: Epoch and object by label, bound to this session (python-pkcs11 runs an operation
             on the session that an object was found with).
+        opened: Sealed keys that stay open between uses.
         tainted: Set after any error but a client's; the session is then closed instead of pooled.
     """
 
@@ -79,6 +81,7 @@ class PooledSession:
     lock: ObjectLock = NO_LOCK
     epoch: HandleEpoch = field(default_factory=HandleEpoch)
     objects: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    opened: OpenedKeys = field(default_factory=OpenedKeys)
     tainted: bool = False
 
     @property

@@ -44,6 +44,7 @@ from hsmwrap.pkcs11.binding.client_errors import (
     map_damage,
     may_leave_an_object,
 )
+from hsmwrap.pkcs11.binding.identity import ObjectIds
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.templates import Template, stored
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, KeySets, Role
@@ -126,6 +127,19 @@ class HostMaterial:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptOpen:
+    """Sealed keys stay open in each session between uses (:mod:`hsmwrap.pkcs11.sessions.opened`).
+
+    Attributes:
+        most: In each session.
+        ids: Tells whether a handle still means the key.
+    """
+
+    most: int
+    ids: ObjectIds
+
+
+@dataclass(frozen=True, slots=True)
 class MaterialStore:
     """Makes, finds and destroys imported keys.
 
@@ -135,6 +149,7 @@ class MaterialStore:
         prefix: Label prefix of this backend's objects.
         custody: How imported keys are kept.
         features: What the HSM token can do.
+        kept_open: Whether sealed keys stay open between uses; None: each use unwraps the key.
     """
 
     backend: str
@@ -142,6 +157,7 @@ class MaterialStore:
     prefix: str
     custody: Custody
     features: TokenFeatures
+    kept_open: KeptOpen | None = None
 
     def make(
         self,
@@ -185,7 +201,7 @@ class MaterialStore:
 
     @contextmanager
     def opened(self, pooled: PooledSession, ref: KeyRef) -> Iterator[Any]:
-        """Yield the key object for the length of a ``with`` block.
+        """Yield the key object for the length of a ``with`` block, to use it.
 
         Raises:
             KeyNotFound: The key, or the key-encryption key that sealed it, is gone, or the blob is
@@ -193,23 +209,46 @@ class MaterialStore:
             PKCS11Error: The HSM token does not unwrap it, for another reason.
             ProtectionNotKept: The key would be readable.
         """
-        number, data = parse_key_ref(ref)
         if ref.custody is Custody.HSM_INTERNAL:
-            yield self._find(pooled, data)
-            return
+            yield self._find(pooled, parse_key_ref(ref)[1])
+        elif self.kept_open is None:
+            with _destroyed(self._unseal(pooled, ref)) as key:
+                yield key
+        else:
+            yield self._open(pooled, ref, self.kept_open)
+
+    def _open(self, pooled: PooledSession, ref: KeyRef, kept_open: KeptOpen) -> Any:
+        """The key object that this session keeps open, or will from now on."""
+        name, opened = (ref.key_spec, ref.data), pooled.opened
+        known = opened.get(name)
+        if known is not None:
+            if kept_open.ids.has(known.key, known.object_id):
+                return known.key
+            opened.forget(name)
+        opened.make_room(kept_open.most)
+        object_id = secrets.token_bytes(OBJECT_ID_LENGTH)
+        key = self._unseal(pooled, ref, {Attribute.ID: object_id})
+        opened.keep(name, key, object_id)
+        return key
+
+    def _unseal(self, pooled: PooledSession, ref: KeyRef, more: Template | None = None) -> Any:
+        """Unwrap a sealed key into a session object; ``more``: attributes that are no protection.
+
+        Raises:
+            As :meth:`opened`.
+        """
+        number, data = parse_key_ref(ref)
         role = ROLE_OF[ref.key_spec]
         kek = self.keys.opening(pooled, role, number)
         damaged = KeyNotFound("the key's blob is damaged, or another key-encryption key sealed it")
-        key = objects.unwrap(
+        return objects.unwrap(
             kek,
             data,
-            self.features.fit(self.keys.material_template(role, number)),
+            self.features.fit(self.keys.material_template(role, number) | (more or {})),
             mechanism=self.features.key_wrap,
             answers=map_damage(damaged, partial(unwrap_another, pooled, self.keys, self.features)),
             way=self.features.ways.sealed_secret,
         )
-        with _destroyed(key):
-            yield key
 
     def reseal(self, pooled: PooledSession, ref: KeyRef, expected: bytes | None) -> KeyRef:
         """Wrap a sealed key under the current key set, inside the HSM token.
@@ -226,7 +265,7 @@ class MaterialStore:
         """
         number, _ = parse_key_ref(ref)
         role, current = ROLE_OF[ref.key_spec], self.keys.current(pooled)
-        with self.opened(pooled, ref) as key:
+        with _destroyed(self._unseal(pooled, ref)) as key:
             self._require_check_value(key, role, expected)
             if number == current:
                 return ref
@@ -240,7 +279,7 @@ class MaterialStore:
             kek = self.keys.require(pooled, role, current)
             blob = kek.wrap_key(key, mechanism=self.features.key_wrap)
         resealed = replace(ref, data=_HEAD.pack(_VERSION, current) + blob)
-        with self.opened(pooled, resealed) as key:
+        with _destroyed(self._unseal(pooled, resealed)) as key:
             self._require_check_value(key, role, expected)
         return resealed
 
@@ -404,6 +443,12 @@ def _told_length(material: Any) -> int | None:
 def material_custody(settings: Pkcs11Settings, features: TokenFeatures) -> Custody:
     """How imported keys are kept: as configured, or as objects where nothing can be wrapped."""
     return settings.material_custody if features.wraps_secret_keys else Custody.HSM_INTERNAL
+
+
+def kept_open(settings: Pkcs11Settings) -> KeptOpen | None:
+    """How sealed keys stay open, where the settings say so; once the module is loaded."""
+    most = settings.opened_keys
+    return KeptOpen(most, ObjectIds(settings.module)) if most else None
 
 
 def parse_key_ref(ref: KeyRef) -> tuple[int, bytes]:

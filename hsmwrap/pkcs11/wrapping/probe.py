@@ -67,6 +67,7 @@ from hsmwrap.pkcs11.wrapping.material import (
     HostMaterial,
     MaterialSource,
     MaterialStore,
+    kept_open,
     material_custody,
 )
 from hsmwrap.sm2 import Sm2Ciphertext, decode_spki, sm2_kdf, sm3
@@ -449,7 +450,9 @@ class Probe:
         def first(way: Way) -> MaterialStore:
             features = replace(self.features, ways=replace(self.features.ways, material=way))
             name, prefix = self._settings.name, self._settings.key_prefix
-            store = MaterialStore(name, self._keys, prefix, custody, features)
+            store = MaterialStore(
+                name, self._keys, prefix, custody, features, kept_open(self._settings)
+            )
             self._import(store, trial, KeySpec.ALIYUN_AES_256)
             return store
 
