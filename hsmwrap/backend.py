@@ -797,7 +797,8 @@ class Mac:
 
     Attributes:
         key_set: Id of the key set that the MAC key is of (ASCII, 1 to 32 characters).
-        tag: HMAC-SHA-256, 32 bytes.
+        tag: HMAC-SHA-256, 32 bytes; of a device that has none, another MAC of this length that is
+            as hard to forge.
     """
 
     key_set: str

@@ -19,8 +19,8 @@ libtpm2-pkcs11-tools | command tpm2_ptool                          | test       
 libtss2-tcti-swtpm0  | file    /usr/lib/*/libtss2-tcti-swtpm.so.0  | test                  | its way to the TPM
 swtpm                | command swtpm                               | test                  | the TPM, in software
 tpm2-tools           | command tpm2_flushcontext                   | test                  | frees the TPM's memory
-gcc                  | command gcc                                 | test                  | compiles the fault shim
-libc6-dev            | file    /usr/include/stdio.h                | test                  | headers for the fault shim
+gcc                  | command gcc                                 | test                  | compiles the fault shim, the simulated SDF device
+libc6-dev            | file    /usr/include/stdio.h                | test                  | headers for them
 postgresql           | file    /usr/lib/postgresql/*/bin/initdb    | bench,test            | a second database
 TABLE
 }
@@ -106,14 +106,15 @@ ensure_environment() {
   exec {lock}<&-
 }
 
-# The locks, and of pyproject.toml what an installation reads: another lint rule makes no new
+# The locks, and of each pyproject.toml what an installation reads: another lint rule makes no new
 # environment.
 environment_key() {
   { python3 -VV && printf '%s\n' "$ROOT" && cat -- "$ROOT"/requirements/*.txt && python3 -c '
 import json, sys, tomllib
-read = tomllib.load(open(sys.argv[1], "rb"))
-print(json.dumps([read["build-system"], read["project"]], sort_keys=True))
-' "$ROOT/pyproject.toml"; } | sha256sum | cut -c -64
+for path in sys.argv[1:]:
+    read = tomllib.load(open(path, "rb"))
+    print(json.dumps([read["build-system"], read["project"]], sort_keys=True))
+' "$ROOT/pyproject.toml" "$ROOT"/examples/*/pyproject.toml; } | sha256sum | cut -c -64
 }
 
 make_environment() {
@@ -128,7 +129,9 @@ install_locked() {
   say "installing hsmwrap and requirements/$1.txt into it; the first time this takes a minute"
   "${pip[@]}" --require-hashes --only-binary :all: -r "$ROOT/requirements/build.txt" >&2 &&
     "${pip[@]}" --require-hashes --no-build-isolation -r "$ROOT/requirements/$1.txt" >&2 &&
-    "${pip[@]}" --no-build-isolation --editable "$ROOT" >&2 ||
+    "${pip[@]}" --no-build-isolation --editable "$ROOT" >&2 &&
+    # The examples are checked with the rest, and run by their users.
+    { [[ $1 != dev ]] || "${pip[@]}" --no-build-isolation --editable "$ROOT/examples/sdf" >&2; } ||
     die 1 "pip could not install requirements/$1.txt (its reason is above)"
 }
 

@@ -209,7 +209,8 @@ def _use(backend: Backend, imported: ImportedKey, material: bytes) -> str:
     message = backend.encrypt(key, plaintext, _ADDITIONAL_DATA)
     if decrypt_message(spec, material, message, _ADDITIONAL_DATA) != plaintext:
         raise CheckFailed(f"pyca decrypts {backend.name}'s message to another plaintext")
-    message = encrypt_message(spec, material, plaintext, _ADDITIONAL_DATA)
+    version = message[0]
+    message = encrypt_message(spec, material, plaintext, _ADDITIONAL_DATA, version)
     if backend.decrypt(key, message, _ADDITIONAL_DATA) != plaintext:
         raise CheckFailed(f"{backend.name} decrypts pyca's message to another plaintext")
     return "used"

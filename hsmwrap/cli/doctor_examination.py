@@ -272,7 +272,8 @@ def _use(
     message = backend.encrypt(key, plaintext, _ADDITIONAL_DATA)
     if decrypt_message(spec, material, message, _ADDITIONAL_DATA) != plaintext:
         raise _Wrong("pyca decrypts the message to another plaintext")
-    message = encrypt_message(spec, material, plaintext, _ADDITIONAL_DATA)
+    version = message[0]
+    message = encrypt_message(spec, material, plaintext, _ADDITIONAL_DATA, version)
     if backend.decrypt(key, message, _ADDITIONAL_DATA) != plaintext:
         raise _Wrong("pyca's message is decrypted to another plaintext")
     findings.durations += [

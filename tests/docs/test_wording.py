@@ -5,7 +5,7 @@ import re
 import pytest
 from support.documents import DOCUMENTS, ROOT, name_of, text_of
 
-PLACES = ("hsmwrap", "scripts", "softhsm", "tests", "docs")
+PLACES = ("hsmwrap", "scripts", "softhsm", "tests", "docs", "examples")
 SUFFIXES = frozenset({".c", ".h", ".md", ".py", ".sh", ".template", ".toml"})
 SCRIPTS = frozenset({"scripts", "softhsm"})  # their programs have no suffix
 BANNED = {

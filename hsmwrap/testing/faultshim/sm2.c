@@ -41,7 +41,7 @@ struct ck_ecdh1_params {
 
 /* --- the curve ----------------------------------------------------------------------------- */
 
-/* [scalar]P as an uncompressed point; of the generator without P. False for what is no point. */
+/* [scalar]P as an uncompressed point; of the generator without P. False for what is not a point. */
 static bool multiply(int curve, const unsigned char scalar[FIELD], const unsigned char *from,
                      size_t length, unsigned char to[POINT])
 {

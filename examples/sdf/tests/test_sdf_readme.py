@@ -1,0 +1,50 @@
+"""README.md says what is true: its settings are read, and its commands do what it says."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hsmwrap.cli import main
+from hsmwrap_sdf.binding import _FUNCTIONS
+from hsmwrap_sdf.settings import SdfSettings
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+(TOML,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+
+
+def test_its_settings_are_read():
+    settings = SdfSettings.from_mapping(tomllib.loads(TOML))
+    assert (len(settings.pool), settings.reuse_pairs) == (64, False)
+
+
+def test_the_header_declares_what_is_called_and_nothing_else():
+    header = (ROOT / "simulator" / "sdf.h").read_text("utf-8")
+    assert set(re.findall(r"^int (SDF_\w+)\(", header, re.MULTILINE)) == _FUNCTIONS.keys()
+
+
+def test_keys_init_and_doctor_run_as_it_says(sdf_settings, tmp_path, capsys):
+    (tmp_path / "state" / "key-set-1.json").unlink()
+    file = tmp_path / "sdf.toml"
+    file.write_text(
+        "".join(f"{name} = {json.dumps(each)}\n" for name, each in sdf_settings.items())
+    )
+    options = ["--backend", "sdf", "--settings", str(file)]
+    assert main(["keys", "init", *options]) == 0
+    assert "storage pair 1, key-encryption key 1" in capsys.readouterr().out
+    status = main(["doctor", *options])
+    said = capsys.readouterr().out
+    assert "NOT KEPT" not in said
+    assert re.search(r"EC_SM2 +SM2PKE +in_hsm +HsmInternal .* done$", said, re.MULTILINE)
+    assert re.search(r"Aliyun_SM4 +yes +HsmEncryptedDatabase +used", said), said
+    assert status == 0, said
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(SDF_\w+)`", README))))
+def test_every_function_that_it_names_is_called(name):
+    assert name in _FUNCTIONS
