@@ -7,7 +7,7 @@ from hsmwrap_sdf import SdfBackend
 
 def pytest_configure(config):
     # Run alone, these tests have no tests/conftest.py above them.
-    config.addinivalue_line("markers", "slow: takes seconds, or needs the simulated device; not in a fast run")
+    config.addinivalue_line("markers", "slow: needs the simulated device; not in a fast run")
 
 
 @pytest.fixture(scope="session")
