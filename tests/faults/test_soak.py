@@ -11,8 +11,12 @@ SOAK = ["-m", "soak", "--seconds", "20", "--least-speed", "0.3", "--seed", "2026
 # The same check value for every key.
 BROKEN = """
 import sys
-from hsmwrap.pkcs11.wrapping import material
-material._aes_check = lambda method, key: b"\\x01" + bytes(16)
+from dataclasses import replace
+from hsmwrap.pkcs11 import Pkcs11Backend
+right = Pkcs11Backend.unwrap_material
+Pkcs11Backend.unwrap_material = lambda *args, **more: replace(
+    right(*args, **more), check_value=b"\\x01" + bytes(16)
+)
 from soak.__main__ import main
 sys.exit(main(["--seconds", "8", "--seed", "1"]))
 """
@@ -47,4 +51,4 @@ def test_it_passes_while_faults_come_at_random(soak):
 def test_it_can_fail(soak):
     done = soak("-c", BROKEN)
     assert done.returncode != 0
-    assert done.stdout.splitlines()[-1].startswith("soak FAILED")
+    assert done.stdout.splitlines()[-1].startswith("soak FAILED: import_")

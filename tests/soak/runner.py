@@ -26,6 +26,8 @@ LEAST_ANSWERS = 10
 """Right answers in each window, so that a busy machine does not decide the speed by chance."""
 TICK = 0.05
 REPORT_EVERY = 5.0
+MOST_WRONG = 100
+"""Wrong answers after which a soak ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class Outcome:
 
 
 class Stuck(Exception):
-    """A thread has not ended an operation for too long, or a backend does not recover."""
+    """An operation takes too long, a backend does not recover, or too many answers are wrong."""
 
 
 class Soak:
@@ -162,11 +164,13 @@ class Soak:
         """Wait, watch the threads, and report.
 
         Raises:
-            Stuck: A thread has made no progress for too long.
+            Stuck: A thread has made no progress for too long, or many answers are wrong.
         """
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(left, TICK))
+            if len(self.results.wrong) > MOST_WRONG:
+                raise Stuck(f"more than {MOST_WRONG} wrong answers")
             now = time.monotonic()
             for worker in self.workers:
                 if (stalled := now - worker.last_progress) > self.plan.patience:
