@@ -189,7 +189,7 @@ def test_libcrypto_is_for_production_and_silent(caplog):
 
 def test_gmssl_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "gmssl.sm2", None)
-    with pytest.raises(ConfigurationError, match=r"hsmwrap\[gmssl\]"):
+    with pytest.raises(ConfigurationError, match=r"\[gmssl\]"):
         open_engine("gmssl")
 
 
