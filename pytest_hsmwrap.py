@@ -31,6 +31,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hsmwrap", "hsmwrap's conformance kit")
     group.addoption("--hsmwrap-backend", metavar="NAME", help="registered plug-in to test")
     group.addoption("--hsmwrap-settings", metavar="FILE.toml", help="its settings")
+    group.addoption(
+        "--hsmwrap-so-pin-file",
+        metavar="FILE",
+        help="the security officer's PIN, for key sets that are trusted and that can move",
+    )
+    group.addoption(
+        "--hsmwrap-clone-settings",
+        metavar="FILE.toml",
+        help="settings of a second HSM, to which key sets are cloned and restored",
+    )
+    group.addoption("--hsmwrap-clone-so-pin-file", metavar="FILE", help="its SO PIN")
+    group.addoption(
+        "--hsmwrap-report",
+        metavar="FILE",
+        action="append",
+        help="write a report to publish: FILE.json or FILE.md; may be given twice",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Check the options of the kit, if one is given."""
+    given = {name for name, value in vars(config.option).items() if value is not None}
+    if not any(name.startswith("hsmwrap_") for name in given):
+        return
+    from hsmwrap.testing._conformance.run import NAME, KitRun
+
+    config.pluginmanager.register(KitRun(config), NAME)
 
 
 class OpenBackends:

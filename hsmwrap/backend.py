@@ -508,6 +508,50 @@ class BacksUpKeySets(Ability):
         """
 
 
+class KeepsTrialsApart(Ability):
+    """For backends that can keep the key sets of a trial apart from all others in the same HSM.
+
+    The conformance kit makes, rotates and clones key sets in such places alone. Called while no
+    backend is open.
+    """
+
+    @classmethod
+    @abstractmethod
+    def trial_settings(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """``settings``, changed so that their key sets are in a place that is new and empty.
+
+        Nothing is made. Places are chosen at random, so two trials at one time do not meet.
+
+        Raises:
+            ConfigurationError: As :meth:`Backend.from_settings`.
+        """
+
+    @classmethod
+    @abstractmethod
+    def end_trial(cls, settings: Mapping[str, Any]) -> None:
+        """Destroy every key set, the current one too, and every other object of a trial.
+
+        Raises:
+            ConfigurationError: These are not settings that :meth:`trial_settings` made.
+        """
+
+
+class CountsObjects(Ability):
+    """For backends that can count the objects in their HSM: a call that leaves some is found."""
+
+    @abstractmethod
+    def count_objects(self) -> int:
+        """How many there are: of any kind, in the HSM or in a session, of any user."""
+
+
+class DescribesHsm(Ability):
+    """For backends that can say what their HSM is."""
+
+    @abstractmethod
+    def describe_hsm(self) -> HsmDescription:
+        """Ask the HSM and its library."""
+
+
 # --- what the calls take and return -------------------------------------------------------------
 
 
@@ -863,6 +907,30 @@ class KeySetFile:
 
     content: str
     fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class HsmDescription:
+    """What an HSM and its library say they are; empty where they do not say it.
+
+    It is for reports that are published, so nothing in it names one HSM or one customer: no serial
+    number, no label, no path.
+
+    Attributes:
+        manufacturer: Of the HSM.
+        model: Of the HSM.
+        hardware_version: ``3.1``, for example.
+        firmware_version: As above.
+        library: Manufacturer and description of the library that it is called by.
+        library_version: As above.
+    """
+
+    manufacturer: str = ""
+    model: str = ""
+    hardware_version: str = ""
+    firmware_version: str = ""
+    library: str = ""
+    library_version: str = ""
 
 
 MESSAGE_VERSION = 1

@@ -20,10 +20,12 @@ import difflib
 import json
 import math
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from hsmwrap.errors import ConfigurationError, strip_tracebacks
@@ -117,6 +119,25 @@ class Settings:
                     f"{self.component}: {each.name}: takes {each.metadata['kind'].takes}; "
                     f"this {type(value).__name__} does not fit"
                 ) from None
+
+
+@strip_tracebacks
+def read_settings(path: Path, option: str = "--settings") -> dict[str, Any]:
+    """The plain settings in a TOML file.
+
+    Args:
+        path: The file.
+        option: The option that named it, for errors.
+
+    Raises:
+        ConfigurationError: It cannot be read or does not parse.
+    """
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        # Of TOML's own errors not the text, which quotes the file: it may hold a secret.
+        why = error.strerror if isinstance(error, OSError) else "is not TOML in UTF-8"
+        raise ConfigurationError(f"{option} {path}: {why}") from None
 
 
 def unknown_setting(

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from hsmwrap.cli.arguments import read_settings
 from hsmwrap.errors import ConfigurationError, HsmwrapError
 from hsmwrap.kms.access import FileAccessKeys, parse_access_keys
 from hsmwrap.kms.config import BackendConfig, ServerConfig, load_config
@@ -16,6 +15,7 @@ from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.pin import from_settings
 from hsmwrap.pkcs11.token.uri import parse
 from hsmwrap.registry import open_backend
+from hsmwrap.settings import read_settings
 
 SECRET = "Zx9-4711-QQ"
 URI = f"pkcs11:token=A?module-path=/usr/lib/x.so&pin-value={SECRET}"

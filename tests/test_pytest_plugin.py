@@ -88,38 +88,132 @@ def test_it_is_in_the_wheel():
 
 # --- the conformance kit over a registered plug-in ------------------------------------------------
 
-KIT = ("--pyargs", "hsmwrap.testing.conformance", "-k", "contract_version or another_instance_uses")
+KIT = ("--pyargs", "hsmwrap.testing.conformance")
+FEW = ("-k", "contract_version or another_instance_uses")
 
 
-def test_the_kit_runs_over_a_registered_plug_in(run_pytest, tmp_path):
-    keyring = tmp_path / "keyring"
-    SoftwareBackend.initialise_keys({"keyring_file": str(keyring)})
-    file = tmp_path / "settings.toml"
-    file.write_text(f"keyring_file = '{keyring}'")
-    options = ("--hsmwrap-backend", "software", "--hsmwrap-settings", str(file))
-    assert passed(run_pytest(*KIT, *options)) == 1 + len(KeySpec)
+@pytest.fixture
+def settings_file(tmp_path):
+    """Makes a TOML file of settings; without any, one for a keyring of the software backend."""
+
+    def make(name="settings.toml", **settings):
+        if not settings:
+            settings = {"keyring_file": str(tmp_path / f"{name}.keyring")}
+            SoftwareBackend.initialise_keys(settings)
+        file = tmp_path / name
+        file.write_text("".join(f"{key} = '{value}'\n" for key, value in settings.items()))
+        return str(file)
+
+    return make
 
 
-def test_the_kit_without_the_right_keys_fails(run_pytest):
+def test_the_kit_runs_over_a_registered_plug_in(run_pytest, settings_file):
+    options = ("--hsmwrap-backend", "software", "--hsmwrap-settings", settings_file())
+    assert passed(run_pytest(*KIT, *FEW, *options)) == 1 + len(KeySpec)
+
+
+def test_its_key_sets_are_its_own_and_nothing_is_left(run_pytest, settings_file, tmp_path):
+    file = settings_file()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    options = ("--hsmwrap-backend", "software", "--hsmwrap-settings", file)
+    done = run_pytest(*KIT, *options, "-k", "a_key_that_moved_is_the_same_key")
+    assert passed(done) == len(KeySpec)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_the_kit_without_the_right_keys_fails(run_pytest, tmp_path):
     """The settings reach the plug-in: with none, each instance has keys of its own."""
-    done = run_pytest(*KIT, "--hsmwrap-backend", "software")
+    (tmp_path / "empty.toml").touch()
+    options = ("--hsmwrap-backend", "software", "--hsmwrap-settings", str(tmp_path / "empty.toml"))
+    done = run_pytest(*KIT, *FEW, *options)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
     assert "1 passed" in done.stdout
 
 
-def test_a_failure_of_the_kit_shows_its_values(run_pytest):
+def test_a_failure_of_the_kit_shows_its_values(run_pytest, settings_file):
     never_ready = """
 from hsmwrap import Health
 from hsmwrap.software import SoftwareBackend
 SoftwareBackend.health = lambda self: Health(ready=False, detail="broken here")
 """
-    options = ("--hsmwrap-backend", "software", "-k", "test_health_of_an_open_backend")
-    done = run_pytest(*KIT, *options, conftest=never_ready)
+    options = ("--hsmwrap-backend", "software", "--hsmwrap-settings", settings_file())
+    done = run_pytest(*KIT, *options, "-k", "test_health_of_an_open_backend", conftest=never_ready)
     assert "where False = Health(ready=False, detail='broken here'" in done.stdout
 
 
+def refused(done, *words):
+    """It is said once, and no test runs."""
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    said = done.stdout + done.stderr
+    assert [word for word in words if word not in said] == [], said
+    assert not re.search(r"[1-9]\d* (passed|failed|error)", said)
+    assert "Traceback" not in said
+
+
 def test_the_kit_needs_the_name_of_a_plug_in(run_pytest):
-    assert "name the plug-in: --hsmwrap-backend NAME" in run_pytest(*KIT).stdout
+    refused(run_pytest(*KIT), "name the plug-in: --hsmwrap-backend NAME")
+
+
+def test_an_unknown_plug_in_is_refused_with_the_nearest_name(run_pytest, settings_file):
+    options = ("--hsmwrap-backend", "sofware", "--hsmwrap-settings", settings_file())
+    refused(run_pytest(*KIT, *options), "'sofware'; did you mean software?")
+
+
+ALONE = {
+    "backend": ("software", "--hsmwrap-backend NAME and --hsmwrap-settings FILE.toml are given"),
+    "settings": ("a.toml", "--hsmwrap-backend NAME and --hsmwrap-settings FILE.toml are given"),
+    "so-pin-file": ("pin", "--hsmwrap-so-pin-file is for a plug-in that --hsmwrap-backend names"),
+    "clone-settings": ("a.toml", "--hsmwrap-clone-settings is for a plug-in"),
+    "report": ("report.txt", "takes a file whose name ends with .json or .md"),
+}
+
+
+@pytest.mark.parametrize("option", ALONE)
+def test_an_option_alone_is_refused(run_pytest, option):
+    value, why = ALONE[option]
+    refused(run_pytest(*KIT, f"--hsmwrap-{option}", value), why)
+
+
+def test_a_report_without_a_directory_is_refused(run_pytest):
+    refused(run_pytest(*KIT, "--hsmwrap-report", "no/report.md"), "there is not such a directory")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "missing.toml: No such file or directory"),
+        ("not TOML", "is not TOML in UTF-8"),
+        ("keyring_fil = 'a'", "unknown setting keyring_fil; did you mean keyring_file?"),
+        ("keyring_file = '/no/keyring'", "keyring_file"),
+    ],
+)
+def test_settings_that_are_wrong_are_refused(run_pytest, tmp_path, content, why):
+    file = tmp_path / "missing.toml"
+    if content is not None:
+        file.write_text(content)
+    options = ("--hsmwrap-backend", "software", "--hsmwrap-settings", str(file))
+    refused(run_pytest(*KIT, *options), why)
+
+
+def test_more_processes_than_one_are_refused(run_pytest, settings_file):
+    pytest.importorskip("xdist")
+    options = ("--hsmwrap-backend", "software", "--hsmwrap-settings", settings_file())
+    refused(run_pytest(*KIT, *options, "-n", "2"), "leave out -n")
+
+
+def test_a_backend_that_does_not_open_is_said_once(run_pytest, settings_file):
+    broken = """
+from hsmwrap import HsmUnavailable
+from hsmwrap.software import SoftwareBackend
+
+def from_settings(settings):
+    raise HsmUnavailable("the HSM does not answer")
+SoftwareBackend.from_settings = from_settings
+SoftwareBackend.check_settings = lambda settings: frozenset()
+"""
+    options = ("--hsmwrap-backend", "software", "--hsmwrap-settings", settings_file())
+    why = "the backend cannot be opened: HsmUnavailable: the HSM does not answer"
+    refused(run_pytest(*KIT, *options, conftest=broken), why)
 
 
 # --- without SoftHSM ------------------------------------------------------------------------------

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import tomllib
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hsmwrap.errors import ConfigurationError, strip_tracebacks
+from hsmwrap.errors import ConfigurationError
 from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.settings import read_settings
 from hsmwrap.software.settings import SoftwareSettings
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 (no public name)
@@ -95,18 +95,3 @@ def backend_settings(args: argparse.Namespace) -> dict[str, Any]:
         return given
     variables = {name: os.environ.get(ENVIRONMENT.get(name, "")) for name in takes}
     return {name: value for name, value in variables.items() if value} | given
-
-
-@strip_tracebacks
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file.
-
-    Raises:
-        ConfigurationError: It cannot be read or does not parse.
-    """
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        # Of TOML's own errors not the text, which quotes the file: it may hold a secret.
-        why = error.strerror if isinstance(error, OSError) else "is not TOML in UTF-8"
-        raise ConfigurationError(f"--settings {path}: {why}") from None

@@ -16,12 +16,12 @@ from typing import Any
 from hsmwrap import backup, shares, transcript
 from hsmwrap.backend import KeySetInfo
 from hsmwrap.cli import tables
-from hsmwrap.cli.arguments import read_settings
 from hsmwrap.cli.newfiles import NewFiles, new_files
 from hsmwrap.coredumps import forbid_core_dumps
 from hsmwrap.errors import ConfigurationError, HsmwrapError, PinError
 from hsmwrap.privatefile import PrivateFile
 from hsmwrap.registry import KeySetManager
+from hsmwrap.settings import read_settings
 
 _TERMINAL = "/dev/tty"
 _CLEAR = "\x1b[H\x1b[2J\x1b[3J"
@@ -156,7 +156,8 @@ def other_token(ceremony: Ceremony) -> tuple[KeySetManager, str | None]:
             f"{args.action}: give --to SETTINGS.toml and --to-so-pin-file FILE, of the other HSM "
             "token"
         )
-    return KeySetManager(ceremony.key_sets.plugin, read_settings(args.to)), args.to_so_pin_file
+    settings = read_settings(args.to, "--to")
+    return KeySetManager(ceremony.key_sets.plugin, settings), args.to_so_pin_file
 
 
 def clone(ceremony: Ceremony) -> tuple[KeySetInfo, ...]:

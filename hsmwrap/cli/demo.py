@@ -18,12 +18,12 @@ from hsmwrap.cli.arguments import (
     Subparsers,
     add_json_option,
     add_settings_option,
-    read_settings,
 )
 from hsmwrap.cli.compat import Combination, combinations
 from hsmwrap.cli.demo_runner import DEPLOYMENT, DemoRunner, Row
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.policy import Verdict
+from hsmwrap.settings import read_settings
 from hsmwrap.testing.clients import GMSSL, OPENSSL, Client, clients_of
 
 _PlannedRow = tuple[Combination, Verdict, Client | None]

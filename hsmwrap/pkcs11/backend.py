@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,10 +23,14 @@ from hsmwrap.backend import (
     Capabilities,
     ChecksSettings,
     ClonesKeySets,
+    CountsObjects,
     Custody,
+    DescribesHsm,
     HasKeySets,
     Health,
+    HsmDescription,
     ImportedKey,
+    KeepsTrialsApart,
     KeyRef,
     KeySetFile,
     KeySetInfo,
@@ -52,7 +57,8 @@ from hsmwrap.pkcs11.keysets import admin, cloning
 from hsmwrap.pkcs11.keysets import backup as key_set_backup
 from hsmwrap.pkcs11.keysets.keys import KeySets, Role
 from hsmwrap.pkcs11.sessions.connection import Connection
-from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
+from hsmwrap.pkcs11.sessions.identity import describe_module, describe_token
+from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession, count_objects
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.pin import PinFile
 from hsmwrap.pkcs11.wrapping import reaper, report, rsa, sm2
@@ -78,6 +84,7 @@ from hsmwrap.pkcs11.wrapping.material import (
 from hsmwrap.pkcs11.wrapping.probe import probe
 from hsmwrap.sm2 import parse
 
+_TRIAL = "trial-"
 _MESSAGE_HEAD = 1 + contract.NONCE_LENGTH
 _T = TypeVar("_T")
 
@@ -110,6 +117,9 @@ class Pkcs11Backend(
     ManagesKeySets,
     ClonesKeySets,
     BacksUpKeySets,
+    KeepsTrialsApart,
+    CountsObjects,
+    DescribesHsm,
     ReapsWrappingKeys,
     ReSealsKeys,
 ):
@@ -252,6 +262,19 @@ class Pkcs11Backend(
             examine({**settings, "key_prefix": key_prefix})
 
         return key_set_backup.drill(*_officer(settings, so_pin_file), made, backup_key, under)
+
+    @classmethod
+    def trial_settings(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With a ``key_prefix`` of its own."""
+        return {**settings, "key_prefix": f"{_TRIAL}{secrets.token_hex(8)}"}
+
+    @classmethod
+    def end_trial(cls, settings: Mapping[str, Any]) -> None:
+        """Destroy every token object whose label begins with the ``key_prefix``."""
+        checked = Pkcs11Settings.from_mapping(settings)
+        if not re.fullmatch(f"{_TRIAL}[0-9a-f]{{16}}", checked.key_prefix):
+            raise ConfigurationError(f"key_prefix {checked.key_prefix} is not one of a trial")
+        admin.destroy_all(checked)
 
     def __repr__(self) -> str:
         return f"<Pkcs11Backend {self.name} {self._connection!r}>"
@@ -501,6 +524,22 @@ class Pkcs11Backend(
             if not (self._settings.opened_keys and retry):
                 raise
         return self._connection.run(operation, retry=retry, pending=pending)
+
+    def count_objects(self) -> int:
+        """Token objects and session objects that the user sees."""
+        return self._connection.run(lambda pooled: count_objects(pooled.session))
+
+    def describe_hsm(self) -> HsmDescription:
+        """What HSM token and module say."""
+        token, module = describe_token(self._connection), describe_module(self._settings)
+        return HsmDescription(
+            manufacturer=token["manufacturer"],
+            model=token["model"],
+            hardware_version=token["hardware_version"],
+            firmware_version=token["firmware_version"],
+            library=f"{module['manufacturer']} {module['description']}".strip(),
+            library_version=module["version"],
+        )
 
     def health(self) -> Health:
         """State of the connection; never waits for the HSM."""

@@ -13,13 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pkcs11.constants import Attribute, ObjectClass, TokenFlag
-from pkcs11.types import Slot
+from pkcs11.constants import Attribute, ObjectClass
 
 from hsmwrap.pkcs11.binding import profiles
-from hsmwrap.pkcs11.binding.host import ModuleHost
-from hsmwrap.pkcs11.binding.module import Module
 from hsmwrap.pkcs11.keysets import admin
+from hsmwrap.pkcs11.sessions.identity import describe_module, describe_token
 from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.pin import PinSource
@@ -57,39 +55,7 @@ def identify(settings: Pkcs11Settings) -> Identity:
         As :func:`admin.connected`.
     """
     with admin.connected(settings) as connection:
-        token = connection.run(lambda pooled: _token(pooled.session.token.slot))
-        host = ModuleHost.acquire(settings.module, settings.library_parameters)
-        try:
-            with host.inside(settings.session_wait) as (module, _generation):
-                return Identity(_module(settings.module, module), token)
-        finally:
-            host.release()
-
-
-def _module(path: str, module: Module) -> dict[str, Any]:
-    return {
-        "path": path,
-        "manufacturer": _plain(module.manufacturer_id),
-        "description": _plain(module.library_description),
-        "version": _version(module.library_version),
-        "cryptoki_version": _version(module.cryptoki_version),
-        "locks": module.os_locking,
-    }
-
-
-def _token(slot: Slot) -> dict[str, Any]:
-    token = slot.get_token()
-    return {
-        "label": _plain(token.label),
-        "serial": _plain(token.serial.decode("utf-8", "replace")),
-        "manufacturer": _plain(token.manufacturer_id),
-        "model": _plain(token.model),
-        "hardware_version": _version(token.hardware_version),
-        "firmware_version": _version(token.firmware_version),
-        "slot": slot.slot_id,
-        "slot_description": _plain(slot.slot_description),
-        "flags": [flag.name for flag in TokenFlag if token.flags & flag],
-    }
+        return Identity(describe_module(settings), describe_token(connection))
 
 
 def token_objects(settings: Pkcs11Settings) -> Objects:
@@ -127,11 +93,3 @@ def _name(found: Any) -> tuple[str, str, str]:
     kind = attributes.get(Attribute.CLASS)
     named = kind.name if isinstance(kind, ObjectClass) else str(kind)
     return named, attributes.get(Attribute.LABEL, ""), attributes.get(Attribute.ID, b"").hex()
-
-
-def _version(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
-
-
-def _plain(text: str) -> str:
-    return text.rstrip(" \0")

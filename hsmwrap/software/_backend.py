@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
 from hsmwrap.backend import (
@@ -15,6 +18,7 @@ from hsmwrap.backend import (
     HasKeySets,
     Health,
     ImportedKey,
+    KeepsTrialsApart,
     KeyRef,
     KeySetInfo,
     Mac,
@@ -43,9 +47,12 @@ from hsmwrap.software.schemes import Scheme, open_schemes
 from hsmwrap.software.settings import SoftwareSettings
 
 _MASTER_KEY = "master key"
+_TRIAL = ".trial-"
 
 
-class SoftwareBackend(Backend, ChecksSettings, HasKeySets, ManagesKeySets, ReSealsKeys):
+class SoftwareBackend(
+    Backend, ChecksSettings, HasKeySets, ManagesKeySets, KeepsTrialsApart, ReSealsKeys
+):
     """RSA, AES and SM4 by pyca/cryptography, SM2 by libcrypto; custody is always sealed blobs.
 
     Open it by :func:`hsmwrap.registry.open_backend`, or put the guard around it
@@ -112,6 +119,24 @@ class SoftwareBackend(Backend, ChecksSettings, HasKeySets, ManagesKeySets, ReSea
             _keyring_file(settings).retire(key_set)
         except KeyNotFound as error:
             raise ConfigurationError(str(error)) from None
+
+    @classmethod
+    def trial_settings(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With a keyring file of its own, beside the one that they name."""
+        beside = SoftwareSettings.from_mapping(settings).keyring_file
+        if beside is None:
+            raise ConfigurationError(
+                "software backend: keyring_file: a trial needs one; in memory nothing is shared"
+            )
+        return {**settings, "keyring_file": f"{beside}{_TRIAL}{secrets.token_hex(8)}"}
+
+    @classmethod
+    def end_trial(cls, settings: Mapping[str, Any]) -> None:
+        """Remove the keyring file."""
+        file = SoftwareSettings.from_mapping(settings).keyring_file or ""
+        if not re.search(f"{re.escape(_TRIAL)}[0-9a-f]{{16}}$", file):
+            raise ConfigurationError("software backend: keyring_file: is not one of a trial")
+        Path(file).unlink(missing_ok=True)
 
     @property
     def name(self) -> str:

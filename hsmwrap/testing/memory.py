@@ -12,6 +12,7 @@ import hmac
 import os
 import re
 import secrets
+import shutil
 import struct
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
@@ -28,11 +29,13 @@ from hsmwrap.backend import (
     NONCE_LENGTH,
     Backend,
     Capabilities,
+    CountsObjects,
     Custody,
     Exposure,
     HasKeySets,
     Health,
     ImportedKey,
+    KeepsTrialsApart,
     KeyCapability,
     KeyRef,
     KeySetInfo,
@@ -66,6 +69,7 @@ from hsmwrap.software.sm2 import Sm2Scheme
 GRACE = timedelta(minutes=15)
 """How long after its expiry a wrapping key is reaped: another machine's clock may be behind."""
 
+_TRIAL = ".trial-"
 _EXPIRY = struct.Struct(">d")
 _E = TypeVar("_E", bound=StrEnum)
 
@@ -126,7 +130,19 @@ class MemorySettings(Settings):
         return {} if self.store is None else self.store
 
 
-class MemoryBackend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSealsKeys):
+class _TrialStore(dict[str, bytes]):
+    """The objects of a trial."""
+
+
+class MemoryBackend(
+    Backend,
+    HasKeySets,
+    ManagesKeySets,
+    KeepsTrialsApart,
+    CountsObjects,
+    ReapsWrappingKeys,
+    ReSealsKeys,
+):
     """The smallest backend that keeps the whole contract; makes its first key set when opened."""
 
     contract_version: ClassVar[int] = CONTRACT_VERSION
@@ -300,6 +316,10 @@ class MemoryBackend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSe
         ids = tuple(name.removeprefix(_wrapping(b"")) for name in expired)
         return ReapReport(len(resident), ids)
 
+    def count_objects(self) -> int:
+        """All of them, key sets too."""
+        return len(self.store)
+
     def health(self) -> Health:
         """Ready."""
         return Health(ready=True, detail="ready")
@@ -361,6 +381,25 @@ class MemoryBackend(Backend, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSe
         if key_set not in map(str, _key_sets(store)[:-1]):
             raise ConfigurationError(f"memory backend: no key set {key_set}, or it is current")
         del store[_key_set(key_set)]
+
+    @classmethod
+    def trial_settings(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With a directory beside theirs, or a store of their own."""
+        beside = MemorySettings.from_mapping(settings).directory
+        if beside is None:
+            return {**settings, "store": _TrialStore()}
+        return {**settings, "directory": f"{beside}{_TRIAL}{secrets.token_hex(8)}"}
+
+    @classmethod
+    def end_trial(cls, settings: Mapping[str, Any]) -> None:
+        """Remove all objects, and the directory."""
+        checked = MemorySettings.from_mapping(settings)
+        if isinstance(checked.store, _TrialStore):
+            checked.store.clear()
+        elif re.search(f"{re.escape(_TRIAL)}[0-9a-f]{{16}}$", checked.directory or ""):
+            shutil.rmtree(str(checked.directory), ignore_errors=True)
+        else:
+            raise ConfigurationError("memory backend: these are not settings of a trial")
 
     def seal(self, key_set: str, purpose: str, secret: bytes) -> bytes:
         """Encrypt under a key set, for one purpose: two bytes for its number, nonce, GCM output."""

@@ -40,11 +40,6 @@ class _SoftHsm(KeptOpen):
         prefix = settings["key_prefix"]
         return lambda: softhsm.run_keys("rotate", prefix, trusted=self.trusted)
 
-    @pytest.fixture
-    def count_objects(self, backend, count_token_objects):
-        backend.capabilities()  # the probe makes session objects of its own
-        return count_token_objects
-
 
 class TestSoftHsmSealed(_SoftHsm):
     @pytest.fixture(scope="class")

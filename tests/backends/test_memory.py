@@ -19,10 +19,6 @@ class TestSealed(BackendConformance):
     def settings(self, tmp_path):
         return dict.fromkeys(CUSTODIES, self.custody) | {"directory": str(tmp_path)}
 
-    @pytest.fixture
-    def count_objects(self, backend):
-        return lambda: len(backend.ability(MemoryBackend).store)
-
 
 @pytest.mark.slow
 class TestResident(TestSealed):

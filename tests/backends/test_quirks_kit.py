@@ -4,13 +4,11 @@ With ``HSMWRAP_QUIRKS=each`` in the environment, each token of the table as well
 """
 
 import os
-from functools import partial
 
 import pytest
 from support.backends.kept_open import KeptOpen
 from support.faults.shim import fault_shim
 from support.pkcs11.holder import Holder
-from support.pkcs11.objects import count_objects
 from support.pkcs11.quirks import CARD, NETWORK_HSM, QUIRKS, R
 
 from hsmwrap.pkcs11 import Pkcs11Backend
@@ -70,11 +68,6 @@ class _OneSession(BackendConformance):
     @pytest.fixture
     def reopen(self):
         return None
-
-    @pytest.fixture
-    def count_objects(self, backend):
-        backend.capabilities()
-        return partial(count_objects, backend.ability(Pkcs11Backend)._connection)
 
 
 if os.environ.get("HSMWRAP_QUIRKS") == "each":

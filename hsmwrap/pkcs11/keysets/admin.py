@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from pkcs11.constants import TokenFlag
+from pkcs11.constants import Attribute, TokenFlag
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.types import Session, Token
 
@@ -169,7 +169,7 @@ def retire(settings: Pkcs11Settings, key_set: str) -> None:
 
 
 def destroy_all(settings: Pkcs11Settings) -> None:
-    """Destroy every key set of this prefix, the current one too: for a prefix made for a trial.
+    """Destroy all under this prefix, the current key set too: for a prefix made for a trial.
 
     Raises:
         ServiceUnavailable, HsmError: The HSM failed; call again to destroy what is left.
@@ -178,6 +178,16 @@ def destroy_all(settings: Pkcs11Settings) -> None:
     with connected(settings) as connection:
         for number in connection.run(lambda pooled: keys.numbers(pooled.session)):
             connection.run(partial(keys.destroy, number=number))
+        # Imported keys, wrapping keys, a transport key: labelled with the same prefix.
+        connection.run(partial(_destroy_labelled, start=f"{settings.key_prefix}:"))
+
+
+def _destroy_labelled(pooled: PooledSession, start: str) -> None:
+    found = pooled.find({Attribute.TOKEN: True})
+    labels = {each.get_attributes([Attribute.LABEL]).get(Attribute.LABEL, "") for each in found}
+    for label in labels:
+        if label.startswith(start):
+            pooled.destroy({Attribute.LABEL: label, Attribute.TOKEN: True})
 
 
 # --- making ------------------------------------------------------------------------------------

@@ -169,6 +169,16 @@ def search(session: Session, template: dict[Attribute, Any]) -> Iterator[Any]:
             found._finalize()  # noqa: SLF001  # does nothing where the search has ended
 
 
+def count_objects(session: Session) -> int:
+    """How many objects the session sees. Of none an attribute is read, which takes longest."""
+    found = SearchIter(session, {}, 1)
+    try:
+        return sum(1 for _batch_of_one in found.__enter__())
+    finally:
+        with suppress(PKCS11Error):
+            found._finalize()  # noqa: SLF001  # as in search
+
+
 def open_worker_session(token: Token, attribute_mapper: Any) -> Session:
     """Open a read-write session without PIN: the login of another session covers it."""
     return token.open(rw=True, attribute_mapper=attribute_mapper)

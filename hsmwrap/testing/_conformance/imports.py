@@ -47,6 +47,8 @@ SMALL_ORDER_KEYS = 3
 class ImportConformance(ConformanceFixtures):
     """A client's ciphertext becomes a key, or one error."""
 
+    topic = "Imports"
+
     def test_material_becomes_a_key(self, conversation: Conversation, key_spec: KeySpec) -> None:
         material = secrets.token_bytes(key_spec.material_length)
         imported = conversation.import_material(conversation.encrypt(material), key_spec)

@@ -37,6 +37,8 @@ from hsmwrap.testing._conformance.leaks import leaks
 class LifecycleConformance(ConformanceFixtures):
     """What a KMS needs from a backend that is open for months."""
 
+    topic = "Threads, forks and closing"
+
     def test_threads_do_not_mix_up_their_keys(
         self, conversation: Conversation, key_spec: KeySpec
     ) -> None:

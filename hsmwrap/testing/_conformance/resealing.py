@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from hsmwrap.backend import (
 from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import HsmError, InvalidKeyMaterial, KeyNotFound, UnsupportedOperation
 from hsmwrap.testing._conformance.base import (
+    Apart,
     ConformanceFixtures,
     Reopen,
     any_conversation,
@@ -48,14 +50,27 @@ class _Moved:
 class ResealingConformance(ConformanceFixtures):
     """What a KMS needs to rotate and retire key sets without asking clients to import again."""
 
+    topic = "Keys that move to another key set"
+
     @pytest.fixture
-    def rotate_keys(
-        self, plugin_class: type[Backend], settings: Mapping[str, Any]
+    def may_rotate(self) -> bool:
+        """Whether tests may rotate the key sets of these settings."""
+        return True
+
+    @pytest.fixture
+    def rotate_keys(  # fixtures
+        self,
+        may_rotate: bool,  # noqa: FBT001  # a fixture
+        plugin_class: type[Backend],
+        settings: Mapping[str, Any],
+        so_pin_file: str | None,
+        apart: Apart,
     ) -> RotateKeys | None:
         """Makes another key set the current one; None where a test cannot do that."""
-        if not issubclass(plugin_class, ManagesKeySets):
+        if not may_rotate or not issubclass(plugin_class, ManagesKeySets):
             return None
-        return lambda: plugin_class.rotate_keys(settings)
+        rotate = partial(plugin_class.rotate_keys, settings, so_pin_file=so_pin_file)
+        return lambda: apart(rotate)
 
     @pytest.fixture
     def reseals(self, backend: Backend) -> ReSealsKeys:

@@ -33,6 +33,8 @@ TAG_LENGTH = 32
 class ImportTokenConformance(ConformanceFixtures):
     """What import tokens need from a backend."""
 
+    topic = "Import tokens"
+
     def test_a_mac_has_the_contract_s_form(self, backend: Backend) -> None:
         mac = backend.mac(b"data")
         assert mac.key_set.isascii()

@@ -37,6 +37,8 @@ NAME_LENGTH = 32
 class WrappingKeyConformance(ConformanceFixtures):
     """The capability report, and wrapping keys."""
 
+    topic = "Capabilities and wrapping keys"
+
     def test_contract_version(self, plugin_class: type[Backend]) -> None:
         assert plugin_class.contract_version == CONTRACT_VERSION
 
@@ -133,7 +135,7 @@ class WrappingKeyConformance(ConformanceFixtures):
         self, fresh_conversation: Conversation
     ) -> None:
         if fresh_conversation.capability.custody is not Custody.HSM_INTERNAL:
-            return
+            pytest.skip("capability: keeps no wrapping keys in the HSM")
         key_spec = any_key_spec(fresh_conversation.backend)
         ciphertext = fresh_conversation.encrypt(secrets.token_bytes(key_spec.material_length))
         fresh_conversation.backend.discard_wrapping_key(fresh_conversation.key.private_key)

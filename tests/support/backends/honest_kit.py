@@ -4,7 +4,6 @@ import pytest
 
 from hsmwrap.backend import Custody
 from hsmwrap.testing.conformance import BackendConformance
-from hsmwrap.testing.memory import DirectoryStore
 from support.backends.honest import HonestBackend
 
 
@@ -20,10 +19,6 @@ class HonestKit(BackendConformance):
             "wrapping_custody": custody,
             "material_custody": custody,
         }
-
-    @pytest.fixture
-    def count_objects(self, settings):
-        return lambda: len(DirectoryStore(settings["directory"]))
 
     @pytest.fixture
     def holder_reads(self, backend):

@@ -1,14 +1,11 @@
 """The conformance kit over one backend that stays open from test to test."""
 
-from functools import partial
-
 import pytest
 
 from hsmwrap import registry
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.testing.conformance import BackendConformance
 from support.pkcs11.holder import Holder
-from support.pkcs11.objects import count_objects
 
 
 class KeptOpen(BackendConformance):
@@ -43,9 +40,3 @@ class KeptOpen(BackendConformance):
     @pytest.fixture
     def holder_reads(self, backend):
         return Holder(backend).reads
-
-    @pytest.fixture
-    def count_objects(self, backend):
-        backend.capabilities()  # the probe makes session objects of its own
-        connection = backend.ability(Pkcs11Backend)._connection
-        return partial(count_objects, connection)

@@ -823,3 +823,12 @@ class NamesAKeySetForEachKey(HonestBackend):
 class MovesKeysOfOthers(HonestBackend):
     def reseal(self, key, *, expected_check_value=None):
         return replace(key, backend=self.name)
+
+
+# --- what the kit itself relies on -----------------------------------------------------------
+
+
+@mutant("counts", "test_a_wrapping_key_is_where_its_custody_says", RESIDENT)
+class CountsAlwaysTheSame(HonestBackend):
+    def count_objects(self):
+        return 7
