@@ -82,7 +82,7 @@ from hsmwrap.pkcs11.wrapping.material import (
     parse_key_ref,
 )
 from hsmwrap.pkcs11.wrapping.probe import probe
-from hsmwrap.sm2 import parse
+from hsmwrap.sm2 import Sm2Ciphertext, parse
 
 _TRIAL = "trial-"
 _MESSAGE_HEAD = 1 + contract.NONCE_LENGTH
@@ -397,6 +397,9 @@ class Pkcs11Backend(
         self, features: TokenFeatures, role: Role, private: Any, wrapped: _Wrapped
     ) -> MaterialSource:
         row = features.rows.get(wrapped.algorithm)
+        if role is Role.WRAPPING_SM2_UNWRAP:
+            parsed = partial(self._parsed, wrapped)
+            return sm2.WrappedMaterial.by(self._vendor, private, parsed, features.ways.sm2_material)
         if role is Role.WRAPPING_UNWRAP:
             source = DATA_SPECIFIED if row is None else row.source
             way = features.ways.material
@@ -406,14 +409,16 @@ class Pkcs11Backend(
 
     def _decrypted(self, row: Row | None, role: Role, private: Any, wrapped: _Wrapped) -> bytes:
         if role is Role.WRAPPING_DERIVE:
-            layouts = self._settings.sm2_layouts
-            parsed = parse(wrapped.ciphertext, wrapped.key_spec.material_length, layouts)
-            return sm2.decrypt(private, parsed, self._vendor)
+            return sm2.decrypt(private, self._parsed(wrapped), self._vendor)
         native = row is None or row.path is not ImportPath.RAW
         source = DATA_SPECIFIED if row is None else row.source
         return rsa.decrypt(
             private, wrapped.algorithm, wrapped.ciphertext, native=native, source=source
         )
+
+    def _parsed(self, wrapped: _Wrapped) -> Sm2Ciphertext:
+        length = wrapped.key_spec.material_length
+        return parse(wrapped.ciphertext, length, self._settings.sm2_layouts)
 
     # --- use ---------------------------------------------------------------------------------
 

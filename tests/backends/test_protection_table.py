@@ -4,6 +4,8 @@ from contextlib import ExitStack
 
 import pytest
 from support.documents import ROOT, section_of
+from support.faults.shim import fault_shim
+from support.pkcs11.vendors import POOR
 from support.services.nss import make_nss
 from support.services.opencryptoki import opencryptoki
 from support.services.p11kit import p11kit_server
@@ -11,11 +13,18 @@ from support.services.softhsm import make_softhsm
 
 from hsmwrap import registry
 from hsmwrap.catalog import KeySpec
+from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.host import ModuleHost
 
 OTHER_VERSION = "capability: another version of the module than in SECURITY.md's table"
-COLUMNS = ("softhsm", "nss", "nss_in_fips_mode", "opencryptoki", "p11kit")
-VERSIONS = {"softhsm": (2, 6), "nss": (3, 87), "nss_in_fips_mode": (3, 87), "opencryptoki": (3, 8)}
+COLUMNS = ("softhsm", "nss", "nss_in_fips_mode", "opencryptoki", "p11kit", "vendor")
+VERSIONS = {
+    "softhsm": (2, 6),
+    "nss": (3, 87),
+    "nss_in_fips_mode": (3, 87),
+    "opencryptoki": (3, 8),
+    "vendor": (2, 6),
+}
 
 
 def column(name):
@@ -51,6 +60,12 @@ def settings_of(request, tmp_path, running):
     def settings_of(name):
         if name == "softhsm":
             return request.getfixturevalue("softhsm").settings("table")
+        if name == "vendor":
+            softhsm = request.getfixturevalue("softhsm")
+            shim = fault_shim(softhsm.module, tmp_path / "shim")
+            settings = POOR.play(shim, tmp_path, softhsm, key_prefix="table-vendor")
+            Pkcs11Backend.initialise_keys(settings)
+            return settings
         if name == "p11kit":
             token = make_softhsm(tmp_path, label="table")
             server = running.enter_context(p11kit_server(token, tmp_path))

@@ -17,7 +17,7 @@ from support.pkcs11.clone_user import MATERIAL, sealed_on, used_on
 from hsmwrap.checkvalue import check_value
 from hsmwrap.errors import ConfigurationError, UnsupportedOperation
 from hsmwrap.pkcs11.keysets.cloning import TransportKey, WrappedSets, _public_numbers
-from hsmwrap.pkcs11.keysets.keys import Role
+from hsmwrap.pkcs11.keysets.keys import ROLES, Role
 from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
 from hsmwrap.registry import KeySetManager
 from hsmwrap.testing.softhsm import SoftHsm, SoftHsmError
@@ -262,7 +262,7 @@ def test_a_file_of_something_else_is_refused(text):
     ],
 )
 def test_an_incomplete_key_set_is_refused(change):
-    keys = {str(role): "AA==" for role in Role}
+    keys = {str(role): "AA==" for role in ROLES}
     proof = {"sealed": "AA==", "tag": "AA=="}
     each = {"number": 1, "made_by": "ab", "keys": keys, "proof": proof}
     document = {"format": "hsmwrap-key-sets/1", "transport_key": "00", "key_sets": [each]}

@@ -41,7 +41,7 @@ from hsmwrap.backend import HasKeySets, ReSealsKeys
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.templates import secret_key, stored
 from hsmwrap.pkcs11.keysets import keys as keys_module
-from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
+from hsmwrap.pkcs11.keysets.keys import ROLES, UNWRAPPED, Role
 from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
 from hsmwrap.pkcs11.wrapping import material as material_module
 from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, intermediate
@@ -160,7 +160,7 @@ def test_an_unsealed_wrapping_key_cannot_be_stored(sealed, attacker, role):
 
 @pytest.mark.parametrize("role", SEALED_ROLES)
 def test_no_other_role_opens_a_blob(sealed, attacker, role):
-    for other in UNWRAPPED.keys() - {role}:
+    for other in UNWRAPPED.keys() & set(ROLES) - {role}:
         with attacker.refused(ck.GeneralError):
             attacker.unwrap(sealed.kek(other), sealed.blob(role), sealed.becomes(other))
 
@@ -332,7 +332,7 @@ def planted(moving, attacker):
     """A newer key set of known keys, with all attributes of a movable one but CKA_TRUSTED."""
     made = {
         role: attacker.plant_known(moving.prefix, role, 2, EXTRACTABLE=True, WRAP_WITH_TRUSTED=True)
-        for role in Role
+        for role in ROLES
     }
     yield made
     for key in made.values():
@@ -511,7 +511,7 @@ def test_a_set_that_was_planted_in_the_place_of_one_to_come_is_not_taken_for_it(
     """
     (_, backup, restoring), prefix = backed_up, f"copied-{secrets.token_hex(4)}"
     (key_set,) = json.loads(json.loads(backup.read_text())["content"])["key_sets"]
-    for role in Role:
+    for role in ROLES:
         key = attacker.plant_lookalike(prefix, role, key_set["number"])
         key[Attribute.ID] = f"{prefix}:{role}:1:{key_set['made_by']}".encode()
     assert current_set(softhsm, prefix) == "1"
@@ -522,7 +522,7 @@ def test_a_set_that_was_planted_in_the_place_of_one_to_come_is_not_taken_for_it(
 def test_a_planted_set_does_not_count_beside_a_copied_one(softhsm, attacker, copied, monkeypatch):
     """Of a newer number, and mixed with it; the control says of every key that it is trusted."""
     prefix, key, message = copied
-    for role in Role:
+    for role in ROLES:
         plant_a_copy(attacker, prefix, role, 2)
     plant_a_copy(attacker, prefix, Role.MATERIAL_AES, 1)
     assert current_set(softhsm, prefix) == "1"

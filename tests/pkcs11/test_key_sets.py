@@ -26,7 +26,7 @@ from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.profiles import by_number
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
 from hsmwrap.pkcs11.keysets import admin, keys
-from hsmwrap.pkcs11.keysets.keys import KeySets, Role
+from hsmwrap.pkcs11.keysets.keys import ROLES, KeySets, Role
 from hsmwrap.pkcs11.sessions.connecting import PAUSES
 from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.sessions.session import PooledSession
@@ -114,7 +114,7 @@ def test_a_set_whose_mac_key_is_gone_can_be_retired(softhsm, attacker, prefix):
     Pkcs11Backend.rotate_keys(settings)
     attacker.ours(LABEL=f"{prefix}:{Role.MAC}:1").destroy()
     Pkcs11Backend.retire_keys(settings, "1")
-    assert len(attacker.own_keys(prefix)) == len(Role)
+    assert len(attacker.own_keys(prefix)) == len(ROLES)
 
 
 def test_an_unfinished_trusted_set_takes_nothing_from_an_untrusted_one(softhsm, prefix):
@@ -147,7 +147,7 @@ def test_a_key_that_another_process_makes_meanwhile_ends_the_rotation(
     with pytest.raises(ConfigurationError, match="exactly one key of each kind"):
         Pkcs11Backend.rotate_keys(settings)
     left = {key.handle for key in attacker.own_keys(prefix)}
-    assert len(left) == len(Role) + 1
+    assert len(left) == len(ROLES) + 1
     assert others[0].handle in left
     assert current(settings) == "1"
 
@@ -164,7 +164,7 @@ def test_a_second_mac_key_ends_the_rotation(softhsm, attacker, prefix, monkeypat
     monkeypatch.setattr(KeySets, "create", collide)
     with pytest.raises(ConfigurationError, match="exactly one key of each kind"):
         Pkcs11Backend.rotate_keys(settings)
-    assert len(attacker.own_keys(prefix)) == len(Role) + 1
+    assert len(attacker.own_keys(prefix)) == len(ROLES) + 1
 
 
 def test_rotations_at_the_same_time_end_with_one_good_set(softhsm, prefix):
@@ -194,7 +194,7 @@ def test_rotations_at_the_same_time_end_with_one_good_set(softhsm, prefix):
 def test_there_is_a_highest_number(softhsm, attacker, prefix):
     settings = softhsm.settings(prefix, trusted=False)
     # SoftHSM overlooks what another process made before an object was made here (field note 42).
-    assert len(attacker.own_keys(prefix)) == len(Role)
+    assert len(attacker.own_keys(prefix)) == len(ROLES)
     attacker.plant_lookalike(prefix, Role.MATERIAL_AES, keys.HIGHEST_NUMBER)
     with pytest.raises(ConfigurationError, match="the highest that there can be"):
         Pkcs11Backend.rotate_keys(settings)
@@ -388,7 +388,7 @@ class Stubborn(Broken):
 
 
 def test_what_only_seemed_to_be_gone_is_destroyed():
-    assert KeySets("p").destroy(pooled(Stubborn(1)), 1) == len(Role)
+    assert KeySets("p").destroy(pooled(Stubborn(1)), 1) == len(ROLES)
     with pytest.raises(ObjectHandleInvalid):
         KeySets("p").destroy(pooled(Stubborn(2)), 1)
 

@@ -38,7 +38,7 @@ from hsmwrap.catalog import Origin, ProtectionLevel, WrappingKeySpec
 from hsmwrap.customer import encrypt_key_material
 from hsmwrap.guard import bound, plugin_ref
 from hsmwrap.imports import Cmk, ImportService
-from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
+from hsmwrap.pkcs11.keysets.keys import ROLES, UNWRAPPED, Role
 from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
 from hsmwrap.pkcs11.wrapping import material as material_module
 from hsmwrap.pkcs11.wrapping.custody import intermediate
@@ -228,7 +228,7 @@ def test_known_limit_without_trust_material_in_transit_can_be_wrapped(
 
 def test_known_limit_without_trust_key_sets_can_be_planted(scenes, attacker, prefix):
     scenes.open(prefix, trusted=False)
-    for role in Role:
+    for role in ROLES:
         attacker.plant_lookalike(prefix, role, 2)
     backend = scenes.open(prefix, trusted=False)
     material = secrets.token_bytes(32)

@@ -13,7 +13,7 @@ from support.pkcs11.attacker import KWP, OAEP1, WAYS_TO_A_KNOWN_VALUE, Scenes, b
 from hsmwrap.backend import HasKeySets, ReapsWrappingKeys
 from hsmwrap.errors import ConfigurationError, HsmUnavailable, HsmwrapError, InvalidMac
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.pkcs11.keysets.keys import Role
+from hsmwrap.pkcs11.keysets.keys import ROLES, Role
 from hsmwrap.pkcs11.wrapping.custody import parse_ref
 
 
@@ -59,7 +59,7 @@ def sets_used(backend):
 
 def test_a_set_of_known_keys_is_ignored(scenes, attacker, prefix, trusted):
     running = scenes.open(prefix, trusted=trusted)
-    for role in Role:
+    for role in ROLES:
         attacker.plant_known(prefix, role, 2)
     assert key_sets(scenes.softhsm, prefix) == [("1", True)]
     assert sets_used(running) == sets_used(scenes.open(prefix, trusted=trusted)) == {1}
@@ -81,7 +81,7 @@ def test_sets_of_keys_that_became_known_in_any_way_are_ignored(scenes, attacker,
     running = scenes.open(prefix, trusted=trusted)
     forged = []
     for number, way in enumerate(WAYS_TO_A_KNOWN_VALUE.values(), start=2):
-        values = {role: attacker.planted(way, prefix, role, number)[1] for role in Role}
+        values = {role: attacker.planted(way, prefix, role, number)[1] for role in ROLES}
         forged.append(attacker.known_mac(prefix, number, b"data", values[Role.MAC]))
     assert key_sets(scenes.softhsm, prefix) == [("1", True)]
     assert sets_used(running) == sets_used(scenes.open(prefix, trusted=trusted)) == {1}
@@ -150,7 +150,7 @@ def test_a_seed_does_not_choose_a_key(attacker):
 def test_a_known_twin_of_a_key_is_ignored(scenes, attacker, prefix, trusted):
     running = scenes.open(prefix, trusted=trusted)
     mac = running.mac(b"data")
-    for role in Role:
+    for role in ROLES:
         attacker.plant_known(prefix, role, 1)
     for backend in (running, scenes.open(prefix, trusted=trusted)):
         assert sets_used(backend) == {1}
@@ -164,7 +164,7 @@ def test_an_untrusted_lookalike_does_not_count_beside_trusted_keys(
     scenes, attacker, prefix, number
 ):
     running = scenes.open(prefix, trusted=True)
-    for role in set(Role) - {Role.MAC if number == 1 else None}:
+    for role in set(ROLES) - {Role.MAC if number == 1 else None}:
         attacker.plant_lookalike(prefix, role, number)
     expected = [("1", True), ("2", False)][:number]
     assert key_sets(scenes.softhsm, prefix) == expected
@@ -189,7 +189,7 @@ def test_a_lookalike_set_does_not_take_the_place_of_the_trusted_one(scenes, atta
     assert sets_used(running) == {1}
     for key in attacker.own_keys(prefix):
         key.destroy()
-    for role in Role:
+    for role in ROLES:
         attacker.plant_lookalike(prefix, role, 2)
     running.ability(Pkcs11Backend)._keys._current = None  # the minute is over
     with pytest.raises(HsmUnavailable, match="lost its trusted keys"):

@@ -10,7 +10,12 @@ from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, parse_ref
 from hsmwrap.pkcs11.wrapping.material import parse_key_ref
 
 # Codes on the wire: never reused, never renumbered.
-ROLES = {0: Role.WRAPPING_UNWRAP, 1: Role.WRAPPING_DECRYPT, 2: Role.WRAPPING_DERIVE}
+ROLES = {
+    0: Role.WRAPPING_UNWRAP,
+    1: Role.WRAPPING_DECRYPT,
+    2: Role.WRAPPING_DERIVE,
+    3: Role.WRAPPING_SM2_UNWRAP,
+}
 SEALED, RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, Custody.HSM_INTERNAL
 ID = bytes(range(16))
 
@@ -27,7 +32,7 @@ def test_a_wrapping_key_has_a_version_the_code_of_its_role_and_a_key_set(code, r
     assert parse_ref(sealed) == (role, 0x1234, b"blob")
 
 
-@pytest.mark.parametrize("head", ["", "010000", "00000000", "02000000", "01030000", "01ff0000"])
+@pytest.mark.parametrize("head", ["", "010000", "00000000", "02000000", "01040000", "01ff0000"])
 def test_a_wrapping_key_of_another_version_or_role_is_refused(head):
     with pytest.raises(InvalidImportToken):
         parse_ref(PrivateKeyRef(SEALED, bytes.fromhex(head)))

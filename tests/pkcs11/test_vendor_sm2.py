@@ -133,7 +133,7 @@ def test_a_vendor_without_decryption_derives_with_keys_of_its_type():
 
 def test_the_profile_changes_sm2_keys_only(vendor):
     changed = {role for role in UNWRAPPED if unwrapped_template(role, vendor) != UNWRAPPED[role]}
-    assert changed == {Role.WRAPPING_DERIVE}
+    assert changed == {Role.WRAPPING_DERIVE, Role.WRAPPING_SM2_UNWRAP}
     assert all(unwrapped_template(role) == UNWRAPPED[role] for role in UNWRAPPED)
     assert UNWRAPPED[Role.WRAPPING_DERIVE][Attribute.KEY_TYPE] is KeyType.EC
 
@@ -155,7 +155,7 @@ def imported(token, store, vendor, custody):
     trials = probe.Probe(token.pooled(), store.keys, SETTINGS, None, vendor)
     trials._number = 1
     material = secrets.token_bytes(32)
-    with trials._sm2_key(custody) as (der, private):
+    with trials._sm2_key(DERIVE, custody) as (der, private):
         ciphertext = probe._encrypt_sm2(decode_spki(der), material)
         return sm2.decrypt(private, ciphertext, vendor) == material
 

@@ -80,6 +80,10 @@ def by_number(kind: type[_E], value: int) -> _E:
     return made
 
 
+def _bytes(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else bytes.fromhex(TEXT.read(value))
+
+
 @dataclass(frozen=True, slots=True)
 class VendorSm2(Settings):
     """``[sm2]``: a vendor's SM2."""
@@ -100,6 +104,21 @@ class VendorSm2(Settings):
     ciphertext: Layout = setting(
         choice(Layout), "What that mechanism takes; C1C3C2_BARE is without 04.", Layout.C1C3C2
     )
+    unwrap: Mechanism | None = setting(
+        _number(Mechanism, "a mechanism"),
+        "Mechanism of C_UnwrapKey; without it key material passes through the host.",
+    )
+    unwrap_parameter: bytes | None = setting(
+        Kind("bytes in hexadecimal digits", _bytes), "That mechanism's parameter; without it none."
+    )
+    unwrap_ciphertext: Layout | None = setting(
+        choice(Layout), "What that mechanism takes; without it the same as that of C_Decrypt."
+    )
+
+    @property
+    def unwrap_layout(self) -> Layout:
+        """What the mechanism of C_UnwrapKey takes."""
+        return self.unwrap_ciphertext or self.ciphertext
 
 
 @dataclass(frozen=True, slots=True)

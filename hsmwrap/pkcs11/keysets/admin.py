@@ -200,7 +200,9 @@ def _create(
     made_by = secrets.token_hex(8)
     movable: bool | None = None
     with connected(settings) as connection:
-        needs = connection.run(lambda pooled: needs_of(pooled.session), retry=False)
+        needs = connection.run(
+            lambda pooled: needs_of(pooled.session, settings.vendor), retry=False
+        )
     key_encryption_roles = tuple(role for role in needs.roles if role is not Role.MAC)
     listed: Sequence[KeySet] = ()
     try:

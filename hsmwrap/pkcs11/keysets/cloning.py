@@ -149,7 +149,9 @@ def make_transport_key(settings: Pkcs11Settings, so_pin: PinSource) -> Transport
     """
     label = _label(settings)
     with connected(settings) as connection:
-        needs = connection.run(lambda pooled: needs_of(pooled.session), retry=False)
+        needs = connection.run(
+            lambda pooled: needs_of(pooled.session, settings.vendor), retry=False
+        )
     with officer_session(settings, so_pin) as session:
         if not movability.is_kept(session, needs.key_wrap):
             raise UnsupportedOperation(

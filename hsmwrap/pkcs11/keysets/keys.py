@@ -71,11 +71,16 @@ class Role(StrEnum):
     """Wraps RSA wrapping keys that may only C_Decrypt, for the paths through the host."""
     WRAPPING_DERIVE = "kek-wrapping-derive"
     """Wraps SM2 wrapping keys, where the token can unwrap them (a vendor's may C_Decrypt)."""
+    WRAPPING_SM2_UNWRAP = "kek-wrapping-sm2-unwrap"
+    """Wraps a vendor's SM2 wrapping keys that may only C_UnwrapKey; in sets of such tokens."""
     MATERIAL_AES = "kek-material-aes"
     """Wraps imported AES keys."""
     MATERIAL_SM4 = "kek-material-sm4"
     """Wraps imported SM4 keys that the token only keeps (as generic secrets)."""
 
+
+ROLES = tuple(role for role in Role if role is not Role.WRAPPING_SM2_UNWRAP)
+"""Of the keys that a set has on an HSM token that keeps to the standard."""
 
 MAC_KEY_TYPES = (KeyType.GENERIC_SECRET, KeyType.SHA256_HMAC)
 """Types of MAC keys: some HSM tokens compute SHA256-HMAC with keys of the second alone."""
@@ -91,7 +96,7 @@ class Needs:
         key_wrap: What key-encryption keys wrap by.
     """
 
-    roles: tuple[Role, ...] = tuple(Role)
+    roles: tuple[Role, ...] = ROLES
     mac_key_type: KeyType = KeyType.GENERIC_SECRET
     key_wrap: Mechanism = AES_KEY_WRAP
 
@@ -103,6 +108,7 @@ UNWRAPPED: Mapping[Role, Template] = MappingProxyType(
         Role.WRAPPING_UNWRAP: private_key(KeyType.RSA, Attribute.UNWRAP),
         Role.WRAPPING_DECRYPT: private_key(KeyType.RSA, Attribute.DECRYPT),
         Role.WRAPPING_DERIVE: private_key(KeyType.EC, Attribute.DERIVE),
+        Role.WRAPPING_SM2_UNWRAP: private_key(KeyType.EC, Attribute.UNWRAP),
         Role.MATERIAL_AES: secret_key(KeyType.AES, Attribute.ENCRYPT, Attribute.DECRYPT),
         Role.MATERIAL_SM4: secret_key(KeyType.GENERIC_SECRET),
     }
@@ -112,12 +118,15 @@ UNWRAPPED: Mapping[Role, Template] = MappingProxyType(
 
 def unwrapped_template(role: Role, vendor: VendorSm2 | None = None) -> Template:
     """The same, where a vendor's SM2 keys are of a type of their own or decrypt by themselves."""
-    if role is not Role.WRAPPING_DERIVE or vendor is None:
+    if role not in _SM2_ROLES or vendor is None:
         return UNWRAPPED[role]
     use = Attribute.DERIVE if vendor.decrypt is None else Attribute.DECRYPT
+    if role is Role.WRAPPING_SM2_UNWRAP:
+        use = Attribute.UNWRAP
     return private_key(vendor.key_type or KeyType.EC, use)
 
 
+_SM2_ROLES = frozenset({Role.WRAPPING_DERIVE, Role.WRAPPING_SM2_UNWRAP})
 _MATERIAL_ROLES = frozenset({Role.MATERIAL_AES, Role.MATERIAL_SM4})
 
 
@@ -178,7 +187,7 @@ class KeySets:
         """
         self._prefix = prefix
         self._must_be_trusted = must_be_trusted
-        self._vendor = vendor
+        self.vendor = vendor
         self._current: tuple[int, float, int] | None = None
         self._newest: KeySet | None = None
         self._highest = 0
@@ -195,7 +204,7 @@ class KeySets:
 
     def unwrapped_template(self, role: Role) -> Template:
         """What this key-encryption key unwraps a blob into, where keys do not move."""
-        return unwrapped_template(role, self._vendor)
+        return unwrapped_template(role, self.vendor)
 
     def material_template(self, role: Role, number: int) -> Template:
         """What this key-encryption key of a set unwraps imported keys into."""
@@ -222,7 +231,7 @@ class KeySets:
         if not number:
             if self._must_be_trusted and any(
                 each.finished
-                for each in KeySets(self._prefix, vendor=self._vendor).list(pooled.session)
+                for each in KeySets(self._prefix, vendor=self.vendor).list(pooled.session)
             ):
                 raise ConfigurationError(
                     f"the HSM token has no trusted keys labelled {self._prefix}:…, but others; "

@@ -7,7 +7,7 @@ where there are private keys that can be wrapped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from pkcs11.types import Session
 
 from hsmwrap.errors import ConfigurationError, ProtectionNotKept
 from hsmwrap.pkcs11.binding import objects
+from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.binding.returncodes import recovery_of, said
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
@@ -27,7 +28,7 @@ from hsmwrap.pkcs11.binding.templates import (
     private_key,
     secret_key,
 )
-from hsmwrap.pkcs11.keysets.keys import MAC_KEY_TYPES, Needs, Role
+from hsmwrap.pkcs11.keysets.keys import MAC_KEY_TYPES, ROLES, Needs, Role
 from hsmwrap.sm2 import OID_DER
 
 _BYTES = 32
@@ -35,11 +36,12 @@ _P_256 = bytes.fromhex("06082a8648ce3d030107")
 _WITHOUT_WRAPPING_KEYS = (Role.MAC, Role.MATERIAL_AES, Role.MATERIAL_SM4)
 
 
-def needs_of(session: Session) -> Needs:
+def needs_of(session: Session, vendor: VendorSm2 | None) -> Needs:
     """Try what the own keys are for; what is made for that is destroyed.
 
     Args:
         session: The user's session.
+        vendor: The vendor's SM2, if the profile names some. What it unwraps by is not tried here.
 
     Raises:
         ConfigurationError: The HSM token has no HMAC that authenticates import tokens.
@@ -47,9 +49,12 @@ def needs_of(session: Session) -> Needs:
     """
     trials = _Trials(session)
     try:
-        return trials.run()
+        needs = trials.run()
     finally:
         trials.clean_up()
+    if vendor is None or vendor.unwrap is None or Role.WRAPPING_DERIVE not in needs.roles:
+        return needs
+    return replace(needs, roles=(Role.WRAPPING_SM2_UNWRAP, *needs.roles))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ class _Trials:
         key_wrap = next(wraps, None)
         if key_wrap is None:
             return Needs((Role.MAC,), mac_key_type, AES_KEY_WRAP)
-        roles = tuple(Role) if self._has_extractable_private_keys() else _WITHOUT_WRAPPING_KEYS
+        roles = ROLES if self._has_extractable_private_keys() else _WITHOUT_WRAPPING_KEYS
         return Needs(roles, mac_key_type, key_wrap)
 
     def clean_up(self) -> None:

@@ -152,7 +152,7 @@ def wrap_sets(
         )
 
     def prove(pooled: PooledSession) -> tuple[Needs, list[Proof]]:
-        needs = needs_of(pooled.session)
+        needs = needs_of(pooled.session, settings.vendor)
         return needs, [_prove(pooled, keys, each, needs) for each in movable]
 
     with connected(settings) as connection:
@@ -184,7 +184,7 @@ def take_in(
     keys = key_sets_of(settings)
 
     def look(pooled: PooledSession) -> tuple[list[WrappedSet], Needs]:
-        missing, needs = _missing(pooled, keys, sets), needs_of(pooled.session)
+        missing, needs = _missing(pooled, keys, sets), needs_of(pooled.session, settings.vendor)
         for each in sets:
             # Ids prove nothing: a set may have been planted in the place of one to come.
             if each not in missing and not _is_proven(pooled, keys, each, needs):

@@ -19,7 +19,7 @@ from typing import Any
 
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.exceptions import WrappingKeyHandleInvalid
-from pkcs11.mechanisms import KeyType
+from pkcs11.mechanisms import KeyType, Mechanism
 
 from hsmwrap.backend import Custody, PrivateKeyRef
 from hsmwrap.catalog import WrappingAlgorithm
@@ -43,7 +43,12 @@ _VERSION = 1
 _HEAD = struct.Struct(">BBH")
 
 # What a wrapping key is for. Codes on the wire: never reused, never renumbered.
-_ROLES = (Role.WRAPPING_UNWRAP, Role.WRAPPING_DECRYPT, Role.WRAPPING_DERIVE)
+_ROLES = (
+    Role.WRAPPING_UNWRAP,
+    Role.WRAPPING_DECRYPT,
+    Role.WRAPPING_DERIVE,
+    Role.WRAPPING_SM2_UNWRAP,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +65,7 @@ def _guard(*, trusted: bool) -> Template:
     return {Attribute.WRAP_WITH_TRUSTED: True} if trusted else {}
 
 
-def _pinned(algorithm: WrappingAlgorithm, becomes: Template) -> Template:
+def _pinned(mechanism: Mechanism, becomes: Template) -> Template:
     """What keeps the holder of the PIN from reading a client's ciphertext by C_UnwrapKey.
 
     The outcome is pinned to the intermediate that this backend makes. The mechanism is pinned
@@ -69,7 +74,7 @@ def _pinned(algorithm: WrappingAlgorithm, becomes: Template) -> Template:
     """
     return {
         Attribute.UNWRAP_TEMPLATE: NestedTemplate(becomes),
-        Attribute.ALLOWED_MECHANISMS: (mechanism_of(algorithm)[0],),
+        Attribute.ALLOWED_MECHANISMS: (mechanism,),
     }
 
 
@@ -105,7 +110,12 @@ class WrappingKeyStore:
     ) -> Template:
         """Template to generate a private key with that stays in the HSM token."""
         becomes = self.features.fit(intermediate(trusted=trusted))
-        pins = _pinned(algorithm, becomes) if role is Role.WRAPPING_UNWRAP else {}
+        mechanism: Mechanism | None = None
+        if role is Role.WRAPPING_UNWRAP:
+            mechanism = mechanism_of(algorithm)[0]
+        elif role is Role.WRAPPING_SM2_UNWRAP and self.keys.vendor is not None:
+            mechanism = self.keys.vendor.unwrap
+        pins = {} if mechanism is None else _pinned(mechanism, becomes)
         label = reaper.label(self.prefix, expires_at)
         return stored(
             self.features.fit({**self.keys.unwrapped_template(role), **pins}), object_id, label

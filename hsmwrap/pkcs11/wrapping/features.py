@@ -94,6 +94,11 @@ class ImportPath(Enum):
     RAW = (Role.WRAPPING_DECRYPT, Exposure.HOST, "CKM_RSA_X_509, OAEP decoded in the host")
     DERIVE = (Role.WRAPPING_DERIVE, Exposure.HOST, "CKM_ECDH1_DERIVE, KDF and C3 in the host")
     VENDOR = (Role.WRAPPING_DERIVE, Exposure.HOST, "vendor mechanism")
+    VENDOR_UNWRAP = (
+        Role.WRAPPING_SM2_UNWRAP,
+        Exposure.IN_HSM,
+        "C_UnwrapKey by the vendor's mechanism",
+    )
 
     @property
     def role(self) -> Role:
@@ -132,11 +137,13 @@ class Ways:
 
     Attributes:
         material: Clients' ciphertexts, by RSA.
+        sm2_material: Clients' ciphertexts, by SM2.
         sealed_secret: Imported keys, by AES key wrap.
         sealed_private: Private wrapping keys, by AES key wrap.
     """
 
     material: Way = Way.AS_ASKED
+    sm2_material: Way = Way.AS_ASKED
     sealed_secret: Way = Way.AS_ASKED
     sealed_private: Way = Way.AS_ASKED
 

@@ -232,7 +232,7 @@ class MaterialStore:
         return key
 
     def _unseal(self, pooled: PooledSession, ref: KeyRef, more: Template | None = None) -> Any:
-        """Unwrap a sealed key into a session object; ``more``: attributes that are no protection.
+        """Unwrap a sealed key into a session object; ``more``: attributes that do not protect it.
 
         Raises:
             As :meth:`opened`.

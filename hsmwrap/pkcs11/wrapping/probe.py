@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import product
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from pkcs11.constants import Attribute
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType, Mechanism
 
-from hsmwrap.backend import Custody, FailedTrial, PrivateKeyRef, Protection
+from hsmwrap.backend import Custody, Exposure, FailedTrial, PrivateKeyRef, Protection
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm
 from hsmwrap.checkvalue import check_value
 from hsmwrap.errors import (
@@ -447,8 +448,13 @@ class Probe:
         """
         custody = material_custody(self._settings, self.features)
 
+        unwraps = trial.row.path.exposure is Exposure.IN_HSM
+        by_sm2 = trial.algorithm is WrappingAlgorithm.SM2PKE
+        kind = "sm2_material" if by_sm2 else "material"
+
         def first(way: Way) -> MaterialStore:
-            features = replace(self.features, ways=replace(self.features.ways, material=way))
+            ways = replace(self.features.ways, **{kind: way})
+            features = replace(self.features, ways=ways)
             name, prefix = self._settings.name, self._settings.key_prefix
             store = MaterialStore(
                 name, self._keys, prefix, custody, features, kept_open(self._settings)
@@ -456,9 +462,12 @@ class Probe:
             self._import(store, trial, KeySpec.ALIYUN_AES_256)
             return store
 
-        unwraps = trial.row.path is ImportPath.UNWRAP
-        store = self._by_way("material", first) if unwraps else first(Way.AS_ASKED)
-        if unwraps:  # else the host sees the length
+        store = self._by_way(kind, first) if unwraps else first(Way.AS_ASKED)
+        if by_sm2 and trial.row.path is not ImportPath.DERIVE:  # else the host compares C3
+            with suppress(InvalidKeyMaterial):
+                self._import(store, _with_another_c3(trial), KeySpec.ALIYUN_AES_256)
+                raise _Wrong("a ciphertext passes whose C3 was changed")
+        elif unwraps:  # else the host sees the length, which an SM2 ciphertext tells by its own
             with suppress(InvalidKeyMaterial):
                 self._import(store, trial, KeySpec.ALIYUN_AES_256, length=_AES_128)
                 raise _Wrong("a key of 16 bytes passes for one of 32")
@@ -499,6 +508,9 @@ class Probe:
         self, features: TokenFeatures, trial: _Try, material: bytes, key_spec: KeySpec
     ) -> MaterialSource:
         ciphertext, row = trial.encrypt(material), trial.row
+        if row.path is ImportPath.VENDOR_UNWRAP:
+            way = features.ways.sm2_material
+            return sm2.WrappedMaterial.by(self._vendor, trial.private, lambda: ciphertext, way)
         if row.path is ImportPath.UNWRAP:
             return rsa_keys.WrappedMaterial(
                 trial.private, trial.algorithm, ciphertext, features.ways.material, row.source
@@ -547,25 +559,28 @@ class Probe:
     def _sm2(self) -> None:
         algorithm = WrappingAlgorithm.SM2PKE
         by_vendor = self._vendor is not None and self._vendor.decrypt is not None
-        path = ImportPath.VENDOR if by_vendor else ImportPath.DERIVE
+        paths = [ImportPath.VENDOR if by_vendor else ImportPath.DERIVE]
+        if self._vendor is not None and self._vendor.unwrap is not None:
+            paths.insert(0, ImportPath.VENDOR_UNWRAP)
         tried: list[FailedTrial] = []
-        for custody in self.custodies():
+        for path, custody in product(paths, self.custodies()):
             if self._row(algorithm, path, partial(self._sm2_import, path, custody), tried):
                 break
         self._told(algorithm, tried)
 
     def _sm2_import(self, path: ImportPath, custody: Custody) -> Row:
         row = Row(path, custody)
-        with self._sm2_key(custody) as (der, private):
+        if path is ImportPath.VENDOR_UNWRAP and self.features.check is None:
+            raise _Wrong(_UNKNOWN)
+        with self._sm2_key(path.role, custody) as (der, private):
             encrypt = partial(_encrypt_sm2, decode_spki(der))
             trial = _Try(WrappingAlgorithm.SM2PKE, row, private, encrypt)
             self._rehearse(trial)
         return row
 
     @contextmanager
-    def _sm2_key(self, custody: Custody) -> Iterator[tuple[bytes, Any]]:
-        sealed = custody is _SEALED
-        store, role = self.store(), Role.WRAPPING_DERIVE
+    def _sm2_key(self, role: Role, custody: Custody) -> Iterator[tuple[bytes, Any]]:
+        sealed, store = custody is _SEALED, self.store()
         template = self._keys.unwrapped_template(role)
         if sealed:
             template = store.sealing_template(role, trusted=self._keys.trusts(self._number))
@@ -717,6 +732,14 @@ def _encrypt_sm2(public: bytes, material: bytes) -> Sm2Ciphertext:
     x, y = public[-64:-32], public[-32:]
     c2 = xor(material, sm2_kdf(x, y, len(material)))
     return Sm2Ciphertext(GX, GY, sm3(x + material + y), c2)
+
+
+def _with_another_c3(trial: _Try) -> _Try:
+    def encrypt(material: bytes) -> Any:
+        genuine = trial.encrypt(material)
+        return replace(genuine, c3=xor(genuine.c3, b"\1" * len(genuine.c3)))
+
+    return replace(trial, encrypt=encrypt)
 
 
 def _padding(algorithm: WrappingAlgorithm) -> padding.AsymmetricPadding:

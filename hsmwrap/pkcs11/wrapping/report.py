@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pkcs11.constants import Attribute
+
 from hsmwrap.backend import (
     Capabilities,
     Exposure,
     FailedTrial,
     KeyCapability,
     MissingCapability,
+    Outcome,
     WrappingCapability,
 )
 from hsmwrap.catalog import KeySpec, ProtectionLevel, WrappingAlgorithm, WrappingKeySpec
@@ -68,9 +71,9 @@ def _wrapping(settings: Pkcs11Settings, features: TokenFeatures) -> Iterator[Wra
 
 
 def _why_host(algorithm: WrappingAlgorithm, tried: tuple[FailedTrial, ...]) -> str:
-    if algorithm is WrappingAlgorithm.SM2PKE:
-        return "PKCS#11 has no unwrapping by SM2PKE: its decryption ends in the host."
     steps = [t for t in tried if ImportPath.UNWRAP.description in t.step]
+    if algorithm is WrappingAlgorithm.SM2PKE and not steps:
+        return "PKCS#11 has no unwrapping by SM2PKE: its decryption ends in the host."
     unwrapping = "; ".join(_what(t) for t in steps) or "it was not tried"
     return f"The HSM token does not unwrap by {algorithm}: {unwrapping}."
 
@@ -106,6 +109,13 @@ def _refused(
     )
 
 
+_USE_BUT_NOT_READ = frozenset(
+    f"CKA_{each.name}"
+    for each in (Attribute.SENSITIVE, Attribute.EXTRACTABLE, Attribute.UNWRAP_TEMPLATE)
+)
+"""Without one of these the holder of the PIN reads keys at any time."""
+
+
 def _notes(
     settings: Pkcs11Settings, features: TokenFeatures, *, trusted: bool, origin_told: bool
 ) -> Iterator[str]:
@@ -113,6 +123,19 @@ def _notes(
         if each.consequence and (trusted or each.name != "CKA_TRUSTED"):  # said below
             said = f"{each.name} is {each.outcome} on this HSM token"
             yield f"{said}. {each.control} {each.consequence}"
+    unkept = [
+        each.name
+        for each in features.protections
+        if each.name in _USE_BUT_NOT_READ and each.outcome is not Outcome.HONOURED
+    ]
+    if unkept:
+        yield (
+            "The promise 'use but not read' is not enforced by this HSM token, which lacks "
+            f"{', '.join(unkept)}: the holder of the PIN can read what is imported. What stays: "
+            "without the PIN there are ciphertexts only, sealed keys and import tokens are of no "
+            "use without the HSM, and the key objects that hsmwrap makes are sensitive and not "
+            "extractable. Guard the PIN like the keys."
+        )
     if not trusted:
         yield (
             "The key-encryption keys are not CKA_TRUSTED: the holder of the PIN can wrap key "
@@ -126,7 +149,11 @@ def _notes(
             "what is sealed under it."
         )
     yield _pkcs1_note(settings, features)
-    if Way.CHANGED in {features.ways.material, features.ways.sealed_secret}:
+    if Way.CHANGED in {
+        features.ways.material,
+        features.ways.sm2_material,
+        features.ways.sealed_secret,
+    }:
         yield (
             "The HSM token ignores the template of C_UnwrapKey, and C_CopyObject does not help: "
             "imported keys can be read for the moment until they are changed, and be given other "

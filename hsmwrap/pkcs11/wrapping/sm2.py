@@ -1,5 +1,6 @@
 """SM2 wrapping keys on an HSM token: by a vendor's mechanism, or by ECDH on a standard token.
 
+A vendor's C_UnwrapKey keeps the key material inside the token; its C_Decrypt brings it to the host.
 A standard token knows no SM2 decryption, but its CKM_ECDH1_DERIVE gives x([d]C1) on any curve
 that it generates keys on; the host recovers y, and C3 says which of the two it was (field note
 10). C1 is checked before it reaches the token: an off-curve point would leak the private key.
@@ -7,18 +8,22 @@ that it generates keys on; the host recovers y, and C3 says which of the two it 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from pkcs11.constants import Attribute
 from pkcs11.mechanisms import KDF, KeyType, Mechanism
 from pkcs11.types import Session
 
-from hsmwrap.errors import HsmError
+from hsmwrap.backend import Exposure
+from hsmwrap.errors import ConfigurationError, HsmError, InvalidKeyMaterial
 from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors, read
+from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.binding.templates import Template
-from hsmwrap.sm2 import OID_DER, Sm2Ciphertext, decode_point, decrypt_with_x2, encode_spki
+from hsmwrap.sm2 import OID_DER, Layout, Sm2Ciphertext, decode_point, decrypt_with_x2, encode_spki
 
 _POINT_HEADS = {
     68: b"\x03\x42\x00\x04",  # DER BIT STRING
@@ -83,6 +88,77 @@ def derive_x(private: Any, point: bytes) -> bytes:
         return bytes(read(derived, Attribute.VALUE))
     finally:
         derived.destroy()
+
+
+@dataclass(frozen=True, slots=True)
+class WrappedMaterial:
+    """Key material that the HSM token unwraps by the vendor's mechanism: C_UnwrapKey.
+
+    Attributes:
+        private: The private key object.
+        parsed: Returns the client's ciphertext; its C1 is on the curve, and its C2 as long as the
+            key material has to be.
+        mechanism: The vendor's.
+        parameter: The mechanism's.
+        layout: What it takes.
+        way: What the HSM token needs.
+    """
+
+    exposure: ClassVar[Exposure] = Exposure.IN_HSM
+
+    private: Any
+    parsed: Callable[[], Sm2Ciphertext]
+    mechanism: Mechanism
+    parameter: bytes | None
+    layout: Layout
+    way: Way
+
+    @classmethod
+    def by(
+        cls,
+        vendor: VendorSm2 | None,
+        private: Any,
+        parsed: Callable[[], Sm2Ciphertext],
+        way: Way,
+    ) -> Self:
+        """By this vendor's mechanism.
+
+        Raises:
+            ConfigurationError: The profile, if there is one, names none.
+        """
+        if vendor is None or vendor.unwrap is None:
+            raise ConfigurationError(
+                "the wrapping key of this import token unwraps by a vendor's mechanism, and the "
+                "profile that is configured names none"
+            )
+        return cls(
+            *(private, parsed, vendor.unwrap, vendor.unwrap_parameter, vendor.unwrap_layout, way)
+        )
+
+    def make_object(self, _session: Session, template: Template) -> Any:
+        """Make it an object with ``template``, in the session of the private key.
+
+        Raises:
+            InvalidKeyMaterial: The ciphertext does not parse, or the token refuses it.
+            ProtectionNotKept: The object is readable, or usable for more; it was destroyed.
+        """
+        return objects.unwrap(
+            self.private,
+            self.parsed().write(self.layout),
+            template,
+            mechanism=self.mechanism,
+            parameter=self.parameter,
+            answers=map_client_errors(self.private),
+            way=self.way,
+        )
+
+    def check_value(self) -> bytes:
+        """Not in the host.
+
+        Raises:
+            InvalidKeyMaterial: Always.
+        """
+        raise InvalidKeyMaterial
 
 
 def decrypt(private: Any, ciphertext: Sm2Ciphertext, vendor: VendorSm2 | None) -> bytes:

@@ -31,7 +31,7 @@ from hsmwrap.customer import encrypt_key_material
 from hsmwrap.guard import plugin_ref
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.templates import USES, HsmAttributeMapper, for_unwrap
-from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
+from hsmwrap.pkcs11.keysets.keys import ROLES, UNWRAPPED, Role
 from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
 from hsmwrap.pkcs11.token.pin import Pin
 from hsmwrap.pkcs11.wrapping.custody import parse_ref
@@ -322,7 +322,7 @@ class Scene:
     def own_keys(self):
         """The backend's own keys."""
         found = self.attacker.own_keys(self.prefix)
-        assert len(found) == len(Role)
+        assert len(found) == len(ROLES)
         return found
 
     def blob(self, role):

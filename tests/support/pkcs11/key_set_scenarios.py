@@ -12,7 +12,7 @@ from pkcs11.constants import Attribute
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import HsmError, HsmUnavailable, HsmwrapError
 from hsmwrap.pkcs11 import Pkcs11Backend
-from hsmwrap.pkcs11.keysets.keys import Role
+from hsmwrap.pkcs11.keysets.keys import ROLES
 from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.testing.faults import CKR
@@ -47,7 +47,7 @@ def labels(settings):
 
 
 def of_set(settings, number):
-    return sorted(f"{settings['key_prefix']}:{role}:{number}" for role in Role)
+    return sorted(f"{settings['key_prefix']}:{role}:{number}" for role in ROLES)
 
 
 def seals_under(settings, key_set):
@@ -61,9 +61,9 @@ def seals_under(settings, key_set):
 # First it is tried whether the HSM token tells where a key is from: with one session key that is
 # generated, and five that are created, unwrapped and derived (hsmwrap.pkcs11.keysets.origin).
 # Then three keys show which own keys it can use (hsmwrap.pkcs11.keysets.needs).
-MAKING = range(5, 5 + len(Role))
+MAKING = range(5, 5 + len(ROLES))
 """Which calls of C_GenerateKey make a key set."""
-RETIRING = range(7, 7 + len(Role))
+RETIRING = range(7, 7 + len(ROLES))
 """Which calls of C_DestroyObject retire one."""
 
 
@@ -99,7 +99,7 @@ def failed_cleaning_up(shim, settings, _so_pin_file):
     shim.fail("C_DestroyObject", CKR.GENERAL_ERROR, always=True)
     assert outcome(Pkcs11Backend.rotate_keys, settings)
     shim.clear()
-    assert len(labels(settings)) == len(Role) + 3
+    assert len(labels(settings)) == len(ROLES) + 3
     assert listed(settings) == [("1", True), ("2", False)]
     assert "NOT finished" in Pkcs11Backend.list_keys(settings)[1].detail
     seals_under(settings, "1")

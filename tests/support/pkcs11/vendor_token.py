@@ -17,12 +17,12 @@ from pkcs11.exceptions import (
 )
 from pkcs11.mechanisms import KeyType, Mechanism
 
-from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper, _CkAttribute
+from hsmwrap.pkcs11.binding.templates import CkAttribute, HsmAttributeMapper
 from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.sm2 import open_engine, parse
 
 MAPPER = HsmAttributeMapper()
-SIZE = ctypes.sizeof(_CkAttribute)
+SIZE = ctypes.sizeof(CkAttribute)
 
 
 def packed(template):
@@ -37,7 +37,7 @@ def packed(template):
 def rows(nested):
     """What CKA_UNWRAP_TEMPLATE points to."""
     for start in range(0, len(nested), SIZE):
-        row = _CkAttribute.from_buffer_copy(nested[start : start + SIZE])
+        row = CkAttribute.from_buffer_copy(nested[start : start + SIZE])
         yield Attribute(row.type), ctypes.string_at(row.value, row.length)
 
 

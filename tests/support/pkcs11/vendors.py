@@ -1,0 +1,69 @@
+"""HSMs with SM2 of their vendor's, played by the fault shim in front of SoftHSM2."""
+
+from dataclasses import dataclass
+
+from hsmwrap.pkcs11.binding import profiles
+from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.sm2 import Layout
+from hsmwrap.testing.faults import Restriction, Vendor
+
+R = Restriction
+
+
+@dataclass(frozen=True)
+class SimulatedVendor:
+    """An HSM and the profile that drives it: one that hsmwrap brings along, or changed in part.
+
+    Attributes:
+        vendor: What the shim plays.
+        restrictions: What the HSM does not do besides, or does otherwise.
+        layout: The ciphertexts that it takes, where the profile has others.
+    """
+
+    vendor: Vendor
+    restrictions: Restriction
+    layout: Layout | None = None
+
+    def __str__(self):
+        return self.vendor.name.lower()
+
+    @property
+    def trusts(self):
+        """Whether it knows unwrap templates, and what is for trusted keys."""
+        return R.NO_TRUST not in self.restrictions
+
+    @property
+    def profile(self):
+        """Name of the profile that hsmwrap brings along."""
+        return self.vendor.name.lower()
+
+    def play(self, shim, directory, token, **more):
+        """Make the shim play the HSM; returns settings for it."""
+        shim.play(self.vendor)
+        shim.restrict(self.restrictions)
+        named = {"profile": self.profile}
+        if self.layout is not None:
+            named = {"profile_file": self.profile_file(directory, ciphertext=self.layout)}
+        return token.bare_settings(module=str(shim.path), **named, **more)
+
+    def profile_file(self, directory, **changes):
+        """The profile with other values in its table ``[sm2]``, as a file of an operator's."""
+        text = profiles.text_of(self.profile)
+        for name, value in changes.items():
+            kept = [line for line in text.splitlines() if not line.startswith(f"{name} =")]
+            text = "\n".join([*kept, "" if value is None else f'{name} = "{value}"', ""])
+        file = directory / f"{self.profile}-{'-'.join(changes)}.toml"
+        file.write_text(text, "utf-8")
+        return str(file)
+
+
+def vendor_of(settings):
+    """The vendor's SM2 that these settings name."""
+    return Pkcs11Settings.from_mapping(settings).vendor
+
+
+POOR = SimulatedVendor(Vendor.SANSEC, R.NO_TRUST)
+"""By the shipped profile, without the protections that it says are unknown there."""
+PROTECTING = SimulatedVendor(Vendor.TASS, R.EC_POINT_XY, Layout.C1C2C3)
+"""The same numbers, another layout, points as x ‖ y, and every protection of SoftHSM2."""
+SIMULATED = (POOR, PROTECTING)
