@@ -30,7 +30,7 @@ def test_wrong_usage_is_exit_code_2(argv, capsys):
 def test_an_unknown_backend_is_exit_code_2_and_lists_those_registered(capsys):
     assert main(["demo", "--backend", "x"]) == 2
     assert capsys.readouterr().err == (
-        "hsmwrap: no backend plug-in is called 'x'; registered: pkcs11, software\n"
+        "hsmwrap: no backend plug-in is called 'x'; registered: pkcs11, sdf, software\n"
     )
 
 

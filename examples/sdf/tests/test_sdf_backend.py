@@ -250,10 +250,11 @@ def test_a_wrong_ciphertext_is_the_client_s_error_and_a_failure_is_not(sdf, devi
         with pytest.raises(error) as raised:
             unwrap(sdf, key, good)
         assert type(raised.value) is error
-    # The sealed envelope is the device's own: a client did not make it.
-    device.fail("SDF_ImportKeyWithISK_ECC", ENCDATAERR)
-    with pytest.raises(HsmError, match=r"SDF_ImportKeyWithISK_ECC answered 0x01000016 \(SDR_ENC"):
-        unwrap(sdf, key, good)
+    # The sealed envelope is the device's own, and the other calls take nothing from a client.
+    for function in (RIGHT, "SDF_ReleasePrivateKeyAccessRight", "SDF_ImportKeyWithISK_ECC"):
+        device.fail(function, ENCDATAERR)
+        with pytest.raises(HsmError, match=rf"{function} answered 0x01000016 \(SDR_ENC"):
+            unwrap(sdf, key, good)
     unwrap(sdf, key, good)
     assert device.keys == 0
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import secrets
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
@@ -66,7 +67,15 @@ def drain(leases, pairs, expires_at=None):
             return taken, str(refused)
 
 
-def test_threads_get_a_pair_each(open_leases, pairs, reuse):
+def test_threads_get_a_pair_each(open_leases, pairs, reuse, monkeypatch):
+    choose = Leases._free_pair
+
+    def slowly(*arguments):
+        chosen = choose(*arguments)
+        time.sleep(0.001)  # time for another to choose the same, if nothing keeps it from that
+        return chosen
+
+    monkeypatch.setattr(Leases, "_free_pair", slowly)
     leases, barrier = open_leases(reuse=reuse), threading.Barrier(4)
 
     def some():
