@@ -9,7 +9,7 @@ import pytest
 import simulated
 
 from hsmwrap import Cmk, Deployment, ImportService, KeySpec, ProtectionLevel, open_backend
-from hsmwrap.backend import Custody, Exposure, KeyRef, Mac, Outcome, ReSealsKeys
+from hsmwrap.backend import CountsObjects, Custody, Exposure, KeyRef, Mac, Outcome, ReSealsKeys
 from hsmwrap.errors import (
     CombinationRefused,
     ConfigurationError,
@@ -486,6 +486,32 @@ def test_a_storage_pair_of_any_key_set_stays_out_of_the_pool(sdf_settings):
     settings = sdf_settings | {"storage_index": simulated.NEXT_STORAGE, "pool": ["1", "10-20"]}
     with pytest.raises(ConfigurationError, match="index 1 is in the pool"):
         SdfBackend.from_settings(settings)
+
+
+def test_a_trial_has_its_own_key_sets_and_gives_its_pairs_back(sdf, sdf_settings, tmp_path):
+    mac, kept = sdf.mac(b"data"), wrapping_key(sdf)
+    trial = SdfBackend.trial_settings(sdf_settings)
+    SdfBackend.initialise_keys(trial)
+    with guarded(SdfBackend.from_settings(trial)) as other:
+        bring(other)
+        with pytest.raises(InvalidMac):
+            other.verify_mac(b"data", mac)
+        assert CountsObjects.of(other).count_objects() == 2
+    SdfBackend.end_trial(trial)
+    assert CountsObjects.of(sdf).count_objects() == 1
+    bring(sdf, key=kept)
+    sdf.verify_mac(b"data", mac)
+    assert {path.name for path in (tmp_path / "state").iterdir()} == {
+        "key-set-1.json",
+        "leases.sqlite",
+    }
+    with pytest.raises(ConfigurationError, match="not settings of a trial"):
+        SdfBackend.end_trial(sdf_settings)
+
+
+def test_the_first_key_set_makes_its_directory(sdf_settings, tmp_path):
+    SdfBackend.initialise_keys(sdf_settings | {"state_directory": str(tmp_path / "new")})
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_mac_of_a_key_set_with_an_odd_name_is_not_right(sdf):

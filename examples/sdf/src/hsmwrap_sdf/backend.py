@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hmac
 import re
+import secrets
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from hsmwrap import ccm
@@ -23,11 +26,13 @@ from hsmwrap.backend import (
     Backend,
     Capabilities,
     ChecksSettings,
+    CountsObjects,
     Custody,
     Exposure,
     HasKeySets,
     Health,
     ImportedKey,
+    KeepsTrialsApart,
     KeyCapability,
     KeyRef,
     KeySetInfo,
@@ -79,7 +84,14 @@ _LEASES = "leases.sqlite"
 
 
 class SdfBackend(
-    Backend, ChecksSettings, HasKeySets, ManagesKeySets, ReapsWrappingKeys, ReSealsKeys
+    Backend,
+    ChecksSettings,
+    CountsObjects,
+    HasKeySets,
+    KeepsTrialsApart,
+    ManagesKeySets,
+    ReapsWrappingKeys,
+    ReSealsKeys,
 ):
     """A device, or several with the same keys, through its SDF library."""
 
@@ -95,8 +107,7 @@ class SdfBackend(
             HsmUnavailable, HsmError: It does not answer as it should.
         """
         self._settings = settings
-        state = settings.state()
-        self._key_sets = KeySets(state)
+        self._key_sets = KeySets(settings.key_sets())
         self._require_separate_pairs()
         self._device = _device(settings)
         try:
@@ -109,7 +120,7 @@ class SdfBackend(
             raise
         self._refusal = findings.refusal
         self._report = _report(settings, findings)
-        self._leases = Leases(state / _LEASES, settings.pool, reuse=settings.reuse_pairs)
+        self._leases = _leases(settings)
 
     def _require_separate_pairs(self) -> None:
         sets = map(self._key_sets.get, self._key_sets.numbers())
@@ -130,7 +141,7 @@ class SdfBackend(
         """Look at the settings and the files that they name."""
         read = SdfSettings.from_mapping(settings)
         read.password()
-        KeySets(read.state()).current()
+        KeySets(read.key_sets()).current()
         return frozenset({ProtectionLevel.HSM})
 
     def __repr__(self) -> str:
@@ -314,7 +325,7 @@ class SdfBackend(
     @classmethod
     def list_keys(cls, settings: Mapping[str, Any]) -> tuple[KeySetInfo, ...]:
         """All key sets, oldest first."""
-        sets = KeySets(SdfSettings.from_mapping(settings).state())
+        sets = KeySets(SdfSettings.from_mapping(settings).key_sets())
         numbers = sets.numbers()
         known = [each for each in map(sets.get, numbers) if each is not None]
         return tuple(_info(each, current=each.number == numbers[-1]) for each in known)
@@ -326,9 +337,12 @@ class SdfBackend(
         *,
         so_pin_file: str | None = None,  # noqa: ARG003  # SDF has no such officer
     ) -> KeySetInfo:
-        """Make key set 1."""
+        """Make key set 1, and the directory if it is not there."""
         read = SdfSettings.from_mapping(settings)
-        if KeySets(read.state()).numbers():
+        with suppress(OSError):  # what is wrong is said below
+            Path(read.state_directory).mkdir(mode=0o700, exist_ok=True)
+            read.key_sets().mkdir(mode=0o700, exist_ok=True)
+        if KeySets(read.key_sets()).numbers():
             raise ConfigurationError("sdf backend: there are key sets already")
         return _make(read, 1)
 
@@ -341,20 +355,46 @@ class SdfBackend(
     ) -> KeySetInfo:
         """Make a key set with the next number, and the indexes that the settings have now."""
         read = SdfSettings.from_mapping(settings)
-        return _make(read, KeySets(read.state()).current().number + 1)
+        return _make(read, KeySets(read.key_sets()).current().number + 1)
 
     @classmethod
     def retire_keys(cls, settings: Mapping[str, Any], key_set: str) -> None:
         """Remove the file of a key set that is not current."""
-        sets = KeySets(SdfSettings.from_mapping(settings).state())
+        sets = KeySets(SdfSettings.from_mapping(settings).key_sets())
         if key_set not in map(str, sets.numbers()[:-1]):
             raise ConfigurationError(f"sdf backend: no key set {key_set}, or it is current")
         sets.remove(int(key_set))
+
+    # --- trials of the conformance kit -------------------------------------------------------
+
+    @classmethod
+    def trial_settings(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With key sets in a directory of their own; the leases are the host's."""
+        SdfSettings.from_mapping(settings)
+        return {**settings, "trial": secrets.token_hex(8)}
+
+    @classmethod
+    def end_trial(cls, settings: Mapping[str, Any]) -> None:
+        """Remove the key sets, and give the pairs back."""
+        read = SdfSettings.from_mapping(settings)
+        if read.trial is None:
+            raise ConfigurationError("sdf backend: these are not settings of a trial")
+        _leases(read).end_trial()
+        shutil.rmtree(read.key_sets(), ignore_errors=True)
+
+    def count_objects(self) -> int:
+        """Leased pairs, and key handles of this process: the interface lists nothing."""
+        return self._leases.counts().leased + len(self._device.keys)
 
 
 def _device(settings: SdfSettings) -> Device:
     library = Library(settings.library)
     return Device(library, settings.password(), settings.sessions, settings.session_timeout)
+
+
+def _leases(settings: SdfSettings) -> Leases:
+    file, reuse = settings.state() / _LEASES, settings.reuse_pairs
+    return Leases(file, settings.pool, reuse=reuse, trial=settings.trial)
 
 
 def _make(settings: SdfSettings, number: int) -> KeySetInfo:
@@ -367,7 +407,7 @@ def _make(settings: SdfSettings, number: int) -> KeySetInfo:
             key_set.mac(session, _TOKENS, b"")
     finally:
         device.close()
-    KeySets(settings.state()).add(key_set)
+    KeySets(settings.key_sets()).add(key_set)
     return _info(key_set, current=True)
 
 

@@ -107,10 +107,12 @@ class Session:
 
     @contextmanager
     def _destroyed(self, handle: int) -> Iterator[None]:
+        self._device.keys.add((self.handle, handle))
         try:
             yield
         finally:
             self._library.call("SDF_DestroyKey", self.handle, handle)
+            self._device.keys.discard((self.handle, handle))
 
 
 class Key:
@@ -171,6 +173,8 @@ class Device:
         self._failure: tuple[float, str] | None = None
         self._password_lock = threading.Lock()
         self._closed = threading.Event()
+        self.keys: set[tuple[int, int]] = set()
+        """Key handles that exist, with their sessions."""
         self._watching = False
 
     @property
@@ -248,6 +252,8 @@ class Device:
             if handle is not None:
                 with suppress(SdfError):
                     self.library.call("SDF_CloseSession", handle)
+                    gone = [each for each in tuple(self.keys) if each[0] == handle]
+                    self.keys.difference_update(gone)
             if isinstance(error, SdfError) and error.code not in _ABOUT_DATA:
                 self._give_up(opening, error)
             raise

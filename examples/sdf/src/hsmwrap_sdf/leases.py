@@ -41,7 +41,8 @@ _SCHEMA = (
     number BLOB NOT NULL,
     public_key BLOB UNIQUE,
     expires REAL NOT NULL,
-    over INTEGER NOT NULL DEFAULT 0
+    over INTEGER NOT NULL DEFAULT 0,
+    trial TEXT
 ) STRICT""",
     """CREATE TABLE IF NOT EXISTS ciphertext (
     pair INTEGER NOT NULL,
@@ -78,8 +79,18 @@ class Counts:
 class Leases:
     """The leases of one host."""
 
-    def __init__(self, file: Path, pool: Sequence[int], *, reuse: bool) -> None:
-        """Take the file, which is made if it is not there, and the indexes of the pool."""
+    def __init__(
+        self, file: Path, pool: Sequence[int], *, reuse: bool, trial: str | None = None
+    ) -> None:
+        """Take the file, which is made if it is not there, and the indexes of the pool.
+
+        Args:
+            file: The leases of the host.
+            pool: Indexes of the pairs.
+            reuse: Whether a pair serves again.
+            trial: Name of the trial that takes the leases, which :meth:`end_trial` ends.
+        """
+        self._trial = trial
         self._file = file
         self._pool = pool
         self._reuse = reuse
@@ -172,6 +183,11 @@ class Leases:
                 (lease.pair, lease.number),
             )
 
+    def end_trial(self) -> None:
+        """Give back all that the trial took."""
+        with self._transaction() as database:
+            database.execute("UPDATE lease SET over = 1 WHERE trial = ?", (self._trial,))
+
     def end_expired(self, now: datetime) -> tuple[int, list[Lease]]:
         """End leases that expired :data:`GRACE` before ``now``.
 
@@ -204,8 +220,8 @@ class Leases:
             if pair is None:
                 return None
             database.execute(
-                "INSERT OR REPLACE INTO lease (pair, number, expires) VALUES (?, ?, ?)",
-                (pair, number, expires_at.timestamp()),
+                "INSERT OR REPLACE INTO lease (pair, number, expires, trial) VALUES (?, ?, ?, ?)",
+                (pair, number, expires_at.timestamp(), self._trial),
             )
         return Lease(pair, number)
 

@@ -90,6 +90,15 @@ class SdfSettings(Settings):
         "SM2 ciphertext layouts that clients send.",
         DEFAULT_LAYOUTS,
     )
+    trial: str | None = setting(NAME, "Of the conformance kit: key sets of a trial.")
+
+    def key_sets(self) -> Path:
+        """The directory of key sets; that of a trial is in the state directory.
+
+        Raises:
+            ConfigurationError: As for :meth:`state`.
+        """
+        return self.state() / f"trial-{self.trial}" if self.trial else self.state()
 
     def password(self) -> bytes:
         """The password, without the line's end.
@@ -126,15 +135,3 @@ class SdfSettings(Settings):
         if fault:
             raise ConfigurationError(f"state directory {path}: {fault}")
         return path
-
-    def check(self) -> None:
-        """Refuse indexes that have two purposes.
-
-        Raises:
-            ConfigurationError: The storage pair is in the pool.
-        """
-        if self.storage_index in self.pool:
-            raise ConfigurationError(
-                f"{self.component}: storage_index {self.storage_index} is in the pool: the pair "
-                "that seals keys has to be one that no client encrypts for"
-            )
