@@ -379,8 +379,8 @@ class SdfBackend(
         read = SdfSettings.from_mapping(settings)
         if read.trial is None:
             raise ConfigurationError("sdf backend: these are not settings of a trial")
-        _leases(read).end_trial()
         shutil.rmtree(read.key_sets(), ignore_errors=True)
+        _leases(read).end_trial()
 
     def count_objects(self) -> int:
         """Leased pairs, and key handles of this process: the interface lists nothing."""
