@@ -24,7 +24,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -166,6 +166,8 @@ def as_toml(value: Any) -> str:
         return f"{{ {', '.join(inner)} }}" if value else "{}"
     if isinstance(value, frozenset):
         value = sorted(value)
+    if isinstance(value, IntEnum):  # a number of PKCS#11
+        return f"{value:#x}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(as_toml, value))}]"
     return json.dumps(value, ensure_ascii=False, default=str)
@@ -236,6 +238,13 @@ def _name(value: Any) -> str:
     return str(value)
 
 
+def _hex(value: Any) -> bytes:
+    read = value if isinstance(value, bytes) else bytes.fromhex(typed(value, str))
+    if not read:
+        raise ValueError
+    return read
+
+
 def _duration(value: Any) -> timedelta:
     duration = (
         value if isinstance(value, timedelta) else timedelta(seconds=typed(value, int, float))
@@ -247,5 +256,6 @@ def _duration(value: Any) -> timedelta:
 
 TEXT = Kind("text that is not empty", _text)
 NAME = Kind("1 to 32 ASCII letters, digits, dots, dashes or underscores", _name)
+HEX = Kind("bytes in hex digits", _hex)
 SWITCH = Kind("true or false", lambda value: typed(value, bool))
 DURATION = Kind("a duration (timedelta, or seconds) of more than 0", _duration)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.pkcs11.token.pin import PIN_PAD
 from hsmwrap.settings import read_settings
 from hsmwrap.software.settings import SoftwareSettings
 
@@ -60,7 +61,10 @@ def add_backend_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--backend``, ``--settings`` and options for the usual settings of both backends."""
     parser.add_argument("--backend", default="pkcs11", help="the plug-in; default: pkcs11")
     add_settings_option(parser)
-    parser.add_argument("--so-pin-file", help="file with the security officer's PIN")
+    parser.add_argument(
+        "--so-pin-file",
+        help=f"file with the security officer's PIN; {PIN_PAD}: it is typed at the HSM token",
+    )
     for row in (*Pkcs11Settings.table(), *SoftwareSettings.table()):
         if any(row.name in names for names in _OPTIONS.values()):
             parser.add_argument(

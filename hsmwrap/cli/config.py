@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from hsmwrap.cli import tables
 from hsmwrap.cli.arguments import Subparsers, add_json_option
 from hsmwrap.cli.extras import require_server
 from hsmwrap.keypool import PoolSettings
+from hsmwrap.pkcs11.binding.profiles import PARTS, Profile
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.settings import REQUIRED, Setting, as_toml
 from hsmwrap.software.settings import SoftwareSettings
@@ -29,6 +30,10 @@ value. A private file belongs to this process's user or to root, and is closed t
 _PKCS11 = """\
 `open_backend("pkcs11", {…})`, and `settings` of a server's backend with `plugin = "pkcs11"`. Give
 at most one of the `pin_` settings, and none where the URI has a `pin-source`."""
+_PROFILE = """\
+A TOML file for one family of PKCS#11 modules, named by `profile_file`; `hsmwrap profiles show`
+prints those that hsmwrap brings along, to copy, and `hsmwrap profiles check` checks one of yours.
+`table.key` is a key of a table `[table]`."""
 _SOFTWARE = """\
 `open_backend("software", {…})`, and `settings` of a server's backend with `plugin = "software"`."""
 _POOL = """\
@@ -79,6 +84,7 @@ def run_settings(_args: argparse.Namespace) -> int:
     print(_SETTINGS_HEAD)
     for title, text, table in (
         ("PKCS#11 backend", _PKCS11, Pkcs11Settings.table()),
+        ("Vendor profile", _PROFILE, _profile_table()),
         ("Software backend", _SOFTWARE, SoftwareSettings.table()),
         ("Key-pair pool", _POOL, PoolSettings.table()),
         ("Server", _SERVER, settings_table()),
@@ -90,6 +96,15 @@ def run_settings(_args: argparse.Namespace) -> int:
             default = _default(row).removeprefix("default ")
             print(f"| `{row.name}` | {row.takes} | {default} | {row.help} |")
     return 0
+
+
+def _profile_table() -> tuple[Setting, ...]:
+    """A profile's top level, then its tables, each key as ``table.key``."""
+    rows = list(Profile.table())
+    for name, part in PARTS.items():
+        rows = [row for row in rows if row.name != name]
+        rows += [replace(row, name=f"{name}.{row.name}") for row in part.table()]
+    return tuple(rows)
 
 
 def described(table: Iterable[Setting]) -> str:

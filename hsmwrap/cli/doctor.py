@@ -26,7 +26,7 @@ from hsmwrap.cli.doctor_report import Document
 from hsmwrap.errors import ConfigurationError, HsmwrapError, UnsupportedOperation
 from hsmwrap.pkcs11 import inspection
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.pkcs11.token.pin import PinFile
+from hsmwrap.pkcs11.token.pin import officer_pin
 
 _DESCRIPTION = """\
 Open a backend and try what its capability report promises: import by each row of the compatibility
@@ -165,8 +165,7 @@ def _keys(
         yield settings
         return
     say("the HSM token has no key set: making one for the examination")
-    so_pin = PinFile(args.so_pin_file) if args.so_pin_file else None
-    with inspection.trial_keys(checked, so_pin) as prefix:
+    with inspection.trial_keys(checked, officer_pin(args.so_pin_file or None)) as prefix:
         own = {**settings, "key_prefix": prefix}
         document["key_sets"] = [
             each | {"detail": f"{each['detail']}; of the doctor, for the examination only"}

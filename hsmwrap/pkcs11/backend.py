@@ -53,6 +53,7 @@ from hsmwrap.errors import (
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors
 from hsmwrap.pkcs11.binding.gcm import AesGcm
 from hsmwrap.pkcs11.binding.templates import Template
+from hsmwrap.pkcs11.binding.traits import DATA_SPECIFIED
 from hsmwrap.pkcs11.keysets import admin, cloning
 from hsmwrap.pkcs11.keysets import backup as key_set_backup
 from hsmwrap.pkcs11.keysets.keys import KeySets, Role
@@ -60,7 +61,7 @@ from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.sessions.identity import describe_module, describe_token
 from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession, count_objects
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.pkcs11.token.pin import PinFile
+from hsmwrap.pkcs11.token.pin import PinSource, officer_pin
 from hsmwrap.pkcs11.wrapping import reaper, report, rsa, sm2
 from hsmwrap.pkcs11.wrapping.custody import (
     WrappingKeyStore,
@@ -68,7 +69,6 @@ from hsmwrap.pkcs11.wrapping.custody import (
     parse_ref,
 )
 from hsmwrap.pkcs11.wrapping.features import (
-    DATA_SPECIFIED,
     ImportPath,
     Row,
     TokenFeatures,
@@ -169,14 +169,14 @@ class Pkcs11Backend(
         cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
     ) -> KeySetInfo:
         """Make the first key set; with the SO PIN its keys are CKA_TRUSTED."""
-        return admin.initialise(Pkcs11Settings.from_mapping(settings), _so_pin(so_pin_file))
+        return admin.initialise(Pkcs11Settings.from_mapping(settings), officer_pin(so_pin_file))
 
     @classmethod
     def rotate_keys(
         cls, settings: Mapping[str, Any], *, so_pin_file: str | None = None
     ) -> KeySetInfo:
         """Make another key set and make it current."""
-        return admin.rotate(Pkcs11Settings.from_mapping(settings), _so_pin(so_pin_file))
+        return admin.rotate(Pkcs11Settings.from_mapping(settings), officer_pin(so_pin_file))
 
     @classmethod
     def retire_keys(cls, settings: Mapping[str, Any], key_set: str) -> None:
@@ -597,15 +597,11 @@ class Pkcs11Backend(
 
 def _officer(
     settings: Mapping[str, Any], so_pin_file: str | None
-) -> tuple[Pkcs11Settings, PinFile]:
-    checked, so_pin = Pkcs11Settings.from_mapping(settings), _so_pin(so_pin_file)
+) -> tuple[Pkcs11Settings, PinSource]:
+    checked, so_pin = Pkcs11Settings.from_mapping(settings), officer_pin(so_pin_file)
     if so_pin is None:
         raise ConfigurationError("this takes the security officer: give so_pin_file")
     return checked, so_pin
-
-
-def _so_pin(path: str | None) -> PinFile | None:
-    return None if path is None else PinFile(path)
 
 
 def _key_set_number(mac: Mac) -> int:

@@ -11,11 +11,23 @@ from hsmwrap.backend import Custody
 from hsmwrap.errors import ConfigurationError, strip_tracebacks
 from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
+from hsmwrap.pkcs11.binding.traits import STANDARD, Traits
 from hsmwrap.pkcs11.token.pin import SOURCES, PinSource
 from hsmwrap.pkcs11.token.pin import from_settings as pin_from_settings
 from hsmwrap.pkcs11.token.selection import SETTING_NAMES, TokenSelector, selector_from
 from hsmwrap.pkcs11.token.uri import Pkcs11Uri, parse
-from hsmwrap.settings import NAME, SWITCH, TEXT, Kind, Settings, choice, integer, seconds, setting
+from hsmwrap.settings import (
+    HEX,
+    NAME,
+    SWITCH,
+    TEXT,
+    Kind,
+    Settings,
+    choice,
+    integer,
+    seconds,
+    setting,
+)
 from hsmwrap.sm2.formats import DEFAULT_LAYOUTS, LAYOUTS, Layout
 
 
@@ -38,6 +50,7 @@ class Pkcs11Settings(Settings):
         selector: Which HSM token, from the URI, the ``token_`` settings and ``slot_id``.
         pin: The one PIN source, from the URI or the ``pin_`` settings; None where none is given.
         vendor: The vendor's SM2, from the profile.
+        traits: What the profile says of the module's calls.
     """
 
     component: ClassVar[str] = "PKCS#11 backend"
@@ -50,6 +63,9 @@ class Pkcs11Settings(Settings):
     )
     library_parameters: str | None = setting(
         TEXT, "pReserved of C_Initialize; NSS softokn needs it."
+    )
+    library_parameters_hex: bytes | None = setting(
+        HEX, "The same for a module that takes a structure, as bytes in hex."
     )
     token_label: str | None = setting(TEXT, "Label of the HSM token.")
     token_serial: str | None = setting(TEXT, "Serial number of the HSM token.")
@@ -125,6 +141,12 @@ class Pkcs11Settings(Settings):
     selector: TokenSelector = field(init=False)
     pin: PinSource | None = field(init=False)
     vendor: VendorSm2 | None = field(init=False)
+    traits: Traits = field(init=False)
+
+    @property
+    def reserved(self) -> str | bytes | None:
+        """``pReserved`` of C_Initialize, in either form."""
+        return self.library_parameters or self.library_parameters_hex
 
     @classmethod
     @strip_tracebacks
@@ -146,6 +168,10 @@ class Pkcs11Settings(Settings):
         Settings.__post_init__(self)
         if self.initial_backoff > self.max_backoff:
             raise ConfigurationError("initial_backoff exceeds max_backoff")
+        if self.library_parameters is not None and self.library_parameters_hex is not None:
+            raise ConfigurationError(
+                "library_parameters and library_parameters_hex: give one of them"
+            )
         uri = parse(self.uri, allow_pin_value=self.allow_pin_value) if self.uri else Pkcs11Uri()
         chosen = profiles.chosen(self.profile, self.profile_file)
         derived = {
@@ -155,6 +181,7 @@ class Pkcs11Settings(Settings):
             ),
             "pin": self._pin_source(uri),
             "vendor": chosen.sm2 if chosen is not None else None,
+            "traits": chosen.traits if chosen is not None else STANDARD,
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)

@@ -3,10 +3,14 @@
 import re
 
 import pytest
+from pkcs11.constants import Attribute
+from pkcs11.mechanisms import KeyType, Mechanism
 
 from hsmwrap.cli import main
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.pkcs11.binding import profiles
+from hsmwrap.pkcs11.binding.returncodes import Remedy
+from hsmwrap.pkcs11.binding.traits import STANDARD
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.sm2 import Layout
 
@@ -72,6 +76,50 @@ def test_the_configuration_outranks_the_profile():
     assert settings().vendor is None
 
 
+def test_nothing_is_said_of_a_module_by_default():
+    assert settings().traits == settings(profile="generic").traits == STANDARD
+    assert settings(profile="sansec").traits == STANDARD
+
+
+def test_what_a_file_says_of_the_module_s_calls(own):
+    file = own(
+        f"{HEAD}[return_codes]\n0x80000123 = 'restart'\n0x42 = 'stop'\n"
+        "[login]\nuser_type = 0x80000001\nofficer_type = 0x80000002\nper_session = true\n"
+        "tells_wrong_pins = true\n"
+        "[asked]\nkey_wraps = [0x80000170, 0x210B]\nmac_key_types = [0x2B]\n"
+        "oaep_hashes = ['SHA-256']\noaep_sources = [0]\n"
+        "[never]\nmechanisms = ['CKM_AES_GCM', 0x80000171]\nattributes = ['CKA_COPYABLE']\n"
+    )
+    said = settings(profile_file=file).traits
+    assert {code: row.remedy for code, row in said.return_codes.items()} == {
+        0x80000123: Remedy.RESTART,
+        0x42: Remedy.STOP,
+    }
+    assert (said.user_type, said.officer_type) == (0x80000001, 0x80000002)
+    assert said.login_per_session
+    assert said.tells_wrong_pins
+    assert said.key_wraps == (0x80000170, Mechanism.AES_KEY_WRAP_KWP)
+    assert said.mac_key_types == (KeyType.SHA256_HMAC,)
+    assert said.oaep_hashes == (Mechanism.SHA256,)
+    assert said.oaep_sources == (0,)
+    assert said.never_mechanisms == {Mechanism.AES_GCM, 0x80000171}
+    assert said.never_attributes == {Attribute.COPYABLE}
+    assert profiles.load_file(file) == profiles.load_file(file)
+
+
+def test_the_parameters_of_c_initialize_may_be_bytes(own):
+    assert settings(library_parameters_hex="00fF 01").reserved == b"\0\xff\1"
+    assert settings(library_parameters="a='b'").reserved == "a='b'"
+    assert settings().reserved is None
+    file = own(f"{HEAD}[settings]\nlibrary_parameters_hex = '0102'\n")
+    assert settings(profile_file=file).reserved == b"\1\2"
+    with pytest.raises(ConfigurationError, match="give one of them"):
+        settings(library_parameters="a", library_parameters_hex="00")
+    for wrong in ("xyz", ""):
+        with pytest.raises(ConfigurationError, match="takes bytes in hex digits"):
+            settings(library_parameters_hex=wrong)
+
+
 def test_a_known_number_is_the_mechanism_of_that_name(own):
     file = own(f"{HEAD}[sm2]\ngenerate = 0x1040\n")
     assert settings(profile_file=file).vendor.generate.name == "EC_KEY_PAIR_GEN"
@@ -93,6 +141,21 @@ def test_a_known_number_is_the_mechanism_of_that_name(own):
         (f"{HEAD}[settings]\npin_file = '/p'\n", r"settings: unknown setting pin_file"),
         (f"{HEAD}[settings]\nsesions = 1\n", r"did you mean sessions\?"),
         (f"sm2 = 1\n{HEAD}", r"sm2: takes a table"),
+        (f"{HEAD}[return_codes]\n0x80000123 = 'restrt'\n", r"'restrt' .* did you mean restart\?"),
+        (f"{HEAD}[return_codes]\n0x80000123 = 1\n", r"0x80000123: 1 is no remedy"),
+        (f"{HEAD}[return_codes]\n0x30 = 'restart'\n", r"0x30 is CKR_DEVICE_ERROR of the standard"),
+        (f"{HEAD}[return_codes]\nCKR_OURS = 'restart'\n", r"'CKR_OURS' is no return code"),
+        (f"{HEAD}[login]\nuser = 1\n", r"login: unknown setting user; did you mean user_type\?"),
+        (f"{HEAD}[login]\nuser_type = 'CKU_USER'\n", r"user_type: takes a whole number"),
+        (f"{HEAD}[asked]\nkey_wrap = []\n", r"unknown setting key_wrap; did you mean key_wraps"),
+        (f"{HEAD}[asked]\nkey_wraps = 0x210A\n", r"key_wraps: takes a list of mechanisms"),
+        (f"{HEAD}[asked]\noaep_hashes = ['MD5']\n", r"oaep_hashes: takes a list of SHA-1 and"),
+        (f"{HEAD}[asked]\noaep_sources = [2]\n", r"oaep_sources: takes a list of 0 and 1"),
+        (
+            f"{HEAD}[never]\nattributes = ['CKA_UNWRAP_TEMPLAT']\n",
+            r"unknown CKA_UNWRAP_TEMPLAT; did you mean CKA_UNWRAP_TEMPLATE\?",
+        ),
+        (f"{HEAD}[never]\nmechanisms = ['CKM_AES_GM']\n", r"did you mean CKM_AES_GCM\?"),
         (f"quirks = 'one'\n{HEAD}", r"quirks: takes a list of texts"),
     ],
 )

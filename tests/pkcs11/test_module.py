@@ -1,10 +1,17 @@
 """Loading a module for threads: the reason why hsmwrap does not use the plain library class."""
 
+import ctypes
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
+
+from hsmwrap.ckr import CKR
+from hsmwrap.errors import ConfigurationError
+from hsmwrap.pkcs11.binding.module import Module, parameters_of
+from hsmwrap.pkcs11.settings import Pkcs11Settings
 
 HAMMER = textwrap.dedent(
     """
@@ -56,8 +63,26 @@ def test_the_same_breaks_the_plain_library(softhsm):
 
 
 def test_a_missing_module_is_a_configuration_error():
-    from hsmwrap.errors import ConfigurationError
-    from hsmwrap.pkcs11.binding.module import Module
-
     with pytest.raises(ConfigurationError, match="cannot load PKCS#11 module /nowhere"):
         Module("/nowhere/libnothing.so")
+
+
+@pytest.mark.parametrize("parameters", ["configdir='sql:/a'", b"\0\xff\0\1"])
+def test_the_parameters_reach_c_initialize(parameters):
+    """Those of a structure with zeros in it, at which a C string would end."""
+    text, seen = isinstance(parameters, str), []
+    as_bytes = parameters.encode() if text else parameters
+
+    def initialize(arguments):
+        given = arguments._obj
+        at = ctypes.c_void_p.from_buffer(given, type(given).reserved.offset).value
+        seen.append(ctypes.string_at(at, len(as_bytes)))
+        return CKR.CRYPTOKI_ALREADY_INITIALIZED
+
+    named = {"library_parameters": parameters}
+    if not text:
+        named = {"library_parameters_hex": parameters.hex()}
+    reserved = Pkcs11Settings.from_mapping({"module": "/m", **named}).reserved
+    module = SimpleNamespace(_parameters=parameters_of(reserved), _path="/m")
+    assert not Module._initialize(module, SimpleNamespace(c_initialize=initialize))
+    assert seen == [as_bytes]

@@ -12,6 +12,7 @@ from pkcs11.exceptions import FunctionFailed, PKCS11Error, SessionHandleInvalid
 
 from hsmwrap.ckr import CKR
 from hsmwrap.errors import HsmwrapError, InvalidKeyMaterial
+from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.returncodes import answer_of, recovery_of, return_code, said
 
 _log = logging.getLogger(__name__)
@@ -126,6 +127,8 @@ def read_if_known(key: Any, attribute: Attribute) -> Any:
     Raises:
         SessionHandleInvalid: It is the connection.
     """
+    if attribute in traits.here().never_attributes:
+        return None
     for _ in range(2):
         try:
             return key[attribute]

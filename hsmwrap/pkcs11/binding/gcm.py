@@ -15,6 +15,7 @@ from pkcs11.mechanisms import Mechanism
 
 from hsmwrap.backend import TAG_LENGTH
 from hsmwrap.ckr import CKR
+from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.module import shared_function_list
 from hsmwrap.pkcs11.binding.returncodes import CryptokiError
 
@@ -72,6 +73,7 @@ class AesGcm:
 
     @staticmethod
     def _begin(function: str, call: Any, key: Any, nonce: bytes, additional_data: bytes) -> None:
+        traits.require_sent(Mechanism.AES_GCM)
         parameters = _GcmParams(
             nonce,
             len(nonce),

@@ -26,12 +26,14 @@ from typing import ClassVar
 from pkcs11.exceptions import PKCS11Error
 
 from hsmwrap import forks
-from hsmwrap.errors import HsmUnavailable, PoolTimeout
+from hsmwrap.errors import ConfigurationError, HsmUnavailable, PoolTimeout
 from hsmwrap.forks import ForkAware, ForkTurn
 from hsmwrap.locks import ReadWriteLock
+from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.module import Module
 from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, ObjectLock, softhsm_object_lock
 from hsmwrap.pkcs11.binding.returncodes import HsmLost, said
+from hsmwrap.pkcs11.binding.traits import Traits
 
 EXIT_WAIT = 10.0
 """Seconds that the end of the interpreter waits for calls in flight before it goes on regardless:
@@ -56,9 +58,10 @@ class ModuleHost(ForkAware):
     _hosts: ClassVar[dict[str, ModuleHost]] = {}
     _hosts_lock: ClassVar[ReadWriteLock] = ReadWriteLock(fork_turn=ForkTurn.PKCS11_MODULES)
 
-    def __init__(self, path: str, library_parameters: str | None) -> None:
+    def __init__(self, path: str, library_parameters: str | bytes | None) -> None:
         """Use :meth:`acquire`; there must be one host per module."""
         self.path = path
+        self._traits: Traits | None = None
         self.generation = 0
         self.sessions_survived = False
         self._parameters = library_parameters
@@ -71,13 +74,33 @@ class ModuleHost(ForkAware):
         forks.register(self)
 
     @classmethod
-    def acquire(cls, path: str, library_parameters: str | None = None) -> ModuleHost:
-        """Return the host of the shared object at ``path``; pair with :meth:`release`."""
+    def acquire(
+        cls,
+        path: str,
+        library_parameters: str | bytes | None = None,
+        module_traits: Traits | None = None,
+    ) -> ModuleHost:
+        """Return the host of the shared object at ``path``; pair with :meth:`release`.
+
+        Args:
+            path: The shared object.
+            library_parameters: For C_Initialize, if it is not loaded yet.
+            module_traits: From its profile; None takes what others say of it.
+
+        Raises:
+            ConfigurationError: It is in use by another profile.
+        """
         real = os.path.realpath(path)
         with cls._hosts_lock.write():
             host = cls._hosts.get(real) or cls._hosts.setdefault(
                 real, cls(real, library_parameters)
             )
+            if module_traits is not None:
+                if host._users and host._traits not in (None, module_traits):
+                    raise ConfigurationError(
+                        f"profile: this process uses {path} by another profile; a module has one"
+                    )
+                host._traits = module_traits
             host._users += 1
             return host
 
@@ -124,7 +147,8 @@ class ModuleHost(ForkAware):
         leave = self._enter(time.monotonic() + timeout)
         try:
             assert self._module is not None  # noqa: S101  # it is loaded
-            yield self._module, self.generation
+            with traits.inside(self._traits or traits.STANDARD):
+                yield self._module, self.generation
         finally:
             leave()
 

@@ -17,6 +17,8 @@ from pkcs11.defaults import DEFAULT_GENERATE_MECHANISMS
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.types import Session
 
+from hsmwrap.pkcs11.binding import traits
+
 _METHODS = (
     ("EncryptMixin", "_encrypt"),
     ("DecryptMixin", "_decrypt"),
@@ -24,6 +26,7 @@ _METHODS = (
     ("WrapMixin", "wrap_key"),
     ("UnwrapMixin", "unwrap_key"),
     ("DeriveMixin", "derive_key"),
+    ("Object", "copy"),
 )
 
 
@@ -52,6 +55,8 @@ def _noting(method: Callable[..., Any]) -> Callable[..., Any]:
         mechanism = named.get("mechanism")
         if mechanism is None and isinstance(self, Session):
             mechanism = DEFAULT_GENERATE_MECHANISMS.get(arguments[0]) if arguments else None
+        templates = (each for each in (*arguments, *named.values()) if isinstance(each, dict))
+        traits.require_sent(mechanism, *templates)
         with noted("mechanism", mechanism):
             return method(self, *arguments, **named)
 

@@ -18,16 +18,16 @@ from weakref import WeakSet
 
 from pkcs11._pkcs11 import lib  # the class behind the pkcs11.lib() factory
 from pkcs11.exceptions import PKCS11Error, UserAlreadyLoggedIn
-from pkcs11.types import PROTECTED_AUTH
+from pkcs11.types import PROTECTED_AUTH, Token
 
 from hsmwrap.ckr import CKR
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.mechanisms import note_mechanisms, noted
 from hsmwrap.pkcs11.binding.returncodes import CryptokiError
 
 _CKF_OS_LOCKING_OK = 0x2
-_CKU_USER = 1
-_CKS_USER_FUNCTIONS = (1, 3)  # read-only and read-write
+_CKS_OTHERS = (0, 2, 4)  # public sessions, and the security officer's; a vendor has more for users
 
 
 _OURS: dict[str, bool] = {}
@@ -97,7 +97,8 @@ class _FunctionListHead(ctypes.Structure):
                 ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong
             ),
         ),
-        ("_until_c_get_attribute_value", ctypes.c_void_p * 5),
+        ("c_logout", ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)),
+        ("_until_c_get_attribute_value", ctypes.c_void_p * 4),
         (
             "c_get_attribute_value",
             ctypes.CFUNCTYPE(
@@ -111,6 +112,11 @@ class _FunctionListHead(ctypes.Structure):
         ("c_decrypt_init", _CIPHER_INIT),
         ("c_decrypt", _CIPHER),
     )
+
+
+def parameters_of(given: str | bytes | None) -> bytes | None:
+    """What ``pReserved`` points to; ctypes puts a zero after it."""
+    return (given.encode() if isinstance(given, str) else given) or None
 
 
 class Module(lib):
@@ -128,7 +134,7 @@ class Module(lib):
     owned: bool
     os_locking: bool
 
-    def __new__(cls, path: str, _library_parameters: str | None = None) -> Self:
+    def __new__(cls, path: str, _library_parameters: str | bytes | None = None) -> Self:
         """Load the shared object at ``path``.
 
         Raises:
@@ -140,14 +146,15 @@ class Module(lib):
         except PKCS11Error as error:
             raise ConfigurationError(f"cannot load PKCS#11 module {path}: {error}") from None
 
-    def __init__(self, path: str, library_parameters: str | None = None) -> None:
+    def __init__(self, path: str, library_parameters: str | bytes | None = None) -> None:
         """Initialise the module.
 
         Args:
             path: The shared object.
-            library_parameters: String for ``pReserved`` (NSS softokn needs its configdir there).
+            library_parameters: For ``pReserved``: a string (NSS softokn needs its configdir
+                there), or the bytes of a structure.
         """
-        self._parameters = library_parameters.encode() if library_parameters else None
+        self._parameters = parameters_of(library_parameters)
         self._functions = shared_function_list(path)
         self.os_locking = self._functions is not None
         self.owned = False
@@ -219,11 +226,36 @@ class Module(lib):
         if self._functions is None:
             self._log_in_by_opening(session, pin)
             return
-        code = self._log_in_as_user(
-            self._functions, session.handle, None if pin is None else pin.utf8
-        )
+        code = self._log_in_as(traits.here().user_type, self._functions, session.handle, pin)
         if code not in (CKR.OK, CKR.USER_ALREADY_LOGGED_IN):
             raise CryptokiError("C_Login", code)
+
+    def open_officer_session(self, token: Token, pin: _Pin | None, mapper: Any) -> Any:
+        """Open a read-write session with the security officer's login.
+
+        Without a PIN it is typed at the HSM token. :meth:`close_officer_session` ends it.
+
+        Raises:
+            PKCS11Error: The HSM token refuses.
+        """
+        if self._functions is None:
+            typed = PROTECTED_AUTH if pin is None else pin
+            with noted("function", "C_Login"):
+                return token.open(rw=True, so_pin=typed, attribute_mapper=mapper)
+        session: Any = token.open(rw=True, attribute_mapper=mapper)
+        code = self._log_in_as(traits.here().officer_type, self._functions, session.handle, pin)
+        if code != CKR.OK:
+            with contextlib.suppress(PKCS11Error):
+                session.close()
+            raise CryptokiError("C_Login", code)
+        return session
+
+    def close_officer_session(self, session: Any) -> None:
+        """Log the security officer out; what was made is there, whatever the HSM says to this."""
+        if self._functions is not None:  # python-pkcs11 logs out those that it has logged in
+            self._functions.c_logout(session.handle)
+        with contextlib.suppress(PKCS11Error):
+            session.close()
 
     def is_logged_in(self, session: Any) -> bool:
         """Whether the application is logged in, as far as this session sees.
@@ -240,15 +272,15 @@ class Module(lib):
         code = self._functions.c_get_session_info(session.handle, ctypes.byref(info))
         if code != CKR.OK:
             raise CryptokiError("C_GetSessionInfo", code)
-        return info.state in _CKS_USER_FUNCTIONS
+        return info.state not in _CKS_OTHERS
 
     @staticmethod
-    def _log_in_as_user(functions: Any, handle: int, secret: bytearray | None) -> int:
+    def _log_in_as(user_type: int, functions: Any, handle: int, pin: _Pin | None) -> int:
         # A frame of its own, which has ended when the answer becomes an exception.
-        if secret is None:
-            return int(functions.c_login(handle, _CKU_USER, None, 0))
-        in_place = (ctypes.c_char * len(secret)).from_buffer(secret)
-        code: int = functions.c_login(handle, _CKU_USER, in_place, len(secret))
+        if pin is None:
+            return int(functions.c_login(handle, user_type, None, 0))
+        in_place = (ctypes.c_char * len(pin.utf8)).from_buffer(pin.utf8)
+        code: int = functions.c_login(handle, user_type, in_place, len(pin.utf8))
         return code
 
     def _log_in_by_opening(self, session: Any, pin: _Pin | None) -> None:

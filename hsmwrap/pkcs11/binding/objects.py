@@ -19,6 +19,7 @@ from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.errors import ProtectionNotKept
+from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.client_errors import attribute_reads
 from hsmwrap.pkcs11.binding.mechanisms import noted
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
@@ -117,6 +118,7 @@ def create(session: Session, template: Template, value: bytes, *, way: Way = Way
         as_unwrapped = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
 
     def make(becomes: Template) -> Any:
+        traits.require_sent(None, becomes)
         return session.create_object({**becomes, **as_unwrapped, Attribute.VALUE: value})
 
     return _made(make, template, way)
@@ -132,6 +134,7 @@ def generate_key(
         PKCS11Error: The HSM token refuses.
     """
     used = mechanism or DEFAULT_GENERATE_MECHANISMS.get(template[Attribute.KEY_TYPE])
+    traits.require_sent(used, template)
     with noted("mechanism", used):
         key = session.generate_key(
             template[Attribute.KEY_TYPE],

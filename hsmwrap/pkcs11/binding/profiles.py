@@ -2,10 +2,10 @@
 
 A profile is a TOML file: ``vendors/NAME.toml`` here, or one of the operator's. Values
 collide between vendors (0x80008200 is Sansec's and TASS's), so a profile is chosen by
-configuration, one per module, and only proposed by what a module calls itself. What can be found
-out by trying is not in a profile: attributes that a token does not know, the number of AES key
-wrap, the type of HMAC keys, OAEP's hashes and the form of EC points. What a profile says is tried
-as well, before it is relied on.
+configuration, one per module, and only proposed by what a module calls itself. What a profile says
+is tried before it is relied on. What a token refuses is found out by asking, so a profile need not
+say it; but a vendor's own numbers cannot be found out, and a module that hangs or crashes when it
+is asked must not be asked. The form of EC points is read from the point.
 """
 
 from __future__ import annotations
@@ -13,17 +13,24 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
+from pkcs11.constants import Attribute
 from pkcs11.mechanisms import KeyType, Mechanism
 
+from hsmwrap.ckr import CKR
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.pkcs11.binding.returncodes import BY_REMEDY, Recovery
+from hsmwrap.pkcs11.binding.traits import DATA_SPECIFIED, NO_SOURCE, STANDARD, Traits
 from hsmwrap.settings import (
+    HEX,
     REQUIRED,
+    SWITCH,
     TEXT,
     Kind,
     Settings,
@@ -38,9 +45,97 @@ from hsmwrap.sm2 import Layout
 
 _E = TypeVar("_E", KeyType, Mechanism)
 
+
+class OaepHash(StrEnum):
+    """Hashes of OAEP in wrapping algorithms."""
+
+    SHA_1 = "SHA-1"
+    SHA_256 = "SHA-256"
+
+
+_HASHES = {OaepHash.SHA_1: Mechanism.SHA_1, OaepHash.SHA_256: Mechanism.SHA256}
+
 _DIRECTORY = resources.files("hsmwrap.pkcs11.binding") / "vendors"
 _SUFFIX = ".toml"
-_SETTINGS = ("library_parameters", "sessions", "wrapping_custody", "material_custody")
+_SETTINGS = (
+    "library_parameters",
+    "library_parameters_hex",
+    "sessions",
+    "wrapping_custody",
+    "material_custody",
+)
+_REMEDIES = {remedy.name.lower().replace("_", " "): row for remedy, row in BY_REMEDY.items()}
+_NUMBER = integer(0, 2**32 - 1)
+
+
+# --- what is read
+
+
+def _table(kind: type[Settings], value: Any) -> Settings:
+    return value if isinstance(value, kind) else kind.from_mapping(typed(value, dict))
+
+
+def _settings(value: Any) -> Mapping[str, Any]:
+    if unknown := sorted(typed(value, dict, MappingProxyType).keys() - set(_SETTINGS)):
+        raise unknown_setting("profile: settings", unknown, _SETTINGS)
+    return MappingProxyType(dict(value))
+
+
+def _return_codes(value: Any) -> Mapping[int, Recovery]:
+    rows = {}
+    for text, remedy in typed(value, dict, MappingProxyType).items():
+        if isinstance(remedy, Recovery):  # checked before
+            rows[text] = remedy
+            continue
+        code = _code(text)
+        if remedy not in _REMEDIES:
+            near = did_you_mean([str(remedy)], list(_REMEDIES))
+            raise ConfigurationError(
+                f"profile: return_codes: {text}: {remedy!r} is no remedy; {near}"
+                f"There are {', '.join(_REMEDIES)}"
+            )
+        rows[code] = _REMEDIES[remedy]
+    return MappingProxyType(rows)
+
+
+def _code(text: str) -> int:
+    """A code of a vendor's own: what those of the standard mean is not for a profile to say."""
+    try:
+        code = _NUMBER.read(int(text, 0))
+    except ValueError:
+        raise ConfigurationError(
+            f"profile: return_codes: {text!r} is no return code; write it as 0x80000001"
+        ) from None
+    if code in list(CKR):
+        raise ConfigurationError(
+            f"profile: return_codes: {text} is CKR_{CKR(code).name} of the standard, whose remedy "
+            "is known"
+        )
+    return int(code)
+
+
+def _mechanisms(value: Any) -> frozenset[int]:
+    known = {f"CKM_{name}": int(each) for name, each in Mechanism.__members__.items()}
+    return _numbers("mechanisms", known, value)
+
+
+def _attributes(value: Any) -> frozenset[int]:
+    known = {f"CKA_{name}": int(each) for name, each in Attribute.__members__.items()}
+    return _numbers("attributes", known, value)
+
+
+def _numbers(what: str, known: Mapping[str, int], value: Any) -> frozenset[int]:
+    given = typed(value, list, tuple, frozenset)
+    if unknown := [each for each in given if isinstance(each, str) and each not in known]:
+        near = did_you_mean(unknown, list(known))
+        raise ConfigurationError(
+            f"profile: never: {what}: unknown {', '.join(unknown)}; {near}Others are given as "
+            "numbers"
+        )
+    return frozenset(known[e] if isinstance(e, str) else int(_NUMBER.read(e)) for e in given)
+
+
+# --- what there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +175,12 @@ def by_number(kind: type[_E], value: int) -> _E:
     return made
 
 
-def _bytes(value: Any) -> bytes:
-    return value if isinstance(value, bytes) else bytes.fromhex(TEXT.read(value))
+def _several(kind: Kind, what: str) -> Kind:
+    """A list of these; a text is none."""
+    return Kind(
+        f"a list of {what}",
+        lambda value: tuple(kind.read(each) for each in typed(value, list, tuple)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +207,7 @@ class VendorSm2(Settings):
         _number(Mechanism, "a mechanism"),
         "Mechanism of C_UnwrapKey; without it key material passes through the host.",
     )
-    unwrap_parameter: bytes | None = setting(
-        Kind("bytes in hexadecimal digits", _bytes), "That mechanism's parameter; without it none."
-    )
+    unwrap_parameter: bytes | None = setting(HEX, "That mechanism's parameter; without it none.")
     unwrap_ciphertext: Layout | None = setting(
         choice(Layout), "What that mechanism takes; without it the same as that of C_Decrypt."
     )
@@ -119,6 +216,75 @@ class VendorSm2(Settings):
     def unwrap_layout(self) -> Layout:
         """What the mechanism of C_UnwrapKey takes."""
         return self.unwrap_ciphertext or self.ciphertext
+
+
+@dataclass(frozen=True, slots=True)
+class Login(Settings):
+    """``[login]``: how the module wants C_Login to be called."""
+
+    component: ClassVar[str] = "profile: login"
+
+    user_type: int = setting(
+        _NUMBER, "User type of the user; without it CKU_USER.", STANDARD.user_type
+    )
+    officer_type: int = setting(
+        _NUMBER, "User type of the security officer; without it CKU_SO.", STANDARD.officer_type
+    )
+    per_session: bool = setting(
+        SWITCH, "Log in through every session, though the module says that it is.", default=False
+    )
+    tells_wrong_pins: bool = setting(
+        SWITCH,
+        "CKF_USER_PIN_COUNT_LOW is set after a wrong PIN and cleared by a right one (tried): then "
+        "another answer to C_Login without it is not about the PIN.",
+        default=False,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Asked(Settings):
+    """``[asked]``: what the module is asked for, where the standard has more than one way."""
+
+    component: ClassVar[str] = "profile: asked"
+
+    key_wraps: tuple[Mechanism, ...] = setting(
+        _several(_number(Mechanism, "a mechanism"), "mechanisms by number"),
+        "Mechanisms of AES key wrap with padding, the first that works is used; [] for none.",
+        STANDARD.key_wraps,
+    )
+    mac_key_types: tuple[KeyType, ...] = setting(
+        _several(_number(KeyType, "a key type"), "key types by number"),
+        "Types of keys for CKM_SHA256_HMAC, the first that works is used.",
+        STANDARD.mac_key_types,
+    )
+    oaep_hashes: tuple[OaepHash, ...] = setting(
+        _several(choice(OaepHash), " and ".join(OaepHash)),
+        "With which the module's own OAEP is tried; with another it is decoded in the host.",
+        tuple(OaepHash),
+    )
+    oaep_sources: tuple[int, ...] = setting(
+        _several(integer(NO_SOURCE, DATA_SPECIFIED), "0 and 1"),
+        "Source field of OAEP parameters, the first that works is used.",
+        STANDARD.oaep_sources,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Never(Settings):
+    """``[never]``: what makes the module hang, crash or lock."""
+
+    component: ClassVar[str] = "profile: never"
+
+    mechanisms: frozenset[int] = setting(
+        Kind("a list of mechanisms by number or name", _mechanisms),
+        "Not asked for; what rests on them is reported as refused.",
+        frozenset(),
+    )
+    attributes: frozenset[int] = setting(
+        Kind("a list of attributes by number or name", _attributes),
+        "In no template; what rests on them is reported as not enforced.",
+        frozenset(),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +306,42 @@ class Profile(Settings):
         "SM2 by the vendor's own mechanisms; without it by those of the standard.",
     )
     settings: Mapping[str, Any] | None = setting(
-        Kind("a table", lambda value: _settings(value)),  # noqa: PLW0108  # defined below
+        Kind("a table", _settings),
         f"What the backend takes where the configuration does not say it: {', '.join(_SETTINGS)}.",
     )
+    return_codes: Mapping[int, Recovery] | None = setting(
+        Kind("a table", _return_codes),
+        f"Codes of the vendor's own, each with what mends the connection: {', '.join(_REMEDIES)}.",
+    )
+    login: Login = setting(Kind("a table", lambda value: _table(Login, value)), "C_Login.", Login())
+    asked: Asked = setting(
+        Kind("a table", lambda value: _table(Asked, value)), "What is tried.", Asked()
+    )
+    never: Never = setting(
+        Kind("a table", lambda value: _table(Never, value)), "What is not.", Never()
+    )
     quirks: tuple[str, ...] = setting(
-        Kind("a list of texts", lambda value: tuple(TEXT.read(each) for each in _list(value))),
+        _several(TEXT, "texts"),
         "What else is known of it, in words.",
         (),
     )
+
+    @property
+    def traits(self) -> Traits:
+        """What the calls of the module depend on."""
+        return Traits(
+            return_codes=self.return_codes or MappingProxyType({}),
+            user_type=self.login.user_type,
+            officer_type=self.login.officer_type,
+            login_per_session=self.login.per_session,
+            tells_wrong_pins=self.login.tells_wrong_pins,
+            key_wraps=self.asked.key_wraps,
+            mac_key_types=self.asked.mac_key_types,
+            oaep_hashes=tuple(_HASHES[each] for each in self.asked.oaep_hashes),
+            oaep_sources=self.asked.oaep_sources,
+            never_mechanisms=self.never.mechanisms,
+            never_attributes=self.never.attributes,
+        )
 
     @classmethod
     def read(cls, name: str, text: str) -> Self:
@@ -162,6 +356,12 @@ class Profile(Settings):
             raise ConfigurationError(f"profile {name}: not TOML: {error}") from None
         except ConfigurationError as error:
             raise ConfigurationError(f"{name}: {error}") from None
+
+
+PARTS: Mapping[str, type[Settings]] = MappingProxyType(
+    {"module": ModuleNames, "sm2": VendorSm2, "login": Login, "asked": Asked, "never": Never}
+)
+"""The tables of a profile, by name."""
 
 
 def names() -> tuple[str, ...]:
@@ -225,17 +425,3 @@ def chosen(name: str | None, path: str | None) -> Profile | None:
 def fitting(manufacturer: str, model: str, library: str) -> tuple[str, ...]:
     """Names of the profiles that are for a module and HSM token that call themselves this."""
     return tuple(n for n in names() if load(n).module.fit(manufacturer, model, library))
-
-
-def _table(kind: type[Settings], value: Any) -> Settings:
-    return value if isinstance(value, kind) else kind.from_mapping(typed(value, dict))
-
-
-def _settings(value: Any) -> Mapping[str, Any]:
-    if unknown := sorted(typed(value, dict, MappingProxyType).keys() - set(_SETTINGS)):
-        raise unknown_setting("profile: settings", unknown, _SETTINGS)
-    return MappingProxyType(dict(value))
-
-
-def _list(value: Any) -> Any:
-    return typed(value, list, tuple)

@@ -18,6 +18,7 @@ from pkcs11.mechanisms import Mechanism
 
 from hsmwrap import errors
 from hsmwrap.ckr import CKR, answered
+from hsmwrap.pkcs11.binding import traits
 
 
 class Remedy(Enum):
@@ -91,6 +92,12 @@ RECOVERY: Mapping[CKR, Recovery] = MappingProxyType(
         CKR.USER_PIN_NOT_INITIALIZED: _DEVICE,
     }
 )
+
+
+BY_REMEDY: Mapping[Remedy, Recovery] = MappingProxyType(
+    {row.remedy: row for row in (_SESSION, _LOGIN, _HANDLE, _COUNT, _DEVICE, _MEMORY, _PIN)}
+)
+"""For return codes of a vendor's own: its profile names the remedy."""
 
 
 class CryptokiError(ck.PKCS11Error):
@@ -294,7 +301,9 @@ def recovery_of(error: ck.PKCS11Error) -> Recovery | None:
     if isinstance(error, HsmLost):
         return _DEVICE
     code = return_code(error)
-    return RECOVERY.get(code) if isinstance(code, CKR) else None
+    if isinstance(code, CKR) or code is None:
+        return None if code is None else RECOVERY.get(code)
+    return traits.behind(error).return_codes.get(code)
 
 
 def typed_error(error: ck.PKCS11Error) -> errors.HsmwrapError:

@@ -178,6 +178,4 @@ def for_unwrap(template: Mapping[Attribute, Any]) -> dict[str, Any]:
 
 
 AES_KEY_WRAP = Mechanism.AES_KEY_WRAP_PAD
-AES_KEY_WRAPS = (AES_KEY_WRAP, Mechanism.AES_KEY_WRAP_KWP)
-"""AES key wrap with padding, in the order of preference: 0x210A of PKCS#11 v2.40, which some pad by
-RFC 5649 and some as PKCS#7 does, and 0x210B of v3.0, which is RFC 5649."""
+"""AES key wrap with padding where nothing else is known: :attr:`.traits.Traits.key_wraps`."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from pkcs11.constants import Attribute, TokenFlag
 from pkcs11.exceptions import PKCS11Error
@@ -26,7 +27,7 @@ from hsmwrap.errors import (
     TokenSelectionError,
 )
 from hsmwrap.pkcs11.binding.host import ModuleHost
-from hsmwrap.pkcs11.binding.mechanisms import noted
+from hsmwrap.pkcs11.binding.module import Module
 from hsmwrap.pkcs11.binding.returncodes import code_name, recovery_of, said, typed_error
 from hsmwrap.pkcs11.binding.templates import HsmAttributeMapper
 from hsmwrap.pkcs11.keysets import movability
@@ -34,9 +35,9 @@ from hsmwrap.pkcs11.keysets.keys import HIGHEST_NUMBER, KeySet, KeySets, Needs, 
 from hsmwrap.pkcs11.keysets.needs import needs_of
 from hsmwrap.pkcs11.sessions.connecting import PAUSES, sleep_with_jitter
 from hsmwrap.pkcs11.sessions.connection import Connection
-from hsmwrap.pkcs11.sessions.session import PooledSession, close_quietly
+from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.pkcs11.token.pin import PinSource
+from hsmwrap.pkcs11.token.pin import PinPad, PinSource
 from hsmwrap.pkcs11.token.selection import find_token
 
 _DOUBTFUL_SO_PIN = (
@@ -303,19 +304,18 @@ def connected(settings: Pkcs11Settings) -> Iterator[Connection]:
 @contextmanager
 def officer_session(settings: Pkcs11Settings, so_pin: PinSource) -> Iterator[Session]:
     """A security officer's session; no user may be logged in in this process."""
-    host = ModuleHost.acquire(settings.module, settings.library_parameters)
+    host = ModuleHost.acquire(settings.module, settings.reserved, settings.traits)
     try:
         _await_token(host, settings)
         with host.inside(settings.session_wait) as (module, _generation):
             token = find_token(module, settings.selector)
             if not settings.force_login:
                 _require_safe(token)
-            session = _open_officer_session(token, so_pin)
+            session = _open_officer_session(module, token, so_pin)
             try:
                 yield session
             finally:
-                # What was made is there: how the HSM ends the session does not matter.
-                close_quietly(session)
+                module.close_officer_session(session)
     except PKCS11Error as error:
         raise typed_error(error) from None
     finally:
@@ -354,11 +354,19 @@ def _require_safe(token: Token) -> None:
         )
 
 
-def _open_officer_session(token: Token, so_pin: PinSource) -> Session:
+def _open_officer_session(module: Module, token: Token, so_pin: PinSource) -> Any:
+    typed = isinstance(so_pin, PinPad)
+    if typed and not token.flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
+        raise ConfigurationError(
+            "the HSM token has no PIN pad of its own (CKF_PROTECTED_AUTHENTICATION_PATH is not "
+            "set); give a file with the SO PIN"
+        )
+    mapper = HsmAttributeMapper()
     try:
-        with so_pin.read() as pin, noted("function", "C_Login"):
-            # A Pin is text as far as python-pkcs11 is concerned.
-            return token.open(rw=True, so_pin=pin, attribute_mapper=HsmAttributeMapper())
+        if typed:
+            return module.open_officer_session(token, None, mapper)
+        with so_pin.read() as pin:
+            return module.open_officer_session(token, pin, mapper)
     except PKCS11Error as error:
         if code_name(error).startswith("PIN_"):
             raise PinError(

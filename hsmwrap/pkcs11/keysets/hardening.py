@@ -18,10 +18,10 @@ from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType
 from pkcs11.types import Session
 
+from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.client_errors import read_if_known
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
-    AES_KEY_WRAPS,
     NestedTemplate,
     Template,
     secret_key,
@@ -37,10 +37,6 @@ _READABLE: Mapping[Attribute, Any] = MappingProxyType(
         Attribute.ALLOWED_MECHANISMS: (AES_KEY_WRAP,),
     }
 )
-_AS_MADE: Mapping[Attribute, Any] = MappingProxyType(
-    {Attribute.ALLOWED_MECHANISMS: tuple((mechanism,) for mechanism in AES_KEY_WRAPS)}
-)
-"""Values of which a key-encryption key has one."""
 _NESTED = NestedTemplate(secret_key(KeyType.AES))
 _HARDENING: Template = {**_READABLE, Attribute.UNWRAP_TEMPLATE: _NESTED}
 
@@ -72,6 +68,7 @@ def _refuses(session: Session, template: Template) -> bool:
 
 
 def _make_and_destroy(session: Session, template: Template) -> None:
+    traits.require_sent(None, template)
     # Public, so that the security officer can make it too; with an id, as NSS replaces a key by
     # another of its id (field note 46).
     session.generate_key(
@@ -86,8 +83,10 @@ def _make_and_destroy(session: Session, template: Template) -> None:
 
 def missing_on(key_encryption_key: Any) -> frozenset[Attribute]:
     """Attributes that the key lacks; CKA_UNWRAP_TEMPLATE cannot be read (field note 50)."""
+    # Values of which a key-encryption key has one.
+    as_made = {Attribute.ALLOWED_MECHANISMS: [(each,) for each in traits.here().key_wraps]}
     return frozenset(
         attribute
         for attribute, value in _READABLE.items()
-        if read_if_known(key_encryption_key, attribute) not in _AS_MADE.get(attribute, (value,))
+        if read_if_known(key_encryption_key, attribute) not in as_made.get(attribute, [value])
     )

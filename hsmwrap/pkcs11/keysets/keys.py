@@ -38,7 +38,7 @@ from pkcs11.types import Session
 
 from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError, HsmUnavailable, KeyNotFound
-from hsmwrap.pkcs11.binding import objects
+from hsmwrap.pkcs11.binding import objects, traits
 from hsmwrap.pkcs11.binding.client_errors import attribute_reads, read_if_known
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.binding.returncodes import HsmLost
@@ -81,9 +81,6 @@ class Role(StrEnum):
 
 ROLES = tuple(role for role in Role if role is not Role.WRAPPING_SM2_UNWRAP)
 """Of the keys that a set has on an HSM token that keeps to the standard."""
-
-MAC_KEY_TYPES = (KeyType.GENERIC_SECRET, KeyType.SHA256_HMAC)
-"""Types of MAC keys: some HSM tokens compute SHA256-HMAC with keys of the second alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +193,8 @@ class KeySets:
         self._trusted_sets: frozenset[int] = frozenset()
         self._listed: frozenset[int] = frozenset()
         self._origin_told: frozenset[Attribute] | None = None
-        self._trust_is_told: bool | None = None
+        self._user_makes_trusted: bool | None = None
+        self._trust_tried = False
 
     def label(self, role: Role, number: int) -> str:
         """CKA_LABEL of one key."""
@@ -286,11 +284,12 @@ class KeySets:
             self._origin_told = origin.told_by(session)
         return self._origin_told
 
-    def _trust_told(self, session: Session) -> bool:
-        """Whether a user cannot make keys trusted; tried once, where a key says that it is."""
-        if self._trust_is_told is None:
-            self._trust_is_told = origin.user_makes_trusted(session) is False
-        return self._trust_is_told
+    def user_makes_trusted(self, session: Session) -> bool | None:
+        """As :func:`.origin.user_makes_trusted`; tried once, two threads may both."""
+        if not self._trust_tried:
+            self._user_makes_trusted = origin.user_makes_trusted(session)
+            self._trust_tried = True
+        return self._user_makes_trusted
 
     def trusts(self, number: int) -> bool:
         """Whether this set's keys were seen to be CKA_TRUSTED."""
@@ -434,7 +433,7 @@ class KeySets:
             seen.add(key.handle)
             trusted = bool(attributes.get(Attribute.TRUSTED, False))
             extractable = attributes.get(Attribute.EXTRACTABLE) is True
-            movable = trusted and extractable and self._trust_told(session)
+            movable = trusted and extractable and self.user_makes_trusted(session) is False
             generated_here = _generated_here(named[0], attributes, origin_told, movable=movable)
             yield _FoundKey(*named, trusted, movable, generated_here, key)
 
@@ -614,7 +613,7 @@ def _generated_here(
     under a trusted key.
     """
     made = _MAC_KEY if role is Role.MAC else _KEY_ENCRYPTION_KEY
-    if role is Role.MAC and attributes.get(Attribute.KEY_TYPE) in MAC_KEY_TYPES:
+    if role is Role.MAC and attributes.get(Attribute.KEY_TYPE) in traits.here().mac_key_types:
         made = {**made, Attribute.KEY_TYPE: attributes[Attribute.KEY_TYPE]}
     if movable:
         # It may be a clone, whose histories are those of an unwrapped key (field note 23). That the
@@ -622,7 +621,7 @@ def _generated_here(
         wanted = made | ONLY_UNDER_TRUSTED
         return all(attributes.get(each) == wanted[each] for each in (*_MOVABLE, *USES))
     made = made | {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: True}
-    generated = origin.GENERATED[made[Attribute.KEY_TYPE]]
+    generated = origin.generated(made[Attribute.KEY_TYPE])
     return all(attributes.get(each, made[each]) == made[each] for each in _IDENTIFYING) and all(
         attributes.get(each) == generated[each] for each in origin_told
     )

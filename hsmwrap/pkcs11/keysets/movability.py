@@ -20,6 +20,7 @@ from pkcs11.constants import Attribute, MechanismFlag
 from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
+from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.templates import NestedTemplate, Template, for_unwrap, secret_key
 from hsmwrap.pkcs11.binding.trials import unless_refused
 
@@ -93,6 +94,7 @@ class _Trial:
 
     def _key(self, capabilities: MechanismFlag, more: Template) -> Any:
         template = {**_PUBLIC, Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False, **more}
+        traits.require_sent(None, template)
         key = self._session.generate_key(
             KeyType.AES, 256, store=False, capabilities=capabilities, template=template
         )

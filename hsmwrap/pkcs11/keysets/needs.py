@@ -17,18 +17,17 @@ from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.errors import ConfigurationError, ProtectionNotKept
-from hsmwrap.pkcs11.binding import objects
+from hsmwrap.pkcs11.binding import objects, traits
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.binding.returncodes import recovery_of, said
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
-    AES_KEY_WRAPS,
     Template,
     for_unwrap,
     private_key,
     secret_key,
 )
-from hsmwrap.pkcs11.keysets.keys import MAC_KEY_TYPES, ROLES, Needs, Role
+from hsmwrap.pkcs11.keysets.keys import ROLES, Needs, Role
 from hsmwrap.sm2 import OID_DER
 
 _BYTES = 32
@@ -78,8 +77,8 @@ class _Trials:
         # Without session objects nothing is sealed.
         self._stored = not kek and not self._try(partial(self._aes, Attribute.ENCRYPT))
         mac_key_type = self._mac_key_type()
-        wraps = (m for m in AES_KEY_WRAPS if kek and self._try(partial(self._wraps, kek, m)))
-        key_wrap = next(wraps, None)
+        wraps = traits.here().key_wraps if kek else ()
+        key_wrap = next((m for m in wraps if self._try(partial(self._wraps, kek, m))), None)
         if key_wrap is None:
             return Needs((Role.MAC,), mac_key_type, AES_KEY_WRAP)
         roles = ROLES if self._has_extractable_private_keys() else _WITHOUT_WRAPPING_KEYS
@@ -125,7 +124,7 @@ class _Trials:
 
     def _mac_key_type(self) -> KeyType:
         answers = []
-        for key_type in MAC_KEY_TYPES:
+        for key_type in traits.here().mac_key_types:
             works = self._try(partial(self._signs, key_type))
             if works:
                 return key_type

@@ -12,43 +12,31 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
-from pkcs11.exceptions import PKCS11Error
+from pkcs11.exceptions import MechanismInvalid, PKCS11Error
 from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
+from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.client_errors import read_if_known
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
-from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAPS
 from hsmwrap.pkcs11.binding.trials import unless_refused
 from hsmwrap.pkcs11.sessions.session import find_objects
-
-_GENERATED_SECRET: Mapping[Attribute, Any] = MappingProxyType(
-    {
-        Attribute.LOCAL: True,
-        Attribute.KEY_GEN_MECHANISM: Mechanism.GENERIC_SECRET_KEY_GEN,
-    }
-)
-GENERATED: Mapping[KeyType, Mapping[Attribute, Any]] = MappingProxyType(
-    {
-        KeyType.AES: {
-            Attribute.LOCAL: True,
-            Attribute.KEY_GEN_MECHANISM: Mechanism.AES_KEY_GEN,
-        },
-        KeyType.GENERIC_SECRET: _GENERATED_SECRET,
-        KeyType.SHA256_HMAC: _GENERATED_SECRET,
-    }
-)
-"""What a token that tells the truth says of a key of this type that it generated."""
 
 _BYTES = 32
 _DERIVATIONS: tuple[tuple[Mechanism, Any], ...] = (
     (Mechanism.AES_ECB_ENCRYPT_DATA, bytes(_BYTES)),
     (Mechanism.AES_CBC_ENCRYPT_DATA, (bytes(16), bytes(_BYTES))),
 )
+
+
+def generated(key_type: KeyType) -> Mapping[Attribute, Any]:
+    """What a token that tells the truth says of a key of this type that it generated."""
+    aes = key_type is KeyType.AES
+    mechanism = Mechanism.AES_KEY_GEN if aes else Mechanism.GENERIC_SECRET_KEY_GEN
+    return {Attribute.LOCAL: True, Attribute.KEY_GEN_MECHANISM: mechanism}
 
 
 def told_by(session: Session) -> frozenset[Attribute]:
@@ -96,6 +84,7 @@ def user_makes_trusted(session: Session) -> bool | None:
 
     def generate(more: Mapping[Attribute, Any]) -> Any:
         template = {Attribute.PRIVATE: False, **more}
+        traits.require_sent(None, template)
         return session.generate_key(
             KeyType.AES,
             8 * _BYTES,
@@ -117,7 +106,7 @@ def user_makes_trusted(session: Session) -> bool | None:
 
 def _said(key: Any) -> frozenset[Attribute]:
     """The attributes by which the token calls this key one that it generated."""
-    expected = GENERATED[KeyType.AES]
+    expected = generated(KeyType.AES)
     return frozenset(each for each in expected if read_if_known(key, each) == expected[each])
 
 
@@ -144,13 +133,15 @@ def _unwrap(session: Session, base: Any) -> Any:
 
 
 def _wrapped(base: Any, key: Any) -> tuple[Mechanism, bytes]:
-    first, second = AES_KEY_WRAPS
-    try:
-        return first, base.wrap_key(key, mechanism=first)
-    except PKCS11Error as error:
-        if recovery_of(error) is not None:
-            raise
-    return second, base.wrap_key(key, mechanism=second)
+    refused: PKCS11Error = MechanismInvalid("the profile has no AES key wrap")
+    for mechanism in traits.here().key_wraps:
+        try:
+            return mechanism, base.wrap_key(key, mechanism=mechanism)
+        except PKCS11Error as error:
+            if recovery_of(error) is not None:
+                raise
+            refused = error
+    raise refused
 
 
 def _derive(base: Any, mechanism: Mechanism, parameter: Any) -> Any:

@@ -13,6 +13,7 @@ from pkcs11.exceptions import PKCS11Error, SessionCount
 from pkcs11.types import Session, Token
 
 from hsmwrap.errors import ServiceUnavailable, TokenSelectionError
+from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.module import Module
 from hsmwrap.pkcs11.binding.returncodes import HsmLost, recovery_of, said
@@ -175,7 +176,7 @@ class Connector:
                 session, present.login_session = present.login_session, None
         try:
             with _unavailable_if_refused():
-                if not module.is_logged_in(session):
+                if traits.here().login_per_session or not module.is_logged_in(session):
                     self._cover(module, session)
         except BaseException:
             close_quietly(session)
@@ -189,6 +190,9 @@ class Connector:
             PinError, NoLogin, PKCS11Error: As for :meth:`connect`.
         """
         with self._lock:
+            if traits.here().login_per_session:
+                self.login.log_in(module, session)
+                return
             present = self.connected
             keeper = None if present is None else present.login_session
             alone = keeper is None or module.is_logged_in(keeper)

@@ -69,7 +69,7 @@ class Connection(ForkAware):
         """
         self._settings = settings
         self._gate = Gate("PKCS#11 backend")
-        self._host = ModuleHost.acquire(settings.module, settings.library_parameters)
+        self._host = ModuleHost.acquire(settings.module, settings.reserved, settings.traits)
         self._connector = Connector(settings, self._host)
         self._breaker = Breaker(settings.initial_backoff, settings.max_backoff)
         self._reconnector = Reconnector(

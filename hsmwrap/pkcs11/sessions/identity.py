@@ -14,7 +14,7 @@ from hsmwrap.pkcs11.settings import Pkcs11Settings
 
 def describe_module(settings: Pkcs11Settings) -> dict[str, Any]:
     """Path, manufacturer, description, version, Cryptoki version, whether it locks."""
-    host = ModuleHost.acquire(settings.module, settings.library_parameters)
+    host = ModuleHost.acquire(settings.module, settings.reserved, settings.traits)
     try:
         with host.inside(settings.session_wait) as (module, _generation):
             return {

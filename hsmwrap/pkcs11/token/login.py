@@ -2,7 +2,8 @@
 
 HSM tokens lock after a few wrong PINs, some for good. So after a refusal the backend stops all
 logins for as long as it is open, and before each login the token is asked whether the next try may
-be the last. An answer that may be a refusal counts as one the third time in a row.
+be the last. After an answer of no known meaning it is asked whether that was about the PIN; where
+that stays unknown, three such answers in a row are a refusal.
 
 USER_PIN_COUNT_LOW says that the last PIN that was tried on the token was wrong, by whichever
 program. A PIN that this process has logged in with is tried all the same; another one once.
@@ -19,6 +20,7 @@ from pkcs11.exceptions import PKCS11Error
 from pkcs11.types import Session
 
 from hsmwrap.errors import ConfigurationError, HsmUnavailable, HsmwrapError, PinError
+from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.module import Module
 from hsmwrap.pkcs11.binding.returncodes import (
     HsmLost,
@@ -30,7 +32,7 @@ from hsmwrap.pkcs11.binding.returncodes import (
 from hsmwrap.pkcs11.token.pin import Pin, PinSource
 
 UNKNOWN_LOGINS = 3
-"""Answers to C_Login in a row that may mean a wrong PIN, until no more is tried."""
+"""Answers to C_Login in a row that may be about the PIN, until no more is tried."""
 
 _LAST_TRY = TokenFlag.USER_PIN_FINAL_TRY | TokenFlag.USER_PIN_LOCKED
 _WARNINGS = TokenFlag.USER_PIN_COUNT_LOW | _LAST_TRY
@@ -54,6 +56,7 @@ class UserLogin:
 
     Attributes:
         stopped: Why logins have stopped; None while they are allowed.
+        in_doubt: Whether the last answer to C_Login may have been a refusal.
     """
 
     def __init__(self, pin: PinSource | None, *, force: bool) -> None:
@@ -62,6 +65,7 @@ class UserLogin:
         Without a PIN no login is needed, or it is typed at the HSM token, as that says.
         """
         self.stopped: str | None = None
+        self.in_doubt = False
         self._pin = pin
         self._force = force
         self._worked = False
@@ -76,11 +80,6 @@ class UserLogin:
         """
         if self.stopped is not None:
             raise PinError(self.stopped)
-
-    @property
-    def in_doubt(self) -> bool:
-        """Whether the last answer to C_Login may have been a refusal."""
-        return self._unknown_answers > 0
 
     def log_in(self, module: Module, session: Session) -> None:
         """Log in through a session that was opened without PIN; the caller holds a lock.
@@ -110,9 +109,10 @@ class UserLogin:
             recovery = recovery_of(error)
             if recovery is None or recovery.remedy is Remedy.STOP:
                 _refused.add(serial)
-                self._refuse(error, warned=bool(flags & _WARNINGS))
+                self._refuse(error, session, warned=bool(flags & _WARNINGS))
             raise
         self._worked = True
+        self.in_doubt = False
         self._unknown_answers = 0
         _refused.discard(serial)
 
@@ -147,7 +147,7 @@ class UserLogin:
         flags &= _WARNINGS
         if not flags or self._force:
             return
-        said_so = ", ".join(str(flag.name) for flag in TokenFlag if flag & flags)
+        said_so = _names(flags)
         if flags & _LAST_TRY or (serial in _refused and not self._worked):
             raise PinError(
                 f"not logging in: the HSM token says {said_so}, so a wrong PIN may lock it. Check "
@@ -155,20 +155,43 @@ class UserLogin:
             )
         _log.warning("the last PIN given to the HSM token was wrong", extra={"flags": said_so})
 
-    def _refuse(self, error: PKCS11Error, *, warned: bool) -> NoReturn:
-        """A refused PIN stops at once; another answer the third time, or where it was a last try.
+    def _refuse(self, error: PKCS11Error, session: Session, *, warned: bool) -> NoReturn:
+        """Stop after an answer about the PIN; an answer about the HSM is one of a lost HSM.
 
-        A vendor's code is tried again after the breaker's backoff. Others may be a collision with
+        Which it is, a code that speaks of a PIN tells, or the token's warning, which is there after
+        a wrong PIN. Without it, another code of the standard is not about a PIN that has worked
+        before. What is left may be a refusal, and is one the third time in a row: a vendor's code,
+        and any to a PIN that has never worked, unless the profile says that the token warns.
+        A vendor's is tried again after the breaker's backoff; others may be a collision with
         another process (field note 35): they are tried again at once.
         """
         answer = said(error)
-        self._unknown_answers += 1
-        once = recovery_of(error) is not None or (warned and not self._worked)
-        if once or self._unknown_answers >= UNKNOWN_LOGINS:
+        self.in_doubt = True
+        if recovery_of(error) is not None or (warned and not self._worked):
+            self.stop(answer)
+        flags = _warnings_of(session)
+        if flags and not warned:
+            self.stop(f"{answer}, and the HSM token says {_names(flags)}")
+        of_the_hsm = self._worked and not is_vendor_defined(error)
+        if flags or flags is None or not (of_the_hsm or traits.here().tells_wrong_pins):
+            self._unknown_answers += 1
+        if self._unknown_answers >= UNKNOWN_LOGINS:
             self.stop(answer)
         if is_vendor_defined(error):
             raise NoLogin(answer)
         raise UnknownLogin(answer, error)
+
+
+def _warnings_of(session: Session) -> TokenFlag | None:
+    """The HSM token's warnings now; None where it does not answer."""
+    try:
+        return flags_of(session) & _WARNINGS
+    except PKCS11Error:
+        return None
+
+
+def _names(flags: TokenFlag) -> str:
+    return ", ".join(str(flag.name) for flag in TokenFlag if flag & flags)
 
 
 def flags_of(session: Session) -> TokenFlag:

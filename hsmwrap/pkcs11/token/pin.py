@@ -146,6 +146,19 @@ class PinSource(ABC):
 
 
 @dataclass(frozen=True, slots=True)
+class PinPad(PinSource):
+    """A PIN that is typed at the HSM token (protected authentication path)."""
+
+    def read(self) -> Pin:
+        """Not in the host.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        raise ConfigurationError("the PIN is typed at the HSM token")
+
+
+@dataclass(frozen=True, slots=True)
 class PinFile(PinSource):
     """A private file that holds the PIN, and at most one line end after it.
 
@@ -164,6 +177,21 @@ class PinFile(PinSource):
         """Read the file, which has to be private (:mod:`hsmwrap.privatefile`)."""
         file = PrivateFile(self.path, "PIN file")
         return _pin_of(file.read_erasable(), str(file))
+
+
+PIN_PAD = "pin-pad"
+"""In place of the path of a file with the SO PIN: it is typed at the HSM token."""
+
+
+def officer_pin(given: str | None) -> PinSource | None:
+    """The security officer's PIN: from a file, or :data:`PIN_PAD`; None where none is given.
+
+    Raises:
+        ConfigurationError: It is neither that word nor an absolute path.
+    """
+    if given is None:
+        return None
+    return PinPad() if given == PIN_PAD else PinFile(given)
 
 
 @dataclass(frozen=True, slots=True)

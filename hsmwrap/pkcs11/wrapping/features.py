@@ -17,6 +17,7 @@ from hsmwrap.catalog import KeySpec, WrappingAlgorithm
 from hsmwrap.checkvalue import CHECK_BLOCK
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.templates import Template, without
+from hsmwrap.pkcs11.binding.traits import DATA_SPECIFIED
 from hsmwrap.pkcs11.keysets.keys import Role
 
 
@@ -36,16 +37,16 @@ def _oaep(digest: Mechanism, mgf: MGF, source: int) -> bytes:
     return bytes(_OaepParams(digest, mgf, source, None, 0))
 
 
-DATA_SPECIFIED, NO_SOURCE = 1, 0
-OAEP_SOURCES = (DATA_SPECIFIED, NO_SOURCE)
-"""Source field of OAEP parameters for an empty label. The standard has CKZ_DATA_SPECIFIED; some
-HSM tokens want 0 there."""
-
 _OAEP = {
     WrappingAlgorithm.RSAES_OAEP_SHA_1: (Mechanism.SHA_1, MGF.SHA1),
     WrappingAlgorithm.RSAES_OAEP_SHA_256: (Mechanism.SHA256, MGF.SHA256),
 }
 RSA_ALGORITHMS = (WrappingAlgorithm.RSAES_PKCS1_V1_5, *_OAEP)
+
+
+def oaep_hash(algorithm: WrappingAlgorithm) -> Mechanism | None:
+    """The hash of an OAEP algorithm; None for another."""
+    return _OAEP[algorithm][0] if algorithm in _OAEP else None
 
 
 def mechanism_of(

@@ -34,20 +34,20 @@ from hsmwrap.errors import (
     InvalidKeyMaterial,
     ProtectionNotKept,
 )
-from hsmwrap.pkcs11.binding import objects
+from hsmwrap.pkcs11.binding import objects, traits
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors
 from hsmwrap.pkcs11.binding.gcm import AesGcm
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.binding.returncodes import answer_of, mechanism_name, recovery_of, said
 from hsmwrap.pkcs11.binding.templates import (
-    AES_KEY_WRAPS,
     Template,
     for_unwrap,
     private_key,
     secret_key,
     stored,
 )
+from hsmwrap.pkcs11.binding.traits import DATA_SPECIFIED
 from hsmwrap.pkcs11.keysets import hardening
 from hsmwrap.pkcs11.keysets.keys import KeySets, Role
 from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
@@ -57,12 +57,12 @@ from hsmwrap.pkcs11.wrapping import rsa as rsa_keys
 from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, new_object_id
 from hsmwrap.pkcs11.wrapping.features import (
     CHECK_METHODS,
-    OAEP_SOURCES,
     RSA_ALGORITHMS,
     CheckMethod,
     ImportPath,
     Row,
     TokenFeatures,
+    oaep_hash,
 )
 from hsmwrap.pkcs11.wrapping.material import (
     HostMaterial,
@@ -250,7 +250,7 @@ class Probe:
 
     def _key_wrap(self) -> None:
         failed: list[Exception] = []
-        for mechanism in AES_KEY_WRAPS:
+        for mechanism in traits.here().key_wraps:
             lengths = self._try(partial(self._wrapped_lengths, mechanism), failed.append)
             if lengths:
                 self._found(key_wrap=mechanism, wrapped_lengths=MappingProxyType(lengths))
@@ -365,10 +365,12 @@ class Probe:
     def _rsa_row(self, algorithm: WrappingAlgorithm, client: rsa.RSAPublicKey, held: _Held) -> None:
         tried: list[FailedTrial] = []
         # PKCS#1 v1.5 is never decoded in the host, and has no parameters.
-        oaep = algorithm is not WrappingAlgorithm.RSAES_PKCS1_V1_5
-        native = OAEP_SOURCES if oaep else OAEP_SOURCES[:1]
+        oaep, module = oaep_hash(algorithm), traits.here()
+        native = module.oaep_sources if oaep in module.oaep_hashes else ()
+        if oaep is None:
+            native = (DATA_SPECIFIED,)
         ways = [(p, source) for p in (ImportPath.UNWRAP, ImportPath.DECRYPT) for source in native]
-        ways += [(ImportPath.RAW, OAEP_SOURCES[0])] if oaep else []
+        ways += [(ImportPath.RAW, DATA_SPECIFIED)] if oaep else []
         for path, source in ways:
             attempt = partial(self._rsa_import, algorithm, path, source, client, held)
             answers: list[FailedTrial] = []
@@ -376,7 +378,7 @@ class Probe:
                 break
             # The other source field is of interest where it makes a difference.
             known = [replace(each, step="") for each in tried]
-            odd = "" if source == OAEP_SOURCES[0] else f" (source field {source})"
+            odd = "" if source == DATA_SPECIFIED else f" (source field {source})"
             tried += [
                 replace(each, step=each.step + odd)
                 for each in answers
@@ -676,6 +678,7 @@ class Probe:
             tried,
             lambda template: self.features.fit(self._placed(template)),
             mechanism=self.features.key_wrap,
+            makes_trusted=self._keys.user_makes_trusted,
         )
 
 

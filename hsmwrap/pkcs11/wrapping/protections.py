@@ -19,6 +19,7 @@ from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.backend import Outcome, Protection
+from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
     Template,
@@ -99,6 +100,7 @@ def tried(
     fit: Callable[[Template], Template],
     *,
     mechanism: Mechanism = AES_KEY_WRAP,
+    makes_trusted: Callable[[Session], bool | None] = user_makes_trusted,
 ) -> tuple[Protection, ...]:
     """Try each protection; what is made for that is destroyed.
 
@@ -108,11 +110,12 @@ def tried(
         fit: From the template of a session object to that of an object that the HSM token makes:
             without the hardening attributes that it refuses.
         mechanism: AES key wrap with padding, as the HSM token has it.
+        makes_trusted: Tries whether the user can make a trusted key, or tells what was found.
 
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
     """
-    trials = _Trials(session, own, fit, mechanism)
+    trials = _Trials(session, own, fit, mechanism, makes_trusted)
     try:
         return tuple(trials.run())
     finally:
@@ -137,8 +140,10 @@ class _Trials:
         own: OwnKey | None,
         fit: Callable[[Template], Template],
         mechanism: Mechanism,
+        makes_trusted: Callable[[Session], bool | None],
     ) -> None:
         self._session = session
+        self._makes_trusted = makes_trusted
         self._own = own
         self._fit = fit
         self._mechanism = mechanism
@@ -233,7 +238,7 @@ class _Trials:
         return self._judged(attribute, attacks, lambda: own.key, lambda: bare_kek)
 
     def _trusted(self) -> Protection:
-        made = user_makes_trusted(self._session)
+        made = self._makes_trusted(self._session)
         if made:
             control = "Succeeds with the user's PIN: making a trusted key."
             return _told(Attribute.TRUSTED, Outcome.NOT_HONOURED, control)
@@ -257,6 +262,7 @@ class _Trials:
         return key
 
     def _generate(self, template: Template) -> Any:
+        traits.require_sent(None, template)
         return self._keep(
             self._session.generate_key(
                 KeyType.AES,

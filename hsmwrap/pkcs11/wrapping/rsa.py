@@ -24,7 +24,8 @@ from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors, read
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.templates import Template
-from hsmwrap.pkcs11.wrapping.features import DATA_SPECIFIED, mechanism_of
+from hsmwrap.pkcs11.binding.traits import DATA_SPECIFIED
+from hsmwrap.pkcs11.wrapping.features import mechanism_of
 
 MODULUS_BYTES = 256
 _OAEP_HASH: dict[WrappingAlgorithm, oaep.HashName] = {

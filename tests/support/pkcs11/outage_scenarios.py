@@ -43,6 +43,7 @@ from hsmwrap.registry import open_backend
 from hsmwrap.testing.faults import CKR
 from support.pkcs11 import scenarios
 from support.pkcs11.engine_scenarios import at_once, bring_in, outcome, wait_for, wrapped
+from support.pkcs11.profile_scenarios import by_profile
 
 OAEP_1 = WrappingAlgorithm.RSAES_OAEP_SHA_1
 VENDOR = 0x80000384
@@ -325,16 +326,76 @@ def an_unknown_answer_to_the_login(shim, settings):
 
 
 def an_unknown_answer_to_a_later_login(shim, settings):
-    """After an outage, by the thread that connects again."""
+    """By the thread that connects again: a vendor's may be its word for a wrong PIN."""
     with Pkcs11Backend.from_settings(settings) as backend:
         backend.mac(b"data")
         before = shim.counters().calls["C_Login"]
-        shim.fail("C_Login", CKR.GENERAL_ERROR, always=True)
+        shim.fail("C_Login", VENDOR, always=True)
         shim.fail("C_SignInit", CKR.USER_NOT_LOGGED_IN)
         wait_for(lambda: isinstance(outcome(backend.mac, b"data"), PinError))
         time.sleep(0.3)
         assert shim.counters().calls["C_Login"] - before == 3
         assert not backend.health().ready
+
+
+def an_answer_to_a_later_login_that_is_not_about_the_pin(shim, settings):
+    """Client libraries of HSMs that are gone answer so: three stopped the backend for good."""
+    for code, text in ((CKR.GENERAL_ERROR, ""), (VENDOR, "tells_wrong_pins = true")):
+        profile = by_profile(shim, settings, f"[login]\n{text}\n")
+        with Pkcs11Backend.from_settings(profile) as backend:
+            backend.mac(b"data")
+            before = shim.counters().calls["C_Login"]
+            shim.fail("C_Login", code, always=True)
+            shim.fail("C_SignInit", CKR.USER_NOT_LOGGED_IN)
+            wait_for(
+                lambda backend=backend, before=before: (
+                    isinstance(outcome(backend.mac, b"data"), HsmUnavailable)
+                    and shim.counters().calls["C_Login"] - before > login.UNKNOWN_LOGINS
+                )
+            )
+            assert not backend.health().ready
+            shim.clear()
+            wait_until_ready(backend)
+            assert backend.mac(b"data")
+
+
+def an_answer_to_a_login_of_a_token_that_tells_wrong_pins(shim, settings):
+    """The same where the HSM is gone before the PIN has ever worked."""
+    lazy = settings | {"lazy": True, "initial_backoff": 0.0, "max_backoff": 0.0}
+    shim.fail("C_Login", CKR.GENERAL_ERROR, always=True)
+    with Pkcs11Backend.from_settings(
+        by_profile(shim, lazy, "[login]\ntells_wrong_pins = true\n")
+    ) as backend:
+        wait_for(
+            lambda: (
+                isinstance(outcome(backend.mac, b"data"), HsmUnavailable)
+                and shim.counters().calls["C_Login"] > login.UNKNOWN_LOGINS
+            )
+        )
+        shim.clear()
+        wait_until_ready(backend)
+
+
+def an_unknown_answer_to_a_wrong_pin(shim, settings):
+    """The token's warning tells: one try, though this code is not about a PIN elsewhere."""
+    pin_file = Path(settings["pin_file"])
+    right = pin_file.read_bytes()
+    for code in (CKR.GENERAL_ERROR, VENDOR):
+        with Pkcs11Backend.from_settings(settings) as backend:
+            backend.mac(b"data")
+            pin_file.chmod(0o600)
+            pin_file.write_bytes(b"not-the-pin")
+            before = shim.counters().calls["C_Login"]
+            shim.fail("C_Login", code, always=True, after=True)
+            shim.fail("C_SignInit", CKR.DEVICE_ERROR)
+            refused = outcome(backend.mac, b"data")
+            assert isinstance(refused, PinError)
+            assert "USER_PIN_COUNT_LOW" in str(refused)
+            assert isinstance(outcome(backend.mac, b"data"), PinError)
+            assert shim.counters().calls["C_Login"] - before == 1
+        shim.clear()
+        pin_file.write_bytes(right)
+        login._refused.clear()
 
 
 def a_login_that_collides(shim, settings):

@@ -1,0 +1,149 @@
+"""What a profile says takes effect: behind the fault shim, each in a process of its own.
+
+Usage: python -m support.pkcs11.profile_scenarios SCENARIO SHIM_DIRECTORY SETTINGS
+"""
+
+import os
+import time
+
+from hsmwrap.backend import Mac
+from hsmwrap.catalog import WrappingAlgorithm
+from hsmwrap.errors import (
+    ConfigurationError,
+    HsmError,
+    HsmResourceExhausted,
+    HsmUnavailable,
+    InvalidKeyMaterial,
+    PinError,
+)
+from hsmwrap.pkcs11 import Pkcs11Backend
+from support.pkcs11 import scenarios
+from support.pkcs11.engine_scenarios import bring_in, outcome, wait_for, wrapped
+
+OAEP_1 = WrappingAlgorithm.RSAES_OAEP_SHA_1
+VENDOR = 0x80000384
+HEAD = 'summary = "ours"\ntried = "in this test"\n'
+
+
+def by_profile(shim, settings, text):
+    """Settings with a profile of this text."""
+    file = shim.path.with_name(f"profile-{time.monotonic_ns()}.toml")
+    file.write_text(HEAD + text)
+    return settings | {"profile_file": str(file)}
+
+
+# --- return codes --------------------------------------------------------------------------------
+
+MENDED = {
+    "new session": ("C_OpenSession", Mac),
+    "log in": ("C_Login", Mac),
+    "find again": ("C_FindObjectsInit", Mac),
+    "fewer sessions": (None, Mac),
+    "restart": ("C_Initialize", Mac),
+    "reap": (None, HsmResourceExhausted),
+    "stop": (None, PinError),
+}
+"""For each remedy what is called for it, and what the caller gets."""
+
+
+def mac(backend):
+    return outcome(backend.mac, b"data")
+
+
+def a_return_code_of_the_vendor(shim, settings):
+    with Pkcs11Backend.from_settings(settings) as backend:
+        assert isinstance(mac(backend), Mac)
+        shim.fail("C_SignInit", VENDOR)
+        assert type(mac(backend)) is HsmError
+        assert isinstance(mac(backend), Mac)
+    for remedy, (called, comes) in MENDED.items():
+        profile = by_profile(shim, settings, f"[return_codes]\n{VENDOR:#x} = '{remedy}'\n")
+        with Pkcs11Backend.from_settings(profile) as backend:
+            assert isinstance(mac(backend), Mac)
+            before = shim.counters()
+            shim.fail("C_SignInit", VENDOR)
+            assert isinstance(mac(backend), comes), remedy
+            since = shim.counters().calls_since(before)
+            assert called is None or called in since, (remedy, since)
+            for other, (not_called, _) in MENDED.items():
+                if not_called == "C_Initialize" and other != remedy:
+                    assert not_called not in since, (remedy, since)
+            assert isinstance(mac(backend), PinError if remedy == "stop" else Mac), remedy
+
+
+def a_client_is_not_blamed_for_it(shim, settings):
+    """On the way of a client's ciphertext any other code says that the ciphertext is bad."""
+    for remedies, answer in (
+        ("", InvalidKeyMaterial),
+        (f"{VENDOR:#x} = 'restart'", HsmUnavailable),
+    ):
+        profile = by_profile(shim, settings, f"[return_codes]\n{remedies}\n")
+        with Pkcs11Backend.from_settings(profile) as backend:
+            reference, ciphertext = wrapped(backend, OAEP_1)
+            shim.fail("C_UnwrapKey", VENDOR, every=2)  # each first one opens the wrapping key
+            assert type(outcome(bring_in, backend, reference, OAEP_1, ciphertext)) is answer
+            shim.clear()
+            wait_for(lambda backend=backend: backend.health().ready)
+            assert bring_in(backend, reference, OAEP_1, ciphertext)
+
+
+def two_profiles_for_one_module(shim, settings):
+    """What a number means there would depend on who asks."""
+    profile = by_profile(shim, settings, f"[return_codes]\n{VENDOR:#x} = 'restart'\n")
+    with Pkcs11Backend.from_settings(profile):
+        refused = outcome(Pkcs11Backend.from_settings, settings)
+        assert isinstance(refused, ConfigurationError)
+        assert "another profile" in str(refused)
+        Pkcs11Backend.from_settings(profile).close()
+    Pkcs11Backend.from_settings(settings).close()
+
+
+# --- logins --------------------------------------------------------------------------------------
+
+
+def the_user_type_of_the_login(shim, settings):
+    """SoftHSM has no vendor's user type: that it refuses this one shows that it was sent."""
+    profile = by_profile(shim, settings, "[login]\nuser_type = 0x80000001\n")
+    refused = outcome(Pkcs11Backend.from_settings, profile)
+    assert "CKR_USER_TYPE_INVALID" in str(refused)
+    assert shim.counters().calls["C_Login"] > 0
+    officer = by_profile(shim, settings, "[login]\nofficer_type = 0x80000002\n")
+    so_pin_file = os.environ["HSMWRAP_SO_PIN_FILE"]
+    refused = outcome(
+        Pkcs11Backend.initialise_keys, officer | {"key_prefix": "more"}, so_pin_file=so_pin_file
+    )
+    assert "CKR_USER_TYPE_INVALID" in str(refused)
+    made = Pkcs11Backend.initialise_keys(
+        by_profile(shim, settings, "[login]\nuser_type = 1\nofficer_type = 0\n")
+        | {"key_prefix": "more"},
+        so_pin_file=so_pin_file,
+    )
+    assert "trusted" in made.detail
+
+
+def a_login_for_each_session(shim, settings):
+    for per_session in (False, True):
+        text = f"[login]\nper_session = {str(per_session).lower()}\n"
+        before = shim.counters()
+        with Pkcs11Backend.from_settings(by_profile(shim, settings, text)) as backend:
+            assert isinstance(mac(backend), Mac)
+            since = shim.counters().calls_since(before)
+            assert since["C_OpenSession"] > 1
+            assert since["C_Login"] == (since["C_OpenSession"] if per_session else 1)
+
+
+# --- what is asked for ---------------------------------------------------------------------------
+
+
+def the_key_wrap_that_is_asked_for(shim, settings):
+    """Without one nothing is sealed; an unknown number is tried, and then the next."""
+    with Pkcs11Backend.from_settings(by_profile(shim, settings, "[asked]\nkey_wraps = []\n")) as b:
+        report = b.capabilities()
+        assert {each.custody for each in report.wrapping} == {"HsmInternal"}
+    text = "[asked]\nkey_wraps = [0x80000170, 0x210A]\n"
+    with Pkcs11Backend.from_settings(by_profile(shim, settings, text)) as b:
+        assert "HsmEncryptedDatabase" in {each.custody for each in b.capabilities().wrapping}
+
+
+if __name__ == "__main__":
+    scenarios.main(globals())
