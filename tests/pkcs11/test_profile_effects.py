@@ -10,8 +10,12 @@ from hsmwrap.pkcs11.binding.returncodes import CryptokiError, recovery_of
 
 @pytest.fixture(scope="module")
 def token(tmp_path_factory):
-    """One for all, as none of these leaves it in another state."""
-    return make_softhsm(tmp_path_factory.mktemp("profiles"), label="profiles")
+    """One for all, as none of these leaves it in another state; its PINs are the same."""
+    directory = tmp_path_factory.mktemp("profiles")
+    for name in ("user.pin", "so.pin"):
+        (directory / name).touch(mode=0o600)
+        (directory / name).write_text("12345678")
+    return make_softhsm(directory, label="profiles")
 
 
 @pytest.mark.parametrize("scenario", scenarios.names_of(profile_scenarios))

@@ -91,7 +91,7 @@ def _return_codes(value: Any) -> Mapping[int, Recovery]:
         if remedy not in _REMEDIES:
             near = did_you_mean([str(remedy)], list(_REMEDIES))
             raise ConfigurationError(
-                f"profile: return_codes: {text}: {remedy!r} is no remedy; {near}"
+                f"profile: return_codes: {text}: {remedy!r} is not a remedy; {near}"
                 f"There are {', '.join(_REMEDIES)}"
             )
         rows[code] = _REMEDIES[remedy]
@@ -104,7 +104,7 @@ def _code(text: str) -> int:
         code = _NUMBER.read(int(text, 0))
     except ValueError:
         raise ConfigurationError(
-            f"profile: return_codes: {text!r} is no return code; write it as 0x80000001"
+            f"profile: return_codes: {text!r} is not a return code; write it as 0x80000001"
         ) from None
     if code in list(CKR):
         raise ConfigurationError(
@@ -176,7 +176,7 @@ def by_number(kind: type[_E], value: int) -> _E:
 
 
 def _several(kind: Kind, what: str) -> Kind:
-    """A list of these; a text is none."""
+    """A list of these; not a text."""
     return Kind(
         f"a list of {what}",
         lambda value: tuple(kind.read(each) for each in typed(value, list, tuple)),

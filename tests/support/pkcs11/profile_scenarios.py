@@ -5,6 +5,7 @@ Usage: python -m support.pkcs11.profile_scenarios SCENARIO SHIM_DIRECTORY SETTIN
 
 import os
 import time
+from pathlib import Path
 
 from hsmwrap.backend import Mac
 from hsmwrap.catalog import WrappingAlgorithm
@@ -17,6 +18,8 @@ from hsmwrap.errors import (
     PinError,
 )
 from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.pkcs11.token.pin import PIN_PAD
+from hsmwrap.testing.faults import Restriction
 from support.pkcs11 import scenarios
 from support.pkcs11.engine_scenarios import bring_in, outcome, wait_for, wrapped
 
@@ -130,6 +133,22 @@ def a_login_for_each_session(shim, settings):
             since = shim.counters().calls_since(before)
             assert since["C_OpenSession"] > 1
             assert since["C_Login"] == (since["C_OpenSession"] if per_session else 1)
+
+
+def the_officer_s_pin_at_a_pin_pad(shim, settings):
+    """Both PINs are the same on this token, as the shim has one to type."""
+    more = settings | {"key_prefix": "typed"}
+    pin_file = more.pop("pin_file")
+    refused = outcome(Pkcs11Backend.initialise_keys, settings | more, so_pin_file=PIN_PAD)
+    assert "has no PIN pad" in str(refused)
+    shim.restrict(Restriction.PIN_PAD, pin=Path(pin_file).read_text("ascii").strip())
+    refused = outcome(Pkcs11Backend.initialise_keys, more, so_pin_file=pin_file)
+    assert "CKR_ARGUMENTS_BAD" in str(refused)  # it takes none from here
+    made = Pkcs11Backend.initialise_keys(more, so_pin_file=PIN_PAD)
+    assert "key-encryption keys trusted" in made.detail
+    with Pkcs11Backend.from_settings(more | {"require_trusted_keys": True}) as backend:
+        assert isinstance(mac(backend), Mac)
+    shim.restrict()
 
 
 # --- what is asked for ---------------------------------------------------------------------------
