@@ -35,6 +35,7 @@ _OPTIONS = {
         "pin_file",
         "key_prefix",
         "profile",
+        "profile_file",
         "force_login",
     ),
     "software": ("keyring_file",),

@@ -33,7 +33,8 @@ at most one of the `pin_` settings, and none where the URI has a `pin-source`.""
 _PROFILE = """\
 A TOML file for one family of PKCS#11 modules, named by `profile_file`; `hsmwrap profiles show`
 prints those that hsmwrap brings along, to copy, and `hsmwrap profiles check` checks one of yours.
-`table.key` is a key of a table `[table]`."""
+[vendors.md](vendors.md#a-vendor-profile) says when you need one. `table.key` is a key of a table
+`[table]`."""
 _SOFTWARE = """\
 `open_backend("software", {…})`, and `settings` of a server's backend with `plugin = "software"`."""
 _POOL = """\

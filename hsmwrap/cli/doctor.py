@@ -139,6 +139,7 @@ def _examine(args: argparse.Namespace, settings: Mapping[str, Any], document: Do
     document["profile"] = {
         "used": checked.profile or checked.profile_file or "none",
         "fits": fitting,
+        "forbids": list(checked.traits.forbidden),
     }
     document["key_sets"] = _key_sets(args.backend, settings)
     objects = document["objects"]

@@ -115,7 +115,11 @@ def test_a_token_without_a_key_set_is_left_as_it_was(softhsm, run_json):
     )
     assert (status, document["verdict"]["broken"]) == (0, [])
     assert inspection.token_objects(checked) == before
-    assert document["profile"] == {"used": "none", "fits": "softhsm2"}
+    assert document["profile"] == {
+        "used": "none",
+        "fits": "softhsm2",
+        "forbids": [],
+    }
     assert document["objects"] == {"before": before.total(), "after": before.total(), "left": []}
     assert document.keys() == KEYS
     assert document["examination"].keys() == EXAMINATION

@@ -3,6 +3,7 @@
 import pytest
 from support.pkcs11 import profile_scenarios, scenarios
 from support.services.softhsm import make_softhsm
+from support.services.spy import NO_SPY, find_spy
 
 from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.returncodes import CryptokiError, recovery_of
@@ -20,6 +21,8 @@ def token(tmp_path_factory):
 
 @pytest.mark.parametrize("scenario", scenarios.names_of(profile_scenarios))
 def test_profile(token, tmp_path, scenario):
+    if scenario == "what_the_profile_forbids" and find_spy() is None:
+        pytest.skip(NO_SPY)
     settings = token.settings("profiles", trusted=False, initial_backoff=0.05, max_backoff=0.1)
     scenarios.run(profile_scenarios, scenario, tmp_path, settings, **token.environment)
 

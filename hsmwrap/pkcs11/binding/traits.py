@@ -8,9 +8,10 @@ leaves the module takes them along.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from enum import IntEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,19 @@ class Traits:
     never_mechanisms: frozenset[int] = frozenset()
     never_attributes: frozenset[int] = frozenset()
 
+    @property
+    def forbidden(self) -> tuple[str, ...]:
+        """What the module is never asked for, by name where it has one, else by number."""
+        return (
+            *sorted(_names("CKM", Mechanism, self.never_mechanisms)),
+            *sorted(_names("CKA", Attribute, self.never_attributes)),
+        )
+
+
+def _names(prefix: str, kind: type[IntEnum], numbers: Iterable[int]) -> Iterator[str]:
+    known = {int(member): name for name, member in kind.__members__.items()}
+    return (f"{prefix}_{known[n]}" if n in known else f"{n:#x}" for n in numbers)
+
 
 STANDARD = Traits()
 _here: ContextVar[Traits] = ContextVar("traits of the PKCS#11 module", default=STANDARD)
@@ -103,10 +117,11 @@ def require_sent(mechanism: int | None, *templates: Iterable[int]) -> None:
     """
     traits = here()
     if mechanism is not None and mechanism in traits.never_mechanisms:
-        raise MechanismInvalid(f"the profile forbids mechanism {mechanism:#x}")
+        (name,) = _names("CKM", Mechanism, [mechanism])
+        raise MechanismInvalid(f"the profile forbids {name}")
     if not traits.never_attributes:
         return
     for template in templates:
         if forbidden := sorted(traits.never_attributes.intersection(template)):
-            name = Attribute(forbidden[0]).name
-            raise AttributeTypeInvalid(f"the profile forbids CKA_{name}")
+            (name,) = _names("CKA", Attribute, forbidden[:1])
+            raise AttributeTypeInvalid(f"the profile forbids {name}")

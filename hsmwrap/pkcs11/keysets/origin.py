@@ -72,7 +72,9 @@ def told_by(session: Session) -> frozenset[Attribute]:
 
 
 def user_makes_trusted(session: Session) -> bool | None:
-    """Whether the holder of the user PIN can make a key with CKA_TRUSTED; None if not one without.
+    """Whether the holder of the user PIN can make a key with CKA_TRUSTED.
+
+    None if not one without, or if the profile forbids to ask.
 
     Makes session objects, and destroys them; by their label, as SoftHSM leaves the one that it
     refuses, without the attribute (field note 84).
@@ -80,11 +82,12 @@ def user_makes_trusted(session: Session) -> bool | None:
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
     """
+    if Attribute.TRUSTED in traits.here().never_attributes:
+        return None
     label = f"trust:{secrets.token_hex(8)}"
 
     def generate(more: Mapping[Attribute, Any]) -> Any:
         template = {Attribute.PRIVATE: False, **more}
-        traits.require_sent(None, template)
         return session.generate_key(
             KeyType.AES,
             8 * _BYTES,

@@ -246,7 +246,7 @@ class _Trials:
             control = "No key-encryption key is trusted, so none shows that the officer makes them."
             return _told(Attribute.TRUSTED, Outcome.NOT_PROVABLE, control)
         if made is None:
-            control = "Fails without it, too: making a key that is not private."
+            control = "Nothing shows it: a key that is not private is not made without it either."
             return _told(Attribute.TRUSTED, Outcome.NOT_PROVABLE, control)
         control = "Fails with the user's PIN: making a trusted key; the security officer made some."
         return _told(Attribute.TRUSTED, Outcome.HONOURED, control)

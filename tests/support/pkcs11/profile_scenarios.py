@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from hsmwrap.backend import Mac
-from hsmwrap.catalog import WrappingAlgorithm
+from hsmwrap.catalog import KeySpec, WrappingAlgorithm
 from hsmwrap.errors import (
     ConfigurationError,
     HsmError,
@@ -22,9 +22,11 @@ from hsmwrap.pkcs11.token.pin import PIN_PAD
 from hsmwrap.testing.faults import Restriction
 from support.pkcs11 import scenarios
 from support.pkcs11.engine_scenarios import bring_in, outcome, wait_for, wrapped
+from support.services.spy import find_spy
 
 OAEP_1 = WrappingAlgorithm.RSAES_OAEP_SHA_1
 VENDOR = 0x80000384
+SPY = find_spy()
 HEAD = 'summary = "ours"\ntried = "in this test"\n'
 
 
@@ -162,6 +164,41 @@ def the_key_wrap_that_is_asked_for(shim, settings):
     text = "[asked]\nkey_wraps = [0x80000170, 0x210A]\n"
     with Pkcs11Backend.from_settings(by_profile(shim, settings, text)) as b:
         assert "HsmEncryptedDatabase" in {each.custody for each in b.capabilities().wrapping}
+
+
+FORBIDDEN = {
+    "CKM_AES_GCM": "pMechanism->type = CKM_AES_GCM",
+    "CKM_AES_KEY_WRAP_KWP": "pMechanism->type = 0x0000210B",
+    "CKA_UNWRAP_TEMPLATE": "CKA_UNWRAP_TEMPLATE",
+    "CKA_ALLOWED_MECHANISMS": "CKA_ALLOWED_MECHANISMS",
+}
+"""How pkcs11-spy writes them."""
+
+
+def what_the_profile_forbids(shim, settings):
+    """pkcs11-spy shows what the module is asked for; without the profile it is."""
+    mechanisms, attributes = list(FORBIDDEN)[:2], list(FORBIDDEN)[2:]
+    never = f"[never]\nmechanisms = {mechanisms}\nattributes = {attributes}\n"
+    first = "[asked]\nkey_wraps = [0x210B, 0x210A]\n"
+    log = shim.path.with_name("spy.log")  # which the spy opens once
+    os.environ |= {"PKCS11SPY": settings["module"], "PKCS11SPY_OUTPUT": str(log)}
+    read = 0
+    for profile, expected in ((first, set(FORBIDDEN)), (first + never, set())):
+        prefix = f"spy-{len(expected)}"
+        spied = by_profile(shim, settings, profile) | {"module": SPY, "key_prefix": prefix}
+        Pkcs11Backend.initialise_keys(spied)
+        with Pkcs11Backend.from_settings(spied) as backend:
+            report = backend.capabilities()
+            reference, ciphertext = wrapped(backend, OAEP_1)
+            assert bring_in(backend, reference, OAEP_1, ciphertext)
+        spoken = log.read_text("utf-8", "replace")[read:]
+        read += len(spoken)
+        assert "CKM_RSA_PKCS_OAEP" in spoken
+        assert {each for each, words in FORBIDDEN.items() if words in spoken} == expected
+        told = [each.answer for each in report.failed]
+        assert ("the profile forbids CKM_AES_GCM" in told) is not bool(expected), told
+        usable = {key.key_spec: key.usable for key in report.keys}
+        assert usable[KeySpec.ALIYUN_AES_256] is bool(expected)
 
 
 if __name__ == "__main__":
