@@ -176,12 +176,6 @@ class GuardedBackend(Composition, Guarded):
             raise self._broken(Backend.capabilities, f"speaks of a backend {report.backend[:32]!r}")
         return report
 
-    def _can_import(self, key_spec: KeySpec) -> KeyCapability:
-        capability = self._report().key_for(key_spec)
-        if capability is None:
-            raise UnsupportedOperation(f"backend {self._name} does not import {key_spec} keys")
-        return capability
-
     def _require_usable(self, key: KeyRef) -> None:
         self._require_ours(key)
         capability = self._report().key_for(key.key_spec)
@@ -251,10 +245,13 @@ class GuardedBackend(Composition, Guarded):
         if object_id is not None and len(object_id) != OBJECT_ID_LENGTH:
             raise ValueError(f"object_id takes {OBJECT_ID_LENGTH} bytes")
         with self._gate.enter():
-            served = [w for w in self._report().wrapping if w.algorithm == algorithm]
+            report = self._report()
+            served = [w for w in report.wrapping if w.algorithm == algorithm]
             if not served:
                 raise UnsupportedOperation(f"backend {self._name} does not serve {algorithm}")
-            promised = self._can_import(key_spec)
+            promised = report.key_for(key_spec)
+            if promised is None:
+                raise UnsupportedOperation(f"backend {self._name} does not import {key_spec} keys")
             inner = _unbound(private_key, algorithm)
             if not _is_possible(algorithm, len(encrypted_material), key_spec.material_length):
                 raise InvalidKeyMaterial
@@ -515,7 +512,7 @@ def _wrong_with_pair(key: WrappingKey, asked: WrappingCapability) -> str | None:
 
 def plugin_ref(ref: PrivateKeyRef) -> PrivateKeyRef:
     """A guarded backend's reference as the plug-in made it."""
-    return replace(ref, data=ref.data[1:])
+    return PrivateKeyRef(ref.custody, ref.data[1:])
 
 
 def bound(ref: PrivateKeyRef, algorithm: WrappingAlgorithm) -> PrivateKeyRef:

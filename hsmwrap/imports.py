@@ -28,6 +28,7 @@ from hsmwrap import policy, tokens
 from hsmwrap.arguments import checked, of_a_setting, of_the_api, require_fields
 from hsmwrap.backend import (
     Backend,
+    Capabilities,
     Custody,
     Exposure,
     ImportedKey,
@@ -621,8 +622,7 @@ class ImportService:
     def _require_capability(
         self, backend: Backend, cmk: Cmk, spec: WrappingKeySpec, algorithm: WrappingAlgorithm
     ) -> WrappingCapability:
-        _require_level(backend, cmk.protection_level)
-        capabilities = backend.capabilities()
+        capabilities = _require_level(backend, cmk.protection_level)
         wrapping = capabilities.wrapping_for(spec, algorithm)
         key = capabilities.key_for(cmk.key_spec)
         if wrapping is None or key is None:
@@ -728,13 +728,14 @@ def _require_external(cmk: Cmk) -> None:
         )
 
 
-def _require_level(backend: Backend, level: ProtectionLevel) -> None:
-    served = backend.capabilities().protection_levels
-    if level not in served:
-        listed = ", ".join(sorted(served))
+def _require_level(backend: Backend, level: ProtectionLevel) -> Capabilities:
+    capabilities = backend.capabilities()
+    if level not in capabilities.protection_levels:
+        listed = ", ".join(sorted(capabilities.protection_levels))
         raise UnsupportedProtectionLevel(
             "backend-level", f"backend {backend.name} serves {listed}, not {level}"
         )
+    return capabilities
 
 
 def _discard(backend: Backend, key: WrappingKey) -> None:

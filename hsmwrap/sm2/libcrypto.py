@@ -19,7 +19,7 @@ from hsmwrap.errors import (
     InvalidKeyMaterial,
     strip_tracebacks,
 )
-from hsmwrap.sm2.curve import FIELD_BYTES, POINT_BYTES, decode_point
+from hsmwrap.sm2.curve import FIELD_BYTES, POINT_BYTES, N, decode_point
 from hsmwrap.sm2.engine import Sm2Engine, Sm2KeyPair
 from hsmwrap.sm2.formats import Layout, Sm2Ciphertext, parse
 from hsmwrap.sm2.openssl import ADVICE, SONAME, Param, Scope, load
@@ -55,11 +55,15 @@ class LibcryptoEngine(Sm2Engine):
 
     @strip_tracebacks
     def generate(self) -> Sm2KeyPair:
-        """Make a fresh key pair (libcrypto's private random generator)."""
+        """Make a fresh key pair (libcrypto's private random generator), and prove it one.
+
+        Here, where a computation that went wrong is still the engine's fault and not a client's.
+        """
         with self._scope() as scope:
             context, key = self._context_by_name(scope), scope.out(self._lib.EVP_PKEY_free)
             self._lib.EVP_PKEY_keygen_init(context)
             self._lib.EVP_PKEY_generate(context, byref(key))
+            self._lib.EVP_PKEY_pairwise_check(self._context(scope, key))
             return Sm2KeyPair(self._private(scope, key), self._public(scope, key))
 
     @strip_tracebacks
@@ -77,11 +81,34 @@ class LibcryptoEngine(Sm2Engine):
     @strip_tracebacks
     def decrypt(self, private: bytes, public: bytes, ciphertext: Sm2Ciphertext) -> bytes:
         """Decrypt with a key pair that is checked first; see :meth:`Sm2Engine.decrypt`."""
+        return self._decrypt(private, public, ciphertext, self._lib.EVP_PKEY_check)
+
+    @strip_tracebacks
+    def decrypt_sealed(self, private: bytes, public: bytes, ciphertext: Sm2Ciphertext) -> bytes:
+        """Decrypt with a key pair that :meth:`generate` has proved; see :class:`Sm2Engine`.
+
+        EVP_PKEY_check takes 1.7 times as long as the decryption itself (field note 59). Of its
+        parts, the range is checked here; the curve by :func:`decode_point`, and its order is prime,
+        so every point on it has that order; that the halves belong together was proved when the
+        pair was made.
+        """
+        return self._decrypt(private, public, ciphertext, None)
+
+    def _decrypt(
+        self,
+        private: bytes,
+        public: bytes,
+        ciphertext: Sm2Ciphertext,
+        check: Callable[[int], int] | None,
+    ) -> bytes:
         try:
+            # fromdata takes d = 0, n-1 and n, and a public key of another pair.
+            if len(private) != FIELD_BYTES or not 1 <= int.from_bytes(private) <= N - 2:
+                raise InvalidKeyMaterial
             with self._scope() as scope:
                 context = self._context(scope, self._import_key(scope, public, private))
-                # fromdata alone takes d = 0, n-1 and n, and a public key of another pair.
-                self._lib.EVP_PKEY_check(context)
+                if check is not None:
+                    check(context)
                 self._lib.EVP_PKEY_decrypt_init(context)
                 der = ciphertext.to_der()
                 # OpenSSL's own estimate was once too small (CVE-2021-3711); this never is.
@@ -110,10 +137,12 @@ class LibcryptoEngine(Sm2Engine):
         if private is not None:
             native = private if sys.byteorder == "big" else private[::-1]
             fields.append((b"priv", _UNSIGNED_INTEGER, native))
-        params = (Param * (len(fields) + 1))()  # the last one, all zero, ends the list
-        for param, (name, kind, data) in zip(params, fields, strict=False):
-            memory = ctypes.addressof(scope.buffer(len(data), data))
-            param.key, param.data_type, param.data, param.data_size = name, kind, memory, len(data)
+        params = (Param * (len(fields) + 1))(  # the last one, all zero, ends the list
+            *(
+                Param(name, kind, ctypes.addressof(scope.buffer(len(data), data)), len(data))
+                for name, kind, data in fields
+            )
+        )
         context, key = self._context_by_name(scope), scope.out(self._lib.EVP_PKEY_free)
         self._lib.EVP_PKEY_fromdata_init(context)
         selection = _PUBLIC_KEY if private is None else _KEYPAIR

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from types import MappingProxyType
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Self
 
 from hsmwrap.errors import ConfigurationError, HsmwrapError
 from hsmwrap.locks import LIBCRYPTO
@@ -64,6 +63,7 @@ _PROTOTYPES: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
             *(c_void_p, c_size_t, POINTER(c_size_t)),
         ),
         "EVP_PKEY_keygen_init": (c_int, c_void_p),
+        "EVP_PKEY_pairwise_check": (c_int, c_void_p),
         "OpenSSL_version": (c_char_p, c_int),
     }
 )
@@ -96,27 +96,46 @@ def load() -> ctypes.CDLL:
     return lib
 
 
-class Scope(ExitStack):
+class Scope:
     """What one call made: freed at its end, buffers wiped, the thread's error queue emptied."""
 
+    __slots__ = ("_ends", "_lib")
+
     def __init__(self, lib: ctypes.CDLL) -> None:
-        super().__init__()
-        self.enter_context(LIBCRYPTO.read())
-        self.callback(lib.ERR_clear_error)
+        self._lib = lib
+        self._ends: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+
+    def __enter__(self) -> Self:
+        LIBCRYPTO.acquire_read()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        # By hand: an ExitStack takes a tenth of the time of a decryption.
+        try:
+            while self._ends:
+                end, arguments = self._ends.pop()
+                end(*arguments)
+        except BaseException:  # a signal handler's: the rest comes first
+            LIBCRYPTO.acquire_read()
+            self.__exit__()
+            raise
+        finally:
+            self._lib.ERR_clear_error()
+            LIBCRYPTO.release_read()
 
     def own(self, pointer: int, free: Callable[[int], None]) -> int:
         """Free this object at the end."""
-        self.callback(free, pointer)
+        self._ends.append((free, (pointer,)))
         return pointer
 
     def out(self, free: Callable[[c_void_p], None]) -> c_void_p:
         """A place for a pointer that a function will store; freed at the end, NULL or not."""
         pointer = c_void_p()
-        self.callback(free, pointer)
+        self._ends.append((free, (pointer,)))
         return pointer
 
     def buffer(self, size: int, content: bytes = b"") -> ctypes.Array[ctypes.c_char]:
         """Memory that stays valid until the end and is wiped then."""
         buffer = ctypes.create_string_buffer(content, size)
-        self.callback(ctypes.memset, buffer, 0, size)
+        self._ends.append((ctypes.memset, (buffer, 0, size)))
         return buffer

@@ -10,6 +10,9 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, NoReturn, Self
 
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
 from hsmwrap.errors import ConfigurationError, KeyNotFound, strip_tracebacks
 
 MASTER_KEY_LENGTH = 32
@@ -28,7 +31,7 @@ class Keyring:
     copied.
     """
 
-    __slots__ = ("_current", "_keys")
+    __slots__ = ("_current", "_derived", "_keys")
 
     @strip_tracebacks
     def __init__(self, current: str, keys: Mapping[str, bytes]) -> None:
@@ -47,6 +50,7 @@ class Keyring:
             raise ConfigurationError("keyring: the current key is not in it")
         self._current = current
         self._keys = dict(keys)
+        self._derived: dict[tuple[str, bytes], bytes] = {}
 
     @classmethod
     def generate(cls) -> Self:
@@ -74,6 +78,21 @@ class Keyring:
             return self._keys[key_id]
         except KeyError:
             raise KeyNotFound(f"the keyring has no key {key_id!r}") from None
+
+    def derived(self, key_id: str, purpose: bytes) -> bytes:
+        """Derive 32 bytes from a master key by HKDF-SHA-256 (RFC 5869); ``purpose`` is its info.
+
+        Kept for as long as the keyring is: three are needed in each import, and deriving one takes
+        longer than using it.
+
+        Raises:
+            KeyNotFound: No key has this id.
+        """
+        known = self._derived.get((key_id, purpose))
+        if known is None:
+            hkdf = HKDF(algorithm=SHA256(), length=32, salt=None, info=purpose)
+            known = self._derived[key_id, purpose] = hkdf.derive(self.key(key_id))
+        return known
 
     def rotated(self) -> Self:
         """Return a keyring with a new current key; the other keys still open blobs."""

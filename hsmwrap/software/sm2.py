@@ -52,4 +52,6 @@ class Sm2Scheme:
             InvalidKeyMaterial: It does not decrypt; never says why.
         """
         parsed = parse(ciphertext, material_length, self._layouts)
-        return self._engine.decrypt(secret[:_PRIVATE_LENGTH], secret[_PRIVATE_LENGTH:], parsed)
+        private, public = secret[:_PRIVATE_LENGTH], secret[_PRIVATE_LENGTH:]
+        # The secret comes out of a blob that our own AEAD has authenticated.
+        return self._engine.decrypt_sealed(private, public, parsed)

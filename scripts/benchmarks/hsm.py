@@ -97,6 +97,10 @@ class RawSession:
         """One of the backend's own keys."""
         return self._keys.require(self.pooled, role, self._number)
 
+    def material_template(self, role: Role) -> dict[Any, Any]:
+        """What the backend unwraps an imported key into."""
+        return self._keys.material_template(role, self._number)
+
     def authenticate(self, token: bytes = TOKEN_BYTES) -> None:
         """Compute the MAC of an import token."""
         self._mac.sign(token, mechanism=Mechanism.SHA256_HMAC)

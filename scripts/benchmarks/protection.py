@@ -16,7 +16,7 @@ from benchmarks.plan import Plan, say
 from benchmarks.timing import Side, Timing, take_turns
 from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, for_unwrap, secret_key
-from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, Role
+from hsmwrap.pkcs11.keysets.keys import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def measure(token: RawToken, plan: Plan) -> Protection:
     key = objects.generate_key(session.session, token.features.fit(extractable), 32)
     blob = kek.wrap_key(key, mechanism=AES_KEY_WRAP)
     key.destroy()
-    template = token.features.fit(UNWRAPPED[Role.MATERIAL_AES])
+    template = token.features.fit(session.material_template(Role.MATERIAL_AES))
     arguments = for_unwrap(template)
 
     def bare() -> Any:

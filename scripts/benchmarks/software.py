@@ -21,7 +21,7 @@ from hsmwrap.customer import PADDINGS
 
 _KEY = os.urandom(32)
 _NONCE = bytes(12)
-_RSA_SECRET_LENGTH = 256
+_RSA_SECRET_LENGTH = 384
 _SM2_SECRET_LENGTH = 97
 
 

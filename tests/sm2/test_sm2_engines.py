@@ -9,10 +9,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
-from hsmwrap.errors import ConfigurationError, InvalidKeyMaterial, SelfTestFailed
+from hsmwrap.errors import ConfigurationError, HsmwrapError, InvalidKeyMaterial, SelfTestFailed
+from hsmwrap.locks import LIBCRYPTO
 from hsmwrap.sm2 import (
     Sm2Ciphertext,
     Sm2KeyPair,
@@ -89,9 +92,15 @@ def test_shorter_and_longer_c2_is_refused(engine):
     refused(engine, replace(genuine, c2=genuine.c2 + b"\x00"))
 
 
-def refused(engine, ciphertext, private=known_answer.PRIVATE, public=known_answer.PUBLIC):
+def refused(
+    engine,
+    ciphertext,
+    private=known_answer.PRIVATE,
+    public=known_answer.PUBLIC,
+    method="decrypt",
+):
     with pytest.raises(InvalidKeyMaterial) as caught:
-        engine.decrypt(private, public, ciphertext)
+        getattr(engine, method)(private, public, ciphertext)
     assert str(caught.value) == "key material is invalid."
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None or caught.value.__suppress_context__
@@ -120,6 +129,25 @@ def test_no_key_pair(engine, private, public):
     refused(engine, known_answer.CIPHERTEXT, private, public)
     with suppress(ValueError):  # not all of these are points to encrypt to
         refused(engine, engine.encrypt(public, MATERIAL), private, public)
+
+
+SEALED = [name for name in NO_PAIRS if not name.startswith(("other-", "negated-"))]
+
+
+@pytest.mark.parametrize("name", SEALED)
+def test_no_sealed_key_pair(engine, name):
+    """Range and curve are checked again; 'n-plus-1' would decrypt, as n + 1 is 1 modulo n."""
+    private, public = NO_PAIRS[name]
+    refused(engine, known_answer.CIPHERTEXT, private, public, method="decrypt_sealed")
+    refused(engine, engine.encrypt(G, MATERIAL), private, public, method="decrypt_sealed")
+
+
+def test_sealed_key_pairs_decrypt(engine):
+    pair = engine.generate()
+    ciphertext = engine.encrypt(pair.public, MATERIAL)
+    assert engine.decrypt_sealed(pair.private, pair.public, ciphertext) == MATERIAL
+    for bad in (replace(ciphertext, c3=bytes(32)), replace(ciphertext, y=P - ciphertext.y)):
+        refused(engine, bad, pair.private, pair.public, method="decrypt_sealed")
 
 
 def test_smallest_and_largest_scalar(engine, reference):
@@ -258,6 +286,7 @@ def refuse(self, private, public, ciphertext):
         pytest.param("encrypt", encrypt_another, id="encrypts-something-else"),
         pytest.param("decrypt", ignore_c3, id="ignores-c3"),
         pytest.param("decrypt", refuse, id="refuses"),
+        pytest.param("decrypt_sealed", garble, id="decrypts-sealed-pairs-to-something-else"),
         pytest.param("generate", lambda self: Sm2KeyPair(scalar(2), G), id="wrong-pairs"),
         pytest.param("generate", lambda self: Sm2KeyPair(scalar(2), b""), id="no-pairs"),
     ],
@@ -338,6 +367,41 @@ def test_nothing_is_left_behind(spied, private, ciphertext):
     assert spied.buffers
     assert not any(any(buffer.raw) for buffer in spied.buffers)
     assert ctypes.CDLL("libcrypto.so.3").ERR_peek_error() == 0
+
+
+def test_a_pair_that_is_none_is_found_where_it_is_made(spied, monkeypatch):
+    """Not at the import, where it would look like the client's fault."""
+    library = spied._lib._lib
+    failing = SimpleNamespace(__name__="EVP_PKEY_pairwise_check")
+    answer = partial(openssl._raise_on_failure, 0, failing, ())
+    proofs = []
+    proved = library.EVP_PKEY_pairwise_check
+    monkeypatch.setattr(
+        spied._lib, "EVP_PKEY_pairwise_check", lambda c: proofs.append(proved(c)), raising=False
+    )
+    spied.generate()
+    assert proofs == [1]
+    monkeypatch.setattr(spied._lib, "EVP_PKEY_pairwise_check", lambda _: answer())
+    with pytest.raises(HsmwrapError, match="pairwise_check"):
+        spied.generate()
+    assert set(spied._lib.alive.values()) == {0}
+
+
+def test_what_a_signal_handler_interrupts_is_freed_all_the_same(libcrypto):
+    freed = []
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    scope = libcrypto._scope().__enter__()
+    buffer = scope.buffer(4, b"abcd")
+    for end in (freed.append, interrupted, freed.append):
+        scope.own(len(scope._ends), end)
+    with pytest.raises(KeyboardInterrupt):
+        scope.__exit__()
+    assert freed == [3, 1]
+    assert buffer.raw == bytes(4)
+    assert LIBCRYPTO.reads == 0
 
 
 def test_plaintext_buffer_is_as_long_as_the_ciphertext(spied):

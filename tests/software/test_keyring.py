@@ -110,3 +110,20 @@ def test_keys_do_not_show():
 def test_keyrings_do_not_pickle_or_copy(leak):
     with pytest.raises(TypeError, match="master keys"):
         leak(parse(document()))
+
+
+def test_derived_keys_are_of_one_key_and_one_purpose():
+    keyring = Keyring.generate()
+    rotated = keyring.rotated()
+    derived = {
+        ring.derived(key_id, purpose)
+        for ring in (keyring, rotated)
+        for key_id in ring.ids
+        for purpose in (b"a", b"b")
+        for _ in range(2)
+    }
+    assert len(derived) == 4
+    assert {len(key) for key in derived} == {32}
+    retired = rotated.retired(keyring.current)
+    with pytest.raises(KeyNotFound):
+        retired.derived(keyring.current, b"a")

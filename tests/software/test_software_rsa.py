@@ -18,11 +18,12 @@ REFUSED = "refused"
 
 
 def vectors(name):
-    """Yield each vector with its private key, loaded as a sealed one is: from p and q."""
+    """Yield each vector with its private key, loaded as a sealed one is: from p, q and 1/q."""
     for group in wycheproof(name)["testGroups"]:
         numbers = {key: int(value, 16) for key, value in group["privateKey"].items()}
         assert numbers["publicExponent"] == 65537
-        key = rsa.load(numbers["prime1"].to_bytes(128) + numbers["prime2"].to_bytes(128))
+        parts = (numbers[name] for name in ("prime1", "prime2", "coefficient"))
+        key = rsa.load(b"".join(part.to_bytes(128) for part in parts))
         assert key.public_key().public_numbers().n == numbers["modulus"]
         for vector in group["tests"]:
             yield key, vector
@@ -93,7 +94,7 @@ def really_generated(monkeypatch):
 
 def test_generated_pair_loads_whole(really_generated):
     spki, secret = rsa.generate()
-    assert (len(spki), len(secret)) == (294, 256)
+    assert (len(spki), len(secret)) == (294, 384)
     key = rsa.load(secret)
     numbers = key.public_key().public_numbers()
     assert (numbers.e, numbers.n.bit_length()) == (65537, 2048)
