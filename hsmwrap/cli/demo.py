@@ -46,6 +46,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "HSMWRAP_SO_PIN_FILE if no --settings are given",
     )
     add_settings_option(parser)
+    parser.add_argument("--profile", help="vendor profile of pkcs11: `hsmwrap profiles list`")
     add_json_option(parser)
     parser.set_defaults(run=run)
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     for client in (OPENSSL, GMSSL):
         client.require()
     with ExitStack() as stack:
-        backends = _open_backends(args.backend, args.settings, stack)
+        backends = _open_backends(args.backend, args.settings, args.profile, stack)
         capabilities = {b.name: b.capabilities() for b in backends.values()}
         for capability in capabilities.values():
             print(demo_report.announcement(capability), file=sys.stderr)
@@ -97,7 +98,7 @@ def _plan() -> Iterator[_PlannedRow]:
 
 
 def _open_backends(
-    plugin: str, file: Path | None, stack: ExitStack
+    plugin: str, file: Path | None, profile: str | None, stack: ExitStack
 ) -> dict[ProtectionLevel, Backend]:
     """Open the backend of each protection level; ``stack`` closes them."""
     settings = {} if file is None else read_settings(file)
@@ -106,6 +107,8 @@ def _open_backends(
         return dict.fromkeys(ProtectionLevel, stack.enter_context(both))
     if plugin == "pkcs11" and file is None:
         settings = _token_settings(os.environ)
+    if profile is not None:
+        settings["profile"] = profile
     _ensure_keys(plugin, settings, os.environ.get("HSMWRAP_SO_PIN_FILE") or None)
     return {
         ProtectionLevel.SOFTWARE: stack.enter_context(registry.open_backend("software", {})),

@@ -21,7 +21,9 @@ Everything can be changed while the module runs, by any thread, and from other p
 :class:`FaultControl`; only one process at a time should change it. The shim works in forked
 children of its host. It stays loaded: dlclose does not unload it.
 
-``python -m hsmwrap.testing.faults build DIRECTORY`` builds it and prints the library's path.
+``python -m hsmwrap.testing.faults build DIRECTORY`` builds it and prints the library's path;
+``python -m hsmwrap.testing.faults play sansec DIRECTORY`` prints that of a module that plays a
+vendor's HSM in front of SoftHSM2, for ``HSMWRAP_PKCS11_MODULE``.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from hsmwrap.ckr import CKR
 from hsmwrap.testing import _control
 from hsmwrap.testing._control import FUNCTIONS, Control, FunctionControl
 from hsmwrap.testing._shimbuild import LIBRARY_NAME, ShimBuildError, build
+from hsmwrap.testing.softhsm import SoftHsmNotInstalledError, find_module
 
 __all__ = [
     "CKR",
@@ -134,6 +137,9 @@ class Vendor(IntEnum):
     """Takes C1 ‖ C3 ‖ C2 by 0x80008200 and DER by 0x80008201."""
     TASS = 2
     """Takes C1 ‖ C2 ‖ C3 by 0x80008200."""
+    REMOTE = 3
+    """Has no profile: generates by 0x1010 and takes C1 ‖ C3 ‖ C2 by 0x1065, which p11-kit's client
+    carries to a module in another process. It carries no mechanism of a vendor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,18 +461,32 @@ def _is_alive(pid: int) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line: ``build DIRECTORY`` prints the library's path."""
+    """Run the command line: ``build DIRECTORY`` and ``play VENDOR DIRECTORY`` print a path."""
     parser = argparse.ArgumentParser(prog="python -m hsmwrap.testing.faults")
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("build", help="build the fault shim, print its path")
     command.add_argument("directory", type=Path)
+    command = commands.add_parser(
+        "play", help="set up a shim that plays a vendor's HSM in front of SoftHSM2, print its path"
+    )
+    command.add_argument("vendor", choices=["sansec", "tass"])
+    command.add_argument("directory", type=Path)
+    given = parser.parse_args(arguments)
     try:
-        library = build(parser.parse_args(arguments).directory)
-    except ShimBuildError as error:
+        library = _played(given.vendor, given.directory) if "vendor" in given else None
+        library = library or build(given.directory)
+    except (ShimBuildError, SoftHsmNotInstalledError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     sys.stdout.write(f"{library}\n")
     return 0
+
+
+def _played(vendor: str, directory: Path) -> Path:
+    there = (directory / _CONTROL_NAME).exists()
+    shim = FaultControl(directory) if there else FaultShim(find_module(), directory)
+    shim.play(Vendor[vendor.upper()])
+    return shim.path
 
 
 if __name__ == "__main__":

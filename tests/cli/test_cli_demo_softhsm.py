@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hsmwrap.testing import faults
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,9 +21,10 @@ def demo(softhsm, tmp_path):
     """
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
-    def run():
+    def run(*arguments, before=()):
+        command = [*before, sys.executable, "-m", "hsmwrap.cli", "demo", "--json", *arguments]
         done = subprocess.run(
-            [ROOT / "softhsm/init-token", sys.executable, "-m", "hsmwrap.cli", "demo", "--json"],
+            [ROOT / "softhsm/init-token", *command],
             env={**environment, "HSMWRAP_TOKEN_DIR": str(tmp_path)},
             cwd=ROOT,
             capture_output=True,
@@ -59,3 +62,15 @@ def test_every_row_on_the_token_that_is_left_as_it_was(demo, tmp_path):
         "RSAES_OAEP_SHA_256": "host",
         "SM2PKE": "host",
     }
+
+
+def test_sm2_stays_inside_an_hsm_of_a_vendor_that_is_played(demo, tmp_path, capsys):
+    assert faults.main(["play", "sansec", str(tmp_path / "shim")]) == 0
+    module = capsys.readouterr().out.strip()
+    status, document = demo(
+        "--profile", "sansec", before=["env", f"HSMWRAP_PKCS11_MODULE={module}"]
+    )
+    assert (status, document["ok"]) == (0, True)
+    rows = [row for row in document["rows"] if row["wrapping_algorithm"] == "SM2PKE"]
+    inside = {row["exposure"] for row in rows if row["allowed"] and row["backend"] == "pkcs11"}
+    assert inside == {"in_hsm"}

@@ -19,6 +19,7 @@ from hsmwrap.pkcs11.binding.returncodes import RECOVERY
 OPERATIONS = (
     *("issue_rsa", "issue_sm2", "import_unwrap", "import_raw", "import_sm2"),
     *("encrypt", "decrypt", "token", "reap", "discard", "open_again", "restart"),
+    *("vendor_issue_sm2", "vendor_import_sm2"),
     *("capabilities", "keys_init", "keys_rotate", "keys_retire", "keys_backup", "keys_restore"),
 )
 # Operations whose cases take long: their codes are shared among so many processes.

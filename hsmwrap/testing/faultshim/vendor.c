@@ -30,6 +30,13 @@ static const struct vendor vendors[VENDOR_COUNT] = {
         .sm2_generate = 0x80008001,
         .sm2_decrypt = {{0x80008200, SM2_C1C2C3}},
     },
+    [VENDOR_REMOTE] = {
+        /* Of no vendor: CKM_KEA_KEY_PAIR_GEN and CKM_JUNIPER_WRAP, as p11-kit's client carries none
+         * of a vendor's mechanisms to a module in another process. */
+        .sm2_key_type = 0x80000004,
+        .sm2_generate = 0x1010,
+        .sm2_decrypt = {{0x1065, SM2_C1C3C2}},
+    },
 };
 
 CK_RV vendor_call(struct control *control, enum function_id id, const word a[], forward real)

@@ -12,7 +12,7 @@
 enum sm2_layout { SM2_C1C3C2, SM2_C1C2C3, SM2_DER };
 
 /* Values of control->vendor, as in hsmwrap/testing/faults.py. */
-enum { VENDOR_NONE, VENDOR_SANSEC, VENDOR_TASS, VENDOR_COUNT };
+enum { VENDOR_NONE, VENDOR_SANSEC, VENDOR_TASS, VENDOR_REMOTE, VENDOR_COUNT };
 
 struct vendor {
     CK_ULONG sm2_key_type, sm2_generate;

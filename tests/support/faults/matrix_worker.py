@@ -23,7 +23,7 @@ from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.returncodes import RECOVERY
 from hsmwrap.pkcs11.keysets import admin
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.testing.faults import CKR
+from hsmwrap.testing.faults import CKR, Vendor
 from support.faults.shim import fault_shim
 
 AES = KeySpec.ALIYUN_AES_256
@@ -36,8 +36,10 @@ MANY_CALLS = {
     *("capabilities", "keys_init", "keys_rotate", "keys_retire"),
     *("keys_backup", "keys_restore"),
 }
-# They log in as often as those before them, and do the same in between: a sixth of the cases.
-THIN = {"keys_backup", "keys_restore"}
+# With a vendor's SM2, which is played, and its profile.
+VENDOR = {"vendor_issue_sm2", "vendor_import_sm2"}
+# They do the same as those before them, but for a few calls: a sixth of the cases.
+THIN = {"keys_backup", "keys_restore", *VENDOR}
 BACKUP_KEY = secrets.token_bytes(32)
 
 
@@ -161,6 +163,8 @@ class FaultedBackend:
 
     def import_sm2(self):
         return self._import(WrappingAlgorithm.SM2PKE)
+
+    vendor_issue_sm2, vendor_import_sm2 = issue_sm2, import_sm2
 
     def encrypt(self):
         prepared = self.prepared[WrappingAlgorithm.SM2PKE]
@@ -367,11 +371,14 @@ class FaultedBackend:
 def rules(operation, calls, codes):
     """Every function by each of the codes."""
     for place, (function, count) in enumerate(calls.items()):
+        own = operation in VENDOR and function in {"C_UnwrapKey", "C_GenerateKeyPair"}
         for index, code in enumerate(RECOVERY):
-            if code.name not in codes or (operation in THIN and (place + index) % 6):
+            thin = operation in THIN and not own
+            if code.name not in codes or (thin and (place + index) % 6):
                 continue
             for after in (False, True) if function in CREATORS else (False,):
                 nth = 1 + index * count // len(RECOVERY) if operation in MANY_CALLS else 1
+                nth = count if own else nth  # the last is by the vendor's mechanism
                 yield code.name, {"function": function, "code": code, "nth": nth, "after": after}
 
 
@@ -379,7 +386,12 @@ def main():
     directory, settings, so_pin_file = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
     operation, *codes = sys.argv[4:]
     shim = fault_shim(settings["module"], directory)
-    faulted = FaultedBackend(shim, settings | {"module": str(shim.path)}, so_pin_file)
+    settings |= {"module": str(shim.path)}
+    if operation in VENDOR:
+        shim.play(Vendor.SANSEC)
+        settings |= {"profile": "sansec", "key_prefix": "vendor"}
+        Pkcs11Backend.initialise_keys(settings)
+    faulted = FaultedBackend(shim, settings, so_pin_file)
     for code, rule in rules(operation, faulted.calls_of(operation), codes):
         case = {**rule, "code": code} | faulted.case(operation, rule)
         print(json.dumps(case), flush=True)

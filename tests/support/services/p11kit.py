@@ -24,8 +24,9 @@ _START = 20
 class P11KitServer:
     """Serves one SoftHSM token on a socket; the process can be killed and started again."""
 
-    def __init__(self, token: SoftHsm, socket: Path, environment) -> None:
+    def __init__(self, token: SoftHsm, socket: Path, environment, provider=None) -> None:
         self.token = token
+        self._provider = provider
         self.socket = socket
         self._environment = environment
         self.module = _find(_PLACES)
@@ -50,7 +51,8 @@ class P11KitServer:
 
     def start(self):
         self.socket.unlink(missing_ok=True)
-        command = ["p11-kit", "server", "-f", "-n", self.socket, "--provider", self.token.module]
+        command = ["p11-kit", "server", "-f", "-n", self.socket, "--provider"]
+        command.append(str(self._provider or self.token.module))
         label = self.token.environment["HSMWRAP_TOKEN_LABEL"]
         self._process = subprocess.Popen(
             [*command, f"pkcs11:token={label}"],
@@ -78,10 +80,13 @@ class P11KitServer:
 
 
 @contextmanager
-def p11kit_server(token: SoftHsm, directory: Path, **environment):
-    """A running server, which this process's environment points to; it gets ``environment``."""
+def p11kit_server(token: SoftHsm, directory: Path, provider=None, **environment):
+    """A running server, which this process's environment points to; it gets ``environment``.
+
+    ``provider``: another module than SoftHSM's, to the same token.
+    """
     needs_service()
-    server = P11KitServer(token, directory / "socket", environment)
+    server = P11KitServer(token, directory / "socket", environment, provider)
     server.start()
     before = os.environ.get(ADDRESS)
     os.environ[ADDRESS] = server.address
