@@ -22,6 +22,12 @@ typedef struct {
     unsigned char C[];
 } ECCCipher;
 
+typedef struct {
+    unsigned char IssuerName[40], DeviceName[16], DeviceSerial[16];
+    unsigned int DeviceVersion, StandardVersion; /* 2: the edition of 2023 */
+    unsigned int AsymAlgAbility[2], SymAlgAbility, HashAlgAbility, BufferSize;
+} DEVICEINFO;
+
 #define SGD_SM4_ECB 0x00000401u
 #define SGD_SM4_CBC 0x00000402u
 #define SGD_SM2_3 0x00020800u /* SM2 public-key encryption */
@@ -44,6 +50,7 @@ int SDF_OpenDevice(void **device);
 int SDF_CloseDevice(void *device);
 int SDF_OpenSession(void *device, void **session);
 int SDF_CloseSession(void *session);
+int SDF_GetDeviceInfo(void *session, DEVICEINFO *info);
 int SDF_GetPrivateKeyAccessRight(void *session, unsigned int index, unsigned char *password,
                                  unsigned int length);
 int SDF_ReleasePrivateKeyAccessRight(void *session, unsigned int index);

@@ -4,7 +4,7 @@
  * the private scalar of the SM2 pair under index N, kek-N a key-encryption key, and `password` what
  * gives the right to use any private key. Other processes on the directory have the same device.
  *
- * Compiled with EDITION=2023 it has no SDF_ExchangeDigitEnvelopeBaseOnECC.
+ * Compiled with EDITION=2023 (otherwise it is 2012) it has no SDF_ExchangeDigitEnvelopeBaseOnECC.
  *
  * Functions that begin with SIM_ are for tests: they make keys, let a call fail, count calls and
  * handles.
@@ -19,6 +19,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#ifndef EDITION
+#define EDITION 2012
+#endif
 
 /* From OpenSSL's headers, so that the tests need none of them. */
 typedef struct bignum_st BIGNUM;
@@ -372,6 +376,14 @@ int SDF_CloseSession(void *handle) {
     return SDR_OK;
 }
 
+int SDF_GetDeviceInfo(void *session, DEVICEINFO *info) {
+    ENTER();
+    if (!session_of(session)) return SDR_INARGERR;
+    *info = (DEVICEINFO){"hsmwrap", "simulated", "serial number", 0x00010203, EDITION < 2023 ? 1 : 2,
+                         {0}, 0, 0, 0};
+    return SDR_OK;
+}
+
 int SDF_GetPrivateKeyAccessRight(void *handle, unsigned int index, unsigned char *password,
                                  unsigned int length) {
     ENTER();
@@ -445,7 +457,7 @@ int SDF_DestroyKey(void *session, void *handle) {
     return SDR_OK;
 }
 
-#if !defined EDITION || EDITION < 2023
+#if EDITION < 2023
 int SDF_ExchangeDigitEnvelopeBaseOnECC(void *session, unsigned int index, unsigned int algorithm,
                                        ECCrefPublicKey *to, ECCCipher *in, ECCCipher *out) {
     ENTER();

@@ -9,7 +9,16 @@ import pytest
 import simulated
 
 from hsmwrap import Cmk, Deployment, ImportService, KeySpec, ProtectionLevel, open_backend
-from hsmwrap.backend import CountsObjects, Custody, Exposure, KeyRef, Mac, Outcome, ReSealsKeys
+from hsmwrap.backend import (
+    CountsObjects,
+    Custody,
+    DescribesHsm,
+    Exposure,
+    KeyRef,
+    Mac,
+    Outcome,
+    ReSealsKeys,
+)
 from hsmwrap.errors import (
     CombinationRefused,
     ConfigurationError,
@@ -240,6 +249,8 @@ def test_a_password_that_is_refused_later_is_not_tried_again(sdf, device):
             sdf.encrypt(key, b"m")
     assert device.calls(RIGHT) - before == 1
     assert device.keys == 0
+    assert "refused the password" in sdf.health().detail
+    assert not sdf.health().ready
 
 
 def test_a_wrong_ciphertext_is_the_client_s_error_and_a_failure_is_not(sdf, device):
@@ -320,6 +331,13 @@ def test_a_call_to_a_lost_device_fails_at_once(sdf, device):
         calls = device.calls("SDF_OpenDevice") - before
         device.fail("SDF_OpenDevice", 0, times=0)
     assert calls < 15
+
+
+def test_what_the_device_says_it_is_has_no_serial_number(sdf):
+    description = DescribesHsm.of(sdf).describe_hsm()
+    assert (description.manufacturer, description.model) == ("hsmwrap", "simulated")
+    assert description.library == "SDF, version 1 of GM/T 0018"
+    assert "serial" not in repr(description)
 
 
 def test_closing_leaves_no_session(sdf_settings, device):

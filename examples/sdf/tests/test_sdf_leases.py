@@ -1,7 +1,9 @@
 """One pair has one import token at a time: across threads, processes, restarts and hours."""
 
 import multiprocessing
+import os
 import secrets
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -108,6 +110,22 @@ def test_processes_get_a_pair_each(open_leases, pairs):
     assert sorted(pair for ours, _ in ends for pair in ours.recv()) == list(POOL)
     for child in children:
         child.join()
+
+
+def _die_while_taking(open_leases):
+    open_leases().take(now() + HOUR, lambda pair: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_pair_that_a_killed_process_took_is_not_given_out(open_leases, pairs):
+    child = multiprocessing.get_context("fork").Process(
+        target=_die_while_taking, args=(open_leases,)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    leases = open_leases()
+    assert leases.counts().leased == 1
+    assert [lease.pair for lease in drain(leases, pairs)[0]] == list(POOL[1:])
 
 
 def test_a_restart_forgets_no_lease(open_leases, pairs, reuse):

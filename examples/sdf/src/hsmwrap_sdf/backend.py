@@ -28,9 +28,11 @@ from hsmwrap.backend import (
     ChecksSettings,
     CountsObjects,
     Custody,
+    DescribesHsm,
     Exposure,
     HasKeySets,
     Health,
+    HsmDescription,
     ImportedKey,
     KeepsTrialsApart,
     KeyCapability,
@@ -87,6 +89,7 @@ class SdfBackend(
     Backend,
     ChecksSettings,
     CountsObjects,
+    DescribesHsm,
     HasKeySets,
     KeepsTrialsApart,
     ManagesKeySets,
@@ -289,6 +292,9 @@ class SdfBackend(
         facts = {**pool, "pairs_used_up": counts.used_up}
         if self._device.failed:
             return Health(ready=False, detail=self._device.state, facts=facts)
+        if self._device.refuses_password(self._key_sets.current().storage_index):
+            detail = "the device refused the password for the storage pair"
+            return Health(ready=False, detail=detail, facts=facts)
         detail = "ready" if counts.free else "ready; no key pair of the pool is free"
         return Health(ready=True, detail=detail, facts=facts)
 
@@ -364,6 +370,17 @@ class SdfBackend(
         if key_set not in map(str, sets.numbers()[:-1]):
             raise ConfigurationError(f"sdf backend: no key set {key_set}, or it is current")
         sets.remove(int(key_set))
+
+    def describe_hsm(self) -> HsmDescription:
+        """What the device says it is; its serial number is left out."""
+        with self._device.session() as session:
+            info = session.info()
+        return HsmDescription(
+            manufacturer=info.issuer,
+            model=info.name,
+            firmware_version=f"{info.version:#010x}",
+            library=f"SDF, version {info.standard} of GM/T 0018",
+        )
 
     # --- trials of the conformance kit -------------------------------------------------------
 

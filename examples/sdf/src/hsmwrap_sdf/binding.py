@@ -78,6 +78,34 @@ class _Cipher(ctypes.Structure):
     )
 
 
+class _DeviceInfo(ctypes.Structure):
+    _fields_ = (
+        ("issuer", ctypes.c_char * 40),
+        ("name", ctypes.c_char * 16),
+        ("serial", ctypes.c_char * 16),
+        ("version", ctypes.c_uint),
+        ("standard", ctypes.c_uint),
+        ("abilities", ctypes.c_uint * 5),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """What a device says it is.
+
+    Attributes:
+        issuer: Who made it.
+        name: Its model.
+        version: Of its software.
+        standard: Of the interface: 2 is the edition of 2023.
+    """
+
+    issuer: str
+    name: str
+    version: int
+    standard: int
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """A public key: coordinates of 32 bytes each."""
@@ -126,6 +154,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "SDF_CloseDevice": (_HANDLE,),
     "SDF_OpenSession": (_HANDLE, _OUT),
     "SDF_CloseSession": (_HANDLE,),
+    "SDF_GetDeviceInfo": (_HANDLE, ctypes.POINTER(_DeviceInfo)),
     "SDF_GetPrivateKeyAccessRight": (_HANDLE, _NUMBER, _BYTES, _NUMBER),
     "SDF_ReleasePrivateKeyAccessRight": (_HANDLE, _NUMBER),
     "SDF_ExportEncPublicKey_ECC": (_HANDLE, _NUMBER, _KEY),
@@ -192,6 +221,15 @@ class Library:
     def open_session(self, device: int) -> int:
         """Open a session."""
         return self._handle("SDF_OpenSession", device)
+
+    def device_info(self, session: int) -> DeviceInfo:
+        """What the device says it is."""
+        info = _DeviceInfo()
+        self.call("SDF_GetDeviceInfo", session, ctypes.byref(info))
+        issuer, name = (
+            each.decode("utf-8", "replace").strip() for each in (info.issuer, info.name)
+        )
+        return DeviceInfo(issuer, name, info.version, info.standard)
 
     def public_key(self, session: int, index: int) -> Point:
         """The public key of an encryption pair."""

@@ -25,7 +25,15 @@ from hsmwrap.errors import (
     UnsupportedOperation,
 )
 from hsmwrap.sm2 import Sm2Ciphertext
-from hsmwrap_sdf.binding import BLOCK, SGD_SM4_CBC, SGD_SM4_ECB, Library, Point, SdfError
+from hsmwrap_sdf.binding import (
+    BLOCK,
+    SGD_SM4_CBC,
+    SGD_SM4_ECB,
+    DeviceInfo,
+    Library,
+    Point,
+    SdfError,
+)
 
 PAUSE = 1.0
 """Seconds after a failed opening of the device in which calls fail without another try."""
@@ -56,6 +64,10 @@ class Session:
         self._device = device
         self._library = device.library
         self.handle = handle
+
+    def info(self) -> DeviceInfo:
+        """What the device says it is."""
+        return self._library.device_info(self.handle)
 
     def public_key(self, index: int) -> Point:
         """The public key of an encryption pair."""
@@ -190,6 +202,10 @@ class Device:
         """Whether the device did not open when it was last tried."""
         return self._failure is not None
 
+    def refuses_password(self, index: int) -> bool:
+        """Whether it refused the password for the pair under this index."""
+        return index in self._refused
+
     @contextmanager
     def password_for(self, index: int) -> Iterator[bytes]:
         """The password, unless the device refused it for this index before.
@@ -261,6 +277,8 @@ class Device:
 
     def _enter(self) -> _Opening:
         with self._lock:
+            if self._closed.is_set():
+                raise HsmUnavailable("the device was closed")
             if self._opening is None:
                 if self._failure is not None and time.monotonic() < self._failure[0] + PAUSE:
                     raise HsmUnavailable(self._failure[1])
@@ -299,13 +317,14 @@ class Device:
 
     def _watch(self, closed: threading.Event) -> None:
         """Readiness comes back without a call: while it is missing, none may come."""
-        while not closed.is_set():
+        while True:
             with suppress(HsmwrapError, SdfError):
-                opening = self._enter()
-                self._leave(opening)
-                break
+                self._leave(self._enter())
+            with self._lock:
+                if self._failure is None or closed.is_set():
+                    self._watching = False
+                    return
             closed.wait(PAUSE)
-        self._watching = False
 
     def _close(self, opening: _Opening) -> None:
         for handle in opening.idle:
