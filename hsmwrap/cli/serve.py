@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         forbid_core_dumps()
     server = Server(
         lambda: _application(served.config, served.tls),
-        served.reload,
+        served,
         served.refresh,
         host=config.host,
         port=config.port if args.port is None else args.port,
@@ -98,7 +98,7 @@ class _Served:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self.config, self.tls = self._checked()
+        self._read = self.config, self.tls = self._checked()
 
     def _checked(self) -> tuple[ServerConfig, Tls | None]:
         from hsmwrap.kms.checking import check  # noqa: PLC0415 (the extra may be absent)
@@ -109,13 +109,31 @@ class _Served:
         check(config)
         return config, open_tls(config)
 
-    def reload(self) -> None:
+    def check(self) -> bool:
         """Read the file again; what is wrong with it is logged, and nothing changes."""
         try:
-            self.config, self.tls = self._checked()
+            self._read = self._checked()
         except HsmwrapError as error:
+            self.decide(str(error))
+            return False
+        return True
+
+    def attempt(self) -> None:
+        """Open what was read, as a worker would, until it is ready."""
+        from hsmwrap.http import logs  # noqa: PLC0415 (the extra may be absent)
+        from hsmwrap.kms.opening import try_kms  # noqa: PLC0415 (the extra may be absent)
+
+        logs.configure()
+        config, _ = self._read
+        try_kms(config)
+
+    def decide(self, why: str | None) -> None:
+        """Take what was read, or log why that of before stays in use."""
+        if why is None:
+            self.config, self.tls = self._read
+        else:
             event = "the configuration is refused: that of before stays in use"
-            _log.error(event, extra={"why": str(error)})
+            _log.error(event, extra={"why": why})
 
     def refresh(self) -> None:
         """Take changed TLS files, for workers that start later; the workers log what is wrong."""

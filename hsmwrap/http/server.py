@@ -10,14 +10,17 @@ and closes the KMS.
 from __future__ import annotations
 
 import atexit
+import json
 import math
 import mmap
 import os
+import select
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
@@ -45,13 +48,30 @@ _LOGGING = {
 }
 
 
+class Reloading(Protocol):
+    """What SIGHUP does before it replaces the workers; they go on meanwhile."""
+
+    def check(self) -> bool:
+        """Read the configuration; whether it is worth a try. What is wrong is logged."""
+
+    def attempt(self) -> None:
+        """Open what a worker would, in a process of its own, and close it again.
+
+        Raises:
+            Exception: It does not open; the text says why, and has no secret.
+        """
+
+    def decide(self, why: str | None) -> None:
+        """Take what was read for workers that start from now on (None), or log why not."""
+
+
 class Server(BaseApplication):
     """A gunicorn server; its only configuration is the arguments of this class."""
 
     def __init__(
         self,
         load: Callable[[], Any],
-        reload: Callable[[], None] = lambda: None,
+        reloading: Reloading | None = None,
         each_second: Callable[[], None] = lambda: None,
         *,
         host: str,
@@ -67,7 +87,7 @@ class Server(BaseApplication):
 
         Args:
             load: Makes the WSGI application, once in each worker process.
-            reload: Called before SIGHUP replaces the workers.
+            reloading: Decides whether SIGHUP replaces the workers; None: it does.
             each_second: Called each second in the process that starts the workers.
             host: Address to listen on.
             port: Port to listen on; 0 takes a free one.
@@ -80,7 +100,7 @@ class Server(BaseApplication):
             metrics_address: Address and port of ``/metrics``; empty: no page.
         """
         self._load = load
-        self._reload = reload
+        self.reloading = reloading
         self.metrics_address = metrics_address
         self.shutdown_seconds, self.drain_seconds = shutdown_seconds, drain_seconds
         self._replaced = mmap.mmap(-1, 8)  # shared with the workers, as the next one
@@ -113,10 +133,12 @@ class Server(BaseApplication):
         """Make the application (gunicorn's hook, in the worker)."""
         return self._load()
 
-    def reload(self) -> None:
-        """Read the configuration again (gunicorn's hook, for SIGHUP)."""
-        self._reload()
-        super().reload()
+    def run(self) -> None:
+        """Start the process that starts the workers (gunicorn's hook)."""
+        try:
+            _Arbiter(self).run()
+        except RuntimeError as error:  # as gunicorn's own
+            raise SystemExit(f"hsmwrap: {error}") from None
 
     def is_replaced(self, age: int) -> bool:
         """Whether SIGHUP starts a successor of the worker with this age (gunicorn's count)."""
@@ -144,6 +166,80 @@ class Server(BaseApplication):
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else 1
         return 0
+
+
+class _Arbiter(Arbiter):
+    """Starts the workers; on SIGHUP a process of its own tries the new configuration first."""
+
+    app: Server
+
+    def __init__(self, app: Server) -> None:
+        self._trial: tuple[int, int, float] | None = None  # process, its answer, deadline
+        self._again = False
+        super().__init__(app)
+
+    def handle_hup(self) -> None:
+        """Replace the workers, if the new configuration opens (gunicorn's hook)."""
+        reloading = self.app.reloading
+        if reloading is None:
+            super().handle_hup()
+        elif self._trial:
+            self._again = True  # the file may have changed since
+        elif reloading.check():
+            self._try(reloading)
+
+    def murder_workers(self) -> None:
+        """Look after the trial as well, at least once a second (gunicorn's hook)."""
+        super().murder_workers()
+        if self._trial is None:
+            return
+        process, answer, deadline = self._trial
+        why: str | None
+        if select.select([answer], [], [], 0)[0]:
+            with open(answer, encoding="utf-8") as given:  # noqa: PTH123 (a descriptor has no path)
+                said = given.read()
+            why = json.loads(said) if said else "the process that tried it has died"
+        elif time.monotonic() > deadline:
+            os.kill(process, signal.SIGKILL)
+            os.close(answer)
+            why = f"it did not open within {_BOOT_SECONDS} seconds"
+        else:
+            return
+        self._trial = None
+        if self.app.reloading is not None:
+            self.app.reloading.decide(why)
+        if why is None:
+            super().handle_hup()
+        if self._again:
+            self._again = False
+            self.handle_hup()
+
+    def stop(self, graceful: bool = True) -> None:  # noqa: FBT001, FBT002 (gunicorn's signature)
+        """End the trial as well (gunicorn's hook)."""
+        if self._trial:
+            os.kill(self._trial[0], signal.SIGKILL)
+            self._trial = None
+        super().stop(graceful)
+
+    def _try(self, reloading: Reloading) -> None:
+        answer, write = os.pipe()
+        process = os.fork()
+        if process:
+            os.close(write)
+            self._trial = process, answer, time.monotonic() + _BOOT_SECONDS
+            return
+        why = None
+        try:
+            for each in self.SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
+            for listener in self.LISTENERS:
+                listener.sock.close()
+            reloading.attempt()
+        except BaseException as error:  # noqa: BLE001 (whatever it is, the workers stay)
+            why = str(error) or type(error).__name__
+        finally:
+            os.write(write, json.dumps(why).encode())
+            os._exit(0)
 
 
 def share_metrics() -> None:

@@ -6,13 +6,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hsmwrap.backend import Backend
 from hsmwrap.catalog import ProtectionLevel
-from hsmwrap.errors import ConfigurationError, HsmwrapError
+from hsmwrap.errors import ConfigurationError, HsmwrapError, ServiceUnavailable
 from hsmwrap.imports import ResidentBounds
 from hsmwrap.keypool import KeyPool, PoolSettings
 from hsmwrap.kms.access import AccessKeys, FileAccessKeys
@@ -94,6 +94,24 @@ def open_kms(
         )
         opened.pop_all()
         return kms
+
+
+def try_kms(config: ServerConfig) -> None:
+    """Open a KMS as a server would, wait until it is ready, and close it again.
+
+    It waits for ``startup_wait`` at most. A wrong PIN costs one try.
+
+    Raises:
+        HsmwrapError: It does not open, or is not ready then; the text says which part is not.
+    """
+    deadline = time.monotonic() + config.startup_wait.total_seconds()
+    quiet = {"key_pool": 0, "sweep_interval": timedelta()}
+    with open_kms(config.model_copy(update=quiet)) as kms:
+        while not (health := kms.health()).ready:
+            if time.monotonic() > deadline:
+                said = "; ".join(f"{part}: {state}" for part, state in health.facts.items())
+                raise ServiceUnavailable(f"{health.detail} ({said})")
+            time.sleep(_FIRST_PAUSE)
 
 
 @contextmanager
