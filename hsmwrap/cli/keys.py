@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import pwd
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -172,13 +173,14 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what ``args.action`` says and print the key sets that there are afterwards."""
-    if args.action == "verify-transcript":
-        return ceremonies.verify_transcript(args)
-    if args.action == "usage":
-        return _show_usage(args)
+    if args.action in {"verify-transcript", "usage"}:
+        return (_show_usage if args.action == "usage" else ceremonies.verify_transcript)(args)
     chosen = _chosen(args)
-    if args.action in {"reap", "reseal"}:
-        return (_reap if args.action == "reap" else _reseal)(args, chosen)
+    if args.action == "reap":
+        return _reap(args, chosen)
+    if args.action == "reseal":
+        with _audited(args, chosen) as facts:
+            return _reseal(args, chosen, facts)
     key_sets = registry.KeySetManager(chosen.plugin, chosen.settings)
     if args.action == "list":
         sets, usage = key_sets.list(), _usage(chosen)
@@ -188,14 +190,58 @@ def run(args: argparse.Namespace) -> int:
     if args.action in {"init", "rotate"} and chosen.plugin == "pkcs11" and not so_pin_file:
         print(_WEAKER, file=sys.stderr)
     ceremony = ceremonies.Ceremony(args, key_sets, so_pin_file)
-    with ceremonies.files_of(args) as files, ceremonies.recorded(ceremony):
+    with (
+        ceremonies.files_of(args) as files,
+        _audited(args, chosen, key_sets) as facts,
+        ceremonies.recorded(ceremony),
+    ):
         if files is not None:
             (ceremonies.back_up if args.action == "backup" else _write_file)(ceremony, files)
         elif args.action == "drill":
             return ceremonies.drill(ceremony, chosen.config)
         else:
             _print(_changed(ceremony, chosen), None, as_json=args.json)
+        facts["key_sets"] = " ".join(ceremony.facts.get("key_sets", ()))
     return 0
+
+
+_AUDITED = {
+    "init": "InitKeySets",
+    "rotate": "RotateKeySets",
+    "reseal": "ResealAllKeys",
+    "retire": "RetireKeySet",
+    "transport-key": "MakeTransportKey",
+    "export": "ExportKeySets",
+    "import": "ImportKeySets",
+    "clone": "CloneKeySets",
+    "backup": "BackUpKeySets",
+    "restore": "RestoreKeySets",
+}
+
+
+@contextmanager
+def _audited(
+    args: argparse.Namespace, chosen: _Chosen, key_sets: registry.KeySetManager | None = None
+) -> Iterator[dict[str, str]]:
+    """With --config, a line of the server's audit log: what was done, or that it was refused."""
+    if chosen.config is None or args.action not in _AUDITED:
+        yield {}
+        return
+    from hsmwrap.kms.opening import audited_command  # noqa: PLC0415 (the extra may be absent)
+
+    try:
+        operator = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        operator = str(os.getuid())
+    facts = {"operator": operator, "backend": chosen.name}
+    if args.key_set:
+        facts["key_set"] = args.key_set
+    with audited_command(chosen.config, _AUDITED[args.action], facts):
+        if key_sets is not None:
+            with suppress(ConfigurationError):  # which the command itself says better
+                before = [each.key_set for each in key_sets.list()]
+                facts["key_sets_before"] = " ".join(before)
+        yield facts
 
 
 def _changed(ceremony: Ceremony, chosen: _Chosen) -> tuple[KeySetInfo, ...]:
@@ -335,7 +381,7 @@ def _require_unneeded(key_set: str, chosen: _Chosen, key_sets: registry.KeySetMa
         stored.require_unneeded(key_set, wait, datetime.now(UTC))
 
 
-def _reseal(args: argparse.Namespace, chosen: _Chosen) -> int:
+def _reseal(args: argparse.Namespace, chosen: _Chosen, facts: dict[str, str]) -> int:
     """Move stored keys to the current key set; the exit code is 1 if one did not move."""
     if chosen.config is None:
         raise ConfigurationError("reseal: give --config FILE, the server's; it names the database")
@@ -345,6 +391,7 @@ def _reseal(args: argparse.Namespace, chosen: _Chosen) -> int:
         progress = _Progress(sum(stored.usage().values()), args.rate)
         done = stored.reseal(report=progress)
         current = stored.current_key_set
+    facts |= {"key_set": current, "moved": str(done.moved), "failed": str(done.failed)}
     if args.json:
         print(tables.to_json({"key_set": current, **asdict(done)}))
     else:

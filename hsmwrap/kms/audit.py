@@ -28,7 +28,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -51,8 +51,8 @@ ACCEPT = "AcceptAuditLog"
 """The action of the first line of a file that begins a chain after files that were accepted."""
 MAX_TEXT = 256
 """How many characters of a text go into a line."""
-# Longest line: seven texts; each character may take two escapes of six characters.
-MAX_LINE = 7 * 12 * MAX_TEXT + 512
+# Longest line: seven texts and six facts; each character may take two escapes of six characters.
+MAX_LINE = (7 + 6) * 12 * MAX_TEXT + 1024
 """Longest line in bytes."""
 _NUMBER = re.compile("[1-9][0-9]{0,17}")
 _MOST_OWED = 10_000
@@ -83,6 +83,7 @@ class AuditEntry:
         alias: The alias that the request named; None without one.
         client: Address of the other end of the connection: the client's, or that of the last proxy
             before the KMS. None: without a connection, or without an address.
+        facts: Further members of the line: texts by their names.
     """
 
     request_id: str
@@ -92,6 +93,7 @@ class AuditEntry:
     outcome: str
     alias: str | None = None
     client: str | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -594,6 +596,7 @@ def _content(entry: AuditEntry, now: datetime) -> dict[str, Any]:
         "outcome": entry.outcome[:MAX_TEXT],
         "client": entry.client and entry.client[:MAX_TEXT],
         **({"alias": entry.alias[:MAX_TEXT]} if entry.alias else {}),
+        **{name: text[:MAX_TEXT] for name, text in entry.facts.items()},
     }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,6 +146,42 @@ def opened_stored_keys(
         log.try_to_anchor()
     finally:
         database.close()
+
+
+@contextmanager
+def audited_command(config: ServerConfig, action: str, facts: Mapping[str, str]) -> Iterator[None]:
+    """A line in the audit log of a server for a command: what came of the block.
+
+    A log that is not there yet is made by the user alone to whom its directory belongs: what root
+    makes, the server cannot write. Without it no line is written.
+
+    Args:
+        config: The server's.
+        action: The action of the line.
+        facts: Its further members, as they are at the end.
+
+    Raises:
+        ConfigurationError: The configuration names something that cannot be used.
+        AuditFailed: The log cannot be written. Before the block that means that nothing was done.
+    """
+    log = open_audit_log(config)
+    path = log.path.resolve()
+    if not path.exists() and path.parent.stat().st_uid != os.geteuid():
+        _log.warning("the server has no audit log yet: the command is not in it")
+        yield
+        return
+    log.check()
+    outcome = "ok"
+    try:
+        yield
+    except BaseException as error:
+        outcome = type(error).__name__
+        raise
+    finally:
+        log.append(AuditEntry("", SYSTEM, action, None, outcome, facts=facts))
+        with closing(open_database(config)) as database:
+            if database.schema().is_current:
+                AnchoredLog(database, log, config.audit_anchor_lines).try_to_anchor()
 
 
 def try_stored_keys(config: ServerConfig, plugin: str, settings: Mapping[str, Any]) -> Progress:

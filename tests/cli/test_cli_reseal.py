@@ -1,5 +1,8 @@
 """``hsmwrap keys`` with the server's file: what needs which key set, moved and asked for."""
 
+import json
+import os
+import pwd
 from types import SimpleNamespace
 
 import pytest
@@ -101,12 +104,60 @@ def test_the_moves_are_in_the_audit_log(config, run_json, tmp_path):
     assert main(["audit", "verify", "--config", str(config)]) == 0
 
 
+def test_each_command_is_a_line_of_the_audit_log(config, run_json, tmp_path, capsys):
+    """And one that was refused, but for one that could not be audited: that does nothing."""
+    at = ("--config", str(config))
+    _, before = run_json("keys", "list", *at)
+    old = before["key_sets"][0]["key_set"]
+    assert main(["keys", "init", *at]) == 2
+    _, rotated = run_json("keys", "rotate", *at)
+    new = rotated["key_sets"][-1]["key_set"]
+    assert main(["keys", "retire", old, *at]) == 2
+    run_json("keys", "reseal", *at)
+    run_json("keys", "retire", old, "--force", *at)
+    log = tmp_path / "audit.log"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line for line in lines if "operator" in line]
+    operator = pwd.getpwuid(os.getuid()).pw_name
+    assert {(line["operator"], line["access_key_id"], line["backend"]) for line in lines} == {
+        (operator, "system", "software")
+    }
+    told = ("action", "outcome", "key_set", "key_sets_before", "key_sets", "moved", "failed")
+    assert [tuple(line.get(name) for name in told) for line in lines] == [
+        ("InitKeySets", "ConfigurationError", None, old, None, None, None),
+        ("RotateKeySets", "ok", None, old, f"{old} {new}", None, None),
+        ("RetireKeySet", "ConfigurationError", old, f"{old} {new}", None, None, None),
+        ("ResealAllKeys", "ok", new, None, None, str(KEYS), "0"),
+        ("RetireKeySet", "ok", old, f"{old} {new}", new, None, None),
+    ]
+    assert main(["audit", "verify", *at]) == 0
+    log.write_text("damaged\n")
+    for command in (["rotate"], ["reseal"], ["retire", new, "--force"]):
+        assert main(["keys", *command, *at]) == 1
+        assert "audit log" in capsys.readouterr().err
+    assert run_json("keys", "list", *at)[1]["key_sets"] == [
+        {"key_set": new, "current": True, "detail": "master key", "keys": KEYS}
+    ]
+
+
+def test_root_makes_no_audit_log_for_the_server(config, run_json, tmp_path, monkeypatch):
+    for file in tmp_path.glob("audit.log*"):
+        file.unlink()
+    with monkeypatch.context() as elsewhere:
+        another = SimpleNamespace(geteuid=lambda: tmp_path.stat().st_uid + 1)
+        elsewhere.setattr("hsmwrap.kms.opening.os", another)
+        assert run_json("keys", "rotate", "--config", str(config))[0] == 0
+    assert not (tmp_path / "audit.log").exists()
+    assert run_json("keys", "rotate", "--config", str(config))[0] == 0
+    assert "RotateKeySets" in (tmp_path / "audit.log").read_text()
+
+
 def test_nothing_moves_with_another_audit_key(config, run_json, tmp_path, capsys):
     key_file = tmp_path / "audit.key"
     key_file.write_bytes(bytes(32))
     key_file.chmod(0o600)
-    before = (tmp_path / "audit.log").read_bytes()
     run_json("keys", "rotate", "--config", str(config))
+    before = (tmp_path / "audit.log").read_bytes()
     config.write_text(f'audit_key_file = "{key_file}"\n' + config.read_text())
     for command in (("keys", "reseal"), ("audit", "rotate")):
         assert main([*command, "--config", str(config)]) == 1
