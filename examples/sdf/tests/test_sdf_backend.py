@@ -1,5 +1,6 @@
 """The plug-in over the simulated device: an import from end to end, and what goes wrong."""
 
+import multiprocessing
 import secrets
 import time
 from dataclasses import replace
@@ -338,6 +339,30 @@ def test_what_the_device_says_it_is_has_no_serial_number(sdf):
     assert (description.manufacturer, description.model) == ("hsmwrap", "simulated")
     assert description.library == "SDF, version 1 of GM/T 0018"
     assert "serial" not in repr(description)
+
+
+def test_a_forked_child_opens_the_device_anew(sdf_settings, device):
+    """And waits for no lock that another thread of its parent held."""
+    with SdfBackend.from_settings(sdf_settings) as plugin:
+        key = bring(plugin).key
+        before = device.calls("SDF_OpenDevice")
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+
+        def use():
+            message = plugin.encrypt(key, b"m")
+            theirs.send((plugin.decrypt(key, message), device.calls("SDF_OpenDevice")))
+
+        child = multiprocessing.get_context("fork").Process(target=use)
+        with plugin._device._lock:
+            child.start()
+        try:
+            assert ours.poll(30), "the child hangs"
+            assert ours.recv() == (b"m", before + 1)
+        finally:
+            child.kill()
+            child.join()
+        plugin.encrypt(key, b"m")
+        assert device.calls("SDF_OpenDevice") == before
 
 
 def test_closing_leaves_no_session(sdf_settings, device):
