@@ -125,6 +125,8 @@ def _require(checks: _Checks, name: str, value: object, refusal: _Refusal) -> No
     if name not in checks:
         return
     types, texts = checks[name]
+    if type(value) in types and not texts:
+        return
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         takes = " or ".join("None" if each is NoneType else each.__name__ for each in types)
         raise refusal(name, takes, value)

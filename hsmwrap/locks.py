@@ -145,7 +145,12 @@ class ReadWriteLock(ForkAware):
         with self._changed:
             if self._writer != me:
                 reads = self._yield()
-                if not self._await(lambda: self._writer is None and not self._readers, timeout):
+                free = self._writer is None and not (
+                    self._readers or self._queue or self._closed_for_fork
+                )
+                if not free and not self._await(
+                    lambda: self._writer is None and not self._readers, timeout
+                ):
                     return False
                 self._writer, self._writes, self._reads_of_writer = me, 0, reads
             self._writes += 1
@@ -167,7 +172,8 @@ class ReadWriteLock(ForkAware):
     def _yield(self) -> int:
         with self._changed:
             reads = self._readers.pop(threading.get_ident(), 0)
-            self._changed.notify_all()
+            if reads:
+                self._changed.notify_all()
             return reads
 
     def _await(self, free: Callable[[], bool], timeout: float | None) -> bool:

@@ -103,14 +103,25 @@ class PrometheusObserver:
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         """Count in ``registry``; a second observer on the same one adds to the same metrics."""
         self._instruments = _instruments(registry)
+        # Looking one up by its labels takes longer than to count.
+        self._counters: dict[tuple[str, ...], Counter] = {}
+        self._timers: dict[tuple[str, ...], Histogram] = {}
 
     def __call__(self, operation: Operation) -> None:
         """Count one call."""
         o = operation
         labels = (o.backend, o.name, o.spec or "", o.algorithm or "", o.key_spec or "", o.outcome)
         with _UPDATING.write():
-            self._instruments.operations.labels(*labels).inc()
-            self._instruments.seconds.labels(o.backend, o.name).observe(coarse(o.name, o.seconds))
+            counter = self._counters.get(labels)
+            if counter is None:
+                counter = self._instruments.operations.labels(*labels)
+                self._counters[labels] = counter
+            timer = self._timers.get(labels[:2])
+            if timer is None:
+                timer = self._instruments.seconds.labels(*labels[:2])
+                self._timers[labels[:2]] = timer
+            counter.inc()
+            timer.observe(coarse(o.name, o.seconds))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from hsmwrap.backend import Backend, KeyRef
+from hsmwrap.backend import Backend, Capabilities, KeyRef
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.composition import Composition, Declared
 
@@ -59,8 +59,8 @@ def observed(
 ) -> Backend:
     """Return ``backend`` with ``observer`` told of each call that may reach the HSM.
 
-    ``name`` and ``health`` never do and are not told. The backend's own keys are managed through
-    its class, as before.
+    ``name`` and ``health`` never do and are not told, nor is ``capabilities`` where the report is
+    the one that was told last. The backend's own keys are managed through its class, as before.
     """
     return _ObservedBackend(backend, observer, timer)
 
@@ -73,6 +73,7 @@ class _ObservedBackend(Composition):
         self._observer = observer
         self._timer = timer
         self._complained = False
+        self._reported: Capabilities | None = None
 
     def __repr__(self) -> str:
         return f"<observed {self._backend!r}>"
@@ -90,6 +91,23 @@ class _ObservedBackend(Composition):
             seconds = self._timer() - started
             labels = _labels(*arguments, *named.values())
             self._tell(declared.__name__, outcome, seconds, labels)
+
+    def capabilities(self) -> Capabilities:
+        """The backend's report; told unless it is the very one that was told last.
+
+        Each use of a key asks for it, and only one that was made anew has reached the HSM.
+        """
+        outcome, started = OK, self._timer()
+        try:
+            report = self._backend.capabilities()
+        except BaseException as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            if outcome != OK or report is not self._reported:
+                self._tell("capabilities", outcome, self._timer() - started, {})
+        self._reported = report
+        return report
 
     def _tell(self, name: str, outcome: str, seconds: float, labels: dict[str, Any]) -> None:
         try:

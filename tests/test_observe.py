@@ -8,6 +8,7 @@ import threading
 import time
 from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -109,6 +110,25 @@ def test_failures_are_told_by_name_and_raised_unchanged(backend, told):
     (operation,) = told
     assert (operation.name, operation.outcome) == ("unwrap_material", "InvalidKeyMaterial")
     assert (operation.algorithm, operation.key_spec) == (OAEP[1], KeySpec.ALIYUN_AES_256)
+
+
+def test_a_report_is_told_until_it_is_the_one_of_before(told):
+    class Reporting(FakeBackend):
+        answers = iter(["first", "first", HsmUnavailable("lost"), "first", "other", "other"])
+
+        def capabilities(self):
+            answer = next(self.answers)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    watched = observed(Reporting(), told.append)
+    answers = []
+    for _ in range(6):
+        with suppress(HsmUnavailable):
+            answers.append(watched.capabilities())
+    assert answers == ["first", "first", "first", "other", "other"]
+    assert [each.outcome for each in told] == ["ok", "HsmUnavailable", "ok"]
 
 
 def test_seconds_are_those_of_the_timer(told):

@@ -15,12 +15,13 @@ import logging
 import resource
 import socket
 import ssl
-from collections import Counter
+import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from hsmwrap.errors import ServiceUnavailable
@@ -170,12 +171,69 @@ class Connections:
         return True
 
 
-class _Threads:
-    """A thread pool that takes a limited number of calls."""
+_Call = tuple[Callable[[], Answer], Callable[[Answer], None]]
+"""What a thread does, and what is done with its answer."""
 
-    def __init__(self, threads: int, calls: int, name: str) -> None:
-        self.pool = ThreadPoolExecutor(threads, name)
-        self.free = calls
+
+class _Threads:
+    """Threads that run a limited number of calls. Only for the thread of the event loop.
+
+    A pool of ``concurrent.futures`` makes a future with a lock of its own for each call, and wakes
+    the loop for each. Here calls go through one queue, and answers that come while the loop is
+    being woken are taken along.
+
+    Attributes:
+        free: How many calls are taken now.
+    """
+
+    def __init__(
+        self, threads: int, calls: int, name: str, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.free = self._calls = calls
+        self._most, self._name, self._loop = threads, name, loop
+        self._started = 0
+        self._todo: SimpleQueue[_Call | None] = SimpleQueue()
+        self._ended: deque[tuple[Callable[[Answer], None], Answer]] = deque()
+        self._waking = self._closed = False
+
+    def run(self, work: Callable[[], Answer], done: Callable[[Answer], None]) -> None:
+        """Have a thread call ``work``, and the loop ``done`` with its answer."""
+        self.free -= 1
+        if self._started < min(self._most, self._calls - self.free):
+            self._started += 1
+            threading.Thread(target=self._work, name=f"{self._name}_{self._started}").start()
+        self._todo.put((work, done))
+
+    def close(self) -> None:
+        """Drop the calls that no thread has taken yet; the threads end."""
+        self._closed = True
+        for _ in range(self._started):
+            self._todo.put(None)
+
+    def _work(self) -> None:
+        while (call := self._todo.get()) is not None and not self._closed:
+            work, done = call
+            try:
+                answer = work()
+            except BaseException as error:  # noqa: BLE001  # whatever it is, the client waits
+                answer = failure(error)
+            self._ended.append((done, answer))
+            del call, work, done, answer  # a thread that waits keeps no request
+            if not self._waking:
+                self._waking = True
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    self._loop.call_soon_threadsafe(self._take)
+
+    def _take(self) -> None:
+        self._waking = False  # before what has ended is taken: what ends from now on wakes again
+        try:
+            while self._ended:
+                done, answer = self._ended.popleft()
+                self.free += 1
+                done(answer)
+        finally:
+            if self._ended:  # after an error
+                self._loop.call_soon(self._take)
 
 
 class Gateway:
@@ -201,8 +259,8 @@ class Gateway:
         self.connections = Connections(limits)
         self.served = 0
         self.last_requests = False
-        self._threads = _Threads(threads, threads * (1 + WAITING_PER_THREAD), "request")
-        self._reserved = _Threads(_RESERVED_THREADS, _RESERVED_CALLS, "page")
+        self._threads = _Threads(threads, threads * (1 + WAITING_PER_THREAD), "request", loop)
+        self._reserved = _Threads(_RESERVED_THREADS, _RESERVED_CALLS, "page", loop)
         self._listeners: list[socket.socket] = []
         self._stopped = False
 
@@ -235,7 +293,7 @@ class Gateway:
     def close(self) -> None:
         """Drop the calls that no thread has taken yet."""
         for threads in (self._threads, self._reserved):
-            threads.pool.shutdown(wait=False, cancel_futures=True)
+            threads.close()
 
     def call(
         self, site: Site, request: Request, peers: Peers, done: Callable[[Answer], None]
@@ -256,7 +314,6 @@ class Gateway:
         if not threads.free:
             done(failure(ServiceUnavailable("too many requests wait for a thread")))
             return
-        threads.free -= 1
         self.served += not reserved
         late: asyncio.TimerHandle | None = None
 
@@ -265,21 +322,14 @@ class Gateway:
             done(failure(ServiceUnavailable("the answer did not come in time")))
             done = _ignore
 
-        def finish(future: Future[Answer]) -> None:
-            threads.free += 1
+        def finish(answer: Answer) -> None:
             if late is not None:
                 late.cancel()
-            done(future.result())
+            done(answer)
 
         if reserved:
             late = self.loop.call_later(deadline.PAGE_SECONDS, expire)
-        future = threads.pool.submit(call, site.app, environ(request, peers))
-        future.add_done_callback(partial(self._in_loop, finish))
-
-    def _in_loop(self, finish: Callable[[Future[Answer]], None], future: Future[Answer]) -> None:
-        if not future.cancelled():
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self.loop.call_soon_threadsafe(finish, future)
+        threads.run(partial(call, site.app, environ(request, peers)), finish if reserved else done)
 
     # --- accepting
 

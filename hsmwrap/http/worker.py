@@ -103,6 +103,12 @@ class KmsWorker(Worker):
         for quick in (signal.SIGINT, signal.SIGQUIT):
             loop.add_signal_handler(quick, lambda: end(quick=True))
         gateway = Gateway(threads=self.cfg.threads, limits=self.wsgi.limits, loop=loop)
+        try:
+            await self._serve_by(gateway, stop)
+        finally:
+            gateway.close()
+
+    async def _serve_by(self, gateway: Gateway, stop: asyncio.Event) -> None:
         files = self.wsgi.tls
         _refresh(files, at_once=True)  # the files may have changed since the parent read them
         for listener, site in zip(self.sockets, self._sites(), strict=True):
@@ -117,11 +123,10 @@ class KmsWorker(Worker):
         if not self._quick:
             replaced = self._server is not None and self._server.is_replaced(self.age)
             drain = stop.is_set() and not replaced
-            ending = loop.create_task(self._end(gateway, drain=drain))
+            ending = gateway.loop.create_task(self._end(gateway, drain=drain))
             while not (ending.done() or self._quick):
                 self.notify()
                 await asyncio.wait({ending}, timeout=_HEARTBEAT_SECONDS)
-        gateway.close()
 
     async def _end(self, gateway: Gateway, *, drain: bool) -> None:
         """Finish what runs: after a time without being ready, or while a successor takes over."""

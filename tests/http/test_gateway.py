@@ -46,6 +46,8 @@ class Application:
         if path in {"/wait", "/wait-more"}:
             self.started.release()
             (self.release if path == "/wait" else self.release_more).wait(DEADLINE)
+        if path == "/exit":
+            raise SystemExit
         if path == "/raise":
             raise RuntimeError(environ["QUERY_STRING"])
         told = {n: v for n, v in environ.items() if isinstance(v, str)}
@@ -208,6 +210,29 @@ def test_only_requests_of_the_threads_count(app):
         assert read_answer(running.connect(get()))[0] == 503
         assert running.gateway.served == len(waiting)
         app.release.set()
+
+
+def test_a_call_that_ends_its_thread_is_answered_and_the_thread_goes_on(app):
+    with serving(app, threads=1) as running:
+        client = running.connect(get("/exit"))
+        assert read_answer(client)[0] == 500
+        client.sendall(get())
+        assert read_answer(client)[0] == 200
+
+
+def test_answers_after_one_that_cannot_be_sent_are_sent(app, monkeypatch):
+    with serving(app, threads=2) as running:
+        threads = running.gateway._threads
+        answered = threading.Event()
+
+        def fail(_answer):
+            raise RuntimeError
+
+        running.loop.call_soon_threadsafe(
+            lambda: threads._ended.extend([(fail, None), (lambda _: answered.set(), None)])
+        )
+        running.loop.call_soon_threadsafe(threads._take)
+        assert answered.wait(DEADLINE)
 
 
 def test_a_page_that_does_not_come_is_answered(app, monkeypatch):
