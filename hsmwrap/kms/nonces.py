@@ -55,6 +55,7 @@ WHERE datname = current_database()"""
 
 _PREPARE = (
     "PRAGMA synchronous=OFF",
+    "PRAGMA cache_size=-256",  # in KiB; what others wrote drops it in any case
     """CREATE TABLE IF NOT EXISTS nonces
     (digest BLOB PRIMARY KEY, expires_at INTEGER NOT NULL) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS ix_nonces_expires_at ON nonces (expires_at)",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import (
+    audit,
     latency,
     machine,
     operations,
@@ -33,10 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     options = _parser().parse_args(arguments)
     try:
-        results = measure(options.plan, options.part or PARTS)
+        results = measure(options.plan, options.part or PARTS, options.opened_keys)
     except HsmwrapError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    if options.machine:
+        results.machine = {**results.machine, "cpu": options.machine}
     print(results.text())
     if options.json:
         document = json.dumps(results.to_json(), indent=2, ensure_ascii=False)
@@ -46,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(plan: Plan, parts: Sequence[str]) -> Results:
+def measure(plan: Plan, parts: Sequence[str], opened_keys: int = 0) -> Results:
     """Measure the requested parts on the HSM token that the environment describes."""
     settings = token_settings(os.environ)
     with open_measured_backends(settings) as (software, hsm):
@@ -62,7 +65,8 @@ def measure(plan: Plan, parts: Sequence[str]) -> Results:
         if "latency" in parts:
             results.latency = latency.measure(hsm, plan)
         if "http" in parts:
-            results.requests += over_http.measure(settings, plan, hsm)
+            results.audit = audit.measure()
+            results.requests += over_http.measure(settings, plan, hsm, opened_keys)
         if "outstanding" in parts:  # last, since it fills the HSM token
             results.costs += outstanding.sealed(hsm, token, plan)
             results.costs += outstanding.resident(hsm, token, plan)
@@ -90,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--part", action="append", choices=PARTS, help="measure only this part; may be repeated"
     )
+    parser.add_argument(
+        "--opened-keys", type=int, default=0, help="this setting of the KMS in the part http"
+    )
+    parser.add_argument("--machine", help="what the report and the figure call the processor")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers as JSON")
     parser.add_argument("--plot", type=_plot_file, metavar="FILE.svg|.png", help="the figure")
     return parser

@@ -34,6 +34,7 @@ from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 HTTP, KMS, BACKEND = SIDES = ("http", "kms", "backend")
 _ALGORITHM = WrappingAlgorithm.RSAES_OAEP_SHA_256
 _ISSUE, _IMPORT = "GetParametersForImport", "ImportKeyMaterial"
+_REFILLING = f"{_ISSUE}, pool refilling"
 _PLAINTEXT = bytes(32)
 _MARGIN = 2
 """Extra pairs of the pool beyond two bursts, so that a burst does not start a refill."""
@@ -113,6 +114,11 @@ class _Load:
     before: Callable[[], object] = lambda: None
     """Runs before each turn."""
 
+    @property
+    def operation(self) -> str:
+        """The API's action."""
+        return self.action.partition(",")[0]
+
 
 class _Stand:
     """The sides on one database, with one number of worker processes."""
@@ -133,12 +139,12 @@ class _Stand:
         mine = load.parameters[side]
         if side == KMS:
             calls = [
-                partial(self.local.call, load.action, mine[number % threads])
+                partial(self.local.call, load.operation, mine[number % threads])
                 for number in range(load.count)
             ]
             return _burst(_dealt(calls, threads)), 0
         requests = [
-            signed_post(load.action, mine[number % threads]) for number in range(load.count)
+            signed_post(load.operation, mine[number % threads]) for number in range(load.count)
         ]
         cpu = self.served.cpu_seconds()
         burst = self._send(self.served.port, _dealt(requests, threads))
@@ -150,6 +156,8 @@ class _Stand:
         yield from self._uses(plan)
         issues = {name: [_row(cmk) for cmk in side.cmks] for name, side in self.kms.items()}
         yield _Load(_ISSUE, plan.requests, issues, before=partial(self._fill_pools, pool))
+        refilling = partial(self._start_refill, pool)
+        yield _Load(_REFILLING, plan.requests, issues, before=refilling)
         yield _Load(_IMPORT, plan.requests, imports)
 
     def _uses(self, plan: Plan) -> Iterator[_Load]:
@@ -178,21 +186,34 @@ class _Stand:
         )
         yield _Load("GenerateDataKey", plan.uses, data_key, seal)
 
-    def _fill_pools(self, pool: int) -> None:
-        """Fill all pools completely, so that they do not refill during a burst (below half)."""
+    def _start_refill(self, pool: int) -> None:
+        """Fill all pools, and take so many pairs that each is just being filled again."""
+        for side in self.kms.values():
+            side.wait_for_pool(pool)
+        self._drain_pools(pool)
+
+    def _drain_pools(self, pool: int) -> None:
         for side in self.kms.values():
             rows = itertools.cycle(enumerate(side.cmks))
             while max(side.pool_levels()) > pool // 2:
                 thread, cmk = next(rows)
                 side.prepare(thread, _ISSUE, _row(cmk))()
+
+    def _fill_pools(self, pool: int) -> None:
+        """Fill all pools completely, so that they do not refill during a burst (below half)."""
+        self._drain_pools(pool)
         for side in self.kms.values():
             side.wait_for_pool(pool)
 
 
 def measure(
-    settings: Mapping[str, Any], plan: Plan, measured: MeasuredBackend
+    settings: Mapping[str, Any], plan: Plan, measured: MeasuredBackend, opened_keys: int = 0
 ) -> Iterator[Requests]:
-    """Measure each operation with each server of the plan, on the HSM token of ``settings``."""
+    """Measure each operation with each server of the plan, on the HSM token of ``settings``.
+
+    ``opened_keys`` is the setting of that name of both KMS; the backend alone opens each key anew.
+    """
+    settings = {**settings, "opened_keys": opened_keys}
     pool = 2 * (plan.requests + _MARGIN)
     with ExitStack() as outer:
         send = outer.enter_context(generator())

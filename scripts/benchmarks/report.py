@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks import targets
+from benchmarks.audit import AuditCost
 from benchmarks.latency import Latency
 from benchmarks.operations import Comparison
 from benchmarks.outstanding import Cost
@@ -47,6 +48,7 @@ class Results:
     protection: Protection | None = None
     rates: list[Rates] = field(default_factory=list)
     latency: Latency | None = None
+    audit: AuditCost | None = None
     requests: list[Requests] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     others: float = 0.0
@@ -77,6 +79,7 @@ class Results:
             "protection": self.protection.to_json() if self.protection else None,
             "throughput": [each.to_json() for each in self.rates],
             "latency": self.latency.to_json() if self.latency else None,
+            "audit_ms": self.audit.to_json() if self.audit else None,
             "http": [each.to_json() for each in self.requests],
             "outstanding": [each.to_json() for each in self.costs],
             "targets": [each.to_json(judge=not self.disturbed) for each in self.targets()],
@@ -102,6 +105,8 @@ class Results:
             yield f"Threads: calls per second\n\n{_rates(self.rates)}"
         if self.latency:
             yield f"Parameters for RSA_2048, in milliseconds\n\n{_latency(self.latency)}"
+        if self.audit:
+            yield f"A line of the audit log, in milliseconds\n\n{_audit(self.audit)}"
         if self.requests:
             yield f"The reference KMS: {_HTTP_NOTE}\n\n{_requests(self.requests)}"
         if self.costs:
@@ -173,6 +178,18 @@ def _latency(latency: Latency) -> str:
         )
     ]
     return render(("issue", *numbers), rows, right=numbers)
+
+
+def _audit(audit: AuditCost) -> str:
+    rows = [
+        (name, _ms(timing), _ms99(timing))
+        for name, timing in (
+            ("check and line", audit.line),
+            ("the same with audit_sync", audit.synced),
+            ("bare: a write of as many bytes", audit.bare),
+        )
+    ]
+    return render(("by one thread", "p50", "p99"), rows, right=("p50", "p99"))
 
 
 def _requests(requests: Iterable[Requests]) -> str:
