@@ -206,6 +206,7 @@ _KMS: Mapping[str, tuple[Callable[..., _Family], str, tuple[str, ...]]] = Mappin
             "When the last sweep ended, in seconds since 1970.",
             (),
         ),
+        "processes_ready": (GaugeMetricFamily, "Processes of which /readyz says ready.", ()),
         "sweep_failures": (CounterMetricFamily, "Parts of sweeps that failed.", ()),
     }
 )

@@ -20,11 +20,19 @@ from hsmwrap.errors import InvalidParameter
 from hsmwrap.http import canonical
 from hsmwrap.http.errors import IncompleteSignature
 from hsmwrap.http.message import RpcMessage
+from hsmwrap.kms.api import OPERATIONS
 from hsmwrap.kms.signing import SigningSecret
 
-SENSITIVE = frozenset({"CiphertextBlob", "EncryptedKeyMaterial", "ImportToken", "Plaintext"})
-"""Parameters whose values must not appear in a log or an error message."""
-_SENSITIVE = frozenset(map(str.lower, SENSITIVE))  # a client may misspell them
+_SECRET = frozenset({"CiphertextBlob", "EncryptedKeyMaterial", "ImportToken", "Plaintext"})
+_SHOWN = frozenset(
+    {
+        *("AccessKeyId", "Action", "Format", "RegionId", "SignatureMethod", "SignatureNonce"),
+        *("SignatureType", "SignatureVersion", "Timestamp", "Version"),
+        *(name for operation in OPERATIONS.values() for name in operation.parameters),
+    }
+    - _SECRET
+)
+"""Parameters whose values an error may have. Another name may be a secret one's, misspelt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +47,7 @@ class Claim:
         version: API version that was signed; empty: none.
         string_to_sign: The server's own string to sign; None if the body differs from the signed
             one.
-        disclosed: Makes ``string_to_sign`` without the values of sensitive parameters.
+        disclosed: Makes ``string_to_sign`` with ``***`` for values that an error must not have.
         signature: The signature as received.
         scheme: The HMAC, as :class:`hsmwrap.kms.signing.SigningSecret` names it.
         encode: Makes an HMAC the signature that a request carries.
@@ -92,7 +100,7 @@ def _read_v1(message: RpcMessage) -> Claim:
     signature = parameters.pop("Signature")
 
     def disclosed() -> str:
-        shown = {n: "***" if n.lower() in _SENSITIVE else v for n, v in parameters.items()}
+        shown = {name: text if name in _SHOWN else "***" for name, text in parameters.items()}
         return canonical.v1_string_to_sign(message.method, shown)
 
     return Claim(

@@ -305,6 +305,7 @@ class Kms:
             "audit_log_whole": self._audit.whole,
             "keys_unusable": self._unusable.number,
             "last_sweep_timestamp_seconds": self._sweep.ended,
+            "processes_ready": self.health().ready,  # they are added up
             "sweep_failures": self._sweep.failures,
             **self._sweep.counted,
         }

@@ -65,6 +65,7 @@ def test_facts_of_the_kms(kms, tmp_path):
         r'hsmwrap_key_set{backend="software",key_set="(\w+)",use="current"} 1', page
     )
     assert key_set
+    assert value(page, "hsmwrap_processes_ready") == value(page, "hsmwrap_processes") == 1
     before = time.time()
     kms.execute("CreateKey", {"Origin": "EXTERNAL"}, Caller("a", Permissions.everything()), "r")
     kms.sweep()
@@ -80,6 +81,8 @@ def test_facts_of_the_kms(kms, tmp_path):
     page = _render(*kms.watched(), kms.gauges).decode()
     assert "hsmwrap_sweep_failures_total 1.0" in page
     assert value(page, "hsmwrap_audit_failures_total") >= 1
+    assert value(page, "hsmwrap_processes_ready") == 0
+    assert value(page, "hsmwrap_processes") == 1
 
 
 def test_closing_the_kms_closes_the_pool(kms):

@@ -128,7 +128,7 @@ def test_what_does_not_open_is_refused_and_costs_a_wrong_pin_one_try(softhsm, fi
     wrong = {
         "0 of 1 tokens match": (settings["token_label"], "not-a-token"),
         "PIN": (settings["pin_file"], str(wrong_pin)),
-        "database": (f"sqlite:///{file.parent}/kms.db", "postgresql://nobody@127.0.0.1:1/none"),
+        "database": (f"sqlite:///{file.parent}/kms.db", "postgresql://kms@127.0.0.1:1/none"),
         "keys init": ('key_prefix = "reload"', 'key_prefix = "none-of-this"'),
     }
     with serving(file) as served:
@@ -157,7 +157,7 @@ def test_the_next_hang_up_waits_for_the_one_that_is_tried(file):
     with serving(file) as served:
         right = file.read_text().replace('"cn-hangzhou"', '"cn-shanghai"')
         unreachable = right.replace(
-            f"sqlite:///{file.parent}/kms.db", "postgresql://nobody@127.0.0.1:1/none"
+            f"sqlite:///{file.parent}/kms.db", "postgresql://kms@127.0.0.1:1/none"
         )
         file.write_text(unreachable.replace("sweep_interval", "startup_wait = 2\nsweep_interval"))
         served.hang_up()

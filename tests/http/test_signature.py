@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import re
 from datetime import timedelta
 from urllib.parse import parse_qsl
@@ -449,10 +450,18 @@ def test_acs3_message_holds_a_digest(bench):
     assert "testsecret" not in response.text
 
 
-def test_a_misspelt_parameter_is_not_disclosed(bench):
+@pytest.mark.parametrize(
+    "name", ["plaintext", "Plaintxt", "PlainText", "Plaintext ", "Data", "SecurityToken", "keyid"]
+)
+def test_a_misspelt_parameter_is_not_disclosed(bench, name, caplog):
     """The string to sign comes back in the error's text, for SDKs to compare."""
-    parameters = v1_parameters(plaintext="c2VjcmV0")
+    caplog.set_level(logging.DEBUG)
+    parameters = v1_parameters(KeyId="k-1", EncryptionContext="context", **{name: "c2VjcmV0"})
     answer = bench.get(encode_all({**parameters, "Signature": "AAAA"}))
     assert code(answer) == "SignatureDoesNotMatch"
-    assert "plaintext" in answer.text
-    assert "c2VjcmV0" not in answer.text
+    assert name.strip() in answer.text
+    for shown in ("k-1", "context", parameters["SignatureNonce"]):
+        assert shown in answer.text
+    logged = [str(vars(record)) for record in caplog.records if record.name.startswith("hsmwrap")]
+    assert logged
+    assert not [text for text in (answer.text, *logged) if "c2VjcmV0" in text]
