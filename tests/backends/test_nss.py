@@ -14,17 +14,25 @@ import sys
 import pytest
 from support.backends.kept_open import KeptOpen
 from support.pkcs11.holder import Holder
+from support.pkcs11.pins import low_counts
 from support.services.nss import LABEL, make_nss
 
 from hsmwrap import registry
 from hsmwrap.backend import Custody, Exposure, Outcome
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm
+from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.testing._conformance.base import any_conversation
 
 
 @pytest.fixture(scope="module")
 def nss(tmp_path_factory):
     return make_nss(tmp_path_factory.mktemp("nss"))
+
+
+def test_a_wrong_pin_is_not_told(nss):
+    """So its profile must not say that it is."""
+    assert low_counts(nss.settings("unused")) == [False, False, False]
+    assert not profiles.load("nss").login.tells_wrong_pins
 
 
 class _Nss(KeptOpen):

@@ -8,11 +8,13 @@ import json
 
 import pytest
 from support.backends.kept_open import KeptOpen
+from support.pkcs11.pins import low_counts
 from support.services.opencryptoki import opencryptoki
 
 from hsmwrap.backend import Custody, Exposure
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.cli import main
+from hsmwrap.pkcs11.binding import profiles
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,11 @@ def test_the_doctor_says_what_it_honours(server, tmp_path, capsys):
     assert outcomes["CKA_SENSITIVE"] == "honoured"
     assert outcomes["CKA_COPYABLE"] == "not honoured"
     assert {k["outcome"] for k in document["examination"]["keys"]} == {"stored"}
+
+
+def test_a_wrong_pin_is_told_as_its_profile_says(server):
+    assert low_counts(server.settings("unused")) == [False, True, False]
+    assert profiles.load("opencryptoki").login.tells_wrong_pins
 
 
 class TestOpencryptoki(KeptOpen):

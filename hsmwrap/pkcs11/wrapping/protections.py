@@ -21,14 +21,12 @@ from pkcs11.types import Session
 from hsmwrap.backend import Outcome, Protection
 from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.templates import (
-    AES_KEY_WRAP,
     Template,
     for_unwrap,
     secret_key,
     without,
 )
 from hsmwrap.pkcs11.binding.trials import unless_refused
-from hsmwrap.pkcs11.keysets.origin import user_makes_trusted
 
 _BITS = 256
 _OTHER_MECHANISMS: tuple[tuple[Mechanism, bytes | None], ...] = (
@@ -99,8 +97,8 @@ def tried(
     own: OwnKey | None,
     fit: Callable[[Template], Template],
     *,
-    mechanism: Mechanism = AES_KEY_WRAP,
-    makes_trusted: Callable[[Session], bool | None] = user_makes_trusted,
+    mechanism: Mechanism,
+    makes_trusted: Callable[[Session], bool | None],
 ) -> tuple[Protection, ...]:
     """Try each protection; what is made for that is destroyed.
 

@@ -18,10 +18,12 @@ from hsmwrap.errors import (
     PinError,
 )
 from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.pkcs11.token.pin import PIN_PAD
 from hsmwrap.testing.faults import Restriction
 from support.pkcs11 import scenarios
 from support.pkcs11.engine_scenarios import bring_in, outcome, wait_for, wrapped
+from support.pkcs11.pins import low_counts
 from support.services.spy import find_spy
 
 OAEP_1 = WrappingAlgorithm.RSAES_OAEP_SHA_1
@@ -135,6 +137,12 @@ def a_login_for_each_session(shim, settings):
             since = shim.counters().calls_since(before)
             assert since["C_OpenSession"] > 1
             assert since["C_Login"] == (since["C_OpenSession"] if per_session else 1)
+
+
+def a_wrong_pin_is_told(shim, settings):
+    """As the profile of SoftHSM2 says."""
+    assert low_counts(settings) == [False, True, False]
+    assert profiles.load("softhsm2").login.tells_wrong_pins
 
 
 def the_officer_s_pin_at_a_pin_pad(shim, settings):

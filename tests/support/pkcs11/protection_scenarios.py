@@ -5,6 +5,7 @@ Usage: python -m support.pkcs11.protection_scenarios SCENARIO SHIM_DIRECTORY SET
 
 import secrets
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from hsmwrap.customer import encrypt_key_material
 from hsmwrap.errors import ProtectionNotKept
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.objects import Way
+from hsmwrap.pkcs11.keysets import origin
 from hsmwrap.testing.faults import CKR, Restriction
 from support.pkcs11 import scenarios
 
@@ -53,6 +55,17 @@ def bring_in(backend, key, ciphertext=None):
 
 def softhsm_itself_honours_all(shim, settings):
     assert set(outcomes(opened(settings)).values()) == {HONOURED}
+
+
+def making_a_trusted_key_is_tried_once(shim, settings):
+    """When the key set is looked for; the report says what came of it."""
+    tries = []  # each has a label of its own
+    origin.secrets = SimpleNamespace(
+        token_hex=lambda length: tries.append(length) or secrets.token_hex(length),
+        token_bytes=secrets.token_bytes,
+    )
+    assert outcomes(opened(settings))["TRUSTED"] is HONOURED
+    assert len(tries) == 1
 
 
 def an_ignored_attribute_is_not_honoured_and_the_others_are(shim, settings):
