@@ -38,11 +38,11 @@ from hsmwrap.guard import guarded
 from hsmwrap.registry import load
 from hsmwrap.sm2 import decode_spki, decrypt_with_point, open_engine, sm3
 from hsmwrap.sm2.known_answer import CIPHERTEXT, MESSAGE, PRIVATE, PUBLIC
-from hsmwrap.testing.clients import openssl_encrypt
+from hsmwrap.testing.clients import decrypt_message, openssl_encrypt
 from hsmwrap_sdf import SdfBackend
 from hsmwrap_sdf.backend import SM2PKE
 from hsmwrap_sdf.binding import COORDINATE, FIELD, Library, Point, SdfError
-from hsmwrap_sdf.keysets import mac_under
+from hsmwrap_sdf.keysets import KeySets, mac_under
 from hsmwrap_sdf.settings import SdfSettings
 
 pytestmark = pytest.mark.slow
@@ -157,11 +157,13 @@ def test_the_mac_is_as_documented(sdf, sdf_settings):
 
 
 def test_long_messages_are_encrypted_in_pieces(sdf, device):
-    key = bring(sdf).key
+    material, plaintext = secrets.token_bytes(16), secrets.token_bytes(20000)
+    key = bring(sdf, material).key
     before = device.calls("SDF_Encrypt")
-    message = sdf.encrypt(key, bytes(20000))
+    message = sdf.encrypt(key, plaintext)
     assert device.calls("SDF_Encrypt") - before == 2 + 3 + 3
-    assert sdf.decrypt(key, message) == bytes(20000)
+    assert sdf.decrypt(key, message) == plaintext
+    assert decrypt_message(SM4, material, message, b"") == plaintext
 
 
 # --- replay, and planted keys
@@ -501,6 +503,15 @@ def test_without_a_key_set_it_says_how_to_make_one(sdf_settings, tmp_path):
 def test_a_second_first_key_set_is_refused(sdf_settings):
     with pytest.raises(ConfigurationError, match="there are key sets already"):
         SdfBackend.initialise_keys(sdf_settings)
+
+
+def test_a_key_set_takes_the_place_of_no_other(sdf_settings):
+    key_sets = KeySets(SdfSettings.from_mapping(sdf_settings).key_sets())
+    with pytest.raises(ConfigurationError, match="there is a key set 1"):
+        key_sets.add(replace(key_sets.current(), mac_key=bytes(16)))
+    assert KeySets(key_sets._directory).current() == key_sets.current()
+    with pytest.raises(ConfigurationError, match="end at 65535"):
+        key_sets.add(replace(key_sets.current(), number=65536))
 
 
 def test_keys_move_to_another_storage_pair_inside_the_device(sdf, sdf_settings):
