@@ -214,6 +214,21 @@ def test_a_key_that_the_device_did_not_seal_is_not_one(sdf, sdf_settings):
             sdf.encrypt(replace(genuine, data=bad), b"m")
 
 
+def test_a_key_of_another_name_is_not_one(sdf, sdf_settings):
+    key = replace(bring(sdf).key, backend="another")
+    with guarded(SdfBackend.from_settings(sdf_settings | {"name": "another"})) as other:
+        assert other.encrypt(bring(other).key, b"m")
+        with pytest.raises(KeyNotFound, match="not a sealed key of this backend"):
+            other.encrypt(key, b"m")
+
+
+def test_an_envelope_of_another_length_is_not_sealed(sdf_settings):
+    with SdfBackend.from_settings(sdf_settings) as plugin, plugin._device.session() as session:
+        envelope = session.encrypt_for(session.public_key(simulated.STORAGE), bytes(17))
+        with pytest.raises(HsmError, match="of another length"):
+            plugin._seal(session, plugin._key_sets.current(), SM4, envelope)
+
+
 def test_a_mac_key_that_was_exchanged_verifies_nothing(sdf, sdf_settings, tmp_path):
     mac = sdf.mac(b"data")
     path = tmp_path / "state" / "key-set-1.json"
@@ -372,7 +387,10 @@ def test_closing_leaves_no_session(sdf_settings, device):
     with guarded(SdfBackend.from_settings(sdf_settings)) as sdf:
         bring(sdf)
         assert device.sessions > before
+        inside = sdf.ability(SdfBackend)
     assert device.sessions == before
+    with pytest.raises(HsmUnavailable, match="was closed"), inside._device.session():
+        pass
 
 
 # --- devices that are not as they should be
@@ -481,6 +499,12 @@ def test_files_that_are_open_to_others_are_refused(sdf_settings, tmp_path):
     (tmp_path / "password").chmod(0o444)
     with pytest.raises(ConfigurationError, match="is open to others"):
         SdfBackend.check_settings(sdf_settings)
+
+
+def test_a_key_set_file_that_is_open_to_others_is_refused(sdf_settings, tmp_path):
+    (tmp_path / "state" / "key-set-1.json").chmod(0o644)
+    with pytest.raises(ConfigurationError, match=r"key set file .* is open to others"):
+        SdfBackend.from_settings(sdf_settings)
 
 
 def test_a_short_password_is_refused(sdf_settings, tmp_path):
