@@ -1,8 +1,18 @@
 """CCM from what an HSM without an authenticated mode has: ECB, and CBC with an IV of zeros.
 
 Source: NIST SP 800-38C, formatting of its appendix A with a nonce of 12 bytes (q = 3) and a tag of
-16; for SM4 the same parameters as RFC 8998. The host needs nothing secret for it beside the
-message: GCM from ECB would give the host the authentication key.
+16; for SM4 the same parameters as RFC 8998.
+
+Why CCM: GCM from ECB would give the host E(0), with which messages can be forged for ever. CBC or
+CTR with an HMAC or CMAC needs a second key, and a client imports one. CCM uses one key for both,
+which its proof covers (Jonsson, SAC 2002), and only encrypts blocks: two calls of the HSM for a
+message, where GCM is one.
+
+The host sees the key stream of a message that it has, and the chaining values of its CBC-MAC. These
+tell nothing of the key, and open no other message; with them, text that cannot be chosen freely
+could be forged under the same nonce. What reads them in this process can use the HSM as well.
+
+Nonces are random, so a key is for 2^32 messages (as NIST SP 800-38D, 8.3, has it for GCM).
 
 A message is version (1 byte) ‖ nonce (12) ‖ ciphertext ‖ tag (16), and its associated data is
 version ‖ additional data: a message of this format passes for no other one.

@@ -32,14 +32,20 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _list(args: argparse.Namespace) -> int:
     rows = [
-        {"name": name, "summary": each.summary, "sm2": _sm2(each), "tried": each.tried}
+        {
+            "name": name,
+            "summary": each.summary,
+            "sm2": _sm2(each),
+            "sm4": _sm4(each),
+            "tried": each.tried,
+        }
         for name in profiles.names()
         for each in [profiles.load(name)]
     ]
     if args.json:
         print(tables.to_json({"profiles": rows}))
     else:
-        head = ("name", "summary", "sm2", "tried")
+        head = ("name", "summary", "sm2", "sm4", "tried")
         print(tables.render(head, [tuple(row.values()) for row in rows]))
     return 0
 
@@ -50,6 +56,12 @@ def _sm2(profile: profiles.Profile) -> str:
     return "decrypts" if profile.sm2.decrypt is not None else "ECDH with its own key type"
 
 
+def _sm4(profile: profiles.Profile) -> str:
+    if profile.sm4 is None:
+        return "kept, not used"
+    return "GCM" if profile.sm4.gcm is not None else "CCM"
+
+
 def _show(args: argparse.Namespace) -> int:
     print(profiles.text_of(args.name), end="")
     return 0
@@ -57,6 +69,6 @@ def _show(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     profile = profiles.load_file(args.file)
-    print(f"{args.file}: {profile.summary}; SM2: {_sm2(profile)}")
+    print(f"{args.file}: {profile.summary}; SM2: {_sm2(profile)}; SM4: {_sm4(profile)}")
     print("`hsmwrap doctor` tries on the HSM what it says.", file=sys.stderr)
     return 0

@@ -50,8 +50,7 @@ from hsmwrap.errors import (
     InvalidCiphertext,
     InvalidMac,
 )
-from hsmwrap.pkcs11.binding.client_errors import map_client_errors
-from hsmwrap.pkcs11.binding.gcm import AesGcm
+from hsmwrap.pkcs11.binding.gcm import Gcm
 from hsmwrap.pkcs11.binding.templates import Template
 from hsmwrap.pkcs11.binding.traits import DATA_SPECIFIED
 from hsmwrap.pkcs11.keysets import admin, cloning
@@ -82,6 +81,7 @@ from hsmwrap.pkcs11.wrapping.material import (
     parse_key_ref,
 )
 from hsmwrap.pkcs11.wrapping.probe import probe
+from hsmwrap.pkcs11.wrapping.use import authenticated
 from hsmwrap.sm2 import Sm2Ciphertext, parse
 
 _TRIAL = "trial-"
@@ -95,7 +95,6 @@ class _Token:
 
     features: TokenFeatures
     trusted: bool
-    gcm: AesGcm
     wrapping: WrappingKeyStore
     material: MaterialStore
     capabilities: Capabilities
@@ -135,6 +134,7 @@ class Pkcs11Backend(
             settings.key_prefix,
             must_be_trusted=settings.require_trusted_keys,
             vendor=self._vendor,
+            sm4=settings.sm4,
         )
         self._probed: _Token | None = None
         self._connection = Connection(settings, self._trial)
@@ -423,30 +423,33 @@ class Pkcs11Backend(
     # --- use ---------------------------------------------------------------------------------
 
     def encrypt(self, key: KeyRef, plaintext: bytes, additional_data: bytes = b"") -> bytes:
-        """Encrypt inside the HSM token by AES-256-GCM with a random nonce."""
+        """Encrypt inside the HSM token with a random nonce: by GCM, or by CCM where SM4 has none.
+
+        Raises:
+            InvalidParameter: The plaintext is too long for CCM (16 MiB).
+        """
+        cipher = self._token().features.ciphers[key.key_spec][0]
         nonce = secrets.token_bytes(contract.NONCE_LENGTH)
-
-        def operation(gcm: AesGcm, obj: Any) -> bytes:
-            return gcm.encrypt(obj, nonce, plaintext, additional_data)
-
-        return bytes([contract.MESSAGE_VERSION]) + nonce + self._use(key, operation)
+        data = authenticated(cipher.version, additional_data)
+        sealed = self._use(key, lambda obj: cipher.encrypt(obj, nonce, plaintext, data))
+        return bytes([cipher.version]) + nonce + sealed
 
     def decrypt(self, key: KeyRef, ciphertext: bytes, additional_data: bytes = b"") -> bytes:
         """Decrypt inside the HSM token."""
-        nonce, sealed = ciphertext[1:_MESSAGE_HEAD], ciphertext[_MESSAGE_HEAD:]
+        version, nonce = ciphertext[0], ciphertext[1:_MESSAGE_HEAD]
+        sealed = ciphertext[_MESSAGE_HEAD:]
+        known = {each.version: each for each in self._token().features.ciphers[key.key_spec]}
+        if version not in known:
+            raise InvalidCiphertext
+        data = authenticated(version, additional_data)
+        return self._use(key, lambda obj: known[version].decrypt(obj, nonce, sealed, data))
 
-        def operation(gcm: AesGcm, obj: Any) -> bytes:
-            with map_client_errors(*gcm.read_through(obj), error=InvalidCiphertext):
-                return gcm.decrypt(obj, nonce, sealed, additional_data)
-
-        return self._use(key, operation)
-
-    def _use(self, key: KeyRef, operation: Callable[[AesGcm, Any], bytes]) -> bytes:
-        token = self._token()
+    def _use(self, key: KeyRef, operation: Callable[[Any], bytes]) -> bytes:
+        material = self._token().material
 
         def in_session(pooled: PooledSession) -> bytes:
-            with token.material.opened(pooled, key) as obj:
-                return operation(token.gcm, obj)
+            with material.opened(pooled, key) as obj:
+                return operation(obj)
 
         return self._run(in_session)
 
@@ -573,7 +576,7 @@ class Pkcs11Backend(
 
     def _probe(self, pooled: PooledSession) -> _Token:
         number = self._keys.current(pooled)
-        gcm = AesGcm(self._settings.module)
+        gcm = Gcm(self._settings.module)
         features = probe(pooled, self._keys, self._settings, gcm, self._vendor)
         trusted = self._keys.trusts(number)
         custody = material_custody(self._settings, features)
@@ -581,7 +584,6 @@ class Pkcs11Backend(
         return _Token(
             features=features,
             trusted=trusted,
-            gcm=gcm,
             wrapping=WrappingKeyStore(self._keys, prefix, features),
             material=MaterialStore(
                 self.name, self._keys, prefix, custody, features, kept_open(self._settings)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 from hsmwrap.backend import Custody
 from hsmwrap.errors import ConfigurationError, strip_tracebacks
 from hsmwrap.pkcs11.binding import profiles
-from hsmwrap.pkcs11.binding.profiles import VendorSm2
+from hsmwrap.pkcs11.binding.profiles import VendorSm2, VendorSm4
 from hsmwrap.pkcs11.binding.traits import STANDARD, Traits
 from hsmwrap.pkcs11.token.pin import SOURCES, PinSource
 from hsmwrap.pkcs11.token.pin import from_settings as pin_from_settings
@@ -50,6 +50,7 @@ class Pkcs11Settings(Settings):
         selector: Which HSM token, from the URI, the ``token_`` settings and ``slot_id``.
         pin: The one PIN source, from the URI or the ``pin_`` settings; None where none is given.
         vendor: The vendor's SM2, from the profile.
+        sm4: The vendor's SM4, from the profile.
         traits: What the profile says of the module's calls.
     """
 
@@ -141,6 +142,7 @@ class Pkcs11Settings(Settings):
     selector: TokenSelector = field(init=False)
     pin: PinSource | None = field(init=False)
     vendor: VendorSm2 | None = field(init=False)
+    sm4: VendorSm4 | None = field(init=False)
     traits: Traits = field(init=False)
 
     @property
@@ -182,6 +184,7 @@ class Pkcs11Settings(Settings):
             "pin": self._pin_source(uri),
             "vendor": chosen.sm2 if chosen is not None else None,
             "traits": chosen.traits if chosen is not None else STANDARD,
+            "sm4": chosen.sm4 if chosen is not None else None,
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)

@@ -20,7 +20,7 @@ from benchmarks.timing import Side
 from hsmwrap import checkvalue
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.guard import plugin_ref
-from hsmwrap.pkcs11.binding.gcm import AesGcm
+from hsmwrap.pkcs11.binding.gcm import Gcm
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.module import Module
 from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, HsmAttributeMapper, for_unwrap
@@ -62,7 +62,7 @@ class RawToken:
         self._keys = KeySets(self.prefix)
         session = self.session()
         self.trusted = is_trusted(session.key(Role.MATERIAL_AES))
-        gcm = AesGcm(checked.module)
+        gcm = Gcm(checked.module)
         self.features: TokenFeatures = probe(session.pooled, self._keys, checked, gcm)
 
     def session(self) -> RawSession:

@@ -52,6 +52,8 @@ def test_the_list_says_what_was_tried(run_json):
     unproven = {name for name, row in rows.items() if "not run on hardware" in row["tried"]}
     assert unproven == {"luna", "sansec", "tass", "ibm-ep11"}
     assert rows["sansec"]["sm2"] == "decrypts"
+    assert {rows[name]["sm4"] for name in ("generic", "sansec")} == {"kept, not used"}
+    assert rows["tass"]["sm4"] == "CCM"
 
 
 def test_the_list_for_people(capsys):
@@ -68,6 +70,18 @@ def test_a_file_of_your_own_is_used(own):
     assert (used.vendor.key_type.value, used.vendor.decrypt.value) == (0x80000004, 0x80008201)
     assert (used.vendor.ciphertext, used.vendor.generate) == (Layout.DER, None)
     assert used.sessions == 3
+
+
+@pytest.mark.parametrize(
+    ("numbers", "says"), [("gcm = 2", "GCM"), ("cbc = 2\nctr = 3", "CCM"), ("cbc=2\necb=3", "CCM")]
+)
+def test_sm4_is_a_table_of_its_own(own, capsys, numbers, says):
+    file = own(f"{HEAD}[sm4]\nkey_type = 0x80000106\n{numbers}\n")
+    used = settings(profile_file=file)
+    assert used.sm4.key_type.value == 0x80000106
+    assert main(["profiles", "check", file]) == 0
+    assert f"SM4: {says}\n" in capsys.readouterr().out
+    assert settings(profile="sansec").sm4 is None
 
 
 def test_the_configuration_outranks_the_profile():
@@ -130,7 +144,7 @@ def test_a_known_number_is_the_mechanism_of_that_name(own):
     [
         ("summary = ", r"not TOML"),
         ("", r"summary: required"),
-        (f"{HEAD}[sm3]\n", r"unknown setting sm3; did you mean sm2\?"),
+        (f"{HEAD}[sm3]\n", r"unknown setting sm3; did you mean sm4\?"),
         (f"{HEAD}[sm2]\ndecrpyt = 1\n", r"sm2: unknown setting decrpyt; did you mean decrypt\?"),
         (f"{HEAD}[sm2]\ndecrypt = '0x80008200'\n", r"decrypt: takes a mechanism .* as a number"),
         (f"{HEAD}[sm2]\nciphertext = 'C1C2'\n", r"ciphertext: takes one of C1C3C2, "),
@@ -157,6 +171,12 @@ def test_a_known_number_is_the_mechanism_of_that_name(own):
         ),
         (f"{HEAD}[never]\nmechanisms = ['CKM_AES_GM']\n", r"did you mean CKM_AES_GCM\?"),
         (f"quirks = 'one'\n{HEAD}", r"quirks: takes a list of texts"),
+        (f"{HEAD}[sm4]\necb = 1\ncbc = 2\n", r"sm4: key_type: required"),
+        (f"{HEAD}[sm4]\nkey_typ = 1\n", r"sm4: unknown setting key_typ; did you mean key_type"),
+        (f"{HEAD}[sm4]\nkey_type = 1\nmode = 2\n", r"sm4: unknown setting mode"),
+        (f"{HEAD}[sm4]\nkey_type = 1\necb = 2\n", r"sm4: give gcm, or cbc and one of ecb"),
+        (f"{HEAD}[sm4]\nkey_type = 1\ncbc = 2\n", r"sm4: give gcm, or cbc and one of ecb"),
+        (f"{HEAD}[sm4]\nkey_type = 1\ngcm = 'GCM'\n", r"gcm: takes a mechanism .* as a number"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused(own, capsys, text, says):

@@ -1,4 +1,4 @@
-"""AES-GCM with an imported key, inside the HSM token.
+"""GCM with an imported key, inside the HSM token: by CKM_AES_GCM or a vendor's mechanism for SM4.
 
 python-pkcs11 asks the module how long the ciphertext will be and offers just that. NSS forgets the
 tag in its answer, and then has no room for it (field note 38). The length is known anyway: that of
@@ -8,14 +8,15 @@ the plaintext, and the tag. So the module is called directly, which saves the ca
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, ClassVar
 
-from pkcs11 import GCMParams
 from pkcs11.mechanisms import Mechanism
 
-from hsmwrap.backend import TAG_LENGTH
+from hsmwrap.backend import MESSAGE_VERSION, TAG_LENGTH
 from hsmwrap.ckr import CKR
+from hsmwrap.errors import InvalidCiphertext
 from hsmwrap.pkcs11.binding import traits
+from hsmwrap.pkcs11.binding.client_errors import map_client_errors
 from hsmwrap.pkcs11.binding.module import shared_function_list
 from hsmwrap.pkcs11.binding.returncodes import CryptokiError
 
@@ -43,16 +44,16 @@ class _Mechanism(ctypes.Structure):
     )
 
 
-class AesGcm:
-    """AES-GCM by keys of one module; the tag (16 bytes) follows the ciphertext."""
+class Gcm:
+    """GCM by keys of one module; the tag (16 bytes) follows the ciphertext."""
 
-    def __init__(self, module: str) -> None:
-        """Take the path of a module that is loaded already."""
+    name: ClassVar[str] = "GCM"
+    version: ClassVar[int] = MESSAGE_VERSION
+
+    def __init__(self, module: str, mechanism: Mechanism = Mechanism.AES_GCM) -> None:
+        """Take the path of a module that is loaded already, and the mechanism."""
+        self.mechanism = mechanism
         self._functions = shared_function_list(module)
-
-    def read_through(self, key: Any) -> tuple[Any, ...]:
-        """The keys of which python-pkcs11 reads attributes before it uses them."""
-        return (key,) if self._functions is None else ()
 
     def encrypt(self, key: Any, nonce: bytes, plaintext: bytes, additional_data: bytes) -> bytes:
         """Encrypt under a key object; returns ciphertext ‖ tag.
@@ -60,62 +61,62 @@ class AesGcm:
         Raises:
             PKCS11Error: The HSM token refuses.
         """
+        parameters = _parameters(nonce, additional_data)
         if self._functions is None:  # only python-pkcs11 reaches this function table
-            sealed = key.encrypt(
-                plaintext,
-                mechanism=Mechanism.AES_GCM,
-                mechanism_param=_parameters(nonce, additional_data),
+            made = key.encrypt(
+                plaintext, mechanism=self.mechanism, mechanism_param=bytes(parameters)
             )
-            return bytes(sealed)
-        begin, call = self._functions.c_encrypt_init, self._functions.c_encrypt
-        self._begin("C_EncryptInit", begin, key, nonce, additional_data)
+            return bytes(made)
+        self._begin("C_EncryptInit", self._functions.c_encrypt_init, key, parameters)
+        call = self._functions.c_encrypt
         return self._end("C_Encrypt", call, key, plaintext, len(plaintext) + TAG_LENGTH)
 
-    @staticmethod
-    def _begin(function: str, call: Any, key: Any, nonce: bytes, additional_data: bytes) -> None:
-        traits.require_sent(Mechanism.AES_GCM)
-        parameters = _GcmParams(
-            nonce,
-            len(nonce),
-            len(nonce) * 8,
-            additional_data,
-            len(additional_data),
-            TAG_LENGTH * 8,
-        )
+    def _begin(self, function: str, call: Any, key: Any, parameters: _GcmParams) -> None:
+        traits.require_sent(self.mechanism)
         mechanism = _Mechanism(
-            Mechanism.AES_GCM, ctypes.addressof(parameters), ctypes.sizeof(parameters)
+            self.mechanism, ctypes.addressof(parameters), ctypes.sizeof(parameters)
         )
         code = call(key.session.handle, ctypes.byref(mechanism), key.handle)
         if code != CKR.OK:
-            raise CryptokiError(function, code, Mechanism.AES_GCM)
+            raise CryptokiError(function, code, self.mechanism)
 
-    @staticmethod
-    def _end(function: str, call: Any, key: Any, data: bytes, room: int) -> bytes:
+    def _end(self, function: str, call: Any, key: Any, data: bytes, room: int) -> bytes:
         result = ctypes.create_string_buffer(room)
         length = ctypes.c_ulong(room)
         code = call(key.session.handle, data, len(data), result, ctypes.byref(length))
         if code != CKR.OK:
-            raise CryptokiError(function, code, Mechanism.AES_GCM)
+            raise CryptokiError(function, code, self.mechanism)
         return result.raw[: length.value]
 
     def decrypt(self, key: Any, nonce: bytes, sealed: bytes, additional_data: bytes) -> bytes:
         """Decrypt ciphertext ‖ tag under a key object.
 
         Raises:
-            PKCS11Error: The tag does not fit, or the HSM token refuses.
+            InvalidCiphertext: The tag does not fit, or the HSM token refuses.
+            PKCS11Error: The connection does not work.
         """
-        if self._functions is None:
-            opened = key.decrypt(
-                sealed,
-                mechanism=Mechanism.AES_GCM,
-                mechanism_param=_parameters(nonce, additional_data),
-            )
-            return bytes(opened)
-        begin, call = self._functions.c_decrypt_init, self._functions.c_decrypt
-        self._begin("C_DecryptInit", begin, key, nonce, additional_data)
-        # Room for the tag as well: some modules ask for as much as they are given.
-        return self._end("C_Decrypt", call, key, sealed, len(sealed))
+        parameters = _parameters(nonce, additional_data)
+        # python-pkcs11 reads the key's type before it uses it.
+        read = (key,) if self._functions is None else ()
+        with map_client_errors(*read, error=InvalidCiphertext):
+            if self._functions is None:
+                opened = key.decrypt(
+                    sealed, mechanism=self.mechanism, mechanism_param=bytes(parameters)
+                )
+                return bytes(opened)
+            self._begin("C_DecryptInit", self._functions.c_decrypt_init, key, parameters)
+            # Room for the tag as well: some modules ask for as much as they are given.
+            call = self._functions.c_decrypt
+            return self._end("C_Decrypt", call, key, sealed, len(sealed))
 
 
-def _parameters(nonce: bytes, additional_data: bytes) -> GCMParams:
-    return GCMParams(nonce, additional_data, TAG_LENGTH * 8)
+def _parameters(nonce: bytes, additional_data: bytes) -> _GcmParams:
+    """They point to what is given: keep them for as long as their bytes are in use."""
+    return _GcmParams(
+        nonce,
+        len(nonce),
+        len(nonce) * 8,
+        additional_data,
+        len(additional_data),
+        TAG_LENGTH * 8,
+    )

@@ -218,6 +218,43 @@ class VendorSm2(Settings):
         return self.unwrap_ciphertext or self.ciphertext
 
 
+_SM4_MECHANISM = _number(Mechanism, "a mechanism")
+
+
+@dataclass(frozen=True, slots=True)
+class VendorSm4(Settings):
+    """``[sm4]``: a vendor's SM4. PKCS#11 has none of its own, up to version 3.2."""
+
+    component: ClassVar[str] = "profile: sm4"
+
+    key_type: KeyType = setting(_number(KeyType, "a key type"), "Type of its SM4 keys.", REQUIRED)
+    generate: Mechanism | None = setting(_SM4_MECHANISM, "Mechanism of key generation.")
+    ecb: Mechanism | None = setting(_SM4_MECHANISM, "ECB of whole blocks.")
+    cbc: Mechanism | None = setting(
+        _SM4_MECHANISM, "CBC of whole blocks; its parameter is the initialisation vector."
+    )
+    ctr: Mechanism | None = setting(
+        _SM4_MECHANISM, "CTR; its parameter is CK_AES_CTR_PARAMS. Used where ecb is not given."
+    )
+    gcm: Mechanism | None = setting(
+        _SM4_MECHANISM, "GCM; its parameter is CK_GCM_PARAMS. Where it does not work, keys encrypt "
+        "by CCM, over cbc and one of ecb and ctr."
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigurationError: A value is wrong, or keys could not encrypt.
+        """
+        Settings.__post_init__(self)
+        if self.gcm is None and (self.cbc is None or (self.ecb or self.ctr) is None):
+            raise ConfigurationError(
+                "profile: sm4: give gcm, or cbc and one of ecb and ctr; no key can encrypt and "
+                "authenticate without"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Login(Settings):
     """``[login]``: how the module wants C_Login to be called."""
@@ -304,6 +341,10 @@ class Profile(Settings):
     sm2: VendorSm2 | None = setting(
         Kind("a table", lambda value: _table(VendorSm2, value)),
         "SM2 by the vendor's own mechanisms; without it by those of the standard.",
+    )
+    sm4: VendorSm4 | None = setting(
+        Kind("a table", lambda value: _table(VendorSm4, value)),
+        "SM4 by the vendor's own mechanisms; without it SM4 keys are kept and cannot be used.",
     )
     settings: Mapping[str, Any] | None = setting(
         Kind("a table", _settings),

@@ -288,7 +288,7 @@ def clean_up(settings: Pkcs11Settings, keys: KeySets, number: int, made_by: str)
 
 def key_sets_of(settings: Pkcs11Settings) -> KeySets:
     """Finds and makes the keys that these settings name."""
-    return KeySets(settings.key_prefix, vendor=settings.vendor)
+    return KeySets(settings.key_prefix, vendor=settings.vendor, sm4=settings.sm4)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError, HsmUnavailable, KeyNotFound
 from hsmwrap.pkcs11.binding import objects, traits
 from hsmwrap.pkcs11.binding.client_errors import attribute_reads, read_if_known
-from hsmwrap.pkcs11.binding.profiles import VendorSm2
+from hsmwrap.pkcs11.binding.profiles import VendorSm2, VendorSm4
 from hsmwrap.pkcs11.binding.returncodes import HsmLost
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
@@ -76,7 +76,7 @@ class Role(StrEnum):
     MATERIAL_AES = "kek-material-aes"
     """Wraps imported AES keys."""
     MATERIAL_SM4 = "kek-material-sm4"
-    """Wraps imported SM4 keys that the token only keeps (as generic secrets)."""
+    """Wraps imported SM4 keys; a token that has no SM4 keeps them as generic secrets."""
 
 
 ROLES = tuple(role for role in Role if role is not Role.WRAPPING_SM2_UNWRAP)
@@ -113,14 +113,18 @@ UNWRAPPED: Mapping[Role, Template] = MappingProxyType(
 """What each key-encryption key unwraps a blob into, and the only thing that it can."""
 
 
-def unwrapped_template(role: Role, vendor: VendorSm2 | None = None) -> Template:
-    """The same, where a vendor's SM2 keys are of a type of their own or decrypt by themselves."""
-    if role not in _SM2_ROLES or vendor is None:
-        return UNWRAPPED[role]
-    use = Attribute.DERIVE if vendor.decrypt is None else Attribute.DECRYPT
-    if role is Role.WRAPPING_SM2_UNWRAP:
-        use = Attribute.UNWRAP
-    return private_key(vendor.key_type or KeyType.EC, use)
+def unwrapped_template(
+    role: Role, vendor: VendorSm2 | None = None, sm4: VendorSm4 | None = None
+) -> Template:
+    """The same, where a vendor has SM2 keys of its own, or SM4 keys that encrypt."""
+    if role in _SM2_ROLES and vendor is not None:
+        use = Attribute.DERIVE if vendor.decrypt is None else Attribute.DECRYPT
+        if role is Role.WRAPPING_SM2_UNWRAP:
+            use = Attribute.UNWRAP
+        return private_key(vendor.key_type or KeyType.EC, use)
+    if role is Role.MATERIAL_SM4 and sm4 is not None:
+        return secret_key(sm4.key_type, Attribute.ENCRYPT, Attribute.DECRYPT)
+    return UNWRAPPED[role]
 
 
 _SM2_ROLES = frozenset({Role.WRAPPING_DERIVE, Role.WRAPPING_SM2_UNWRAP})
@@ -173,7 +177,12 @@ class KeySets:
     """Finds the key sets of one prefix; an instance is shared by the threads of a backend."""
 
     def __init__(
-        self, prefix: str, *, must_be_trusted: bool = False, vendor: VendorSm2 | None = None
+        self,
+        prefix: str,
+        *,
+        must_be_trusted: bool = False,
+        vendor: VendorSm2 | None = None,
+        sm4: VendorSm4 | None = None,
     ) -> None:
         """Find and make keys.
 
@@ -181,10 +190,12 @@ class KeySets:
             prefix: Start of the labels of this backend's objects.
             must_be_trusted: Whether only trusted key sets count.
             vendor: The vendor's SM2 keys, if the profile names some.
+            sm4: The vendor's SM4 keys, if the profile names some.
         """
         self._prefix = prefix
         self._must_be_trusted = must_be_trusted
         self.vendor = vendor
+        self._sm4 = sm4
         self._current: tuple[int, float, int] | None = None
         self._newest: KeySet | None = None
         self._highest = 0
@@ -200,13 +211,17 @@ class KeySets:
         """CKA_LABEL of one key."""
         return f"{self._prefix}:{role}:{number}"
 
-    def unwrapped_template(self, role: Role) -> Template:
-        """What this key-encryption key unwraps a blob into, where keys do not move."""
-        return unwrapped_template(role, self.vendor)
+    def unwrapped_template(self, role: Role, *, sm4: bool = True) -> Template:
+        """What this key-encryption key unwraps a blob into, where keys do not move.
 
-    def material_template(self, role: Role, number: int) -> Template:
-        """What this key-encryption key of a set unwraps imported keys into."""
-        return UNWRAPPED[role] | (ONLY_UNDER_TRUSTED if self.moves(number) else {})
+        ``sm4=False``: SM4 keys are only kept, although the profile names the vendor's.
+        """
+        return unwrapped_template(role, self.vendor, self._sm4 if sm4 else None)
+
+    def material_template(self, role: Role, number: int, *, sm4: bool = True) -> Template:
+        """What this key-encryption key of a set unwraps imported keys into; ``sm4`` as above."""
+        becomes = self.unwrapped_template(role, sm4=sm4)
+        return becomes | (ONLY_UNDER_TRUSTED if self.moves(number) else {})
 
     def current(self, pooled: PooledSession) -> int:
         """Number of the current key set.

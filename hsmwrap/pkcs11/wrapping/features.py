@@ -19,6 +19,7 @@ from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.templates import Template, without
 from hsmwrap.pkcs11.binding.traits import DATA_SPECIFIED
 from hsmwrap.pkcs11.keysets.keys import Role
+from hsmwrap.pkcs11.wrapping.use import MessageCipher
 
 
 class _OaepParams(ctypes.Structure):
@@ -163,7 +164,9 @@ class TokenFeatures:
             bytes; empty where the token does not wrap and unwrap them. Not the same everywhere:
             SoftHSM pads by RFC 5649, NSS as PKCS#7 does (field note 39).
         check: How the check value is computed in the token; None: it has no mechanism for that.
-        gcm: CKM_AES_GCM works on imported keys, additional data and forgery check included.
+        ciphers: What works on imported keys of a key spec, additional data and forgery check
+            included, the best first. None where it is empty or left out.
+        sm4: Imported SM4 keys are of the vendor's type; False: generic secrets.
         key_specs: What can be imported by each of the rows.
         value_length: CKA_VALUE_LEN of an unwrapped key tells its true length.
         implicit_rejection: A ciphertext of wrong PKCS#1 v1.5 padding becomes random bytes, in each
@@ -181,7 +184,8 @@ class TokenFeatures:
     key_wrap: Mechanism = Mechanism.AES_KEY_WRAP_PAD
     wrapped_lengths: Mapping[int, int] = field(default_factory=dict)
     check: CheckMethod | None = None
-    gcm: bool = False
+    ciphers: Mapping[KeySpec, tuple[MessageCipher, ...]] = field(default_factory=dict)
+    sm4: bool = False
     key_specs: frozenset[KeySpec] = frozenset()
     value_length: bool = False
     implicit_rejection: bool = False

@@ -25,10 +25,11 @@ from functools import partial
 from typing import Any, ClassVar, Protocol
 
 from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.exceptions import TemplateInconsistent
 from pkcs11.types import Session
 
 from hsmwrap import checkvalue
-from hsmwrap.backend import Custody, Exposure, KeyRef
+from hsmwrap.backend import NONCE_LENGTH, Custody, Exposure, KeyRef
 from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import (
     HsmError,
@@ -43,6 +44,7 @@ from hsmwrap.pkcs11.binding.client_errors import (
     map_client_errors,
     map_damage,
     may_leave_an_object,
+    read,
 )
 from hsmwrap.pkcs11.binding.identity import ObjectIds
 from hsmwrap.pkcs11.binding.objects import Way
@@ -204,13 +206,14 @@ class MaterialStore:
         """Yield the key object for the length of a ``with`` block, to use it.
 
         Raises:
+            UnsupportedOperation: It is an SM4 key of a key set that only keeps them.
             KeyNotFound: The key, or the key-encryption key that sealed it, is gone, or the blob is
                 damaged.
             PKCS11Error: The HSM token does not unwrap it, for another reason.
             ProtectionNotKept: The key would be readable.
         """
         if ref.custody is Custody.HSM_INTERNAL:
-            yield self._find(pooled, parse_key_ref(ref)[1])
+            yield self._find(pooled, ref.key_spec, parse_key_ref(ref)[1])
         elif self.kept_open is None:
             with _destroyed(self._unseal(pooled, ref)) as key:
                 yield key
@@ -231,24 +234,56 @@ class MaterialStore:
         opened.keep(name, key, object_id)
         return key
 
-    def _unseal(self, pooled: PooledSession, ref: KeyRef, more: Template | None = None) -> Any:
-        """Unwrap a sealed key into a session object; ``more``: attributes that do not protect it.
+    def _unseal(
+        self,
+        pooled: PooledSession,
+        ref: KeyRef,
+        more: Template | None = None,
+        *,
+        to_move: bool = False,
+    ) -> Any:
+        """Unwrap a sealed key into a session object.
+
+        Args:
+            pooled: The session to work in.
+            ref: The key.
+            more: Attributes that do not protect it.
+            to_move: It is to be wrapped again, and need not be usable.
 
         Raises:
             As :meth:`opened`.
         """
-        number, data = parse_key_ref(ref)
-        role = ROLE_OF[ref.key_spec]
-        kek = self.keys.opening(pooled, role, number)
+        number, blob = parse_key_ref(ref)
+        kek = self.keys.opening(pooled, ROLE_OF[ref.key_spec], number)
         damaged = KeyNotFound("the key's blob is damaged, or another key-encryption key sealed it")
-        return objects.unwrap(
-            kek,
-            data,
-            self.features.fit(self.keys.material_template(role, number) | (more or {})),
-            mechanism=self.features.key_wrap,
-            answers=map_damage(damaged, partial(unwrap_another, pooled, self.keys, self.features)),
-            way=self.features.ways.sealed_secret,
-        )
+
+        def unsealed(becomes: Template) -> Any:
+            control = partial(unwrap_another, pooled, self.keys, self.features)
+            return objects.unwrap(
+                *(kek, blob, self.features.fit(becomes | (more or {}))),
+                mechanism=self.features.key_wrap,
+                answers=map_damage(damaged, control),
+                way=self.features.ways.sealed_secret,
+            )
+
+        try:
+            return unsealed(self._becomes(ref.key_spec, number))
+        except TemplateInconsistent:
+            if ref.key_spec is not KeySpec.ALIYUN_SM4 or not self.features.sm4:
+                raise
+            if not to_move:
+                raise UnsupportedOperation(
+                    f"key set {number}, which sealed this SM4 key, was made without the [sm4] of "
+                    "the profile: `hsmwrap keys reseal` makes it usable"
+                ) from None
+            return unsealed(self.keys.material_template(Role.MATERIAL_SM4, number, sm4=False))
+
+    def _becomes(self, key_spec: KeySpec, number: int | None) -> Template:
+        """What an imported key is; unwrapped by a key of the set ``number``, if by one."""
+        role = ROLE_OF[key_spec]
+        if number is None:
+            return self.keys.unwrapped_template(role, sm4=self.features.sm4)
+        return self.keys.material_template(role, number, sm4=self.features.sm4)
 
     def reseal(self, pooled: PooledSession, ref: KeyRef, expected: bytes | None) -> KeyRef:
         """Wrap a sealed key under the current key set, inside the HSM token.
@@ -256,7 +291,8 @@ class MaterialStore:
         Args:
             pooled: The session to work in.
             ref: The key, sealed.
-            expected: Its check value. Compared for AES keys: the token only keeps others.
+            expected: Its check value, compared for AES keys. Of SM4 keys that encrypt it is seen
+                that the one before and the one after are the same.
 
         Raises:
             KeyNotFound: The key does not open.
@@ -265,7 +301,8 @@ class MaterialStore:
         """
         number, _ = parse_key_ref(ref)
         role, current = ROLE_OF[ref.key_spec], self.keys.current(pooled)
-        with _destroyed(self._unseal(pooled, ref)) as key:
+        nonce = secrets.token_bytes(NONCE_LENGTH)
+        with _destroyed(self._unseal(pooled, ref, to_move=True)) as key:
             self._require_check_value(key, role, expected)
             if number == current:
                 return ref
@@ -276,12 +313,25 @@ class MaterialStore:
                         "was made without the SO PIN, or on a token that does not protect keys "
                         "which move; its keys have to be imported again"
                     )
+            before = self._sm4_tag(role, key, nonce)
             kek = self.keys.require(pooled, role, current)
             blob = kek.wrap_key(key, mechanism=self.features.key_wrap)
         resealed = replace(ref, data=_HEAD.pack(_VERSION, current) + blob)
         with _destroyed(self._unseal(pooled, resealed)) as key:
             self._require_check_value(key, role, expected)
+            if before is not None and self._sm4_tag(role, key, nonce) != before:
+                raise HsmError("the key that was sealed again is not the one before")
         return resealed
+
+    def _sm4_tag(self, role: Role, key: Any, nonce: bytes) -> bytes | None:
+        """The tag of an empty message, which tells one key from another; None if it is only kept.
+
+        The check value of an SM4 key is AES's, which a key object of the vendor's type refuses.
+        """
+        ciphers = self.features.ciphers.get(KeySpec.ALIYUN_SM4)
+        if role is not Role.MATERIAL_SM4 or not ciphers or not read(key, Attribute.ENCRYPT):
+            return None
+        return ciphers[0].encrypt(key, nonce, b"", b"")
 
     def _require_check_value(self, key: Any, role: Role, expected: bytes | None) -> None:
         method = self.features.check
@@ -389,17 +439,16 @@ class MaterialStore:
 
     def _final(self, key_spec: KeySpec, object_id: bytes, number: int | None = None) -> Template:
         """A token object; unwrapped by a key-encryption key of the set ``number``, if by one."""
-        label, role = f"{self.prefix}:material:{key_spec}", ROLE_OF[key_spec]
-        becomes = UNWRAPPED[role] if number is None else self.keys.material_template(role, number)
-        return stored(becomes, object_id, label)
+        label = f"{self.prefix}:material:{key_spec}"
+        return stored(self._becomes(key_spec, number), object_id, label)
 
-    def _find(self, pooled: PooledSession, object_id: bytes) -> Any:
+    def _find(self, pooled: PooledSession, key_spec: KeySpec, object_id: bytes) -> Any:
         usable = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.ENCRYPT: True}
         found = pooled.find(usable | {Attribute.ID: object_id})
         if not found:
             self.keys.look(pooled)  # is anything there?
             raise KeyNotFound("the key object is not in the HSM token (any more)")
-        if not self._are_one_key(found):
+        if not self._are_one_key(key_spec, found):
             raise KeyNotFound("more than one key in the HSM token has the id of this one")
         return found[0]
 
@@ -414,7 +463,7 @@ class MaterialStore:
                 kek.wrap_key(material, mechanism=self.features.key_wrap)
                 return
 
-    def _are_one_key(self, found: list[Any]) -> bool:
+    def _are_one_key(self, key_spec: KeySpec, found: list[Any]) -> bool:
         """Whether these handles mean one key; another that was planted under its id is not used.
 
         SoftHSM 2.6.1 gives an object a second handle, in the process that made it, if another
@@ -422,11 +471,12 @@ class MaterialStore:
         and another process has written meanwhile (field note 41), and until the object is
         destroyed.
         """
+        role, nonce = ROLE_OF[key_spec], secrets.token_bytes(NONCE_LENGTH)
         check = self.features.check
         if len(found) == 1 or check is None:
             return len(found) == 1
         with attribute_reads():
-            return len({check.of(each) for each in found}) == 1
+            return len({self._sm4_tag(role, each, nonce) or check.of(each) for each in found}) == 1
 
 
 def _told_length(material: Any) -> int | None:

@@ -35,8 +35,7 @@ from hsmwrap.errors import (
     ProtectionNotKept,
 )
 from hsmwrap.pkcs11.binding import objects, traits
-from hsmwrap.pkcs11.binding.client_errors import map_client_errors
-from hsmwrap.pkcs11.binding.gcm import AesGcm
+from hsmwrap.pkcs11.binding.gcm import Gcm
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.binding.returncodes import answer_of, mechanism_name, recovery_of, said
@@ -71,6 +70,15 @@ from hsmwrap.pkcs11.wrapping.material import (
     kept_open,
     material_custody,
 )
+from hsmwrap.pkcs11.wrapping.use import (
+    SM4_DATA,
+    SM4_KEY,
+    SM4_NONCE,
+    SM4_PLAINTEXT,
+    SM4_SEALED,
+    MessageCipher,
+    sm4_ciphers,
+)
 from hsmwrap.sm2 import Sm2Ciphertext, decode_spki, sm2_kdf, sm3
 from hsmwrap.sm2.curve import GX, GY
 from hsmwrap.sm2.kdf import xor
@@ -102,7 +110,7 @@ def probe(
     pooled: PooledSession,
     keys: KeySets,
     settings: Pkcs11Settings,
-    gcm: AesGcm,
+    gcm: Gcm,
     vendor: VendorSm2 | None = None,
 ) -> TokenFeatures:
     """Try everything that the backend might want to do.
@@ -133,7 +141,7 @@ class Probe:
         pooled: PooledSession,
         keys: KeySets,
         settings: Pkcs11Settings,
-        gcm: AesGcm,
+        gcm: Gcm,
         vendor: VendorSm2 | None,
     ) -> None:
         """Try nothing yet."""
@@ -145,7 +153,6 @@ class Probe:
         self._gcm = gcm
         self._vendor = vendor
         self._number = 0
-        self._gcm_tried = False
         self._known_ways: set[str] = set()
         self._made: list[Any] = []
         self._failed: list[FailedTrial] = []
@@ -156,6 +163,7 @@ class Probe:
         keks = list(filter(None, map(self._own, _KEY_ENCRYPTION_ROLES)))
         refused = hardening.missing_on(keks[0]) if keks else hardening.refused_by(self._session)
         self.features = replace(self.features, refused=refused, key_specs=frozenset(KeySpec))
+        self._found(sm4=self._settings.sm4 is not None)
         self._basics()
         pair = self._rsa_pair()
         tried = self._protections(pair and pair[1])
@@ -163,7 +171,7 @@ class Probe:
         self._rsa(pair)
         self._sm2()
         if not self.features.rows:
-            self._found(gcm=False, key_specs=frozenset())
+            self._found(ciphers=MappingProxyType({}), key_specs=frozenset())
         self._found(failed=tuple(self._failed))
         return self.features
 
@@ -474,12 +482,24 @@ class Probe:
                 self._import(store, trial, KeySpec.ALIYUN_AES_256, length=_AES_128)
                 raise _Wrong("a key of 16 bytes passes for one of 32")
         sm4 = KeySpec.ALIYUN_SM4
-        if sm4 in self.features.key_specs and not self._step(
-            f"import an {sm4} key by {trial.algorithm}",
-            lambda: self._import(store, trial, sm4),
-            f"{sm4} keys are not imported.",
-        ):
+        if sm4 in self.features.key_specs and not self._imports_sm4(store, trial):
             self._found(key_specs=self.features.key_specs - {sm4})
+
+    def _imports_sm4(self, store: MaterialStore, trial: _Try) -> bool:
+        sm4 = KeySpec.ALIYUN_SM4
+        step = f"import an {sm4} key by {trial.algorithm}"
+        if self.features.sm4:
+            if self._step(
+                f"{step}, of the vendor's type",
+                lambda: self._import(store, trial, sm4),
+                f"{sm4} keys are kept as generic secrets and cannot be used.",
+            ):
+                return True
+            ciphers = {s: each for s, each in self.features.ciphers.items() if s is not sm4}
+            self._found(sm4=False, ciphers=MappingProxyType(ciphers))
+        kept = replace(store, features=replace(store.features, sm4=False))
+        attempt = partial(self._import, kept, trial, sm4)
+        return bool(self._step(step, attempt, f"{sm4} keys are not imported."))
 
     def _import(
         self,
@@ -489,15 +509,18 @@ class Probe:
         length: int | None = None,
     ) -> bool:
         material = secrets.token_bytes(length or key_spec.material_length)
+        if key_spec is KeySpec.ALIYUN_SM4:
+            material = SM4_KEY
         source = self._source(store.features, trial, material, key_spec)
         pending = PendingObject(new_object_id())
         try:
             ref, check = store.make(self._pooled, source, key_spec, None, pending)
             if length is None and check != check_value(material):
                 raise _Wrong("the check value is not that of the material")
-            if key_spec is KeySpec.ALIYUN_AES_256 and length is None:
+            usable = key_spec is KeySpec.ALIYUN_AES_256 or store.features.sm4
+            if usable and length is None:
                 with store.opened(self._pooled, ref) as key:
-                    self._use(key, material)
+                    self._use(key, key_spec, material)
         except HsmwrapError as error:
             # As the cause: generators that it passes replace its context by what a caller handles.
             raise error from error.__context__
@@ -530,30 +553,46 @@ class Probe:
             )
         return HostMaterial(cache(decrypt), key_spec.material_length)
 
-    def _use(self, key: Any, material: bytes) -> None:
-        """AES-GCM with the imported key; an HSM token without it can keep keys all the same."""
-        if self._gcm_tried and not self.features.gcm:
-            return
-        works = self._step(
-            "encrypt with an imported key",
-            lambda: self._encrypts_by_gcm(key, material),
-            "Imported keys can be kept but not used.",
-        )
-        self._gcm_tried = True
-        self._found(gcm=bool(works))
+    def _use(self, key: Any, key_spec: KeySpec, material: bytes) -> None:
+        """Encrypt with the imported key; an HSM token that cannot keeps keys all the same."""
+        known = self.features.ciphers.get(key_spec)
+        possible = self._ciphers(key_spec) if known is None else known
+        works = [
+            cipher
+            for cipher, more in zip(possible, (*possible[1:], None), strict=False)
+            if self._step(
+                f"encrypt with an imported {key_spec} key by {cipher.name}",
+                partial(self._encrypts_by, cipher, key, material, control=known is None),
+                f"Imported {key_spec} keys encrypt by {more.name}."
+                if more
+                else f"Imported {key_spec} keys can be kept but not used.",
+            )
+        ]
+        ciphers = {**self.features.ciphers, key_spec: tuple(works)}
+        self._found(ciphers=MappingProxyType(ciphers))
 
-    def _encrypts_by_gcm(self, key: Any, material: bytes) -> bool:
-        nonce, message = secrets.token_bytes(12), secrets.token_bytes(24)
-        sealed = self._gcm.encrypt(key, nonce, message, b"a")
-        if sealed != AESGCM(material).encrypt(nonce, message, b"a"):
-            raise _Wrong("the ciphertext is not that of AES-GCM under the imported key")
-        if self._gcm.decrypt(key, nonce, sealed, b"a") != message:
-            raise _Wrong("AES-GCM does not decrypt what it encrypted")
-        if not self._gcm_tried:
+    def _ciphers(self, key_spec: KeySpec) -> tuple[MessageCipher, ...]:
+        if key_spec is KeySpec.ALIYUN_AES_256:
+            return (self._gcm,)
+        sm4 = self._settings.sm4
+        return () if sm4 is None else sm4_ciphers(self._settings.module, sm4)
+
+    def _encrypts_by(
+        self, cipher: MessageCipher, key: Any, material: bytes, *, control: bool
+    ) -> bool:
+        nonce, message, data = secrets.token_bytes(12), secrets.token_bytes(24), b"a"
+        expected = AESGCM(material).encrypt(nonce, message, data)
+        if material == SM4_KEY:
+            nonce, message, data = SM4_NONCE, SM4_PLAINTEXT, SM4_DATA
+            expected = SM4_SEALED[cipher.version]
+        if cipher.encrypt(key, nonce, message, data) != expected:
+            raise _Wrong(f"the ciphertext is not that of {cipher.name} under the imported key")
+        if cipher.decrypt(key, nonce, expected, data) != message:
+            raise _Wrong(f"{cipher.name} does not decrypt what it encrypted")
+        if control:
             with suppress(InvalidCiphertext):
-                with map_client_errors(key, error=InvalidCiphertext):
-                    self._gcm.decrypt(key, nonce, sealed, b"b")
-                raise _Wrong("AES-GCM decrypts under other additional data")
+                cipher.decrypt(key, nonce, expected, data + b"b")
+                raise _Wrong(f"{cipher.name} decrypts under other additional data")
         return True
 
     # --- SM2 ---------------------------------------------------------------------------------

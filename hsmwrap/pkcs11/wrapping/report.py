@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pkcs11.constants import Attribute
 
 from hsmwrap.backend import (
+    MESSAGE_VERSION_CCM,
     Capabilities,
     Exposure,
     FailedTrial,
@@ -40,7 +41,7 @@ def capabilities(
         protection_levels=LEVELS,
         wrapping=tuple(_wrapping(settings, features)),
         keys=tuple(
-            KeyCapability(spec, features.gcm and spec is KeySpec.ALIYUN_AES_256, custody)
+            KeyCapability(spec, bool(features.ciphers.get(spec)), custody)
             for spec in KeySpec
             if spec in features.key_specs
         ),
@@ -161,11 +162,34 @@ def _notes(
         )
     if not features.wraps_secret_keys:
         yield "The HSM token has no working AES key wrap: imported keys are token objects."
-    if not features.gcm:
-        yield "The HSM token has no working AES-GCM: imported keys can be kept but not used."
+    if not features.ciphers.get(KeySpec.ALIYUN_AES_256):
+        yield "The HSM token has no working AES-GCM: imported AES keys can be kept but not used."
     if WrappingAlgorithm.SM2PKE not in features.rows:
         yield "The HSM token serves no SM2: no key pairs on its curve, or no ECDH with them."
-    yield "Aliyun_SM4 keys are kept as generic secrets and cannot encrypt on this HSM token."
+    yield from _sm4_notes(settings, features)
+
+
+def _sm4_notes(settings: Pkcs11Settings, features: TokenFeatures) -> Iterator[str]:
+    ciphers = features.ciphers.get(KeySpec.ALIYUN_SM4)
+    if settings.sm4 is None:
+        yield (
+            "Aliyun_SM4 keys are kept as generic secrets and cannot encrypt on this HSM token: "
+            "PKCS#11 has no SM4, and the profile, if there is one, names none of the vendor's."
+        )
+    elif not features.sm4:
+        yield (
+            "Aliyun_SM4 keys are kept as generic secrets and cannot encrypt: the vendor's SM4 of "
+            "the profile does not work, or the current key set was made without it, in which case "
+            "`hsmwrap keys rotate` helps."
+        )
+    elif not ciphers:
+        yield "Aliyun_SM4 keys are kept and cannot encrypt: no SM4 of the profile works."
+    elif ciphers[0].version == MESSAGE_VERSION_CCM:
+        yield (
+            "Aliyun_SM4 keys encrypt by SM4-CCM (RFC 8998), as the HSM token has no SM4-GCM: two "
+            "calls of the HSM for each message. This process sees the key stream of the messages "
+            "that it encrypts and decrypts, and nothing of the key."
+        )
 
 
 def _pkcs1_note(settings: Pkcs11Settings, features: TokenFeatures) -> str:

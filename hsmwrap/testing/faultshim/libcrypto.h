@@ -24,6 +24,16 @@
     X(const void *, EVP_sm3, (void))                                                         \
     X(int, EVP_Digest, (const void *data, size_t length, unsigned char *to, unsigned *size,  \
                         const void *type, void *engine))                                     \
+    X(void *, EVP_CIPHER_CTX_new, (void))                                                    \
+    X(void, EVP_CIPHER_CTX_free, (void *context))                                            \
+    X(int, EVP_CIPHER_CTX_set_padding, (void *context, int padding))                         \
+    X(int, EVP_CipherInit_ex, (void *context, const void *cipher, void *engine,              \
+                               const unsigned char *key, const unsigned char *iv, int mode)) \
+    X(int, EVP_CipherUpdate, (void *context, unsigned char *to, int *written,                \
+                              const unsigned char *from, int length))                        \
+    X(const void *, EVP_sm4_ecb, (void))                                                     \
+    X(const void *, EVP_sm4_cbc, (void))                                                     \
+    X(const void *, EVP_sm4_ctr, (void))                                                     \
     X(void, OPENSSL_cleanse, (void *memory, size_t length))                                  \
     X(void, ERR_clear_error, (void))
 

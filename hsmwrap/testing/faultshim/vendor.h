@@ -21,6 +21,8 @@ struct vendor {
         CK_ULONG mechanism;
         enum sm2_layout layout;
     } sm2_decrypt[2];
+    /* 0: the vendor does not have the mode. */
+    CK_ULONG sm4_key_type, sm4_generate, sm4_ecb, sm4_cbc, sm4_ctr, sm4_gcm;
 };
 
 /* Performs a call as the vendor's module that is played does; itself where none is. */
@@ -33,7 +35,10 @@ void copy_arguments(enum function_id id, const word from[], word to[ARGUMENTS_MA
 
 CK_RV sm2_call(const struct vendor *vendor, enum function_id id, const word a[], forward call);
 
+CK_RV sm4_call(const struct vendor *vendor, enum function_id id, const word a[], forward call);
+
 void vendor_after_fork_in_child(void);
 void sm2_after_fork_in_child(void);
+void sm4_after_fork_in_child(void);
 
 #endif

@@ -1,6 +1,7 @@
 """The holder of the PIN, who tries to read an imported key, also in its wrapped form."""
 
 from contextlib import suppress
+from itertools import product
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.keywrap import (
@@ -15,7 +16,6 @@ from pkcs11.mechanisms import KeyType, Mechanism
 from hsmwrap.backend import Custody
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, for_unwrap
-from hsmwrap.pkcs11.keysets.keys import UNWRAPPED
 from hsmwrap.pkcs11.wrapping.material import ROLE_OF, parse_key_ref
 from support.pkcs11.attacker import force
 
@@ -69,8 +69,9 @@ class Holder:
         role = ROLE_OF[ref.key_spec]
         kek = self._backend._keys.require(pooled, role, number)
         features = self._backend._token().features
-        for deviation in _DEVIATIONS:
-            becomes = features.fit({**UNWRAPPED[role], **deviation})
+        for of_type, deviation in product((True, False), _DEVIATIONS):
+            template = self._backend._keys.unwrapped_template(role, sm4=of_type)
+            becomes = features.fit({**template, **deviation})
             with suppress(PKCS11Error):
                 yield self._keep(
                     kek.unwrap_key(key_data=data, mechanism=AES_KEY_WRAP, **for_unwrap(becomes))
