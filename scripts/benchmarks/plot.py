@@ -39,7 +39,10 @@ def draw(results: Results, path: Path) -> None:
     figure = Figure((_COLUMNS * width, rows * height + 0.4), layout="constrained")
     machine = results.machine
     where = f"hsmwrap on {machine['token']}, {machine['cpu']}, {machine['cores']} cores"
-    figure.suptitle(f"{where} ({results.plan} run)", fontweight="bold")
+    run = f"{results.plan} run"
+    if results.disturbed:
+        run += f"; other processes took {results.others:.0%} of the processor time"
+    figure.suptitle(f"{where} ({run})", fontweight="bold")
     with rc_context({"axes.titlesize": 10, "legend.fontsize": 8}):
         for position, chart in enumerate(charts, 1):
             chart(figure.add_subplot(rows, _COLUMNS, position))
