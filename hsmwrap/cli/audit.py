@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -113,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
 
     log = _from_config(args.config) if args.config else _from_arguments(args)
     try:
-        report = verify(log.path, log.key, log.anchors)
+        with _progress() as progress:
+            report = verify(log.path, log.key, log.anchors, progress)
     except OSError as error:
         raise ConfigurationError(f"{log.path}: {error.strerror}") from None
     # Renaming the log or the host, or emptying both, must not skip the check of the log's end. The
@@ -158,21 +160,44 @@ def run_export(args: argparse.Namespace) -> int:
 
     log = open_audit_log(load_config(args.config))
     position, digest = _position(args.position_file) if args.position_file else (args.after, "")
-    code = 0
+    code, lines = 0, 0
     try:
-        for sequence, each in export(log.path, position, log.key, digest):
-            if isinstance(each, AuditProblem):
-                print(f"{log.path}: {each}", file=sys.stderr)
-                code = 1
-            else:
-                sys.stdout.buffer.write(each)
-                position, digest = sequence, chain.read(each)[0].digest
+        with _progress(shown=not sys.stdout.isatty()) as progress:
+            for sequence, each in export(log.path, position, log.key, digest):
+                if isinstance(each, AuditProblem):
+                    print(f"{log.path}: {each}", file=sys.stderr)
+                    code = 1
+                else:
+                    sys.stdout.buffer.write(each)
+                    position, digest = sequence, chain.read(each)[0].digest
+                    lines += 1
+                    progress(lines)
         sys.stdout.flush()
     except OSError as error:
         raise ConfigurationError(f"{log.path}: {error.strerror}") from None
     if args.position_file:
         _keep_position(args.position_file, f"{position} {digest}".rstrip())
     return code
+
+
+@contextmanager
+def _progress(*, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Takes the number of lines so far, and shows it once a second if stderr is a terminal."""
+    if not (shown and sys.stderr.isatty()):
+        yield lambda _lines: None
+        return
+    due = time.monotonic() + 1
+
+    def show(lines: int) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + 1
+            print(f"\r{lines} lines", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _keep_position(file: Path, position: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -123,13 +123,19 @@ class _Line:
     faults: tuple[str, ...]
 
 
-def verify(path: Path, key: bytes | None = None, anchors: tuple[Link, ...] = ()) -> AuditReport:
+def verify(
+    path: Path,
+    key: bytes | None = None,
+    anchors: tuple[Link, ...] = (),
+    report: Callable[[int], None] = lambda _lines: None,
+) -> AuditReport:
     """Check a whole audit log, with all its files.
 
     Args:
         path: The log's own file.
         key: HMAC key of the chain; None: SHA-256.
         anchors: Lines that the log must have.
+        report: Called with the number of lines so far.
 
     Raises:
         OSError: A file cannot be read, or others hold the lock of the log's own file.
@@ -145,6 +151,7 @@ def verify(path: Path, key: bytes | None = None, anchors: tuple[Link, ...] = ())
         number = line.number
         files += number == 1
         count += number > 0
+        report(count)
         behind += number > 0
         if line.link is None:
             continue

@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -150,6 +151,22 @@ def test_root_makes_no_audit_log_for_the_server(config, run_json, tmp_path, monk
     assert not (tmp_path / "audit.log").exists()
     assert run_json("keys", "rotate", "--config", str(config))[0] == 0
     assert "RotateKeySets" in (tmp_path / "audit.log").read_text()
+
+
+@pytest.mark.parametrize("command", ["verify", "export"])
+def test_progress_is_shown_on_a_terminal_alone(config, command, monkeypatch, capsys):
+    times = count()
+    monkeypatch.setattr("hsmwrap.cli.audit.time.monotonic", lambda: next(times))
+    assert main(["audit", command, "--config", str(config)]) == 0
+    quiet = capsys.readouterr()
+    assert quiet.err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(["audit", command, "--config", str(config)]) == 0
+    shown = capsys.readouterr()
+    assert "\r3 lines" in shown.err
+    assert shown.err.endswith("\r\x1b[K")
+    if command == "export":
+        assert shown.out == quiet.out
 
 
 def test_nothing_moves_with_another_audit_key(config, run_json, tmp_path, capsys):
