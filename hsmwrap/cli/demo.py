@@ -46,7 +46,10 @@ def add_parser(subparsers: Subparsers) -> None:
         "HSMWRAP_SO_PIN_FILE if no --settings are given",
     )
     add_settings_option(parser)
-    parser.add_argument("--profile", help="vendor profile of pkcs11: `hsmwrap profiles list`")
+    parser.add_argument(
+        "--profile",
+        help="vendor profile of pkcs11: a name of `hsmwrap profiles list`, or a file (.toml)",
+    )
     add_json_option(parser)
     parser.set_defaults(run=run)
 
@@ -108,7 +111,7 @@ def _open_backends(
     if plugin == "pkcs11" and file is None:
         settings = _token_settings(os.environ)
     if profile is not None:
-        settings["profile"] = profile
+        settings["profile_file" if profile.endswith(".toml") else "profile"] = profile
     _ensure_keys(plugin, settings, os.environ.get("HSMWRAP_SO_PIN_FILE") or None)
     return {
         ProtectionLevel.SOFTWARE: stack.enter_context(registry.open_backend("software", {})),

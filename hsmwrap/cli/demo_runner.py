@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hsmwrap.backend import Backend, ImportedKey, PrivateKeyRef, WrappingKey
 from hsmwrap.catalog import (
@@ -80,7 +80,7 @@ class Row:
     import_ms: float | None = None
     failure: str | None = None
 
-    def to_json(self) -> dict[str, str | bool | float | None]:
+    def to_json(self) -> dict[str, Any]:
         """The row for machines."""
         spec, algorithm, level = self.combination
         return {
@@ -93,6 +93,7 @@ class Row:
             "exposure": self.exposure,
             "client": self.client,
             "backend": self.backend,
+            "key_specs": dict(self.key_specs),
             "issue_ms": self.issue_ms,
             "import_ms": self.import_ms,
         }

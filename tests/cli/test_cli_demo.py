@@ -31,6 +31,7 @@ KEYS = {
     "client",
     "backend",
     "issue_ms",
+    "key_specs",
     "import_ms",
 }
 RSA_ALGORITHMS = ("RSAES_PKCS1_V1_5", "RSAES_OAEP_SHA_1", "RSAES_OAEP_SHA_256")

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.pkcs11.sm4_vendors import WITH_GCM
 
+from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.testing import faults
 
 ROOT = Path(__file__).parents[2]
@@ -64,13 +66,17 @@ def test_every_row_on_the_token_that_is_left_as_it_was(demo, tmp_path):
     }
 
 
-def test_sm2_stays_inside_an_hsm_of_a_vendor_that_is_played(demo, tmp_path, capsys):
+def test_sm2_and_sm4_inside_an_hsm_of_a_vendor_that_is_played(demo, tmp_path, capsys):
     assert faults.main(["play", "sansec", str(tmp_path / "shim")]) == 0
     module = capsys.readouterr().out.strip()
+    profile = tmp_path / "sansec.toml"
+    profile.write_text(f"{profiles.text_of('sansec')}\n{WITH_GCM.sm4}", "utf-8")
     status, document = demo(
-        "--profile", "sansec", before=["env", f"HSMWRAP_PKCS11_MODULE={module}"]
+        "--profile", str(profile), before=["env", f"HSMWRAP_PKCS11_MODULE={module}"]
     )
     assert (status, document["ok"]) == (0, True)
-    rows = [row for row in document["rows"] if row["wrapping_algorithm"] == "SM2PKE"]
-    inside = {row["exposure"] for row in rows if row["allowed"] and row["backend"] == "pkcs11"}
-    assert inside == {"in_hsm"}
+    inside = [row for row in document["rows"] if row["allowed"] and row["backend"] == "pkcs11"]
+    sm2 = {row["exposure"] for row in inside if row["wrapping_algorithm"] == "SM2PKE"}
+    assert sm2 == {"in_hsm"}
+    used = [row["key_specs"] for row in inside]
+    assert all(each == {"Aliyun_AES_256": "used", "Aliyun_SM4": "used"} for each in used)

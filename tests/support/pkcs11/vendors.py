@@ -6,6 +6,7 @@ from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.sm2 import Layout
 from hsmwrap.testing.faults import Restriction, Vendor
+from support.pkcs11.sm4_vendors import WITH_GCM
 
 R = Restriction
 
@@ -18,11 +19,13 @@ class SimulatedVendor:
         vendor: What the shim plays.
         restrictions: What the HSM does not do besides, or does otherwise.
         layout: The ciphertexts that it takes, where the profile has others.
+        sm4: ``[sm4]`` for the profile, where that has none.
     """
 
     vendor: Vendor
     restrictions: Restriction
     layout: Layout | None = None
+    sm4: str = ""
 
     def __str__(self):
         return self.vendor.name.lower()
@@ -42,13 +45,14 @@ class SimulatedVendor:
         shim.play(self.vendor)
         shim.restrict(self.restrictions)
         named = {"profile": self.profile}
-        if self.layout is not None:
-            named = {"profile_file": self.profile_file(directory, ciphertext=self.layout)}
+        if self.layout is not None or self.sm4:
+            changes = {} if self.layout is None else {"ciphertext": self.layout}
+            named = {"profile_file": self.profile_file(directory, **changes)}
         return token.bare_settings(module=str(shim.path), **named, **more)
 
     def profile_file(self, directory, **changes):
         """The profile with other values in its table ``[sm2]``, as a file of an operator's."""
-        text = profiles.text_of(self.profile)
+        text = profiles.text_of(self.profile).replace("[sm2]", f"{self.sm4}\n[sm2]")
         for name, value in changes.items():
             kept = [line for line in text.splitlines() if not line.startswith(f"{name} =")]
             text = "\n".join([*kept, "" if value is None else f'{name} = "{value}"', ""])
@@ -62,8 +66,8 @@ def vendor_of(settings):
     return Pkcs11Settings.from_mapping(settings).vendor
 
 
-POOR = SimulatedVendor(Vendor.SANSEC, R.NO_TRUST)
-"""By the shipped profile, without the protections that it says are unknown there."""
+POOR = SimulatedVendor(Vendor.SANSEC, R.NO_TRUST, sm4=WITH_GCM.sm4)
+"""By the shipped profile and SM4-GCM, without the protections that it says are unknown there."""
 PROTECTING = SimulatedVendor(Vendor.TASS, R.EC_POINT_XY, Layout.C1C2C3)
-"""The same numbers, another layout, points as x ‖ y, and every protection of SoftHSM2."""
+"""The same numbers, another layout, points as x ‖ y, SM4 without GCM, SoftHSM2's protections."""
 SIMULATED = (POOR, PROTECTING)
