@@ -117,14 +117,16 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> frozenset[Protecti
 class KeySetManager:
     """The key sets of one plug-in and its settings: what ``hsmwrap keys`` works on."""
 
-    def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
-        """Load the plug-in.
+    def __init__(
+        self, name: str, settings: Mapping[str, Any], plugin: type[Backend] | None = None
+    ) -> None:
+        """Load the plug-in; ``plugin`` is its class where it is not registered.
 
         Raises:
             BackendLoadError: As :func:`load`.
             UnsupportedOperation: Its key sets are not managed here.
         """
-        plugin = load(name)
+        plugin = load(name) if plugin is None else plugin
         if not issubclass(plugin, ManagesKeySets):
             raise UnsupportedOperation(f"backend plug-in {name} has no key sets to manage here")
         self._name, self._plugin, self._settings = name, plugin, settings

@@ -39,6 +39,7 @@ from hsmwrap.guard import guarded
 from hsmwrap.testing._conformance.base import PAIRS, Conversation, UsableKey
 from hsmwrap.testing._conformance.imports import ImportConformance
 from hsmwrap.testing._conformance.lifecycle import LifecycleConformance
+from hsmwrap.testing._conformance.moving import MovingConformance
 from hsmwrap.testing._conformance.resealing import ResealingConformance
 from hsmwrap.testing._conformance.run import KitRun, kit_run, required
 from hsmwrap.testing._conformance.tokens import ImportTokenConformance
@@ -48,13 +49,13 @@ from hsmwrap.testing._conformance.wrapping import WrappingKeyConformance
 __all__ = ["PAIRS", "BackendConformance", "Conversation", "UsableKey"]
 
 
-@pytest.mark.usefixtures("backend")
 class BackendConformance(
     WrappingKeyConformance,
     ImportConformance,
     UseConformance,
     ImportTokenConformance,
     ResealingConformance,
+    MovingConformance,
     LifecycleConformance,
 ):
     """Subclass it, set ``plugin`` and override the fixture ``settings``."""
@@ -81,7 +82,7 @@ class TestRegisteredBackend(BackendConformance):
     @classmethod
     def settings(cls, kit_run: KitRun) -> Iterator[Mapping[str, Any]]:
         """Those of the file, changed for key sets of this run alone where the plug-in can do it."""
-        with kit_run.key_sets() as settings:
+        with kit_run.key_sets(kit_run.first, make=True) as settings:
             yield settings
 
     @pytest.fixture(scope="class")
@@ -114,6 +115,20 @@ class TestRegisteredBackend(BackendConformance):
     def so_pin_file(self, kit_run: KitRun) -> str | None:
         """From the option."""
         return kit_run.first.so_pin_file
+
+    @pytest.fixture
+    def other_settings(self, kit_run: KitRun) -> Iterator[Mapping[str, Any] | None]:
+        """A place without key sets, in the HSM of the option."""
+        if kit_run.other is None:
+            yield None
+            return
+        with kit_run.key_sets(kit_run.other, make=False) as settings:
+            yield settings
+
+    @pytest.fixture
+    def other_so_pin_file(self, kit_run: KitRun) -> str | None:
+        """From the option."""
+        return None if kit_run.other is None else kit_run.other.so_pin_file
 
     @pytest.fixture
     def may_rotate(self, settings: Mapping[str, Any], kit_run: KitRun) -> bool:

@@ -8,13 +8,14 @@ registered as a plug-in: a test opens it by its class.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import os
 import re
 import secrets
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -22,13 +23,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hsmwrap.backend import (
     CONTRACT_VERSION,
     NONCE_LENGTH,
     Backend,
+    BacksUpKeySets,
     Capabilities,
+    ClonesKeySets,
     CountsObjects,
     Custody,
     Exposure,
@@ -38,6 +42,7 @@ from hsmwrap.backend import (
     KeepsTrialsApart,
     KeyCapability,
     KeyRef,
+    KeySetFile,
     KeySetInfo,
     Mac,
     ManagesKeySets,
@@ -69,6 +74,7 @@ from hsmwrap.software.sm2 import Sm2Scheme
 GRACE = timedelta(minutes=15)
 """How long after its expiry a wrapping key is reaped: another machine's clock may be behind."""
 
+_TRANSPORT = "transport"
 _TRIAL = ".trial-"
 _EXPIRY = struct.Struct(">d")
 _E = TypeVar("_E", bound=StrEnum)
@@ -138,6 +144,8 @@ class MemoryBackend(
     Backend,
     HasKeySets,
     ManagesKeySets,
+    ClonesKeySets,
+    BacksUpKeySets,
     KeepsTrialsApart,
     CountsObjects,
     ReapsWrappingKeys,
@@ -383,6 +391,128 @@ class MemoryBackend(
         del store[_key_set(key_set)]
 
     @classmethod
+    def make_transport_key(
+        cls,
+        settings: Mapping[str, Any],
+        *,
+        so_pin_file: str | None = None,  # noqa: ARG003  # a key set here has no officer
+    ) -> KeySetFile:
+        """Make an X25519 pair, which replaces an older one; the file is the public half."""
+        private = X25519PrivateKey.generate()
+        MemorySettings.from_mapping(settings).open_store()[_TRANSPORT] = private.private_bytes_raw()
+        return _file(private.public_key().public_bytes_raw())
+
+    @classmethod
+    def export_keys(
+        cls,
+        settings: Mapping[str, Any],
+        transport_key: str,
+        fingerprint: str,
+        *,
+        so_pin_file: str | None = None,  # noqa: ARG003  # a key set here has no officer
+    ) -> KeySetFile:
+        """The sender's public half, and the key sets under what both halves agree on."""
+        theirs = _confirmed(transport_key, fingerprint)
+        ours = X25519PrivateKey.generate()
+        key = _agreed(ours, theirs)
+        wrapped = cls.wrap_key_sets(MemorySettings.from_mapping(settings).open_store(), key)
+        return _file(theirs + ours.public_key().public_bytes_raw() + wrapped)
+
+    @classmethod
+    def import_keys(
+        cls,
+        settings: Mapping[str, Any],
+        exported: str,
+        fingerprint: str,
+        *,
+        so_pin_file: str | None = None,  # noqa: ARG003  # a key set here has no officer
+    ) -> tuple[KeySetInfo, ...]:
+        """Take them in, and destroy the transport key."""
+        content = _confirmed(exported, fingerprint)
+        store = MemorySettings.from_mapping(settings).open_store()
+        private = X25519PrivateKey.from_private_bytes(store.get(_TRANSPORT, bytes(32)))
+        if private.public_key().public_bytes_raw() != content[:32]:
+            raise ConfigurationError("memory backend: the file is for another transport key")
+        cls.unwrap_key_sets(store, content[64:], _agreed(private, content[32:64]))
+        del store[_TRANSPORT]
+        return cls.list_keys(settings)
+
+    @classmethod
+    def back_up_keys(
+        cls,
+        settings: Mapping[str, Any],
+        backup_key: bytes,
+        *,
+        so_pin_file: str | None = None,  # noqa: ARG003  # a key set here has no officer
+    ) -> str:
+        """All key sets, encrypted by AES-GCM, in hexadecimal digits."""
+        store = MemorySettings.from_mapping(settings).open_store()
+        return cls.wrap_key_sets(store, backup_key).hex()
+
+    @classmethod
+    def restore_keys(
+        cls,
+        settings: Mapping[str, Any],
+        backup: str,
+        backup_key: bytes,
+        *,
+        so_pin_file: str | None = None,  # noqa: ARG003  # a key set here has no officer
+    ) -> tuple[KeySetInfo, ...]:
+        """Decrypt them."""
+        store = MemorySettings.from_mapping(settings).open_store()
+        cls.unwrap_key_sets(store, _from_hex(backup), backup_key)
+        return cls.list_keys(settings)
+
+    @classmethod
+    def drill_keys(
+        cls,
+        settings: Mapping[str, Any],
+        backup: str,
+        backup_key: bytes,
+        examine: Callable[[Mapping[str, Any]], None],
+        *,
+        so_pin_file: str | None = None,
+    ) -> tuple[KeySetInfo, ...]:
+        """Restore in a place of its own; the HSM of the backup has key sets and is refused too."""
+        if cls.list_keys(settings):
+            raise ConfigurationError("memory backend: there are key sets; a drill takes none")
+        own = cls.trial_settings(settings)
+        try:
+            restored = cls.restore_keys(own, backup, backup_key, so_pin_file=so_pin_file)
+            examine(own)
+        finally:
+            cls.end_trial(own)
+        return restored
+
+    @classmethod
+    def wrap_key_sets(cls, store: Store, key: bytes) -> bytes:
+        """All key sets, encrypted: nonce, GCM output over the number and bytes of each."""
+        plain = b"".join(n.to_bytes(2, "big") + store[_key_set(n)] for n in _key_sets(store))
+        if not plain:
+            raise ConfigurationError("memory backend: no key set yet; initialise one")
+        nonce = secrets.token_bytes(NONCE_LENGTH)
+        return nonce + AESGCM(key).encrypt(nonce, plain, None)
+
+    @classmethod
+    def unwrap_key_sets(cls, store: Store, wrapped: bytes, key: bytes) -> None:
+        """Add those that are not there.
+
+        Raises:
+            HsmError: It does not decrypt.
+            ConfigurationError: There is another one of the same number. Nothing was added.
+        """
+        try:
+            plain = AESGCM(key).decrypt(wrapped[:NONCE_LENGTH], wrapped[NONCE_LENGTH:], None)
+        except (InvalidTag, ValueError):
+            raise HsmError("the key sets do not decrypt: changed, or for another key") from None
+        entries = (plain[at : at + 34] for at in range(0, len(plain), 34))
+        found = {_key_set(int.from_bytes(entry[:2], "big")): entry[2:] for entry in entries}
+        if any(store.get(name, value) != value for name, value in found.items()):
+            raise ConfigurationError("memory backend: there is another key set of this number")
+        for name, value in found.items():
+            store.setdefault(name, value)
+
+    @classmethod
     def trial_settings(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         """With a directory beside theirs, or a store of their own."""
         beside = MemorySettings.from_mapping(settings).directory
@@ -482,6 +612,29 @@ def _wrapping(object_id: bytes) -> str:
 
 def _material(object_id: bytes) -> str:
     return f"material-{object_id.hex()}"
+
+
+def _file(content: bytes) -> KeySetFile:
+    return KeySetFile(content.hex(), hashlib.sha256(content).hexdigest())
+
+
+def _from_hex(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise ConfigurationError("memory backend: not a file of key sets") from None
+
+
+def _confirmed(text: str, fingerprint: str) -> bytes:
+    content = _from_hex(text)
+    if not hmac.compare_digest(hashlib.sha256(content).hexdigest(), fingerprint):
+        raise ConfigurationError("memory backend: the file has another fingerprint")
+    return content
+
+
+def _agreed(private: X25519PrivateKey, public: bytes) -> bytes:
+    shared = private.exchange(X25519PublicKey.from_public_bytes(public))
+    return hmac.digest(shared, b"key sets", "sha256")
 
 
 def _key_sets(store: Store) -> list[int]:

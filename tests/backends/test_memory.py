@@ -19,6 +19,10 @@ class TestSealed(BackendConformance):
     def settings(self, tmp_path):
         return dict.fromkeys(CUSTODIES, self.custody) | {"directory": str(tmp_path)}
 
+    @pytest.fixture
+    def other_settings(self, settings, tmp_path):
+        return settings | {"directory": f"{tmp_path}-another"}
+
 
 @pytest.mark.slow
 class TestResident(TestSealed):

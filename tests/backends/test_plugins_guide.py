@@ -93,6 +93,7 @@ def test_it_passes_the_kit(installed):
         "capability: has no objects to count",
         "capability: no holder of a PIN who could try to read keys",
         "capability: does not re-seal keys",
+        "capability: key sets do not move to another HSM",
         "capability: keeps no wrapping keys in the HSM",
         "capability: keeps no imported keys in the HSM",
         "capability: can use every Aliyun_AES_256 key",

@@ -13,6 +13,7 @@ from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.mechanisms import KeyType, Mechanism
 from support.pkcs11.attacker import KEY_FUNCTION_NOT_PERMITTED, SHA1_OAEP, Attacker, readable
 from support.pkcs11.clone_user import MATERIAL, sealed_on, used_on
+from support.services.softhsm import two_slots as make_two_slots
 
 from hsmwrap.checkvalue import check_value
 from hsmwrap.errors import ConfigurationError, UnsupportedOperation
@@ -112,13 +113,7 @@ def require_used(token, prefix, directory, sealed):
 @pytest.fixture(scope="module")
 def two_slots(tmp_path_factory):
     """Two tokens of one module, with PINs of their own."""
-    directory, tokens = tmp_path_factory.mktemp("slots"), []
-    for label in ("first", "second"):
-        made = SoftHsm.make(directory, label)
-        for name in ("HSMWRAP_PIN_FILE", "HSMWRAP_SO_PIN_FILE"):
-            file = Path(made.environment[name])
-            made.environment[name] = str(file.rename(directory / f"{label}-{file.name}"))
-        tokens.append(made)
+    tokens = make_two_slots(tmp_path_factory.mktemp("slots"))
     assert len({Path(each.environment["HSMWRAP_PIN_FILE"]).read_text() for each in tokens}) == 2
     return tokens
 

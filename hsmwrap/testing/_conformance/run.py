@@ -99,12 +99,16 @@ class KitRun:
     # --- for the fixtures --------------------------------------------------------------------
 
     @contextmanager
-    def key_sets(self) -> Iterator[Mapping[str, Any]]:
-        """Settings with a key set of the run's own, which is destroyed at the end.
+    def key_sets(self, target: Target, *, make: bool) -> Iterator[Mapping[str, Any]]:
+        """Settings for key sets of the run's own, which are destroyed at the end.
 
-        The settings of the option where the plug-in cannot keep trials apart.
+        The settings of ``target`` where the plug-in cannot keep trials apart.
+
+        Args:
+            target: What the options name.
+            make: Whether to make a key set.
         """
-        plugin, given = self.plugin_class, self.first.settings
+        plugin, given = self.plugin_class, target.settings
         own = given
         if issubclass(plugin, KeepsTrialsApart):
             with suppress(ConfigurationError):  # a keyring in memory
@@ -113,9 +117,9 @@ class KitRun:
             yield given
             return
         try:
-            if issubclass(plugin, ManagesKeySets):
+            if make and issubclass(plugin, ManagesKeySets):
                 with required("its key set cannot be made"):
-                    plugin.initialise_keys(own, so_pin_file=self.first.so_pin_file)
+                    plugin.initialise_keys(own, so_pin_file=target.so_pin_file)
             yield own
         finally:
             plugin.end_trial(own)

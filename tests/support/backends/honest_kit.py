@@ -21,6 +21,10 @@ class HonestKit(BackendConformance):
         }
 
     @pytest.fixture
+    def other_settings(self, settings, tmp_path):
+        return settings | {"directory": f"{tmp_path}-another"}
+
+    @pytest.fixture
     def holder_reads(self, backend):
         backend = backend.ability(self.plugin) or backend
         return lambda key: backend.readable.get(key.data)

@@ -1,10 +1,13 @@
 """Backends that each break one promise, and the tests of the kit that have to notice."""
 
 import base64
+import hashlib
 import itertools
 import logging
 import secrets
+import string
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -22,6 +25,7 @@ from hsmwrap.backend import (
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.checkvalue import check_value
 from hsmwrap.errors import (
+    ConfigurationError,
     HsmError,
     InvalidImportToken,
     InvalidKeyMaterial,
@@ -33,6 +37,7 @@ from hsmwrap.sm2 import encode_point, encode_spki, parse, sm2_kdf, sm3
 from hsmwrap.sm2.kdf import xor
 from hsmwrap.software.rsa import RsaScheme, load
 from hsmwrap.testing._conformance.points import G, multiples_of, multiply
+from hsmwrap.testing.memory import MemorySettings
 from support.backends.honest import HonestBackend
 
 SEALED, RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, Custody.HSM_INTERNAL
@@ -832,3 +837,200 @@ class MovesKeysOfOthers(HonestBackend):
 class CountsAlwaysTheSame(HonestBackend):
     def count_objects(self):
         return 7
+
+
+# --- key sets that move to another HSM -------------------------------------------------------
+
+CLONED = "test_a_cloned_key_set_does_what_it_did"
+RESTORED = "test_a_restored_key_set_does_what_it_did"
+CHANGED = "test_a_changed_backup_restores_nothing_else"
+
+
+def fingerprint_of(text):
+    return hashlib.sha256(bytes.fromhex(text)).hexdigest()
+
+
+def store_of(settings):
+    return MemorySettings.from_mapping(settings).open_store()
+
+
+@mutant("HSM", "test_nothing_is_exported_for_a_transport_key_that_was_not_confirmed")
+class ExportsForAnyTransportKey(HonestBackend):
+    @classmethod
+    def export_keys(cls, settings, transport_key, fingerprint, *, so_pin_file=None):
+        return super().export_keys(settings, transport_key, fingerprint_of(transport_key))
+
+
+@mutant("HSM", "test_a_changed_transport_key_is_refused")
+class TakesAChangedTransportKey(HonestBackend):
+    @classmethod
+    def export_keys(cls, settings, transport_key, fingerprint, *, so_pin_file=None):
+        digits = "".join(each if each in string.hexdigits else "0" for each in transport_key)
+        return super().export_keys(settings, digits, fingerprint_of(digits))
+
+
+@mutant("HSM", "test_key_sets_that_were_not_confirmed_are_refused")
+class ImportsWhatWasNotConfirmed(HonestBackend):
+    @classmethod
+    def import_keys(cls, settings, exported, fingerprint, *, so_pin_file=None):
+        return super().import_keys(settings, exported, fingerprint_of(exported))
+
+
+@mutant("HSM", "test_a_changed_file_of_key_sets_is_refused")
+class ImportsAChangedFile(HonestBackend):
+    """Without integrity, a changed file brings changed keys."""
+
+    @classmethod
+    def import_keys(cls, settings, exported, fingerprint, *, so_pin_file=None):
+        try:
+            return super().import_keys(settings, exported, fingerprint)
+        except ConfigurationError:
+            store_of(settings)["key-set-1"] = secrets.token_bytes(32)
+            return cls.list_keys(settings)
+
+
+@mutant("HSM", "test_a_file_for_another_transport_key_is_refused")
+class KeepsEveryTransportKey(HonestBackend):
+    @classmethod
+    def make_transport_key(cls, settings, *, so_pin_file=None):
+        store = store_of(settings)
+        if "transport" not in store:
+            return super().make_transport_key(settings)
+        before = store["transport"]
+        made = super().make_transport_key(settings)
+        store["transport"] = before
+        return made
+
+
+@mutant("HSM", CLONED)
+class ExportsTheCurrentSetAlone(HonestBackend):
+    @classmethod
+    def wrap_key_sets(cls, store, key):
+        current = max(name for name in store if name.startswith("key-set-"))
+        return super().wrap_key_sets({current: store[current]}, key)
+
+
+class _BringsOtherKeys(HonestBackend):
+    @classmethod
+    def unwrap_key_sets(cls, store, wrapped, key):
+        before = set(store)
+        super().unwrap_key_sets(store, wrapped, key)
+        for name in set(store) - before:
+            store[name] = secrets.token_bytes(32)
+
+
+@mutant("HSM", CLONED)
+class ImportsOtherKeys(_BringsOtherKeys):
+    pass
+
+
+@mutant("HSM", RESTORED)
+class RestoresOtherKeys(_BringsOtherKeys):
+    pass
+
+
+@mutant("HSM", "test_cloning_again_changes_nothing")
+class ImportsTheSameSetAgain(HonestBackend):
+    @classmethod
+    def unwrap_key_sets(cls, store, wrapped, key):
+        again = f"key-set-{len(store)}" if "key-set-1" in store else None
+        super().unwrap_key_sets(store, wrapped, key)
+        if again:
+            store[again] = secrets.token_bytes(32)
+
+
+class _ReplacesSets(HonestBackend):
+    @classmethod
+    def unwrap_key_sets(cls, store, wrapped, key):
+        for name in [name for name in store if name.startswith("key-set-")]:
+            del store[name]
+        super().unwrap_key_sets(store, wrapped, key)
+
+
+@mutant("HSM", "test_a_clone_leaves_another_key_set_of_the_same_id_alone")
+class ImportsOverAnotherSet(_ReplacesSets):
+    pass
+
+
+@mutant("HSM", "test_a_restored_backup_leaves_another_key_set_of_the_same_id_alone")
+class RestoresOverAnotherSet(_ReplacesSets):
+    pass
+
+
+@mutant("HSM", CHANGED)
+class CountsHalfASet(HonestBackend):
+    """Fails in the middle, and leaves what it had made by then."""
+
+    @classmethod
+    def unwrap_key_sets(cls, store, wrapped, key):
+        try:
+            super().unwrap_key_sets(store, wrapped, key)
+        except HsmError:
+            store["key-set-1"] = secrets.token_bytes(32)
+            raise
+
+
+@mutant("HSM", CHANGED)
+class RestoresAChangedBackup(HonestBackend):
+    @classmethod
+    def restore_keys(cls, settings, backup, backup_key, *, so_pin_file=None):
+        try:
+            return super().restore_keys(settings, backup, backup_key)
+        except (ConfigurationError, HsmError):
+            store_of(settings)["key-set-1"] = secrets.token_bytes(32)
+            return cls.list_keys(settings)
+
+
+@mutant("HSM", "test_another_backup_key_restores_nothing")
+class RestoresByAnyBackupKey(HonestBackend):
+    @classmethod
+    def back_up_keys(cls, settings, backup_key, *, so_pin_file=None):
+        return super().back_up_keys(settings, bytes(32))
+
+    @classmethod
+    def restore_keys(cls, settings, backup, backup_key, *, so_pin_file=None):
+        return super().restore_keys(settings, backup, bytes(32))
+
+
+@mutant("HSM", "test_enough_shares_restore_a_backup_and_fewer_do_not")
+class RestoresNothing(HonestBackend):
+    """That too few shares open nothing is not a plug-in's work: hsmwrap combines them."""
+
+    @classmethod
+    def restore_keys(cls, settings, backup, backup_key, *, so_pin_file=None):
+        return cls.list_keys(settings)
+
+
+@mutant("HSM", "test_a_drill_opens_what_was_sealed_and_leaves_nothing")
+class LeavesWhatItDrilled(HonestBackend):
+    @classmethod
+    def drill_keys(cls, settings, backup, backup_key, examine, *, so_pin_file=None):
+        restored = cls.restore_keys(settings, backup, backup_key)
+        examine(settings)
+        return restored
+
+
+@mutant("HSM", "test_a_drill_opens_what_was_sealed_and_leaves_nothing")
+class DrillsWithoutLooking(HonestBackend):
+    @classmethod
+    def drill_keys(cls, settings, backup, backup_key, examine, *, so_pin_file=None):
+        return super().drill_keys(settings, backup, backup_key, lambda _settings: None)
+
+
+@mutant("HSM", "test_a_drill_that_finds_a_fault_says_so_and_leaves_nothing")
+class HidesAFaultOfADrill(HonestBackend):
+    @classmethod
+    def drill_keys(cls, settings, backup, backup_key, examine, *, so_pin_file=None):
+        def quietly(own):
+            with suppress(HsmError):
+                examine(own)
+
+        return super().drill_keys(settings, backup, backup_key, quietly)
+
+
+@mutant("HSM", "test_a_drill_refuses_an_hsm_in_use")
+class DrillsWhereKeySetsAre(HonestBackend):
+    @classmethod
+    def drill_keys(cls, settings, backup, backup_key, examine, *, so_pin_file=None):
+        own = cls.trial_settings(settings)
+        return super().drill_keys(own, backup, backup_key, examine)

@@ -18,3 +18,15 @@ def make_softhsm(directory: Path, label="hsmwrap-tests") -> SoftHsm:
         return SoftHsm.make(directory, label)
     except SoftHsmNotInstalledError:
         pytest.skip(NOT_INSTALLED)
+
+
+def two_slots(directory):
+    """Two tokens of one module, with PINs of their own."""
+    tokens = []
+    for label in ("first", "second"):
+        made = SoftHsm.make(directory, label)
+        for name in ("HSMWRAP_PIN_FILE", "HSMWRAP_SO_PIN_FILE"):
+            file = Path(made.environment[name])
+            made.environment[name] = str(file.rename(directory / f"{label}-{file.name}"))
+        tokens.append(made)
+    return tokens
