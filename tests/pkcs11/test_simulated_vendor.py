@@ -16,6 +16,7 @@ from pkcs11.mechanisms import KDF, KeyType, Mechanism
 from support.faults.shim import fault_shim
 from support.importing import AES, MATERIAL, RSA_ALGORITHMS, SM2PKE, SM4, flip
 from support.pkcs11.attacker import force
+from support.pkcs11.holder import Holder
 from support.pkcs11.vendors import POOR, PROTECTING, SIMULATED, vendor_of
 
 from hsmwrap import registry
@@ -247,6 +248,17 @@ def test_an_import_token_outlives_its_profile_as_an_error_that_says_so(backend, 
 def test_what_is_not_enforced_is_said(backend, simulated):
     told = " ".join(backend.capabilities().notes)
     assert ("'use but not read' is not enforced" in told) == (not simulated.trusts)
+
+
+@pytest.mark.parametrize("custody", Custody)
+def test_what_the_holder_of_the_pin_reads(settings, simulated, custody):
+    """A sealed key where nothing protects blobs, and nothing else."""
+    with registry.open_backend("pkcs11", {**settings, "material_custody": custody}) as opened:
+        key = issue(opened)
+        imported = bring(opened, key, encrypted(key, MATERIAL[AES]))
+        readable = custody is SEALED and not simulated.trusts
+        assert Holder(opened).reads(imported.key) == (MATERIAL[AES] if readable else None)
+        opened.destroy_key(imported.key)
 
 
 # --- known answers: GM/T 0003.5 -------------------------------------------------------------------
