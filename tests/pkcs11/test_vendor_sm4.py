@@ -28,7 +28,7 @@ from hsmwrap.pkcs11.binding.profiles import by_number
 from hsmwrap.pkcs11.binding.templates import for_unwrap, secret_key
 from hsmwrap.pkcs11.keysets.keys import Role
 from hsmwrap.pkcs11.settings import Pkcs11Settings
-from hsmwrap.pkcs11.wrapping import use
+from hsmwrap.pkcs11.wrapping import probe, use
 from hsmwrap.pkcs11.wrapping.material import parse_key_ref
 from hsmwrap.testing._conformance.base import tomorrow
 from hsmwrap.testing.clients import decrypt_message, encrypt_message, pyca_encrypt
@@ -361,6 +361,40 @@ def test_a_number_that_is_another_s_is_not_believed(play, wrong):
     assert not report.key_for(SM4).usable
     assert report.key_for(AES).usable
     assert "Aliyun_SM4 keys are kept and cannot encrypt" in told(report)
+
+
+class Cipher:
+    """One that answers as it should, but for what a test changes."""
+
+    name, version = "GCM", 1
+
+    def __init__(self, **changed):
+        self.changed = changed
+
+    def encrypt(self, _key, *_):
+        return self.changed.get("encrypts", use.SM4_SEALED[1])
+
+    def decrypt(self, _key, _nonce, _sealed, additional_data):
+        if additional_data != use.SM4_DATA and not self.changed.get("lenient"):
+            raise InvalidCiphertext
+        return self.changed.get("decrypts", use.SM4_PLAINTEXT)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"encrypts": use.SM4_SEALED[2]}, "is not that of GCM"),
+        ({"decrypts": b""}, "does not decrypt what it encrypted"),
+        ({"lenient": True}, "decrypts under other additional data"),
+    ],
+)
+def test_a_cipher_that_is_wrong_is_not_offered(changed, says):
+    def tried(cipher):
+        return probe.Probe._encrypts_by(None, cipher, None, use.SM4_KEY, control=True)
+
+    assert tried(Cipher())
+    with pytest.raises(probe._Wrong, match=says):
+        tried(Cipher(**changed))
 
 
 # --- attacks with the PIN -------------------------------------------------------------------------
