@@ -166,6 +166,71 @@ class TestUnit:
         assert "ProtectHouse" in analyzed("verify", file)
 
 
+ADMIN = text_of(DEPLOY / "hsmwrap-admin")
+SYSTEMD_RUN = """\
+#!/bin/sh
+# As systemd: private copies of the credentials, in a directory that the command is told.
+set -eu
+while [ "$1" != -- ]; do
+    case $1 in
+        --property=LoadCredential=*)
+            named=${1#--property=LoadCredential=}
+            cp "${named#*:}" "$CREDENTIALS_DIRECTORY/${named%%:*}";;
+    esac
+    shift
+done
+shift
+chmod 0400 "$CREDENTIALS_DIRECTORY"/*
+exec "$@"
+"""
+
+
+class TestAdmin:
+    """`hsmwrap keys` and `config check --open` with the credentials of the unit."""
+
+    def run(self, host, *arguments, **environment):
+        host.configure(CONFIGURATION)
+        host.put_secrets(host.directory("/etc/hsmwrap"), host.secrets, 0o400)
+        for name in ("/var/lib/hsmwrap", "/var/log/hsmwrap", "/credentials", "/bin"):
+            host.directory(name)
+        programs = host.directory("/bin")
+        for name, text in (("systemd-run", SYSTEMD_RUN), ("hsmwrap-admin", host.here(ADMIN))):
+            (programs / name).write_text(text.replace("/opt/hsmwrap/bin/hsmwrap", str(HSMWRAP)))
+            (programs / name).chmod(0o755)
+        found = {"PATH": f"{programs}:{os.environ['PATH']}"}
+        found["CREDENTIALS_DIRECTORY"] = str(host.directory("/credentials"))
+        return subprocess.run(
+            ["hsmwrap-admin", *arguments],
+            env=os.environ | found | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def test_it_opens_what_the_unit_opens(self, host):
+        done = self.run(host, "config", "check", "--open")
+        assert done.returncode == 0, done.stderr
+        assert str(host.directory("/credentials") / "pin") in done.stdout
+
+    def test_the_so_pin_is_a_credential_too(self, host):
+        so_pin = host.base / "so-pin"
+        so_pin.write_bytes(Path(os.environ["HSMWRAP_SO_PIN_FILE"]).read_bytes())
+        done = self.run(host, "keys", "list", SO_PIN=str(so_pin), HSMWRAP_SO_PIN_FILE="")
+        assert done.returncode == 0, done.stderr
+        assert "current" in done.stdout
+        assert (host.directory("/credentials") / "so-pin").read_bytes() == so_pin.read_bytes()
+
+    def test_user_and_credentials_are_those_of_the_unit(self):
+        def given(name):
+            return re.findall(rf"--property={name}=(\S+)", ADMIN)
+
+        for name in ("User", "Group", "WorkingDirectory", "UMask", "LimitCORE"):
+            assert given(name) == unit_values(name)
+        assert given("LoadCredential")[:-1] == unit_values("LoadCredential")
+        exported = re.findall(r'export (HSMWRAP_SERVER_\w+)="\$CREDENTIALS_DIRECTORY/(.*)"', ADMIN)
+        assert [f"{name}=%d/{file}" for name, file in exported] == unit_values("Environment")
+
+
 def analyzed(*arguments):
     done = subprocess.run(
         ["systemd-analyze", *arguments],
