@@ -51,6 +51,7 @@ from hsmwrap.errors import (
     InvalidMac,
 )
 from hsmwrap.pkcs11.binding.gcm import Gcm
+from hsmwrap.pkcs11.binding.identity import ObjectIds
 from hsmwrap.pkcs11.binding.templates import Template
 from hsmwrap.pkcs11.binding.traits import DATA_SPECIFIED
 from hsmwrap.pkcs11.keysets import admin, cloning
@@ -340,12 +341,15 @@ class Pkcs11Backend(
             )
             stays = (Attribute.TOKEN, Attribute.ID, Attribute.LABEL)
             placed = {} if token.features.session_objects else {a: template[a] for a in stays}
+            epoch = pooled.epoch.number
             with pooled.creating(pending):
-                public, _private = self._generate(pooled, spec, template, placed)
+                public, private = self._generate(pooled, spec, template, placed)
             try:
-                return _public_key_der(spec, public)
+                der = _public_key_der(spec, public)
             finally:
                 public.destroy()
+            pooled.keep_handle(pending.object_id, private, epoch)
+            return der
 
         der = self._run(operation, retry=False, pending=pending)
         return der, token.wrapping.resident(role, pending.object_id)
@@ -364,7 +368,13 @@ class Pkcs11Backend(
     def discard_wrapping_key(self, private_key: PrivateKeyRef) -> None:
         """Destroy a resident wrapping key; nothing to do for a sealed one."""
         if private_key.custody is Custody.HSM_INTERNAL:
-            self._connection.destroy(parse_ref(private_key)[2])
+            object_id, token = parse_ref(private_key)[2], self._probed
+            self._connection.destroy(
+                object_id,
+                lambda pooled: (
+                    token is not None and token.wrapping.destroy_known(pooled, object_id)
+                ),
+            )
 
     # --- import ------------------------------------------------------------------------------
 
@@ -576,7 +586,7 @@ class Pkcs11Backend(
 
     def _probe(self, pooled: PooledSession) -> _Token:
         number = self._keys.current(pooled)
-        gcm = Gcm(self._settings.module)
+        gcm, ids = Gcm(self._settings.module), ObjectIds(self._settings.module)
         features = probe(pooled, self._keys, self._settings, gcm, self._vendor)
         trusted = self._keys.trusts(number)
         custody = material_custody(self._settings, features)
@@ -584,7 +594,7 @@ class Pkcs11Backend(
         return _Token(
             features=features,
             trusted=trusted,
-            wrapping=WrappingKeyStore(self._keys, prefix, features),
+            wrapping=WrappingKeyStore(self._keys, prefix, features, ids),
             material=MaterialStore(
                 self.name, self._keys, prefix, custody, features, kept_open(self._settings)
             ),

@@ -84,6 +84,8 @@ def test_a_planted_key_that_cannot_encrypt_is_not_in_the_way(backend, attacker):
 def test_what_is_found_again_was_not_gone(backend, monkeypatch):
     """A handle that was invalid for another reason leaves its object where it was."""
     wrapping = issue(backend, SM2)
+    # As in a process that did not issue it, and searches.
+    backend.ability(Pkcs11Backend)._connection._connector.connected.pool._handles._known.clear()
     find, calls = PooledSession.find, []
 
     class Stale:

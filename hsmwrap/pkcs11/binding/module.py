@@ -98,7 +98,9 @@ class _FunctionListHead(ctypes.Structure):
             ),
         ),
         ("c_logout", ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)),
-        ("_until_c_get_attribute_value", ctypes.c_void_p * 4),
+        ("_until_c_destroy_object", ctypes.c_void_p * 2),
+        ("c_destroy_object", ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)),
+        ("_until_c_get_attribute_value", ctypes.c_void_p),
         (
             "c_get_attribute_value",
             ctypes.CFUNCTYPE(

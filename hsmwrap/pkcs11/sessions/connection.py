@@ -180,14 +180,23 @@ class Connection(ForkAware):
             self._attempts.recover(failure)
             raise failure.error from None
 
-    def destroy(self, object_id: bytes) -> None:
+    def destroy(
+        self,
+        object_id: bytes,
+        known: Callable[[PooledSession], bool] = lambda _pooled: False,
+    ) -> None:
         """Destroy every token object with this CKA_ID; after an error, as soon as that is possible.
+
+        ``known`` is tried first: it destroys the only one without a search, or returns False.
 
         Raises:
             As :meth:`run`.
         """
         pending = PendingObject(object_id, may_exist=True)
-        self.run(lambda pooled: pooled.destroy({Attribute.ID: object_id}), pending=pending)
+        self.run(
+            lambda pooled: known(pooled) or pooled.destroy({Attribute.ID: object_id}),
+            pending=pending,
+        )
 
     def destroy_pending(self) -> None:
         """Try again to destroy objects that failed operations left.

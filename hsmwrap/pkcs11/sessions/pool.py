@@ -20,6 +20,7 @@ from pkcs11.types import Session
 from hsmwrap.errors import HsmResourceExhausted, PoolTimeout
 from hsmwrap.pkcs11.binding.objectlock import ObjectLock
 from hsmwrap.pkcs11.binding.returncodes import HsmLost, Remedy, recovery_of, said
+from hsmwrap.pkcs11.sessions.handles import KnownHandles
 from hsmwrap.pkcs11.sessions.session import HandleEpoch, PooledSession, close_quietly
 
 CAP_LIFETIME = 2.0
@@ -141,6 +142,7 @@ class SessionPool:
         self._is_logged_in = is_logged_in
         self._object_lock = lock
         self._epoch = epoch
+        self._handles = KnownHandles()
         self._state = PoolState(size)
         self._cap_ends = 0.0
         self._unclosed: list[Session] = []
@@ -178,7 +180,8 @@ class SessionPool:
                 return pooled
             try:
                 return PooledSession(
-                    self._open(), self._is_logged_in, self._object_lock, self._epoch
+                    *(self._open(), self._is_logged_in, self._object_lock, self._epoch),
+                    self._handles,
                 )
             except PKCS11Error as error:
                 enough = _may_be_too_many(error)

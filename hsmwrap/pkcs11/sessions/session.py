@@ -21,7 +21,11 @@ from pkcs11.exceptions import (
 )
 from pkcs11.types import Session, Token
 
+from hsmwrap.pkcs11.binding.client_errors import attribute_reads
+from hsmwrap.pkcs11.binding.identity import KnownPrivateKey, ObjectIds
 from hsmwrap.pkcs11.binding.objectlock import NO_LOCK, ObjectLock
+from hsmwrap.pkcs11.binding.returncodes import recovery_of
+from hsmwrap.pkcs11.sessions.handles import KnownHandles
 from hsmwrap.pkcs11.sessions.opened import OpenedKeys
 
 _BATCH = 10  # objects in a call of C_FindObjects, as in python-pkcs11
@@ -72,6 +76,7 @@ class PooledSession:
         epoch: Of the object handles, the same in all sessions of a connection.
         objects: Epoch and object by label, bound to this session (python-pkcs11 runs an operation
             on the session that an object was found with).
+        handles: Of token objects, by CKA_ID, the same in all sessions of a pool.
         opened: Sealed keys that stay open between uses.
         tainted: Set after any error but a client's; the session is then closed instead of pooled.
     """
@@ -80,6 +85,7 @@ class PooledSession:
     is_logged_in: Callable[[Session], bool]
     lock: ObjectLock = NO_LOCK
     epoch: HandleEpoch = field(default_factory=HandleEpoch)
+    handles: KnownHandles = field(default_factory=KnownHandles)
     objects: dict[str, tuple[int, Any]] = field(default_factory=dict)
     opened: OpenedKeys = field(default_factory=OpenedKeys)
     tainted: bool = False
@@ -108,6 +114,35 @@ class PooledSession:
             self.require_login()
             found = find_objects(self.session, template)  # the login may have come in between
         return found
+
+    def known(self, object_id: bytes, ids: ObjectIds | None) -> KnownPrivateKey | None:
+        """The resident wrapping key with this CKA_ID by a handle that the process has, or None.
+
+        Args:
+            object_id: Its CKA_ID.
+            ids: Tells whether the handle means it still; None: that cannot be told.
+
+        Raises:
+            PKCS11Error: A return code that says something about the connection.
+        """
+        known = self.handles.get(object_id, self.epoch.number)
+        if known is None or ids is None or not ids.direct:
+            return None
+        key = KnownPrivateKey(self.session, known.handle, known.key_type)
+        try:
+            if ids.has(key, object_id):
+                return key
+        except PKCS11Error as error:
+            # Another process destroys it at the same time (field note 34), or a search says more.
+            if recovery_of(error) is not None:
+                raise
+        self.handles.forget(object_id)
+        return None
+
+    def keep_handle(self, object_id: bytes, key: Any, epoch: int) -> None:
+        """Keep the handle of a token object that was made or found since this epoch began."""
+        with attribute_reads():
+            self.handles.keep(object_id, epoch, key)
 
     def destroy(self, template: dict[Attribute, Any]) -> int:
         """Destroy all token objects that match; another session may destroy some at the same time.

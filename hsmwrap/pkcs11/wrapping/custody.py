@@ -26,6 +26,7 @@ from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidImportToken
 from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import map_damage
+from hsmwrap.pkcs11.binding.identity import ObjectIds
 from hsmwrap.pkcs11.binding.templates import (
     NestedTemplate,
     Template,
@@ -86,11 +87,13 @@ class WrappingKeyStore:
         keys: The backend's own keys.
         prefix: Label prefix of this backend's objects.
         features: What the HSM token can do.
+        ids: Tells whether a known handle still means a resident key; None: each is searched for.
     """
 
     keys: KeySets
     prefix: str
     features: TokenFeatures
+    ids: ObjectIds | None = None
 
     def sealing_template(self, role: Role, *, trusted: bool) -> Template:
         """Template to generate a private key with that will be sealed: extractable, no use."""
@@ -179,13 +182,32 @@ class WrappingKeyStore:
         finally:
             private.destroy()
 
+    def destroy_known(self, pooled: PooledSession, object_id: bytes) -> bool:
+        """Destroy a resident key by a handle that this process has; False: search for it.
+
+        Where the HSM token keeps public keys as well, they have the same id, and are searched for.
+        """
+        known = pooled.known(object_id, self.ids)
+        if known is None or self.ids is None or not self.features.session_objects:
+            return False
+        with pooled.token_writes:
+            self.ids.destroy(known)
+        pooled.handles.forget(object_id)
+        return True
+
     def _find_resident(self, pooled: PooledSession, object_id: bytes) -> Any:
+        known = pooled.known(object_id, self.ids)
+        if known is not None:
+            return known
+        epoch = pooled.epoch.number
         found = pooled.find({Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.ID: object_id})
         if not found:
             self.keys.look(pooled)  # is anything there?
             raise InvalidImportToken("the wrapping key of this import token is gone")
         # Two may be one (see hsmwrap.pkcs11.wrapping.material). A planted one opens nothing that
         # was encrypted under the public key that the client got: it denies, as destroying would.
+        if len(found) == 1:
+            pooled.keep_handle(object_id, found[0], epoch)
         return found[0]
 
 
