@@ -250,6 +250,14 @@ class HasKeySets(Ability):
         """Id of the key set that seals now; cheap, as key-pair pools ask once a second."""
 
 
+class ListsKeySets(Ability):
+    """For backends with :class:`HasKeySets` that can say which they have: a lost one is noticed."""
+
+    @abstractmethod
+    def key_set_ids(self) -> tuple[str, ...]:
+        """Ids of the key sets that open keys now, oldest first; a KMS asks once a minute."""
+
+
 class ReSealsKeys(Ability):
     """For backends with :class:`HasKeySets` whose sealed keys can move to the current key set."""
 

@@ -15,6 +15,7 @@ from hsmwrap.backend import (
     Custody,
     Exposure,
     HasKeySets,
+    ListsKeySets,
     Mac,
     PrivateKeyRef,
     ReapsWrappingKeys,
@@ -89,6 +90,7 @@ CALLS = {
     "verify_mac": (lambda case: case.backend.verify_mac(b"data", case.mac), "None"),
     "reap": (lambda case: ReapsWrappingKeys.of(case.backend).reap(LATER), "ReapReport"),
     "current_key_set": (lambda case: HasKeySets.of(case.backend).current_key_set(), "str"),
+    "key_set_ids": (lambda case: ListsKeySets.of(case.backend).key_set_ids(), "tuple"),
     "key_set_of": (
         lambda case: ReSealsKeys.of(case.backend).key_set_of(case.sealed),
         "str or None",

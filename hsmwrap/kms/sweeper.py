@@ -95,6 +95,8 @@ class Sweep:
             "key_set": {
                 (each.backend, each.key_set, "opens only" if each.superseded_at else "current"): 1
                 for each in sets
+                if each.backend in self._core.named
+                and self._core.unusable.has_key_set(each.backend, each.key_set)
             },
         }
 

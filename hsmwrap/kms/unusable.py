@@ -1,19 +1,23 @@
 """Keys that cannot be used, counted for health and metrics.
 
-Two kinds: keys of a backend that is not configured, which each sweep counts in the database; and
-keys that their backend did not have when this process used them last, because their key set was
-retired or their object is gone. The log has the number of the first kind for each backend, and
-names each key of the second kind once.
+Three kinds. Each sweep counts in the database the keys of a backend that is not configured, and
+those of a key set that their backend does not have (if it :class:`~hsmwrap.backend.ListsKeySets`);
+the log has each number when it changes. And keys that their backend did not have when this process
+used them last, because their object is gone: the log names each once.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 
 from sqlalchemy import func, select
 
+from hsmwrap.backend import Backend, ListsKeySets
+from hsmwrap.errors import HsmwrapError
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.errors import KeyUnusable
 from hsmwrap.kms.schema import Key
@@ -23,17 +27,21 @@ _MOST = 1000
 
 _log = logging.getLogger(__name__)
 
+_Counted = Counter[tuple[str, str | None]]
+"""Keys by backend, and by key set or None: those of a backend that is not configured."""
+
 
 class UnusableKeys:
     """What is known of keys that cannot be used; for all threads of a process."""
 
-    def __init__(self, database: Database, backends: Collection[str]) -> None:
-        """Take the database, and the names of the configured backends."""
+    def __init__(self, database: Database, backends: Mapping[str, Backend]) -> None:
+        """Take the database, and the configured backends by name."""
         self._database = database
-        self._backends = tuple(backends)
+        self._backends = backends
         self._lock = threading.Lock()
         self._found: dict[str, Key] = {}
-        self._of_others: dict[str, int] = {}
+        self._counted = _Counted()
+        self._sets: dict[str, frozenset[str]] = {}
 
     def found(self, key: Key, why: Exception) -> KeyUnusable:
         """Remember and log a key that could not be used; returns the error to raise."""
@@ -57,41 +65,57 @@ class UnusableKeys:
                 self._found.pop(key_id, None)
 
     def look(self) -> None:
-        """Count the keys of other backends, and forget keys that were deleted or imported again.
+        """Count keys of other backends and of lost key sets, and forget what works again.
 
-        The log has the count of each such backend when it changes.
+        That is keys that were deleted or imported again. The log has each number when it changes.
+        A backend that does not answer now has the key sets that it had before.
 
         Raises:
             ServiceUnavailable: The database is unavailable.
         """
-        others = Key.backend.is_not(None) & Key.backend.not_in(self._backends)
-        counted = select(Key.backend, func.count()).where(others).group_by(Key.backend)
+        for name, backend in self._backends.items():
+            if (listing := ListsKeySets.of(backend)) is not None:
+                with suppress(HsmwrapError):
+                    self._sets[name] = frozenset(listing.key_set_ids())
+        grouped = (
+            select(Key.backend, Key.key_set, func.count())
+            .where(Key.backend.is_not(None))
+            .group_by(Key.backend, Key.key_set)
+        )
         with self._lock:
             found = dict(self._found)
+        counted = _Counted()
         with self._database.read() as transaction:
-            of_others = {str(name): count for name, count in transaction.execute(counted)}
+            for of, key_set, count in transaction.execute(grouped):
+                if of not in self._backends:
+                    counted[str(of), None] += count
+                elif key_set is not None and not self.has_key_set(str(of), key_set):
+                    counted[str(of), key_set] += count
             rows = transaction.scalars(select(Key).where(Key.key_id.in_(found)))
             references = {key.key_id: key.reference for key in rows}
         with self._lock:
-            before, self._of_others = self._of_others, of_others
+            before, self._counted = self._counted, counted
             for key_id, key in found.items():
                 if references.get(key_id) != key.reference:
                     self._found.pop(key_id, None)
-        for name, count in of_others.items():
-            if before.get(name) != count:
-                facts = {"backend": name, "keys": count, "why": f"add [former_backends.{name}]"}
-                _log.error("keys are of a backend that is not configured", extra=facts)
+        _log_changes(before, counted)
+
+    def has_key_set(self, backend: str, key_set: str) -> bool:
+        """Whether a backend has a key set, as it said last; True if it never said."""
+        return key_set in self._sets.get(backend, {key_set})
 
     @property
     def number(self) -> int:
         """How many there are."""
-        return self._missing() + sum(self._of_others.values())
+        return self._missing() + self._counted.total()
 
     def said(self) -> str | None:
         """What there are, for health; None where there are none."""
         parts = [
             f"{count} of backend {name}, which is not configured"
-            for name, count in sorted(self._of_others.items())
+            if key_set is None
+            else f"{count} of key set {key_set}, which backend {name} does not have"
+            for (name, key_set), count in sorted(self._counted.items(), key=str)
         ]
         if missing := self._missing():
             parts.append(f"{missing} that their backend does not have (the log names them)")
@@ -101,4 +125,20 @@ class UnusableKeys:
 
     def _missing(self) -> int:
         with self._lock:
-            return sum(key.backend in self._backends for key in self._found.values())
+            return sum(
+                key.backend in self._backends and (key.backend, key.key_set) not in self._counted
+                for key in self._found.values()
+            )
+
+
+def _log_changes(before: _Counted, counted: _Counted) -> None:
+    for (name, key_set), count in counted.items():
+        if before[name, key_set] == count:
+            continue
+        facts = {"backend": name, "keys": count}
+        if key_set is None:
+            facts["why"] = f"add [former_backends.{name}]"
+            _log.error("keys are of a backend that is not configured", extra=facts)
+        else:
+            facts["key_set"] = key_set
+            _log.error("keys are of a key set that their backend does not have", extra=facts)

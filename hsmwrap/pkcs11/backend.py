@@ -34,6 +34,7 @@ from hsmwrap.backend import (
     KeyRef,
     KeySetFile,
     KeySetInfo,
+    ListsKeySets,
     Mac,
     ManagesKeySets,
     PrivateKeyRef,
@@ -120,6 +121,7 @@ class Pkcs11Backend(
     KeepsTrialsApart,
     CountsObjects,
     DescribesHsm,
+    ListsKeySets,
     ReapsWrappingKeys,
     ReSealsKeys,
 ):
@@ -499,6 +501,11 @@ class Pkcs11Backend(
         """Number of the current key set."""
         # By a MAC: a handle that this process has kept does not show that the set was retired.
         return self.mac(b"").key_set
+
+    def key_set_ids(self) -> tuple[str, ...]:
+        """Numbers of the key sets that are finished."""
+        sets = self._run(lambda pooled: self._keys.list(pooled.session))
+        return tuple(str(each.number) for each in sets if each.finished)
 
     def key_set_of(self, key: KeyRef) -> str | None:
         """Number of the key set that the key is sealed under."""

@@ -21,6 +21,7 @@ from hsmwrap.backend import (
     KeepsTrialsApart,
     KeyRef,
     KeySetInfo,
+    ListsKeySets,
     Mac,
     ManagesKeySets,
     PrivateKeyRef,
@@ -51,7 +52,13 @@ _TRIAL = ".trial-"
 
 
 class SoftwareBackend(
-    Backend, ChecksSettings, HasKeySets, ManagesKeySets, KeepsTrialsApart, ReSealsKeys
+    Backend,
+    ChecksSettings,
+    HasKeySets,
+    ListsKeySets,
+    ManagesKeySets,
+    KeepsTrialsApart,
+    ReSealsKeys,
 ):
     """RSA, AES and SM4 by pyca/cryptography, SM2 by libcrypto; custody is always sealed blobs.
 
@@ -211,6 +218,10 @@ class SoftwareBackend(
     def current_key_set(self) -> str:
         """Id of the current master key."""
         return self._keyring().current
+
+    def key_set_ids(self) -> tuple[str, ...]:
+        """Ids of the master keys."""
+        return self._keyring().ids
 
     def key_set_of(self, key: KeyRef) -> str | None:
         """Id of the master key that the key is sealed under."""

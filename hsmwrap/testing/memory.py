@@ -44,6 +44,7 @@ from hsmwrap.backend import (
     KeyRef,
     KeySetFile,
     KeySetInfo,
+    ListsKeySets,
     Mac,
     ManagesKeySets,
     PrivateKeyRef,
@@ -143,6 +144,7 @@ class _TrialStore(dict[str, bytes]):
 class MemoryBackend(
     Backend,
     HasKeySets,
+    ListsKeySets,
     ManagesKeySets,
     ClonesKeySets,
     BacksUpKeySets,
@@ -337,6 +339,10 @@ class MemoryBackend(
     def current_key_set(self) -> str:
         """The one with the highest number."""
         return str(_key_sets(self.store)[-1])
+
+    def key_set_ids(self) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(map(str, _key_sets(self.store)))
 
     def key_set_of(self, key: KeyRef) -> str | None:
         """Its number, from the blob."""

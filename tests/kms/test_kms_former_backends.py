@@ -188,8 +188,48 @@ def test_a_key_that_its_backend_lost(site, caplog):
     assert client.kms.health().facts["keys"].startswith(said)
     # Another process deletes it: the next sweep forgets it.
     elsewhere, _ = site.open("hsm")
-    elsewhere("DeleteKeyMaterial", KeyId=lost)
+    for key_id in (lost, other):
+        elsewhere("DeleteKeyMaterial", KeyId=key_id)
     client.kms.sweep()
+    assert client.kms.gauges()["keys_unusable"] == 0
+
+
+def test_keys_of_a_key_set_that_their_backend_lost(site, caplog):
+    """Before a client uses one; a restored key set ends it. Objects need no key set."""
+    lost = 2 * (site.custody != "HsmInternal")
+    client, backends = site.open("hsm")
+    for _ in range(2):
+        client.import_material(client.create())
+    store = backends["hsm"].ability(MemoryBackend).store
+    before = {name: value for name, value in store.items() if name.startswith("key-set-")}
+    MemoryBackend.rotate_keys({"store": store})
+    MemoryBackend.retire_keys({"store": store}, "1")
+    client.kms.sweep()
+    client.kms.sweep()
+    logged = [r for r in caplog.records if "their backend does not have" in r.getMessage()]
+    assert [(r.backend, r.key_set, r.keys) for r in logged] == [("hsm", "1", 2)] * bool(lost)
+    said = "ready, but 2 keys cannot be used: 2 of key set 1, which backend hsm does not have"
+    assert client.kms.health().facts["keys"] == (said if lost else "ready")
+    assert client.kms.gauges()["keys_unusable"] == lost
+    assert {key_set for _, key_set, _ in client.kms.gauges()["key_set"]} == {"2"}
+    for name, value in before.items():
+        store[name] = value
+    client.kms.sweep()
+    assert client.kms.health().facts["keys"] == "ready"
+    assert {key_set for _, key_set, _ in client.kms.gauges()["key_set"]} == {"1", "2"}
+
+
+def test_an_hsm_that_does_not_answer_has_lost_no_key_set(site, monkeypatch):
+    client, backends = site.open("hsm")
+    client.import_material(client.create())
+    plugin = backends["hsm"].ability(MemoryBackend)
+
+    def fail():
+        raise HsmUnavailable("unreachable")
+
+    monkeypatch.setattr(plugin, "key_set_ids", fail)
+    client.kms.sweep()
+    assert client.kms.health().facts["keys"] == "ready"
     assert client.kms.gauges()["keys_unusable"] == 0
 
 

@@ -14,7 +14,14 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from hsmwrap.backend import Backend, Custody, HasKeySets, ReapsWrappingKeys, ReSealsKeys
+from hsmwrap.backend import (
+    Backend,
+    Custody,
+    HasKeySets,
+    ListsKeySets,
+    ReapsWrappingKeys,
+    ReSealsKeys,
+)
 from hsmwrap.catalog import KeySpec
 from hsmwrap.errors import BackendClosed, HsmwrapError
 from hsmwrap.testing._conformance.base import (
@@ -120,6 +127,8 @@ class LifecycleConformance(ConformanceFixtures):
             calls.append(lambda: reaper.reap(datetime.now(UTC)))
         if key_sets := HasKeySets.of(backend):
             calls.append(key_sets.current_key_set)
+        if listing := ListsKeySets.of(backend):
+            calls.append(listing.key_set_ids)
         if reseals := ReSealsKeys.of(backend):
             calls.append(lambda: reseals.reseal(imported.key))
         for call in calls:

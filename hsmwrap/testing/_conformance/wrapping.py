@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from hsmwrap.backend import CONTRACT_VERSION, Backend, Custody, Exposure, HasKeySets
+from hsmwrap.backend import CONTRACT_VERSION, Backend, Custody, Exposure, HasKeySets, ListsKeySets
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import ConfigurationError, InvalidImportToken, UnsupportedOperation
 from hsmwrap.guard import plugin_ref
@@ -101,6 +101,8 @@ class WrappingKeyConformance(ConformanceFixtures):
         else:
             assert key_sets is not None, "a wrapping key of a key set, and no HasKeySets"
             assert key_set == key_sets.current_key_set() == backend.mac(b"").key_set
+            if listing := ListsKeySets.of(backend):
+                assert key_set in listing.key_set_ids()
 
     def test_no_two_wrapping_keys_are_the_same(self, conversation: Conversation) -> None:
         key = conversation.key
