@@ -388,7 +388,7 @@ class Stubborn(Broken):
 
 
 def test_what_only_seemed_to_be_gone_is_destroyed():
-    assert KeySets("p").destroy(pooled(Stubborn(1)), 1) == len(ROLES)
+    assert KeySets("p").destroy(pooled(Stubborn(1)), 1) == len(Role)
     with pytest.raises(ObjectHandleInvalid):
         KeySets("p").destroy(pooled(Stubborn(2)), 1)
 

@@ -17,7 +17,7 @@ from support.faults.shim import fault_shim
 from support.importing import AES, MATERIAL, RSA_ALGORITHMS, SM2PKE, SM4, flip
 from support.pkcs11.attacker import force
 from support.pkcs11.holder import Holder
-from support.pkcs11.vendors import POOR, PROTECTING, SIMULATED, vendor_of
+from support.pkcs11.vendors import POOR, PROTECTING, SIMULATED, by_officer, vendor_of
 
 from hsmwrap import registry
 from hsmwrap.backend import Custody, Exposure
@@ -54,8 +54,10 @@ def settings(simulated, shim, softhsm, tmp_path_factory):
     directory = tmp_path_factory.mktemp("profile")
     played = simulated.play(shim, directory, softhsm, key_prefix=f"sim-{simulated}")
     if not Pkcs11Backend.list_keys(played):
-        so_pin = softhsm.environment["HSMWRAP_SO_PIN_FILE"] if simulated.trusts else None
-        Pkcs11Backend.initialise_keys(played, so_pin_file=so_pin)
+        if simulated.trusts:
+            by_officer("initialise", played, softhsm)
+        else:
+            Pkcs11Backend.initialise_keys(played)
     return played
 
 

@@ -16,6 +16,7 @@ from support.importing import AES, MATERIAL, OAEP1, SM4, flip
 from support.pkcs11.attacker import force
 from support.pkcs11.holder import Holder
 from support.pkcs11.sm4_vendors import KEYS, MODES, WITH_GCM, WITHOUT_GCM, table
+from support.pkcs11.vendors import by_officer
 
 from hsmwrap import registry
 from hsmwrap.backend import Custody, Exposure, ReSealsKeys
@@ -54,12 +55,11 @@ def vendor(request):
 def play(vendor, shim, softhsm, tmp_path_factory):
     """Settings for the HSM that is played, with a key set under a prefix that is given."""
     directory = tmp_path_factory.mktemp("profile")
-    so_pin_file = softhsm.environment["HSMWRAP_SO_PIN_FILE"]
 
     def played(prefix, **more):
         settings = vendor.play(shim, directory, softhsm, key_prefix=f"{prefix}-{vendor}", **more)
         if not Pkcs11Backend.list_keys(settings):
-            Pkcs11Backend.initialise_keys(settings, so_pin_file=so_pin_file)
+            by_officer("initialise", settings, softhsm)
         return settings
 
     return played
@@ -117,7 +117,7 @@ def report_of(settings):
         return report
 
 
-# --- key sets: first, as the security officer logs in alone ---------------------------------------
+# --- key sets -----------------------------------------------------------------------------------
 
 
 def test_keys_that_were_only_kept_are_usable_once_they_moved(play, softhsm):
@@ -129,7 +129,7 @@ def test_keys_that_were_only_kept_are_usable_once_they_moved(play, softhsm):
     with registry.open_backend("pkcs11", after) as opened:
         assert not opened.capabilities().key_for(SM4).usable
         assert "`hsmwrap keys rotate` helps" in told(opened.capabilities())
-    Pkcs11Backend.rotate_keys(after, so_pin_file=softhsm.environment["HSMWRAP_SO_PIN_FILE"])
+    by_officer("rotate", after, softhsm)
     with registry.open_backend("pkcs11", after) as opened:
         assert opened.capabilities().key_for(SM4).usable
         with pytest.raises(UnsupportedOperation, match="keys reseal"):
@@ -144,7 +144,7 @@ def test_keys_that_encrypt_move_to_the_next_set(play, softhsm):
     with registry.open_backend("pkcs11", settings) as opened:
         key = bring(opened, issue(opened)).key
         message = opened.encrypt(key, b"message")
-    Pkcs11Backend.rotate_keys(settings, so_pin_file=softhsm.environment["HSMWRAP_SO_PIN_FILE"])
+    by_officer("rotate", settings, softhsm)
     with registry.open_backend("pkcs11", settings) as opened:
         moved = ReSealsKeys.of(opened).reseal(key, expected_check_value=check_value(MATERIAL[SM4]))
         assert parse_key_ref(moved)[0] == 2

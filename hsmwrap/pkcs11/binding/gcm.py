@@ -8,6 +8,7 @@ the plaintext, and the tag. So the module is called directly, which saves the ca
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pkcs11.mechanisms import Mechanism
@@ -44,16 +45,24 @@ class _Mechanism(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True)
 class Gcm:
-    """GCM by keys of one module; the tag (16 bytes) follows the ciphertext."""
+    """GCM by keys of one module; the tag (16 bytes) follows the ciphertext.
+
+    Attributes:
+        module: Path of a module that is loaded already.
+        mechanism: GCM's number there.
+    """
 
     name: ClassVar[str] = "GCM"
     version: ClassVar[int] = MESSAGE_VERSION
 
-    def __init__(self, module: str, mechanism: Mechanism = Mechanism.AES_GCM) -> None:
-        """Take the path of a module that is loaded already, and the mechanism."""
-        self.mechanism = mechanism
-        self._functions = shared_function_list(module)
+    module: str
+    mechanism: Mechanism = Mechanism.AES_GCM
+    _functions: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_functions", shared_function_list(self.module))
 
     def encrypt(self, key: Any, nonce: bytes, plaintext: bytes, additional_data: bytes) -> bytes:
         """Encrypt under a key object; returns ciphertext ‖ tag.

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.sm2 import Layout
 from hsmwrap.testing.faults import Restriction, Vendor
+from support import forked
 from support.pkcs11.sm4_vendors import WITH_GCM
 
 R = Restriction
@@ -59,6 +61,17 @@ class SimulatedVendor:
         file = directory / f"{self.profile}-{'-'.join(changes)}.toml"
         file.write_text(text, "utf-8")
         return str(file)
+
+
+def by_officer(action, settings, softhsm):
+    """Make or rotate key sets in a process of its own: in this one a user may be logged in."""
+    so_pin_file = softhsm.environment["HSMWRAP_SO_PIN_FILE"]
+    done = forked.run(__name__, action=action, settings=settings, so_pin_file=so_pin_file)
+    assert not done.returncode, done.stderr
+
+
+def perform(action, settings, so_pin_file):
+    getattr(Pkcs11Backend, f"{action}_keys")(settings, so_pin_file=so_pin_file)
 
 
 def vendor_of(settings):
