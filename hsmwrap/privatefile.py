@@ -40,6 +40,19 @@ _ACL_USER, _ACL_GROUP_OBJ, _ACL_GROUP, _ACL_MASK, _ACL_OTHER = 0x02, 0x04, 0x08,
 _READ, _ALL = 0o4, 0o7
 
 
+def sync_directory(directory: Path) -> None:
+    """Put names that were made in a directory on the disk.
+
+    Raises:
+        OSError: It cannot be opened or flushed.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @dataclass(frozen=True, slots=True)
 class PrivateFile:
     """A file that holds a secret.
@@ -94,12 +107,7 @@ class PrivateFile:
                     file.write(content)
                     file.flush()
                     os.fsync(descriptor)
-                parent = Path(self.path).absolute().parent
-                directory = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    os.fsync(directory)
-                finally:
-                    os.close(directory)
+                sync_directory(Path(self.path).absolute().parent)
             except BaseException:
                 Path(self.path).unlink(missing_ok=True)
                 raise

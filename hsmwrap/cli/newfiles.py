@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from hsmwrap.errors import ConfigurationError
-from hsmwrap.privatefile import PrivateFile
+from hsmwrap.privatefile import PrivateFile, sync_directory
 
 _HEAD = "# unfinished hsmwrap command: run it again with the same arguments: "
 _WITHOUT_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -120,7 +120,7 @@ class NewFiles:
         self._digests = {str(f): sha256(c).hexdigest() for f, c in written.items()}
         with _typed(self._journal):
             self._append("".join(f"{digest}  {f}\n" for f, digest in self._digests.items()))
-            _sync_directory(self._journal)
+            sync_directory(self._journal.parent)
         for file, content in written.items():
             with _typed(file):
                 _write_new(file, content)
@@ -158,7 +158,7 @@ def _write_new(file: Path, content: bytes) -> None:
         beside.rename(file)
     finally:
         beside.unlink(missing_ok=True)
-    _sync_directory(file)
+    sync_directory(file.parent)
 
 
 def _beside(file: Path) -> Path:
@@ -173,14 +173,6 @@ def _digest(file: str) -> str | None:
         return None
     except OSError as error:
         raise ConfigurationError(f"{file}: {error.strerror}") from None
-
-
-def _sync_directory(file: Path) -> None:
-    directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from hsmwrap.chain import Link
 from hsmwrap.errors import HsmwrapError, ServiceUnavailable
 from hsmwrap.forks import ForkAware
 from hsmwrap.locks import FILE_LOCK_SECONDS, lock_file
+from hsmwrap.privatefile import sync_directory
 
 START = chain.start("hsmwrap audit log")
 """What the first line is chained to."""
@@ -543,11 +544,7 @@ class AuditLog:
         with suppress(FileExistsError):
             path.with_name(name).hardlink_to(path)
         new.rename(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(path.parent)
         self._queue.end = None
         return chain.link_of(line, last)
 
