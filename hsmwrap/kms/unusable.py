@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 
 from hsmwrap.backend import Backend, ListsKeySets
 from hsmwrap.errors import HsmwrapError
 from hsmwrap.kms.database import Database
 from hsmwrap.kms.errors import KeyUnusable
+from hsmwrap.kms.keysets import usage_of_backends
 from hsmwrap.kms.schema import Key
 
 _MOST = 1000
@@ -77,20 +78,15 @@ class UnusableKeys:
             if (listing := ListsKeySets.of(backend)) is not None:
                 with suppress(HsmwrapError):
                     self._sets[name] = frozenset(listing.key_set_ids())
-        grouped = (
-            select(Key.backend, Key.key_set, func.count())
-            .where(Key.backend.is_not(None))
-            .group_by(Key.backend, Key.key_set)
-        )
+        counted = _Counted()
+        for used in usage_of_backends(self._database):
+            if used.backend not in self._backends:
+                counted[used.backend, None] += used.keys
+            elif used.key_set and not self.has_key_set(used.backend, used.key_set):
+                counted[used.backend, used.key_set] += used.keys
         with self._lock:
             found = dict(self._found)
-        counted = _Counted()
         with self._database.read() as transaction:
-            for of, key_set, count in transaction.execute(grouped):
-                if of not in self._backends:
-                    counted[str(of), None] += count
-                elif key_set is not None and not self.has_key_set(str(of), key_set):
-                    counted[str(of), key_set] += count
             rows = transaction.scalars(select(Key).where(Key.key_id.in_(found)))
             references = {key.key_id: key.reference for key in rows}
         with self._lock:
