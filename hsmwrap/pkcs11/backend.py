@@ -411,11 +411,11 @@ class Pkcs11Backend(
         row = features.rows.get(wrapped.algorithm)
         if role is Role.WRAPPING_SM2_UNWRAP:
             parsed = partial(self._parsed, wrapped)
-            return sm2.WrappedMaterial.by(self._vendor, private, parsed, features.ways.sm2_material)
+            return sm2.wrapped_material(self._vendor, private, parsed, features.ways.sm2_material)
         if role is Role.WRAPPING_UNWRAP:
             source = DATA_SPECIFIED if row is None else row.source
             way = features.ways.material
-            return rsa.WrappedMaterial(private, wrapped.algorithm, wrapped.ciphertext, way, source)
+            return rsa.wrapped_material(private, wrapped.algorithm, wrapped.ciphertext, way, source)
         decrypt = cache(partial(self._decrypted, row, role, private, wrapped))
         return HostMaterial(decrypt, wrapped.key_spec.material_length)
 

@@ -3,7 +3,6 @@
 The keys are the vectors' own, so they come into the HSM token by C_CreateObject.
 """
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -21,11 +20,11 @@ from support.importing import (
     each_key_spec,
     open_pkcs11,
 )
+from support.pkcs11.holder import lent_session
 from support.vectors import wycheproof
 
 from hsmwrap.errors import InvalidKeyMaterial
 from hsmwrap.guard import bound
-from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.templates import (
     AES_KEY_WRAP,
@@ -69,11 +68,8 @@ def backend(softhsm):
 @pytest.fixture
 def session(backend):
     """A session; its objects go with it."""
-    pool = backend.ability(Pkcs11Backend)._connection._connector.connected.pool
-    pooled = pool.acquire(time.monotonic() + 10)
-    yield pooled.session
-    pooled.tainted = True
-    pool.release(pooled)
+    with lent_session(backend) as lent:
+        yield lent
 
 
 # --- SM2 by ECDH: GM/T 0003.5 -------------------------------------------------------------------
@@ -220,7 +216,7 @@ def rsa_vectors(session, algorithm):
 
 def unwrapped(key, algorithm, ciphertext):
     """C_UnwrapKey into a key that the test may read."""
-    secret = rsa.WrappedMaterial(key, algorithm, ciphertext, Way.AS_ASKED).make_object(
+    secret = rsa.wrapped_material(key, algorithm, ciphertext, Way.AS_ASKED).make_object(
         None, READABLE
     )
     try:

@@ -5,7 +5,6 @@ attacker made.
 """
 
 import secrets
-import time
 from dataclasses import replace
 
 import pytest
@@ -13,10 +12,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pkcs11 import exceptions as ck
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import KDF, KeyType, Mechanism
-from support.faults.shim import fault_shim
+from support.faults.shim import fault_shim, nothing_left
 from support.importing import AES, MATERIAL, RSA_ALGORITHMS, SM2PKE, SM4, flip
 from support.pkcs11.attacker import force
-from support.pkcs11.holder import Holder
+from support.pkcs11.holder import Holder, lent_session
 from support.pkcs11.vendors import POOR, PROTECTING, SIMULATED, by_officer, vendor_of
 
 from hsmwrap import registry
@@ -63,22 +62,16 @@ def settings(simulated, shim, softhsm, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def backend(settings, shim):
-    before = shim.counters().held
-    with registry.open_backend("pkcs11", settings) as opened:
+    with nothing_left(shim), registry.open_backend("pkcs11", settings) as opened:
         opened.capabilities()
         yield opened
-    assert shim.counters().held == before, "an object or a session is left"
-    assert not shim.counters().violations
 
 
 @pytest.fixture
 def session(backend):
     """A session of the holder of the PIN; its objects go with it."""
-    pool = backend.ability(Pkcs11Backend)._connection._connector.connected.pool
-    pooled = pool.acquire(time.monotonic() + 10)
-    yield pooled.session
-    pooled.tainted = True
-    pool.release(pooled)
+    with lent_session(backend) as lent:
+        yield lent
 
 
 def row_of(report, algorithm=SM2PKE):
@@ -293,7 +286,7 @@ def test_the_standard_s_message_unwraps(session, settings):
     private = known_private(session, vendor, Attribute.UNWRAP)
 
     def unwrapped(ciphertext):
-        source = sm2.WrappedMaterial.by(vendor, private, lambda: ciphertext, sm2.Way.AS_ASKED)
+        source = sm2.wrapped_material(vendor, private, lambda: ciphertext, sm2.Way.AS_ASKED)
         return source.make_object(session, readable_secret())[Attribute.VALUE]
 
     assert unwrapped(known_answer.CIPHERTEXT) == known_answer.MESSAGE

@@ -5,16 +5,15 @@ Known answers: GB/T 32907-2016, appendix A; draft-ribose-cfrg-sm4-10, A.2; RFC 8
 
 import ctypes
 import secrets
-import time
 
 import pytest
 from pkcs11 import exceptions as ck
 from pkcs11.constants import Attribute, MechanismFlag
 from pkcs11.mechanisms import KeyType, Mechanism
-from support.faults.shim import fault_shim
+from support.faults.shim import fault_shim, nothing_left
 from support.importing import AES, MATERIAL, OAEP1, SM4, flip
 from support.pkcs11.attacker import force
-from support.pkcs11.holder import Holder
+from support.pkcs11.holder import Holder, lent_session
 from support.pkcs11.sm4_vendors import KEYS, MODES, WITH_GCM, WITHOUT_GCM, table
 from support.pkcs11.vendors import by_officer
 
@@ -72,12 +71,9 @@ def settings(play):
 
 @pytest.fixture(scope="module")
 def backend(settings, shim):
-    before = shim.counters().held
-    with registry.open_backend("pkcs11", settings) as opened:
+    with nothing_left(shim), registry.open_backend("pkcs11", settings) as opened:
         opened.capabilities()
         yield opened
-    assert shim.counters().held == before, "an object or a session is left"
-    assert not shim.counters().violations
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +93,8 @@ def bring(backend, key, material=MATERIAL[SM4]):
 @pytest.fixture
 def session(backend):
     """A session of the holder of the PIN; its objects go with it."""
-    pool = backend.ability(Pkcs11Backend)._connection._connector.connected.pool
-    pooled = pool.acquire(time.monotonic() + 10)
-    yield pooled.session
-    pooled.tainted = True
-    pool.release(pooled)
+    with lent_session(backend) as lent:
+        yield lent
 
 
 def told(report):

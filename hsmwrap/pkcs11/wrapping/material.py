@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Protocol
 
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.exceptions import TemplateInconsistent
+from pkcs11.mechanisms import Mechanism
 from pkcs11.types import Session
 
 from hsmwrap import checkvalue
@@ -126,6 +127,53 @@ class HostMaterial:
         if len(value) != self.length:
             raise InvalidKeyMaterial
         return checkvalue.check_value(value)
+
+
+@dataclass(frozen=True, slots=True)
+class WrappedMaterial:
+    """Key material that the HSM token unwraps: C_UnwrapKey.
+
+    Attributes:
+        private: The private key object.
+        ciphertext: Returns the client's ciphertext as the mechanism takes it; called for each
+            object. Raises InvalidKeyMaterial where it cannot be one.
+        mechanism: Of C_UnwrapKey.
+        parameter: The mechanism's.
+        way: What the HSM token needs.
+    """
+
+    exposure: ClassVar[Exposure] = Exposure.IN_HSM
+
+    private: Any
+    ciphertext: Callable[[], bytes]
+    mechanism: Mechanism
+    parameter: Any
+    way: Way
+
+    def make_object(self, _session: Session, template: Template) -> Any:
+        """Make it an object with ``template``, in the session of the private key.
+
+        Raises:
+            InvalidKeyMaterial: It cannot be a ciphertext, or the token refuses it.
+            ProtectionNotKept: The object is readable, or usable for more; it was destroyed.
+        """
+        return objects.unwrap(
+            self.private,
+            self.ciphertext(),
+            template,
+            mechanism=self.mechanism,
+            parameter=self.parameter,
+            answers=map_client_errors(self.private),
+            way=self.way,
+        )
+
+    def check_value(self) -> bytes:
+        """Not in the host.
+
+        Raises:
+            InvalidKeyMaterial: Always.
+        """
+        raise InvalidKeyMaterial
 
 
 @dataclass(frozen=True, slots=True)

@@ -535,9 +535,9 @@ class Probe:
         ciphertext, row = trial.encrypt(material), trial.row
         if row.path is ImportPath.VENDOR_UNWRAP:
             way = features.ways.sm2_material
-            return sm2.WrappedMaterial.by(self._vendor, trial.private, lambda: ciphertext, way)
+            return sm2.wrapped_material(self._vendor, trial.private, lambda: ciphertext, way)
         if row.path is ImportPath.UNWRAP:
-            return rsa_keys.WrappedMaterial(
+            return rsa_keys.wrapped_material(
                 trial.private, trial.algorithm, ciphertext, features.ways.material, row.source
             )
         if isinstance(ciphertext, Sm2Ciphertext):

@@ -7,8 +7,8 @@ an unwrapped key is. PKCS#1 v1.5 is never decoded in the host: that is Bleichenb
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -17,7 +17,6 @@ from pkcs11.mechanisms import Mechanism
 from pkcs11.types import Session
 
 from hsmwrap import oaep
-from hsmwrap.backend import Exposure
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.errors import InvalidKeyMaterial
 from hsmwrap.pkcs11.binding import objects
@@ -26,6 +25,7 @@ from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.templates import Template
 from hsmwrap.pkcs11.binding.traits import DATA_SPECIFIED
 from hsmwrap.pkcs11.wrapping.features import mechanism_of
+from hsmwrap.pkcs11.wrapping.material import WrappedMaterial
 
 MODULUS_BYTES = 256
 _OAEP_HASH: dict[WrappingAlgorithm, oaep.HashName] = {
@@ -60,44 +60,17 @@ def public_key_der(public: Any) -> bytes:
     return numbers.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
-@dataclass(frozen=True, slots=True)
-class WrappedMaterial:
-    """Key material that the HSM token unwraps: C_UnwrapKey."""
-
-    exposure: ClassVar[Exposure] = Exposure.IN_HSM
-
-    private: Any
-    algorithm: WrappingAlgorithm
-    ciphertext: bytes
-    way: Way
-    source: int = DATA_SPECIFIED
-
-    def make_object(self, _session: Session, template: Template) -> Any:
-        """Make it an object with ``template``, in the session of the private key.
-
-        Raises:
-            InvalidKeyMaterial: The token refuses the ciphertext.
-            ProtectionNotKept: The object is readable, or usable for more; it was destroyed.
-        """
-        _require_length(self.ciphertext)
-        mechanism, parameter = mechanism_of(self.algorithm, self.source)
-        return objects.unwrap(
-            self.private,
-            self.ciphertext,
-            template,
-            mechanism=mechanism,
-            parameter=parameter,
-            answers=map_client_errors(self.private),
-            way=self.way,
-        )
-
-    def check_value(self) -> bytes:
-        """Not in the host.
-
-        Raises:
-            InvalidKeyMaterial: Always.
-        """
-        raise InvalidKeyMaterial
+def wrapped_material(
+    private: Any,
+    algorithm: WrappingAlgorithm,
+    ciphertext: bytes,
+    way: Way,
+    source: int = DATA_SPECIFIED,
+) -> WrappedMaterial:
+    """Key material that the HSM token unwraps from a client's ciphertext."""
+    mechanism, parameter = mechanism_of(algorithm, source)
+    whole = partial(_of_right_length, ciphertext)
+    return WrappedMaterial(private, whole, mechanism, parameter, way)
 
 
 def decrypt(
@@ -113,7 +86,7 @@ def decrypt(
     Raises:
         InvalidKeyMaterial: The ciphertext does not decrypt.
     """
-    _require_length(ciphertext)
+    ciphertext = _of_right_length(ciphertext)
     if native:
         mechanism, parameter = mechanism_of(algorithm, source)
         with map_client_errors(private):
@@ -125,6 +98,7 @@ def decrypt(
     return oaep.decode(bytes(encoded).rjust(MODULUS_BYTES, b"\0"), _OAEP_HASH[algorithm])
 
 
-def _require_length(ciphertext: bytes) -> None:
+def _of_right_length(ciphertext: bytes) -> bytes:
     if len(ciphertext) != MODULUS_BYTES:
         raise InvalidKeyMaterial
+    return ciphertext

@@ -9,21 +9,20 @@ that it generates keys on; the host recovers y, and C3 says which of the two it 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any
 
 from pkcs11.constants import Attribute
 from pkcs11.mechanisms import KDF, KeyType, Mechanism
 from pkcs11.types import Session
 
-from hsmwrap.backend import Exposure
-from hsmwrap.errors import ConfigurationError, HsmError, InvalidKeyMaterial
+from hsmwrap.errors import ConfigurationError, HsmError
 from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import map_client_errors, read
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.binding.templates import Template
-from hsmwrap.sm2 import OID_DER, Layout, Sm2Ciphertext, decode_point, decrypt_with_x2, encode_spki
+from hsmwrap.pkcs11.wrapping.material import WrappedMaterial
+from hsmwrap.sm2 import OID_DER, Sm2Ciphertext, decode_point, decrypt_with_x2, encode_spki
 
 _POINT_HEADS = {
     68: b"\x03\x42\x00\x04",  # DER BIT STRING
@@ -90,75 +89,30 @@ def derive_x(private: Any, point: bytes) -> bytes:
         derived.destroy()
 
 
-@dataclass(frozen=True, slots=True)
-class WrappedMaterial:
-    """Key material that the HSM token unwraps by the vendor's mechanism: C_UnwrapKey.
+def wrapped_material(
+    vendor: VendorSm2 | None, private: Any, parsed: Callable[[], Sm2Ciphertext], way: Way
+) -> WrappedMaterial:
+    """Key material that the HSM token unwraps by the vendor's mechanism.
 
-    Attributes:
+    Args:
+        vendor: The vendor's mechanisms, if the profile names some.
         private: The private key object.
         parsed: Returns the client's ciphertext; its C1 is on the curve, and its C2 as long as the
             key material has to be.
-        mechanism: The vendor's.
-        parameter: The mechanism's.
-        layout: What it takes.
         way: What the HSM token needs.
+
+    Raises:
+        ConfigurationError: The profile, if there is one, names no mechanism.
     """
-
-    exposure: ClassVar[Exposure] = Exposure.IN_HSM
-
-    private: Any
-    parsed: Callable[[], Sm2Ciphertext]
-    mechanism: Mechanism
-    parameter: bytes | None
-    layout: Layout
-    way: Way
-
-    @classmethod
-    def by(
-        cls,
-        vendor: VendorSm2 | None,
-        private: Any,
-        parsed: Callable[[], Sm2Ciphertext],
-        way: Way,
-    ) -> Self:
-        """By this vendor's mechanism.
-
-        Raises:
-            ConfigurationError: The profile, if there is one, names none.
-        """
-        if vendor is None or vendor.unwrap is None:
-            raise ConfigurationError(
-                "the wrapping key of this import token unwraps by a vendor's mechanism, and the "
-                "profile that is configured names none"
-            )
-        return cls(
-            *(private, parsed, vendor.unwrap, vendor.unwrap_parameter, vendor.unwrap_layout, way)
+    if vendor is None or vendor.unwrap is None:
+        raise ConfigurationError(
+            "the wrapping key of this import token unwraps by a vendor's mechanism, and the "
+            "profile that is configured names none"
         )
-
-    def make_object(self, _session: Session, template: Template) -> Any:
-        """Make it an object with ``template``, in the session of the private key.
-
-        Raises:
-            InvalidKeyMaterial: The ciphertext does not parse, or the token refuses it.
-            ProtectionNotKept: The object is readable, or usable for more; it was destroyed.
-        """
-        return objects.unwrap(
-            self.private,
-            self.parsed().write(self.layout),
-            template,
-            mechanism=self.mechanism,
-            parameter=self.parameter,
-            answers=map_client_errors(self.private),
-            way=self.way,
-        )
-
-    def check_value(self) -> bytes:
-        """Not in the host.
-
-        Raises:
-            InvalidKeyMaterial: Always.
-        """
-        raise InvalidKeyMaterial
+    layout = vendor.unwrap_layout
+    return WrappedMaterial(
+        private, lambda: parsed().write(layout), vendor.unwrap, vendor.unwrap_parameter, way
+    )
 
 
 def decrypt(private: Any, ciphertext: Sm2Ciphertext, vendor: VendorSm2 | None) -> bytes:

@@ -1,6 +1,7 @@
 """The holder of the PIN, who tries to read an imported key, also in its wrapped form."""
 
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 from itertools import product
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -29,6 +30,16 @@ _DEVIATIONS = (
     {Attribute.EXTRACTABLE: True},
     {Attribute.SENSITIVE: False},
 )
+
+
+@contextmanager
+def lent_session(backend):
+    """A session of the backend's; its objects go with it."""
+    pool = backend.ability(Pkcs11Backend)._connection._connector.connected.pool
+    pooled = pool.acquire(time.monotonic() + 10)
+    yield pooled.session
+    pooled.tainted = True
+    pool.release(pooled)
 
 
 class Holder:
