@@ -62,6 +62,10 @@ class KmsSide(ABC):
     def pool_levels(self) -> list[float]:
         """Number of wrapping key pairs that are ready, in each process."""
 
+    @abstractmethod
+    def reconnect(self) -> None:
+        """Let the next call of each thread take a new connection, where there are any."""
+
     def make_cmks(self, count: int) -> None:
         """Create a CMK for each thread, since imports into one CMK wait for each other."""
         wanted = {"Origin": "EXTERNAL", "KeySpec": str(KEY_SPEC), "ProtectionLevel": str(LEVEL)}
@@ -110,6 +114,9 @@ class LocalKms(KmsSide):
         request_id = f"bench-{next(self._numbers)}"
         return self._kms.execute(action, parameters, self._caller, request_id)
 
+    def reconnect(self) -> None:
+        """There are none."""
+
     def pool_levels(self) -> list[float]:
         """Ask the pool itself."""
         return [sum(kind.level for pool in self._kms.watched()[1] for kind in pool.facts())]
@@ -142,6 +149,11 @@ class ServedKms(KmsSide):
             self._connections[0].ask(signed_post(action, parameters))
         )
         return fields
+
+    def reconnect(self) -> None:
+        """Close the threads' connections: new ones may reach other worker processes."""
+        for connection in self._connections:
+            connection.close()
 
     def cpu_seconds(self) -> float:
         """Processor time of the worker processes so far."""
