@@ -15,13 +15,11 @@ import logging
 import resource
 import socket
 import ssl
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from hsmwrap.errors import ServiceUnavailable
@@ -29,6 +27,7 @@ from hsmwrap.http import deadline
 from hsmwrap.http.answer import Answer
 from hsmwrap.http.connection import Connection, Opening
 from hsmwrap.http.parsing import Request
+from hsmwrap.http.threads import Threads
 from hsmwrap.http.wsgi import Peers, call, environ, failure
 
 if TYPE_CHECKING:
@@ -171,71 +170,6 @@ class Connections:
         return True
 
 
-_Call = tuple[Callable[[], Answer], Callable[[Answer], None]]
-"""What a thread does, and what is done with its answer."""
-
-
-class _Threads:
-    """Threads that run a limited number of calls. Only for the thread of the event loop.
-
-    A pool of ``concurrent.futures`` makes a future with a lock of its own for each call, and wakes
-    the loop for each. Here calls go through one queue, and answers that come while the loop is
-    being woken are taken along.
-
-    Attributes:
-        free: How many calls are taken now.
-    """
-
-    def __init__(
-        self, threads: int, calls: int, name: str, loop: asyncio.AbstractEventLoop
-    ) -> None:
-        self.free = self._calls = calls
-        self._most, self._name, self._loop = threads, name, loop
-        self._started = 0
-        self._todo: SimpleQueue[_Call | None] = SimpleQueue()
-        self._ended: deque[tuple[Callable[[Answer], None], Answer]] = deque()
-        self._waking = self._closed = False
-
-    def run(self, work: Callable[[], Answer], done: Callable[[Answer], None]) -> None:
-        """Have a thread call ``work``, and the loop ``done`` with its answer."""
-        self.free -= 1
-        if self._started < min(self._most, self._calls - self.free):
-            self._started += 1
-            threading.Thread(target=self._work, name=f"{self._name}_{self._started}").start()
-        self._todo.put((work, done))
-
-    def close(self) -> None:
-        """Drop the calls that no thread has taken yet; the threads end."""
-        self._closed = True
-        for _ in range(self._started):
-            self._todo.put(None)
-
-    def _work(self) -> None:
-        while (call := self._todo.get()) is not None and not self._closed:
-            work, done = call
-            try:
-                answer = work()
-            except BaseException as error:  # noqa: BLE001  # whatever it is, the client waits
-                answer = failure(error)
-            self._ended.append((done, answer))
-            del call, work, done, answer  # a thread that waits keeps no request
-            if not self._waking:
-                self._waking = True
-                with contextlib.suppress(RuntimeError):  # the loop is closed
-                    self._loop.call_soon_threadsafe(self._take)
-
-    def _take(self) -> None:
-        self._waking = False  # before what has ended is taken: what ends from now on wakes again
-        try:
-            while self._ended:
-                done, answer = self._ended.popleft()
-                self.free += 1
-                done(answer)
-        finally:
-            if self._ended:  # after an error
-                self._loop.call_soon(self._take)
-
-
 class Gateway:
     """Accepts connections and runs their requests. Only for the thread of the event loop.
 
@@ -251,7 +185,7 @@ class Gateway:
         """Start nothing yet.
 
         Args:
-            threads: How many requests run at a time.
+            threads: How many requests run at a time, at most.
             limits: For the connections.
             loop: The event loop.
         """
@@ -259,8 +193,8 @@ class Gateway:
         self.connections = Connections(limits)
         self.served = 0
         self.last_requests = False
-        self._threads = _Threads(threads, threads * (1 + WAITING_PER_THREAD), "request", loop)
-        self._reserved = _Threads(_RESERVED_THREADS, _RESERVED_CALLS, "page", loop)
+        self._threads = Threads(threads, threads * (1 + WAITING_PER_THREAD), "request", loop)
+        self._reserved = Threads(_RESERVED_THREADS, _RESERVED_CALLS, "page", loop)
         self._listeners: list[socket.socket] = []
         self._stopped = False
 

@@ -92,7 +92,7 @@ class Server(BaseApplication):
             host: Address to listen on.
             port: Port to listen on; 0 takes a free one.
             workers: Processes.
-            threads: Threads of each process: its running calls.
+            threads: Threads of each process: how many calls run at a time, at most.
             max_requests: After so many, and up to half as many more, a process is replaced; 0:
                 never. Pages do not count.
             shutdown_seconds: How long running calls may take to finish at shutdown.

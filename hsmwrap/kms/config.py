@@ -110,7 +110,7 @@ class LimitsConfig(_Table):
     max_request_bytes: int = Field(default=131_072, ge=4_096)
     """Longest request, in bytes."""
     max_threads: int = Field(default=16, ge=1)
-    """Requests that one process serves at a time."""
+    """Requests that one process serves at a time, at most; fewer while they compute."""
     max_connections: int = Field(default=1000, ge=1)
     """Open connections of one process; at most half of its file descriptors."""
     max_connections_per_address: int = Field(default=500, ge=0)
