@@ -198,8 +198,7 @@ class _Stand:
             rows = itertools.cycle(enumerate(side.cmks))
             while max(side.pool_levels()) > pool // 2:
                 thread, cmk = next(rows)
-                if not thread:
-                    side.reconnect()  # until connections have reached each process
+                side.reconnect()  # so that the processes are reached about equally often
                 side.prepare(thread, _ISSUE, _row(cmk))()
 
     def _fill_pools(self, pool: int) -> None:
