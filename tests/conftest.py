@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 from support import fast, memory_disk, rsa_pairs, skips
 from support.pkcs11 import keys_command
-from support.pkcs11.objects import destroy_imported
+from support.pkcs11.objects import destroy_all
 
 from hsmwrap.testing.softhsm import SoftHsm
 
@@ -43,6 +43,7 @@ def pytest_collection_modifyitems(config, items):
 
 CLUSTER = pytest.StashKey[Any]()
 TOKEN = pytest.StashKey[SoftHsm]()
+BACKENDS = pytest.StashKey[Any]()
 
 
 @pytest.fixture(scope="session")
@@ -55,12 +56,20 @@ def softhsm(request):
     return token
 
 
+@pytest.fixture(scope="session")
+def hsmwrap_open_backends(request, hsmwrap_open_backends):
+    request.config.stash[BACKENDS] = hsmwrap_open_backends
+    return hsmwrap_open_backends
+
+
 @pytest.fixture(scope="module", autouse=True)
-def small_token(request):
+def empty_token(request):
     """A token that is as empty for the last module as for the first."""
     yield
+    if backends := request.config.stash.get(BACKENDS, None):
+        backends.close()
     if token := request.config.stash.get(TOKEN, None):
-        destroy_imported(token)
+        destroy_all(token)
 
 
 @pytest.fixture(scope="session")

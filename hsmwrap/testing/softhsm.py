@@ -128,6 +128,10 @@ class SoftHsm:
             self._with_keys.add(prefix)
         return self.bare_settings(key_prefix=prefix, **more)
 
+    def forget_keys(self) -> None:
+        """Make key sets anew where :meth:`settings` asks for them: those made were destroyed."""
+        self._with_keys.clear()
+
     def run_keys(self, action: str, prefix: str, *arguments: str, trusted: bool = True) -> str:
         """Run ``hsmwrap keys ACTION --key-prefix PREFIX --json`` and return what it printed.
 

@@ -1,10 +1,8 @@
-"""All objects of an HSM token: counted, and those destroyed that tests have left."""
+"""All objects of an HSM token: counted, and destroyed."""
 
 import ctypes
 from contextlib import contextmanager
 from functools import partial
-
-from pkcs11.constants import Attribute
 
 from hsmwrap.pkcs11.binding.module import shared_function_list
 from hsmwrap.pkcs11.sessions.connection import Connection
@@ -53,25 +51,20 @@ def token_objects(softhsm):
         yield partial(count_objects, connection)
 
 
-def destroy_imported(softhsm):
-    """Destroy wrapping keys and imported keys; key sets stay.
+def destroy_all(softhsm):
+    """Destroy all objects of the token, key sets too; they are made again where they are asked for.
 
     SoftHSM reads the file of each object at each search. Hundreds that earlier tests left make
     each of the later ones slower.
     """
+    softhsm.forget_keys()
+    library = ctypes.CDLL(softhsm.module)
 
     def operation(pooled):
-        for key in pooled.find({Attribute.TOKEN: True}):
-            if not _is_of_a_key_set(key):
-                key.destroy()
+        session = pooled.session
+        for each in handles(session, softhsm.module):
+            answer = library.C_DestroyObject(ctypes.c_ulong(session.handle), ctypes.c_ulong(each))
+            assert answer == 0
 
     with _connected(softhsm) as connection:
         connection.run(operation)
-
-
-def _is_of_a_key_set(key):
-    """The id of such a key begins with its label; other ids are random."""
-    try:
-        return key[Attribute.ID].startswith(key[Attribute.LABEL].encode())
-    except UnicodeDecodeError:  # a label that a test planted
-        return False
