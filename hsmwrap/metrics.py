@@ -137,12 +137,19 @@ def _requests() -> tuple[Counter, Histogram]:
     )
 
 
+@functools.cache
+def _request(action: str, code: str) -> tuple[Counter, Histogram]:
+    """What counts such a request; to look it up by its labels takes longer than to count."""
+    requests, latency = _requests()
+    return requests.labels(action, code), latency.labels(action)
+
+
 def count_request(action: str, code: str, seconds: float) -> None:
     """Count an API request; ``action`` comes from a closed list, or the labels grow for ever."""
-    requests, latency = _requests()
     with _UPDATING.write():
-        requests.labels(action, code).inc()
-        latency.labels(action).observe(coarse(action, seconds))
+        requests, latency = _request(action, code)
+        requests.inc()
+        latency.observe(coarse(action, seconds))
 
 
 _Family = GaugeMetricFamily | CounterMetricFamily

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -44,9 +46,15 @@ class Answer:
     def encoded(self, *, keep_alive: bool) -> bytes:
         """The bytes of an HTTP/1.1 response."""
         lines = [f"HTTP/1.1 {self.status}", *(f"{name}: {value}" for name, value in self.headers)]
-        lines.append(f"Date: {formatdate(usegmt=True)}")
+        lines.append(f"Date: {_date(int(time.time()))}")
         lines.append(f"Connection: {'keep-alive' if keep_alive else 'close'}\r\n\r\n")
         return "\r\n".join(lines).encode("latin-1") + self.body
+
+
+@functools.lru_cache(1)
+def _date(now: int) -> str:
+    """HTTP's form of a time, in seconds (RFC 9110, section 5.6.7)."""
+    return formatdate(now, usegmt=True)
 
 
 def success(fields: Mapping[str, Any], request_id: str, format_: str) -> Answer:

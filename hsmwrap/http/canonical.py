@@ -14,6 +14,8 @@ _ENCODED = [quote_from_bytes(bytes([byte]), safe="") for byte in range(256)]
 
 def percent_encode(text: str) -> str:
     """RFC 3986: everything but letters, digits, ``-``, ``_``, ``.`` and ``~``, as UTF-8."""
+    if text.isalnum() and text.isascii():
+        return text  # most names, and many values
     # latin-1 makes one character of each byte for translate: twice as fast as quote() on base64.
     return text.encode().decode("latin-1").translate(_ENCODED)
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import socket
+from dataclasses import replace
 
+from sqlalchemy import bindparam, select, update
 from sqlalchemy.orm import Session
 
 from hsmwrap.chain import Link
@@ -54,15 +56,14 @@ def remember(database: Database, log: AuditLog) -> int | None:
         ServiceUnavailable: The database is unavailable.
     """
     with database.write() as transaction:
-        row = _locked_row(database, transaction, log)
+        anchor = _locked(database, transaction, log)
         # Read under the row lock: other processes append lines and move the anchor too.
         head = log.head()
-        if not log.holds(_anchor(row)):
-            facts = {"log": str(log.path), "sequence": row.sequence}
+        if not log.holds(anchor):
+            facts = {"log": str(log.path), "sequence": anchor.sequence}
             _log.error("a line of the audit log is missing: run hsmwrap audit verify", extra=facts)
             return None
-        row.sequence, row.digest, row.position = head.sequence, head.digest, head.position
-        row.set_at = log.clock()
+        _move(transaction, log, head)
     return head.sequence
 
 
@@ -86,11 +87,9 @@ def accept(database: Database, log: AuditLog, reason: str) -> tuple[AuditReport,
     except OSError as error:
         raise AuditFailed(f"audit log {log.path}: {error}") from error
     with database.write() as transaction:
-        row = _locked_row(database, transaction, log)
-        last = max(row.sequence, report.sound)
+        last = max(_locked(database, transaction, log).sequence, report.sound)
         first, old = log.accept(reason, report.finding, damaged, last)
-        row.sequence, row.digest, row.position = first.sequence, first.digest, 0
-        row.set_at = log.clock()
+        _move(transaction, log, replace(first, position=0))
     return report, old
 
 
@@ -146,12 +145,39 @@ class AnchoredLog:
             _log.warning("the end of the audit log could not be anchored", extra=facts)
 
 
-def _locked_row(database: Database, transaction: Session, log: AuditLog) -> AuditAnchor:
-    first = {"log": log_id(log), "sequence": 0, "digest": START.digest, "position": 0}
-    first["set_at"] = log.clock()
-    # Two processes that start at the same time may both insert.
-    transaction.execute(database.insert(AuditAnchor).values(**first).on_conflict_do_nothing())
-    return transaction.get_one(AuditAnchor, log_id(log), with_for_update=True)
+# Made once, and by columns: SQLAlchemy's unit of work takes longer than all the rest, and requests
+# wait for this.
+_LOCKED = (
+    select(AuditAnchor.sequence, AuditAnchor.digest, AuditAnchor.position, AuditAnchor.set_at)
+    .where(AuditAnchor.log == bindparam("log"))
+    .with_for_update()
+)
+_MOVED = (
+    update(AuditAnchor)
+    .where(AuditAnchor.log == bindparam("of"))
+    .values(
+        {name: bindparam(f"to_{name}") for name in ("sequence", "digest", "position", "set_at")}
+    )
+    .execution_options(synchronize_session=False)
+)
+
+
+def _locked(database: Database, transaction: Session, log: AuditLog) -> Link:
+    """The anchor, with its row locked; the row is made where there is none."""
+    wanted = {"log": log_id(log)}
+    row = transaction.execute(_LOCKED, wanted).one_or_none()
+    if row is None:
+        first = wanted | {"sequence": 0, "digest": START.digest, "position": 0}
+        made = database.insert(AuditAnchor).values(**first, set_at=log.clock())
+        # Two processes that start at the same time may both insert.
+        transaction.execute(made.on_conflict_do_nothing())
+        row = transaction.execute(_LOCKED, wanted).one()
+    return Link(*row)
+
+
+def _move(transaction: Session, log: AuditLog, to: Link) -> None:
+    values = {"to_sequence": to.sequence, "to_digest": to.digest, "to_position": to.position}
+    transaction.connection().execute(_MOVED, values | {"to_set_at": log.clock(), "of": log_id(log)})
 
 
 def _anchor(row: AuditAnchor) -> Link:

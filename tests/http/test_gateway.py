@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import socket
 import ssl
 import threading
 import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 
 import pytest
 from cryptography import x509
@@ -499,3 +501,12 @@ def test_at_the_end_an_arriving_request_has_little_time(app, monkeypatch, more):
                 time.sleep(0.01)
         stopping.result(DEADLINE)
         assert not running.gateway.connections._open
+
+
+def test_an_answer_has_the_date_of_now(app):
+    before = datetime.now(UTC).replace(microsecond=0)
+    with serving(app) as running:
+        head = ends(running.connect(get("/", "Connection: close"))).partition(b"\r\n\r\n")[0]
+    date = re.search(rb"\r\nDate: ([^\r]+)", head)[1].decode()
+    assert date.endswith(" GMT")
+    assert before <= parsedate_to_datetime(date) <= datetime.now(UTC)

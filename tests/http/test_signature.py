@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 import re
 from datetime import timedelta
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 import pytest
 from support.http.fakes import NOW
@@ -17,6 +17,7 @@ from support.http.rpc_signing import (
     v1_signature,
 )
 
+from hsmwrap.http.canonical import percent_encode
 from hsmwrap.http.errors import IncompleteSignature
 from hsmwrap.http.message import RpcMessage
 from hsmwrap.http.signature import read_claim
@@ -465,3 +466,8 @@ def test_a_misspelt_parameter_is_not_disclosed(bench, name, caplog):
     logged = [str(vars(record)) for record in caplog.records if record.name.startswith("hsmwrap")]
     assert logged
     assert not [text for text in (answer.text, *logged) if "c2VjcmV0" in text]
+
+
+@pytest.mark.parametrize("text", ["", "Abc19", "a-_.~", "a b+/=&%", "é²字", "²", "a*'()\n\0"])
+def test_what_is_encoded_is_what_rfc_3986_says(text):
+    assert percent_encode(text) == quote(text, safe="")

@@ -558,6 +558,14 @@ class TestAnchors:
         anchors.remember(database, log)
         assert anchors.remembered(database, log) == (log.head(),)
 
+    def test_each_log_has_its_own(self, database, log):
+        other = replace(log, log_id="another")
+        for each in (log, other):
+            anchors.remember(database, each)
+        log.append(entry(6))
+        anchors.remember(database, log)
+        assert [anchors.remembered(database, each)[0].sequence for each in (log, other)] == [7, 6]
+
     @pytest.fixture
     def overtaken(self, database, log):
         """Move the anchor while another process is about to commit; it calls ``first`` before."""
