@@ -50,6 +50,12 @@ def add_parser(subparsers: Subparsers) -> None:
         "--profile",
         help="vendor profile of pkcs11: a name of `hsmwrap profiles list`, or a file (.toml)",
     )
+    parser.add_argument(
+        "--served",
+        action="store_true",
+        help="import only by the rows that the backend says it serves; the others have to be "
+        "refused before a key is generated",
+    )
     add_json_option(parser)
     parser.set_defaults(run=run)
 
@@ -63,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         capabilities = {b.name: b.capabilities() for b in backends.values()}
         for capability in capabilities.values():
             print(demo_report.announcement(capability), file=sys.stderr)
-        rows = list(_run_rows(DemoRunner(backends)))
+        rows = list(_run_rows(DemoRunner(backends), served=args.served))
     print(_report(rows, capabilities, as_json=args.json))
     return 0 if demo_report.all_ok(rows) else 1
 
@@ -74,8 +80,8 @@ def _report(rows: list[Row], capabilities: Mapping[str, Capabilities], *, as_jso
     return demo_report.text(rows, capabilities.values())
 
 
-def _run_rows(runner: DemoRunner) -> Iterator[Row]:
-    """Run each planned row, with progress on stderr."""
+def _run_rows(runner: DemoRunner, *, served: bool) -> Iterator[Row]:
+    """Run each planned row, with progress on stderr; ``served``: see the option."""
     plan = list(_plan())
     for number, (combination, verdict, client) in enumerate(plan, 1):
         print(
@@ -86,6 +92,8 @@ def _run_rows(runner: DemoRunner) -> Iterator[Row]:
         )
         if client is None:
             row = runner.run_refused(combination, verdict)
+        elif served and not runner.serves(combination):
+            row = runner.run_unserved(combination)
         else:
             row = runner.run_allowed(combination, client)
         print(demo_report.progress(row), file=sys.stderr)

@@ -57,13 +57,14 @@ class Row:
         allowed: What the compatibility table says.
         backend: Name of the backend that the protection level selects.
         client: The client that encrypts the key material; None for a refused combination.
-        outcome: ``imported``, ``refused``, ``issued`` (against the table) or ``failed``.
+        outcome: ``imported``, ``refused``, ``not served`` (allowed, but not by this backend),
+            ``issued`` (against the table or the capabilities) or ``failed``.
         code: KMS error code of a refusal or failure.
         exposure: Where the material was in plaintext; None if none was imported.
         rule: The rule that refused.
         key_specs: What was imported, and whether it was then ``used`` or only ``stored``.
-        issue_ms: Milliseconds for parameters, of Aliyun_AES_256.
-        import_ms: Milliseconds for the import, of Aliyun_AES_256.
+        issue_ms: Milliseconds for parameters, of the first key spec.
+        import_ms: Milliseconds for the import, of the first key spec.
         failure: Why the result is not what the table says; None if it is.
     """
 
@@ -118,21 +119,35 @@ class DemoRunner:
             row.outcome = "imported"
         return row
 
+    def serves(self, combination: Combination) -> bool:
+        """Whether the backend says that it serves an allowed combination."""
+        spec, algorithm, level = combination
+        return self._backends[level].capabilities().wrapping_for(spec, algorithm) is not None
+
     def run_refused(self, combination: Combination, verdict: Verdict) -> Row:
         """Ask for parameters that the table refuses; nothing may be generated."""
-        spec, algorithm, level = combination
-        row = Row(combination, allowed=False, backend=self._backends[level].name)
+        row = Row(combination, allowed=False, backend=self._backends[combination[2]].name)
+        self._ask_in_vain(row, "refused", verdict.error().code, verdict.rule)
+        return row
+
+    def run_unserved(self, combination: Combination) -> Row:
+        """Ask for parameters that the backend does not serve; nothing may be generated."""
+        row = Row(combination, allowed=True, backend=self._backends[combination[2]].name)
+        self._ask_in_vain(row, "not served", CombinationRefused.code, "backend-capability")
+        return row
+
+    def _ask_in_vain(self, row: Row, outcome: str, code: str, rule: str | None) -> None:
+        spec, algorithm, level = row.combination
         with self._recorded(row):
             try:
                 self._service.get_parameters_for_import(_cmk(level), spec, algorithm)
             except _REFUSALS as error:
-                row.outcome, row.code, row.rule = "refused", error.code, error.rule
+                row.outcome, row.code, row.rule = outcome, error.code, error.rule
             else:
                 row.outcome = "issued"
             seen = (row.outcome, row.code, row.rule)
-            _expect("refusal", seen, ("refused", verdict.error().code, verdict.rule))
+            _expect("refusal", seen, (outcome, code, rule))
             _expect("key pairs generated", self._source.count, 0)
-        return row
 
     @contextmanager
     def _recorded(self, row: Row) -> Iterator[None]:
@@ -159,7 +174,7 @@ class DemoRunner:
         result, import_ms = _timed(
             lambda: self._service.import_key_material(cmk, encrypted, parameters.import_token)
         )
-        if key_spec is KeySpec.ALIYUN_AES_256:
+        if row.issue_ms is None:
             row.issue_ms, row.import_ms = issue_ms, import_ms
         self._check_key(row, result.imported, material)
 
@@ -233,9 +248,9 @@ def _is_usable(backend: Backend, key_spec: KeySpec) -> bool:
 
 
 def _key_specs(backend: Backend) -> list[KeySpec]:
-    """AES-256, which every row imports, and the backend's other key specs."""
+    """The backend's key specs; AES-256 where it has none, so that this is seen."""
     offered = [capability.key_spec for capability in backend.capabilities().keys]
-    return list(dict.fromkeys([KeySpec.ALIYUN_AES_256, *offered]))
+    return offered or [KeySpec.ALIYUN_AES_256]
 
 
 def _cmk(level: ProtectionLevel, key_spec: KeySpec = KeySpec.ALIYUN_AES_256) -> Cmk:

@@ -1,7 +1,9 @@
 """The plug-in in PLUGINS.md is found by its entry point and passes the kit, as it stands there."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +100,30 @@ def test_it_passes_the_kit(installed):
         "capability: keeps no imported keys in the HSM",
         "capability: can use every Aliyun_AES_256 key",
     }
+
+
+@pytest.fixture
+def settings_file(installed):
+    (installed / "key").write_bytes(bytes(32))
+    (installed / "key").chmod(0o400)
+    (installed / "acme.toml").write_text('key_file = "key"\n')
+    return installed
+
+
+def test_the_kit_runs_over_a_registered_plug_in_as_it_says(settings_file):
+    (command,) = re.findall(r"^\$ pytest (--pyargs .*?acme\.md)$", GUIDE, re.MULTILINE | re.DOTALL)
+    arguments = shlex.split(command.replace("\\\n", " "))
+    done = run(settings_file, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+    assert done.returncode == 0, done.stdout
+    report = json.loads((settings_file / "acme.json").read_text("utf-8"))
+    assert [(kit["plugin"], kit["verdict"]) for kit in report["kits"]] == [("acme", "passed")]
+    assert "acme" in (settings_file / "acme.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("command", ["doctor", "demo --served"])
+def test_commands_take_its_settings_as_it_says(settings_file, command):
+    said = f"hsmwrap {command} --backend acme --settings acme.toml"
+    assert f"`{said}`" in GUIDE
+    done = run(settings_file, "-m", "hsmwrap.cli", *said.split()[1:])
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"RSA_2048 +RSAES_OAEP_SHA_256 ", done.stdout)

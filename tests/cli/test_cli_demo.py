@@ -280,6 +280,56 @@ def test_an_allowed_row_that_the_backend_does_not_serve_fails(demo, sabotage, ca
     assert "FAILED: 2 of 17 rows did not" in capsys.readouterr().out
 
 
+class HasSm4UnderSm2(SoftwareBackend):
+    """As an HSM that has nothing but the Chinese algorithms."""
+
+    def capabilities(self):
+        known = super().capabilities()
+        wrapping = tuple(w for w in known.wrapping if w.spec is WrappingKeySpec.EC_SM2)
+        keys = tuple(k for k in known.keys if k.key_spec is KeySpec.ALIYUN_SM4)
+        return dataclasses.replace(known, wrapping=wrapping, keys=keys)
+
+
+def test_asked_for_what_is_served_the_rest_is_shown_and_refused(run_json, sabotage, capsys):
+    sabotage(HasSm4UnderSm2)
+    status, document = run_json("demo", "--backend", "software", "--served")
+    assert (status, document["ok"]) == (0, True)
+    imported = rows_that(document, allowed=True, outcome="imported")
+    assert {name(row)[:3] for row in imported} == {("EC_SM2", "SM2PKE", "HSM")}
+    assert [row["key_specs"] for row in imported] == [{"Aliyun_SM4": "used"}] * 2
+    assert all(row["issue_ms"] > 0 < row["import_ms"] for row in imported)
+    unserved = rows_that(document, allowed=True, outcome="not served")
+    assert {name(row) for row in unserved} | {(*name(row)[:3], None) for row in imported} == {
+        (*row[:3], None) for row in ALLOWED
+    }
+    assert {row["code"] for row in unserved} == {"InvalidParameter"}
+    assert main(["demo", "--backend", "software", "--served"]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.endswith(f"; {len(unserved)} of them are allowed, and not served here")
+
+
+def test_a_row_that_is_issued_though_it_is_not_served_fails(run_json, sabotage, monkeypatch):
+    sabotage(HasSm4UnderSm2)
+    monkeypatch.setattr(
+        imports.ImportService, "get_parameters_for_import", lambda *_arguments: None
+    )
+    status, document = run_json("demo", "--backend", "software", "--served")
+    assert status == 1
+    assert {name(row)[0] for row in rows_that(document, allowed=True, outcome="issued")} == {
+        "RSA_2048"
+    }
+
+
+def test_a_backend_without_key_specs_fails(demo, sabotage):
+    class HasNoKeys(SoftwareBackend):
+        def capabilities(self):
+            return dataclasses.replace(super().capabilities(), keys=())
+
+    sabotage(HasNoKeys)
+    status, document = demo()
+    assert (status, rows_that(document, outcome="imported")) == (1, [])
+
+
 def replace_policy(monkeypatch, check):
     """Give the import service another policy than the demo's."""
     monkeypatch.setattr(imports, "policy", SimpleNamespace(check=check))

@@ -28,7 +28,7 @@ def test_the_header_declares_what_is_called_and_nothing_else():
     assert set(re.findall(r"^int (SDF_\w+)\(", header, re.MULTILINE)) == _FUNCTIONS.keys()
 
 
-def test_keys_init_and_doctor_run_as_it_says(sdf_settings, tmp_path, capsys):
+def test_keys_init_doctor_and_demo_run_as_it_says(sdf_settings, tmp_path, capsys):
     (tmp_path / "state" / "key-set-1.json").unlink()
     file = tmp_path / "sdf.toml"
     file.write_text(
@@ -43,6 +43,14 @@ def test_keys_init_and_doctor_run_as_it_says(sdf_settings, tmp_path, capsys):
     assert re.search(r"EC_SM2 +SM2PKE +in_hsm +HsmInternal .* done$", said, re.MULTILINE)
     assert re.search(r"Aliyun_SM4 +yes +HsmEncryptedDatabase +used", said), said
     assert status == 0, said
+    status = main(["demo", "--served", *options, "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert (status, document["ok"]) == (0, True)
+    imported = [row for row in document["rows"] if row["backend"] == "sdf" and row["key_specs"]]
+    assert {row["client"] for row in imported} == {"openssl", "gmssl"}
+    assert [(row["wrapping_algorithm"], row["exposure"], row["key_specs"]) for row in imported] == [
+        ("SM2PKE", "in_hsm", {"Aliyun_SM4": "used"})
+    ] * 2
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(SDF_\w+)`", README))))
