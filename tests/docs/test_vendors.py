@@ -13,6 +13,7 @@ from support.services.spy import NO_SPY, find_spy
 from hsmwrap.backend import Custody, Exposure
 from hsmwrap.pkcs11.binding.profiles import PARTS, names
 from hsmwrap.pkcs11.binding.returncodes import Remedy
+from hsmwrap.sm2.formats import Layout
 from hsmwrap.testing.faults import Restriction
 
 VENDORS, DOCTOR = ROOT / "docs" / "vendors.md", ROOT / "docs" / "doctor.md"
@@ -45,6 +46,28 @@ def test_the_report_is_as_it_is_explained(softhsm, tmp_path):
         facts = [re.split(r"\s{2,}", line)[0] for line in table.splitlines()]
         assert facts
         assert [fact for fact in facts if f"`{fact}`" not in section_of(DOCTOR, title)] == []
+
+
+@pytest.mark.parametrize("name", ["PLUGINS.md", "docs/vendors.md", "examples/sdf/README.md"])
+def test_commands_of_the_kit_are_complete(name):
+    """The kit needs settings beside a backend; pip finds nothing that was not released."""
+    text = text_of(ROOT / name)
+    commands = re.findall(r"--hsmwrap-backend [a-z]\w+\W+(\S+)", text)
+    assert commands
+    assert set(commands) == {"hsmwrap-settings"}
+    assert not re.search(r"pip install hsmwrap\b", text)
+    assert re.search(r"extra `testing`|'\.\[testing\]'", text)
+
+
+def test_each_layout_is_named_where_a_wrong_one_is_seen():
+    (line,) = [each for each in text_of(VENDORS).splitlines() if "WRAPPED_KEY_INVALID" in each]
+    assert set(re.findall(r"C1C\w+|DER", line)) == {each.name for each in Layout}
+
+
+def test_a_vendor_without_an_hsm_finds_the_simulated_one():
+    (command,) = re.findall(r"^module=.*\n.*$", text_of(VENDORS), re.MULTILINE)
+    assert command in text_of(ROOT / "docs" / "testing.md")
+    assert re.search(r"faults play sansec .* hsmwrap demo --profile sansec$", command, re.DOTALL)
 
 
 def _named(kind):
