@@ -114,7 +114,8 @@ def _sections(document: Document) -> Iterator[tuple[str, _Table | list[str]]]:
     examined = document["examination"]
     if examined:
         yield from _examined(examined)
-    yield "What is left", [_left(document["objects"])]
+    if examined or document["objects"]["before"] is not None:
+        yield "What is left", [_left(document["objects"])]
 
 
 def _examined(examined: Document) -> Iterator[tuple[str, _Table | list[str]]]:

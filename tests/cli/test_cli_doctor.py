@@ -236,6 +236,15 @@ def test_why_it_cannot_run_is_in_the_report(tmp_path):
     assert NO_PIN not in json.dumps(document)
 
 
+def test_what_cannot_be_opened_leaves_nothing_to_say_of_objects(capsys, tmp_path):
+    file = tmp_path / "hsm.toml"
+    file.write_text('module = "/nowhere/libnothing.so"\ntoken_label = "t"\npin_env = "NONE"\n')
+    assert main(["doctor", "--settings", str(file)]) == 2
+    said = capsys.readouterr().out
+    assert "CANNOT RUN" in said
+    assert "What is left" not in said
+
+
 # --- by the contract alone -----------------------------------------------------------------------
 
 

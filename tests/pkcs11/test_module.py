@@ -62,9 +62,11 @@ def test_the_same_breaks_the_plain_library(softhsm):
     assert any(hammer("plain") != 0 for _ in range(5))
 
 
-def test_a_missing_module_is_a_configuration_error():
-    with pytest.raises(ConfigurationError, match="cannot load PKCS#11 module /nowhere"):
-        Module("/nowhere/libnothing.so")
+@pytest.mark.parametrize("path", ["/nowhere/libnothing.so", "/etc/hostname", "libz.so.1"])
+def test_what_is_not_a_module_is_a_configuration_error(path):
+    said = f"cannot load PKCS#11 module {path}: .*shared object with C_GetFunctionList"
+    with pytest.raises(ConfigurationError, match=said):
+        Module(path)
 
 
 @pytest.mark.parametrize("parameters", ["configdir='sql:/a'", b"\0\xff\0\1"])

@@ -146,7 +146,10 @@ class Module(lib):
             # A Cython class: the path goes to its __cinit__, which the type stub does not show.
             return super().__new__(cls, path)  # type: ignore[call-arg]
         except PKCS11Error as error:
-            raise ConfigurationError(f"cannot load PKCS#11 module {path}: {error}") from None
+            raise ConfigurationError(
+                f"cannot load PKCS#11 module {path}: {error}; it has to be the HSM vendor's shared "
+                "object with C_GetFunctionList"
+            ) from None
 
     def __init__(self, path: str, library_parameters: str | bytes | None = None) -> None:
         """Initialise the module.
