@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -180,6 +180,10 @@ class _Store(Protocol):
     def close(self) -> None: ...
 
 
+# SQLAlchemy parses the text of a statement for its parameters.
+_text = cache(text)
+
+
 class _Table:
     """In the database itself."""
 
@@ -197,11 +201,11 @@ class _Table:
 
     def change(self, statement: str, values: Mapping[str, Any]) -> int:
         with self._database.statement() as connection:
-            return connection.execute(text(statement), values).rowcount
+            return connection.execute(_text(statement), values).rowcount
 
     def select(self, statement: str, values: Mapping[str, Any]) -> list[Any]:
         with self._database.statement() as connection:
-            return list(connection.execute(text(statement), values))
+            return list(connection.execute(_text(statement), values))
 
     def begin(self) -> None:
         if self.select(_LOOK, {"digest": self.begun, "begun": self.begun}):
