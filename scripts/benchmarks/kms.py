@@ -45,10 +45,16 @@ _POOL_LEVEL = re.compile(r"^hsmwrap_keypool_level\{.*\} (\S+)$", re.MULTILINE)
 
 
 class KmsSide(ABC):
-    """A KMS under measurement; :attr:`cmks` has one CMK for each thread."""
+    """A KMS under measurement.
 
-    def __init__(self) -> None:
+    Attributes:
+        cmks: One CMK for each thread.
+        processes: How many processes it is.
+    """
+
+    def __init__(self, processes: int = 1) -> None:
         self.cmks: list[str] = []
+        self.processes = processes
 
     @abstractmethod
     def prepare(self, thread: int, action: str, parameters: Mapping[str, str]) -> Call:
@@ -125,8 +131,10 @@ class LocalKms(KmsSide):
 class ServedKms(KmsSide):
     """A KMS behind ``hsmwrap serve``."""
 
-    def __init__(self, port: int, metrics_port: int, pid: int, threads: int) -> None:
-        super().__init__()
+    def __init__(
+        self, port: int, metrics_port: int, pid: int, threads: int, processes: int = 1
+    ) -> None:
+        super().__init__(processes)
         self.port = port
         self._pid = pid
         self._metrics = _Connection(metrics_port)

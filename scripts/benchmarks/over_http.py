@@ -191,15 +191,22 @@ class _Stand:
     def _start_refill(self, pool: int) -> None:
         """Fill all pools, and take so many pairs that each is just being filled again."""
         self._fill_pools(pool)
-        self._drain_pools(pool)
+        for side in self.kms.values():
+            # By number: the level of another process is known seconds later.
+            self._take_pairs(side, side.processes * (pool - pool // 2))
+
+    @staticmethod
+    def _take_pairs(side: KmsSide, count: int) -> None:
+        for _, (thread, cmk) in zip(
+            range(count), itertools.cycle(enumerate(side.cmks)), strict=False
+        ):
+            side.reconnect()  # so that the processes are reached about equally often
+            side.prepare(thread, _ISSUE, _row(cmk))()
 
     def _drain_pools(self, pool: int) -> None:
         for side in self.kms.values():
-            rows = itertools.cycle(enumerate(side.cmks))
             while max(side.pool_levels()) > pool // 2:
-                thread, cmk = next(rows)
-                side.reconnect()  # so that the processes are reached about equally often
-                side.prepare(thread, _ISSUE, _row(cmk))()
+                self._take_pairs(side, 1)
 
     def _fill_pools(self, pool: int) -> None:
         """Fill all pools completely, so that they do not refill during a burst (below half)."""
@@ -232,7 +239,7 @@ def measure(
                 there = serving(
                     directory / "served", settings, pool, database_url=urls[0], workers=workers
                 )
-                served = ServedKms(*stack.enter_context(there), max(plan.clients))
+                served = ServedKms(*stack.enter_context(there), max(plan.clients), workers)
                 local = LocalKms(directory / "local", settings, pool, urls[1])
                 stack.enter_context(served)
                 stack.enter_context(local)

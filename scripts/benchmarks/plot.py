@@ -42,7 +42,7 @@ def draw(results: Results, path: Path) -> None:
     run = f"{results.plan} run"
     if results.disturbed:
         run += f"; other processes took {results.others:.0%} of the processor time"
-    figure.suptitle(f"{where} ({run})", fontweight="bold")
+    figure.suptitle(f"{where}\n{run}", fontweight="bold")
     with rc_context({"axes.titlesize": 10, "legend.fontsize": 8}):
         for position, chart in enumerate(charts, 1):
             chart(figure.add_subplot(rows, _COLUMNS, position))
@@ -147,7 +147,7 @@ def _finish_lines(axes: Axes, across: str) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_locator(LogLocator(subs=()))
     if axes.get_yscale() == "linear":
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # with room for the numbers
     axes.set_xlabel(across)
     axes.grid(axis="y")
     axes.legend()

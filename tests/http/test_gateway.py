@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import re
@@ -25,8 +26,10 @@ from hsmwrap.http import deadline
 from hsmwrap.http.gateway import (
     _RESERVED_CALLS,
     WAITING_PER_THREAD,
+    Gateway,
     Limits,
     Place,
+    Site,
     address_key,
 )
 from hsmwrap.http.parsing import Phase
@@ -510,3 +513,24 @@ def test_an_answer_has_the_date_of_now(app):
     date = re.search(rb"\r\nDate: ([^\r]+)", head)[1].decode()
     assert date.endswith(" GMT")
     assert before <= parsedate_to_datetime(date) <= datetime.now(UTC)
+
+
+def test_processes_share_connections_that_come_together(app):
+    listener = socket.create_server(("127.0.0.1", 0))
+    gateways = [Gateway(threads=1, limits=Limits(), loop=asyncio.new_event_loop()) for _ in "12"]
+    clients = [socket.create_connection(listener.getsockname()) for _ in range(4)]
+    for gateway in gateways:
+        gateway.listen(listener, Site(app, 0))
+    for gateway in gateways * 2:  # each loop goes round twice, in turns
+        gateway.loop.call_soon(gateway.loop.stop)
+        gateway.loop.run_forever()
+    try:
+        assert [len(list(gateway.connections)) for gateway in gateways] == [2, 2]
+    finally:
+        for client in clients:
+            client.close()
+        for gateway in gateways:
+            gateway.loop.run_until_complete(gateway.stop(DEADLINE))
+            gateway.close()
+            gateway.loop.close()
+        listener.close()
