@@ -137,13 +137,14 @@ def _examined(examined: Document) -> Iterator[tuple[str, _Table | list[str]]]:
             ],
         ),
     )
-    reasons = [
+    # The same trial may have been made for several key specs.
+    reasons = dict.fromkeys(
         f"{row['wrapping_algorithm']}: {reason}"
         for row in rows
         for reason in filter(None, (row["reason"], *map(_tried, row["tried"])))
-    ]
+    )
     if reasons:
-        yield "Why not in_hsm", reasons
+        yield "Why not in_hsm", list(reasons)
     keys = [
         (k["key_spec"], _yes(k["usable"]), k["custody"], k["failure"] or k["outcome"])
         for k in examined["keys"]

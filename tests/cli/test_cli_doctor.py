@@ -12,7 +12,7 @@ import pytest
 from support.services.nss import LABEL, find_module, make_nss
 
 from hsmwrap import registry
-from hsmwrap.backend import Exposure
+from hsmwrap.backend import Exposure, FailedTrial
 from hsmwrap.cli import doctor_examination, main
 from hsmwrap.errors import HsmError
 from hsmwrap.pkcs11 import Pkcs11Backend, inspection
@@ -282,6 +282,20 @@ def test_exposure_is_compared_with_the_report(plug_in, run_json, monkeypatch):
     assert (
         "HsmEncryptedDatabase, host; its capabilities promise" in document["verdict"]["broken"][0]
     )
+
+
+def test_a_trial_that_failed_for_each_key_spec_is_told_once(plug_in, capsys, monkeypatch):
+    failed = FailedTrial("unwrap a key", "C_UnwrapKey", "CKM_VENDOR", 0x70)
+
+    def capabilities(self):
+        known = MemoryBackend.capabilities(self)
+        first, *others = known.wrapping
+        return replace(known, wrapping=(replace(first, tried=(failed, failed)), *others))
+
+    monkeypatch.setattr(Broken, "capabilities", capabilities)
+    main(["doctor", *plug_in(Broken)])
+    said = capsys.readouterr().out
+    assert said.count("unwrap a key: C_UnwrapKey(CKM_VENDOR) answered") == 1
 
 
 def test_a_use_that_fails_is_a_promise_that_is_not_kept(plug_in, capsys, monkeypatch):
