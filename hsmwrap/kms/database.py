@@ -12,10 +12,12 @@ hold sealed keys and used nonces.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sqlite3
 import stat
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -41,7 +43,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from hsmwrap import forks
 from hsmwrap.errors import ConfigurationError, strip_tracebacks
@@ -99,10 +101,11 @@ class Database(ForkAware):
         """
         self.engine = _engine(url, pool_size, sync=sync)
         self._writing = self.engine.execution_options(writing=True)
-        self._single = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._bare = _BarePostgresql(self.engine)
         # PostgreSQL gives each statement a snapshot of its own in any case (READ COMMITTED), so
         # BEGIN and ROLLBACK would be two round trips for nothing.
-        self._reading = self._single if self._is_postgresql else self.engine
+        single = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reading = single if self._is_postgresql else self.engine
         self._turn = ReadWriteLock(busy="others write the database", timeout=BUSY_SECONDS)
         forks.register(self)
 
@@ -144,9 +147,12 @@ class Database(ForkAware):
             session.flush()
             _commit(session)
 
-    @contextmanager
-    def statement(self) -> Iterator[Connection]:
-        """A connection for one statement, which is a transaction of its own.
+    def run(self, statement: str, values: Mapping[str, Any]) -> Ran:
+        """Run one statement, which is a transaction of its own.
+
+        Args:
+            statement: SQL, with ``:name`` for each of the values.
+            values: By name.
 
         Raises:
             ServiceUnavailable: The database is unavailable; whether the statement took effect is
@@ -154,11 +160,10 @@ class Database(ForkAware):
         """
         with _available():
             if self._is_postgresql:
-                with self._single.connect() as connection:
-                    yield connection
-            else:
-                with self._turn.write(), self._writing.begin() as connection:
-                    yield connection
+                return self._bare.run(statement, values)
+            with self._turn.write(), self._writing.begin() as connection:
+                result = connection.execute(text(statement), values)
+                return Ran(result.rowcount, list(result) if result.returns_rows else [])
 
     def insert(self, row: type[Row]) -> Any:
         """The dialect's INSERT into the table of ``row``, with support for ON CONFLICT."""
@@ -279,7 +284,81 @@ class Database(ForkAware):
 
     def close(self) -> None:
         """Close the idle connections. Safe to call again."""
+        self._bare.close()
         self.engine.dispose()
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a statement did.
+
+    Attributes:
+        changed: How many rows it changed.
+        rows: What it returned.
+    """
+
+    changed: int
+    rows: list[Any]
+
+
+class _BarePostgresql(ForkAware):
+    """Connections without SQLAlchemy, for what each request asks PostgreSQL.
+
+    They stay in autocommit. Each time that the engine's pool lends a connection it is set to that
+    and back, and rolled back, which takes longer than most statements.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._texts: dict[str, str] = {}
+        self._idle: deque[tuple[Any, float]] = deque()
+        forks.register(self)
+
+    def after_fork_in_child(self) -> None:
+        """Leave the connections to the parent."""
+        _INHERITED.append(self._idle)
+        self._idle = deque()
+
+    def run(self, statement: str, values: Mapping[str, Any]) -> Ran:
+        dialect = self._engine.dialect
+        sql = self._texts.get(statement)
+        if sql is None:
+            sql = self._texts[statement] = str(text(statement).compile(dialect=dialect))
+        try:
+            connection = self._taken()
+            try:
+                cursor = connection.execute(sql, values)
+                ran = Ran(cursor.rowcount, cursor.fetchall() if cursor.description else [])
+            except BaseException:
+                connection.close()
+                raise
+        except dialect.loaded_dbapi.Error as error:
+            known = dialect.loaded_dbapi.Error
+            raise DBAPIError.instance(sql, None, error, known, True, dialect=dialect) from error  # noqa: FBT003 (hide_parameters)
+        self._idle.append((connection, time.monotonic()))
+        return ran
+
+    def close(self) -> None:
+        """Close those that are idle."""
+        with suppress(IndexError):
+            while True:
+                self._idle.pop()[0].close()
+
+    def _taken(self) -> Any:
+        with suppress(IndexError):
+            while True:
+                idle, since = self._idle.pop()
+                try:
+                    _require_alive(self._engine.dialect, idle, since)
+                except DisconnectionError:
+                    idle.close()
+                else:
+                    return idle
+        lent = self._engine.raw_connection()
+        connection: Any = lent.dbapi_connection
+        lent.detach()
+        connection.autocommit = True
+        return connection
 
 
 class BareSqlite(sqlite3.Connection):
@@ -430,7 +509,7 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
     else:
         event.listen(engine, "connect", partial(_prepare_postgresql, url=parsed))
         event.listen(engine, "checkin", _note_time)
-        event.listen(engine, "checkout", partial(_require_alive, engine.dialect))
+        event.listen(engine, "checkout", partial(_require_pooled_alive, engine.dialect))
     return engine
 
 
@@ -517,13 +596,20 @@ def _note_time(_connection: Any, record: ConnectionPoolEntry) -> None:
     record.info["idle_since"] = time.monotonic()
 
 
-def _require_alive(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, *_: Any) -> None:
-    """Let the pool connect anew where the server has ended an idle connection.
+def _require_pooled_alive(
+    dialect: Dialect, connection: Any, record: ConnectionPoolEntry, *_: Any
+) -> None:
+    # A new one was not idle.
+    _require_alive(dialect, connection, record.info.get("idle_since", math.inf))
+
+
+def _require_alive(dialect: Dialect, connection: Any, idle_since: float) -> None:
+    """Raise DisconnectionError where the server has ended an idle connection.
 
     What the server said last, that it ends, is there to be read; this costs no round trip. After
     some time a network may have dropped the connection without a word: then the server is asked.
     """
-    idle = time.monotonic() - record.info.get("idle_since", time.monotonic())
+    idle = time.monotonic() - idle_since
     said = poll()
     said.register(connection.pgconn.socket, POLLIN)
     if idle < _TRUSTED_SECONDS and not said.poll(0):
@@ -558,5 +644,5 @@ def _available() -> Iterator[None]:
 
 # A child must not close inherited connections: that would end the parent's session on the server,
 # or drop SQLite's locks. Keeping a reference prevents it.
-_INHERITED: list[Pool] = []
+_INHERITED: list[object] = []
 _BARE: set[BareSqlite] = set()

@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -180,10 +180,6 @@ class _Store(Protocol):
     def close(self) -> None: ...
 
 
-# SQLAlchemy parses the text of a statement for its parameters.
-_text = cache(text)
-
-
 class _Table:
     """In the database itself."""
 
@@ -200,12 +196,10 @@ class _Table:
         return digest(_BEGUN, cluster, *(oid.encode() for oid in self.select(_TABLE, {})[0]))
 
     def change(self, statement: str, values: Mapping[str, Any]) -> int:
-        with self._database.statement() as connection:
-            return connection.execute(_text(statement), values).rowcount
+        return self._database.run(statement, values).changed
 
     def select(self, statement: str, values: Mapping[str, Any]) -> list[Any]:
-        with self._database.statement() as connection:
-            return list(connection.execute(_text(statement), values))
+        return self._database.run(statement, values).rows
 
     def begin(self) -> None:
         if self.select(_LOOK, {"digest": self.begun, "begun": self.begun}):

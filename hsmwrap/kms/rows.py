@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from sqlalchemy import String, literal_column, select, text
+from sqlalchemy import String, literal_column, select
 
 from hsmwrap import forks
 from hsmwrap.forks import ForkAware
@@ -30,7 +30,7 @@ A process has as many watchers as calls of it have looked for a row at the same 
 """
 _T = TypeVar("_T")
 _VERSION = "xmin::text || ctid::text"
-_VERSION_OF_ONE = text(f"SELECT {_VERSION} FROM keys WHERE key_id = :key_id")  # noqa: S608 (a constant)
+_VERSION_OF_ONE = f"SELECT {_VERSION} FROM keys WHERE key_id = :key_id"  # noqa: S608 (a constant)
 
 
 class KeyRows(Protocol):
@@ -59,8 +59,8 @@ class _OfPostgresql:
         self._rows: dict[str, tuple[str, Key]] = {}
 
     def get(self, key_id: str) -> Key | None:
-        with self._database.statement() as connection:
-            version = connection.scalar(_VERSION_OF_ONE, {"key_id": key_id})
+        found = self._database.run(_VERSION_OF_ONE, {"key_id": key_id}).rows
+        version = found[0][0] if found else None
         known = self._rows.get(key_id)
         if known is None or known[0] != version:
             wanted = select(literal_column(_VERSION, String), Key).where(Key.key_id == key_id)

@@ -13,7 +13,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from support.kms.fakes import AES_MATERIAL, Client
 
 from hsmwrap.errors import ConfigurationError, ServiceUnavailable
@@ -298,6 +298,88 @@ def test_sqlite_writer_does_not_wait_for_ever(sqlite_url, monkeypatch):
         waiting.submit(write).result(30)
     assert refused == ["refused"]
     database.close()
+
+
+def until(condition):
+    give_up = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+class TestSingleStatements:
+    def test_what_they_change_and_return(self, database_url):
+        database = Database(database_url, sync=False)
+        database.migrate()
+        made = database.run(
+            "INSERT INTO used_once VALUES (:digest, :expires_at) ON CONFLICT DO NOTHING",
+            {"digest": b"one" * 10, "expires_at": 1},
+        )
+        assert (made.changed, made.rows) == (1, [])
+        found = database.run("SELECT expires_at FROM used_once WHERE expires_at < :n", {"n": 2})
+        assert [tuple(row) for row in found.rows] == [(1,)]
+        database.close()
+
+    def test_on_postgresql_a_connection_is_used_again_and_alone(self, postgres_url):
+        database = Database(postgres_url)
+        own = "SELECT pg_backend_pid()"
+        first, again = (database.run(own, {}).rows[0][0] for _ in range(2))
+        assert first == again
+        with database.read() as transaction:
+            assert transaction.execute(text(own)).scalar() != first
+        with ThreadPoolExecutor(2) as threads:
+            slow = "SELECT pg_backend_pid(), pg_sleep(0.2)"
+            pids = [r.rows[0][0] for r in threads.map(lambda _: database.run(slow, {}), range(2))]
+        assert len(set(pids)) == 2
+        database.close()
+        other = Database(postgres_url)
+        left, wanted = "SELECT 1 FROM pg_stat_activity WHERE pid = ANY(:pids)", [first, *pids]
+        until(lambda: not other.run(left, {"pids": wanted}).rows)
+        other.close()
+
+    def test_on_postgresql_each_takes_effect_at_once(self, postgres_url):
+        database, other = Database(postgres_url), Database(postgres_url)
+        database.migrate()
+        insert = "INSERT INTO used_once VALUES (:digest, 1)"
+        database.run(insert, {"digest": b"two" * 10})
+        with pytest.raises(IntegrityError):
+            database.run(insert, {"digest": b"two" * 10})
+        assert len(other.run("SELECT 1 FROM used_once", {}).rows) == 1
+        for each in (database, other):
+            each.close()
+
+    def test_on_postgresql_one_that_the_server_ended_is_replaced(self, postgres_url):
+        database, other = Database(postgres_url), Database(postgres_url)
+        (pid,) = database.run("SELECT pg_backend_pid()", {}).rows[0]
+        other.run("SELECT pg_terminate_backend(:pid)", {"pid": pid})
+        left = "SELECT 1 FROM pg_stat_activity WHERE pid = :pid"
+        until(lambda: not other.run(left, {"pid": pid}).rows)
+        assert database.run("SELECT pg_backend_pid()", {}).rows[0][0] != pid
+        for each in (database, other):
+            each.close()
+
+    def test_on_postgresql_an_outage_is_a_typed_error(self, postgres_url):
+        database = Database(postgres_url)
+        end = "SELECT pg_terminate_backend(pg_backend_pid())"
+        with pytest.raises(ServiceUnavailable):
+            database.run(end, {})
+        assert database.run("SELECT 1", {}).rows == [(1,)]
+        database.close()
+
+    def test_on_postgresql_a_child_has_connections_of_its_own(self, postgres_url):
+        database = Database(postgres_url)
+        own = "SELECT pg_backend_pid()"
+        mine = database.run(own, {}).rows[0][0]
+        read, write = os.pipe()
+        if not (child := os.fork()):
+            os.write(write, str(database.run(own, {}).rows[0][0]).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert int(os.read(read, 100)) != mine
+        assert database.run(own, {}).rows[0][0] == mine
+        for end in (read, write):
+            os.close(end)
+        database.close()
 
 
 class TestIdleConnectionsOfPostgresql:
