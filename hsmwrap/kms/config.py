@@ -116,7 +116,7 @@ class LimitsConfig(_Table):
     max_connections_per_address: int = Field(default=500, ge=0)
     """Open connections of one client address and one process; 0: no limit."""
     database_pool_size: int = Field(default=16, ge=1)
-    """Database connections of one process."""
+    """Pooled database connections of one process; with PostgreSQL up to `max_threads` more."""
     max_requests: int = Field(default=0, ge=0)
     """After so many requests, and up to half as many more at random, a process ends and another
     takes its place: for HSM modules that leak memory. Pages such as /readyz do not count. 0:
