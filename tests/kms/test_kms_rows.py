@@ -33,15 +33,21 @@ def used(open_kms):
 
 @contextmanager
 def counted(kms):
-    """The statements of SQLAlchemy; those of bare connections are not among them."""
-    statements = []
+    """The statements; what bare connections ask SQLite is not among them."""
+    statements, database = [], kms._database
+
+    def run(statement, values):
+        statements.append(statement)
+        return Database.run(database, statement, values)
 
     def note(_connection, _cursor, statement, *_more):
         statements.append(" ".join(statement.split()))
 
-    event.listen(kms._database.engine, "before_cursor_execute", note)
+    event.listen(database.engine, "before_cursor_execute", note)
+    database.run = run
     yield statements
-    event.remove(kms._database.engine, "before_cursor_execute", note)
+    del database.run
+    event.remove(database.engine, "before_cursor_execute", note)
 
 
 def test_a_row_is_read_once_for_each_change(used, database_url):
@@ -65,15 +71,14 @@ def test_a_row_is_read_once_for_each_change(used, database_url):
 
 def test_reading_takes_no_transaction(used, database_url):
     one, _, key_id = used
-    begun = []
-
-    def note(connection):
-        begun.append(connection.connection.driver_connection.autocommit)
-
-    event.listen(one.kms._database.engine, "begin", note)
+    begun, database = [], one.kms._database
+    note = begun.append
+    event.listen(database.engine, "begin", note)
     one.kms.operations.use.encrypt(key_id, b"hello", {})
-    event.remove(one.kms._database.engine, "begin", note)
-    assert begun == ([] if database_url.startswith("sqlite") else [True])
+    event.remove(database.engine, "begin", note)
+    assert begun == []
+    bare = [connection.autocommit for connection, _ in database._bare._idle]
+    assert bare == ([] if database_url.startswith("sqlite") else [True])
 
 
 def test_a_sealed_blob_is_not_looked_up_as_an_object_to_destroy(used):
