@@ -1,5 +1,7 @@
 import gc
 import logging
+import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -618,6 +620,37 @@ def test_without_threads_pairs_are_made_inline(backend, monkeypatch):
     pool(backend, *OAEP, NOW)
     wait_for(pool, lambda p: p.facts()[0].level == 4)
     pool.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a niceness of a thread is Linux's")
+def test_callers_go_first_on_a_processor(backend, monkeypatch):
+    generate = backend.generate_wrapping_key
+    seen = {}
+
+    def noted(*args, **named):
+        thread = threading.get_native_id()
+        in_pool = threading.current_thread().name == "hsmwrap-keypool"
+        seen.setdefault(in_pool, os.getpriority(os.PRIO_PROCESS, thread))
+        return generate(*args, **named)
+
+    monkeypatch.setattr(backend, "generate_wrapping_key", noted)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with KeyPool(SMALL) as pool:
+        pool(backend, *OAEP, NOW)
+        wait_for(pool, lambda p: p.facts()[0].level == 4)
+    assert seen == {False: before, True: min(before + pool_module.NICENESS, 19)}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a niceness of a thread is Linux's")
+def test_a_sandbox_that_forbids_the_niceness_costs_no_pair(backend, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    with KeyPool(SMALL) as pool:
+        pool.prepare(backend, [OAEP])
+        wait_for(pool, lambda p: p.facts()[0].level == 4)
 
 
 def test_threads_wait_for_the_first_call(backend):

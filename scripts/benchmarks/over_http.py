@@ -36,8 +36,12 @@ _ALGORITHM = WrappingAlgorithm.RSAES_OAEP_SHA_256
 _ISSUE, _IMPORT = "GetParametersForImport", "ImportKeyMaterial"
 _REFILLING = f"{_ISSUE}, pool refilling"
 _PLAINTEXT = bytes(32)
-_MARGIN = 2
-"""Extra pairs of the pool beyond two bursts, so that a burst does not start a refill."""
+_BURSTS = 4
+"""How many bursts a full pool has pairs for.
+
+A burst takes less than the upper half, so that it does not start a refill. All of its calls may
+reach one process, whose pool may be below one half: connections are shared only about equally.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +163,8 @@ class _Stand:
         issues = {name: [_row(cmk) for cmk in side.cmks] for name, side in self.kms.items()}
         yield _Load(_ISSUE, plan.requests, issues, before=partial(self._fill_pools, pool))
         refilling = partial(self._start_refill, pool)
-        yield _Load(_REFILLING, plan.requests, issues, before=refilling)
         yield _Load(_IMPORT, plan.requests, imports)
+        yield _Load(_REFILLING, plan.requests, issues, before=refilling)  # last, as it does not end
 
     def _uses(self, plan: Plan) -> Iterator[_Load]:
         most = max(plan.clients)
@@ -223,7 +227,7 @@ def measure(
     ``opened_keys`` is the setting of that name of both KMS; the backend alone opens each key anew.
     """
     settings = {**settings, "opened_keys": opened_keys}
-    pool = 2 * (plan.requests + _MARGIN)
+    pool = _BURSTS * plan.requests
     with ExitStack() as outer:
         send = outer.enter_context(generator())
         cluster = None
