@@ -11,6 +11,7 @@ hold sealed keys and used nonces.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -25,7 +26,7 @@ from functools import cache, partial
 from pathlib import Path
 from select import POLLIN, poll
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -54,6 +55,9 @@ from hsmwrap.kms.schema import Row
 from hsmwrap.locks import ReadWriteLock
 from hsmwrap.privatefile import owner_fault
 
+if TYPE_CHECKING:
+    from hsmwrap.kms.libpq import Statements
+
 BUSY_SECONDS = 10
 """How long a call waits for the locks of others."""
 _BUSY_MILLISECONDS = BUSY_SECONDS * 1000
@@ -75,6 +79,8 @@ _OF_PSYCOPG_ITSELF = frozenset({"autocommit", "context", "prepare_threshold"})
 _INSERT: Mapping[str, Callable[[type[Row]], Any]] = MappingProxyType(
     {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
 )
+_NUMBERED = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
+"""With ``$1`` for values, as libpq has it."""
 # Any number, but the same in all processes that migrate.
 _MIGRATION_LOCK = 0x68736D77
 
@@ -302,7 +308,7 @@ class Ran:
 
 
 class _BarePostgresql(ForkAware):
-    """Connections without SQLAlchemy, for what each request asks PostgreSQL.
+    """Connections for what each request asks PostgreSQL, without SQLAlchemy.
 
     They stay in autocommit. Each time that the engine's pool lends a connection it is set to that
     and back, and rolled back, which takes longer than most statements.
@@ -310,8 +316,8 @@ class _BarePostgresql(ForkAware):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._texts: dict[str, str] = {}
-        self._idle: deque[tuple[Any, float]] = deque()
+        self._known: dict[str, tuple[bytes, bytes, list[str]]] = {}
+        self._idle: deque[Statements] = deque()
         forks.register(self)
 
     def after_fork_in_child(self) -> None:
@@ -321,44 +327,50 @@ class _BarePostgresql(ForkAware):
 
     def run(self, statement: str, values: Mapping[str, Any]) -> Ran:
         dialect = self._engine.dialect
-        sql = self._texts.get(statement)
-        if sql is None:
-            sql = self._texts[statement] = str(text(statement).compile(dialect=dialect))
+        known = self._known.get(statement)
+        if known is None:
+            compiled = text(statement).compile(dialect=_NUMBERED)
+            sql = str(compiled).encode()
+            name = hashlib.sha256(sql).hexdigest()[:32].encode()
+            known = self._known[statement] = name, sql, compiled.positiontup or []
         try:
-            connection = self._taken()
+            taken = self._taken()
             try:
-                cursor = connection.execute(sql, values)
-                ran = Ran(cursor.rowcount, cursor.fetchall() if cursor.description else [])
+                ran = Ran(*taken.run(*known, values))
             except BaseException:
-                connection.close()
+                taken.connection.close()
                 raise
         except dialect.loaded_dbapi.Error as error:
-            known = dialect.loaded_dbapi.Error
-            raise DBAPIError.instance(sql, None, error, known, True, dialect=dialect) from error  # noqa: FBT003 (hide_parameters)
-        self._idle.append((connection, time.monotonic()))
+            base = dialect.loaded_dbapi.Error
+            raise DBAPIError.instance(
+                statement, None, error, base, hide_parameters=True, dialect=dialect
+            ) from error
+        taken.idle_since = time.monotonic()
+        self._idle.append(taken)
         return ran
 
     def close(self) -> None:
         """Close those that are idle."""
         with suppress(IndexError):
             while True:
-                self._idle.pop()[0].close()
+                self._idle.pop().connection.close()
 
-    def _taken(self) -> Any:
+    def _taken(self) -> Statements:
         with suppress(IndexError):
             while True:
-                idle, since = self._idle.pop()
+                idle = self._idle.pop()
                 try:
-                    _require_alive(self._engine.dialect, idle, since)
+                    _require_alive(self._engine.dialect, idle.connection, idle.idle_since)
                 except DisconnectionError:
-                    idle.close()
+                    idle.connection.close()
                 else:
                     return idle
+        from hsmwrap.kms.libpq import Statements  # noqa: PLC0415 (psycopg is not for SQLite)
+
         lent = self._engine.raw_connection()
         connection: Any = lent.dbapi_connection
         lent.detach()
-        connection.autocommit = True
-        return connection
+        return Statements(connection)
 
 
 class BareSqlite(sqlite3.Connection):

@@ -320,6 +320,25 @@ class TestSingleStatements:
         assert [tuple(row) for row in found.rows] == [(1,)]
         database.close()
 
+    @pytest.mark.parametrize("threshold", [None, 5], ids=["never prepared", "prepared"])
+    def test_on_postgresql_each_value_has_its_type(self, postgres_url, threshold):
+        database = Database(postgres_url)
+        taken = database._bare._taken()
+        taken.connection.prepare_threshold = threshold
+        database._bare._idle.append(taken)
+        wanted = {"data": bytes(range(256)), "number": 2**62, "text": "ä'\\$1"}
+        asked = (
+            "SELECT cast(:data AS bytea), cast(:number AS bigint), cast(:text AS text), :text || ''"
+        )
+        own = "SELECT name FROM pg_prepared_statements"
+        for number in range(2):
+            found = database.run(asked, wanted | {"number": number})
+            assert found.rows == [(wanted["data"], number, wanted["text"], wanted["text"])]
+        names = [name for (name,) in database.run(own, {}).rows]
+        assert len(names) == (0 if threshold is None else 2)
+        assert list(database._bare._idle) == [taken]
+        database.close()
+
     def test_on_postgresql_a_connection_is_used_again_and_alone(self, postgres_url):
         database = Database(postgres_url)
         own = "SELECT pg_backend_pid()"

@@ -77,7 +77,7 @@ def test_reading_takes_no_transaction(used, database_url):
     one.kms.operations.use.encrypt(key_id, b"hello", {})
     event.remove(database.engine, "begin", note)
     assert begun == []
-    bare = [connection.autocommit for connection, _ in database._bare._idle]
+    bare = [idle.connection.autocommit for idle in database._bare._idle]
     assert bare == ([] if database_url.startswith("sqlite") else [True])
 
 
