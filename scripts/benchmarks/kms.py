@@ -31,6 +31,7 @@ from hsmwrap.http.app import API_VERSION
 from hsmwrap.kms.access import AccessKey, Permissions, StaticAccessKeys
 from hsmwrap.kms.config import ServerConfig
 from hsmwrap.kms.opening import open_kms
+from hsmwrap.metrics import PUBLISH_SECONDS
 
 Call = Callable[[], object]
 """One prepared request."""
@@ -38,7 +39,9 @@ Call = Callable[[], object]
 _SECRET = secrets.token_hex(16)
 _ACCESS_KEY = AccessKey("bench", _SECRET, Permissions.everything())
 _DEADLINE = 60
-_PAUSE = 0.05
+_SETTLED_DEADLINE = 600
+_PAIR_SECONDS = 2
+"""Longer than a pair takes to make."""
 _LENGTH = re.compile(rb"\r\nContent-Length: *(\d+)\r\n", re.IGNORECASE)
 _METRICS_PORT = re.compile(r"Listening at: \S+,http://127\.0\.0\.1:(\d+) ")
 _POOL_LEVEL = re.compile(r"^hsmwrap_keypool_level\{.*\} (\S+)$", re.MULTILINE)
@@ -78,17 +81,24 @@ class KmsSide(ABC):
         made = [self.call("CreateKey", wanted) for _ in range(count)]
         self.cmks = [fields["KeyMetadata"]["KeyId"] for fields in made]
 
-    def wait_for_pool(self, level: int) -> None:
-        """Wait until the key-pair pool of each process has ``level`` pairs.
+    def settled_levels(self) -> list[float]:
+        """The levels of the key-pair pools, once no pool is being filled.
 
         Raises:
-            Failed: It takes longer than a second per pair.
+            Failed: They still change after ten minutes.
         """
-        end = time.monotonic() + _DEADLINE + level * len(self.pool_levels())
-        while min(self.pool_levels()) < level:
+        end = time.monotonic() + _SETTLED_DEADLINE
+        # What another process publishes may be so old.
+        pause = PUBLISH_SECONDS + 1 if self.processes > 1 else _PAIR_SECONDS
+        before: list[float] = []
+        while True:
+            time.sleep(pause)
+            levels = self.pool_levels()
+            if levels == before:
+                return levels
             if time.monotonic() > end:
-                raise Failed(f"the key-pair pool did not reach {level} pairs")
-            time.sleep(_PAUSE)
+                raise Failed("the key-pair pools do not come to rest")
+            before = levels
 
 
 class LocalKms(KmsSide):

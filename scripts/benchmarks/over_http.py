@@ -37,11 +37,7 @@ _ISSUE, _IMPORT = "GetParametersForImport", "ImportKeyMaterial"
 _REFILLING = f"{_ISSUE}, pool refilling"
 _PLAINTEXT = bytes(32)
 _BURSTS = 4
-"""How many bursts a full pool has pairs for.
-
-A burst takes less than the upper half, so that it does not start a refill. All of its calls may
-reach one process, whose pool may be below one half: connections are shared only about equally.
-"""
+"""How many bursts a full pool has pairs for: one that has three leaves more than half."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +158,12 @@ class _Stand:
         yield from self._uses(plan)
         issues = {name: [_row(cmk) for cmk in side.cmks] for name, side in self.kms.items()}
         yield _Load(_ISSUE, plan.requests, issues, before=partial(self._fill_pools, pool))
-        refilling = partial(self._start_refill, pool)
         yield _Load(_IMPORT, plan.requests, imports)
-        yield _Load(_REFILLING, plan.requests, issues, before=refilling)  # last, as it does not end
+        if self.served.processes == 1:
+            # Else a process may run out of pairs: which of them a connection reaches is chance.
+            refilling = partial(self._start_refill, pool)
+            # Last, as the pools are still being filled when it ends.
+            yield _Load(_REFILLING, plan.requests, issues, before=refilling)
 
     def _uses(self, plan: Plan) -> Iterator[_Load]:
         most = max(plan.clients)
@@ -193,30 +192,25 @@ class _Stand:
         yield _Load("GenerateDataKey", plan.uses, data_key, seal)
 
     def _start_refill(self, pool: int) -> None:
-        """Fill all pools, and take so many pairs that each is just being filled again."""
+        """Take so many pairs that each pool is just being filled again."""
         self._fill_pools(pool)
         for side in self.kms.values():
-            # By number: the level of another process is known seconds later.
-            self._take_pairs(side, side.processes * (pool - pool // 2))
+            self._take_pairs(side, int(max(side.pool_levels())) - pool // 2)
 
     @staticmethod
     def _take_pairs(side: KmsSide, count: int) -> None:
         for _, (thread, cmk) in zip(
             range(count), itertools.cycle(enumerate(side.cmks)), strict=False
         ):
-            side.reconnect()  # so that the processes are reached about equally often
+            side.reconnect()  # so that each process is reached
             side.prepare(thread, _ISSUE, _row(cmk))()
 
-    def _drain_pools(self, pool: int) -> None:
-        for side in self.kms.values():
-            while max(side.pool_levels()) > pool // 2:
-                self._take_pairs(side, 1)
-
     def _fill_pools(self, pool: int) -> None:
-        """Fill all pools completely, so that they do not refill during a burst (below half)."""
-        self._drain_pools(pool)
+        """Let no pool be filled during the next burst, nor be filled now."""
         for side in self.kms.values():
-            side.wait_for_pool(pool)
+            while min(levels := side.settled_levels()) <= pool * (_BURSTS - 1) // _BURSTS:
+                # A pool is filled from one half on.
+                self._take_pairs(side, side.processes * max(1, int(max(levels)) - pool // 2))
 
 
 def measure(
