@@ -22,18 +22,24 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from select import POLLIN, poll
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Dialect, Engine, create_engine, event, func, make_url, select, text
+from sqlalchemy import (
+    URL,
+    Dialect,
+    Engine,
+    create_engine,
+    event,
+    func,
+    inspect,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import (
@@ -51,6 +57,7 @@ from hsmwrap.errors import ConfigurationError, strip_tracebacks
 from hsmwrap.forks import ForkAware
 from hsmwrap.kms.database_errors import typed_error
 from hsmwrap.kms.errors import CommitUnknown
+from hsmwrap.kms.revisions import REVISIONS
 from hsmwrap.kms.schema import Row
 from hsmwrap.locks import ReadWriteLock
 from hsmwrap.privatefile import owner_fault
@@ -181,12 +188,14 @@ class Database(ForkAware):
         Raises:
             ServiceUnavailable: The database is unavailable.
         """
+        from hsmwrap.kms import migrations  # noqa: PLC0415 (alembic is slow, and seldom needed)
+
         with _available(), self._writing.begin() as connection:
             if connection.dialect.name == "postgresql":
                 # Wait as long as another process's migration takes.
                 connection.execute(text("SET LOCAL lock_timeout = 0"))
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
-            command.upgrade(migration_config(connection), "head")
+            migrations.upgrade(connection)
 
     def schema(self) -> Schema:
         """Which schema the database has; changes nothing.
@@ -194,12 +203,12 @@ class Database(ForkAware):
         Raises:
             ServiceUnavailable: The database is unavailable.
         """
-        newest, known = _revisions()
         if self.file is not None and not self.file.exists():  # connecting would make it
-            return Schema(None, newest, known)
+            return Schema(None)
         with _available(), self.engine.connect() as connection:
-            revision = MigrationContext.configure(connection).get_current_revision()
-        return Schema(revision, newest, known)
+            if not inspect(connection).has_table("alembic_version"):
+                return Schema(None)
+            return Schema(connection.scalar(text("SELECT version_num FROM alembic_version")))
 
     def prepare(self) -> None:
         """Bring the schema up to date where it is not; needs no right to change it where it is.
@@ -230,9 +239,10 @@ class Database(ForkAware):
         schema = self.schema()
         if not schema.is_current:
             return [str(schema)]
+        from hsmwrap.kms import migrations  # noqa: PLC0415 (as in migrate)
+
         with _available(), self.engine.connect() as connection:
-            context = MigrationContext.configure(connection, opts={"compare_type": True})
-            found = [f"the tables differ: {each[0]}" for each in _differences(context)]
+            found = [f"the tables differ: {each}" for each in migrations.differences(connection)]
             if not found and connection.dialect.name == "postgresql":
                 found += [
                     f"this user may not {right} in {table}"
@@ -438,8 +448,8 @@ class Schema:
     """
 
     revision: str | None
-    newest: str
-    known: frozenset[str]
+    newest: str = REVISIONS[-1]
+    known: frozenset[str] = frozenset(REVISIONS)
 
     @property
     def is_current(self) -> bool:
@@ -468,22 +478,6 @@ class Schema:
             )
         had = "no schema yet" if self.revision is None else f"schema {self.revision}"
         return f"the database has {had}; this hsmwrap needs {self.newest}"
-
-
-@cache
-def _revisions() -> tuple[str, frozenset[str]]:
-    """The newest revision of this program, and all of them."""
-    scripts = ScriptDirectory.from_config(migration_config())
-    known = frozenset(script.revision for script in scripts.walk_revisions())
-    return str(scripts.get_current_head()), known
-
-
-def migration_config(connection: Connection | None = None) -> Config:
-    """Alembic's configuration for the migrations that this package ships."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.attributes["connection"] = connection
-    return config
 
 
 def shown_url(url: URL) -> str:
@@ -523,14 +517,6 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
         event.listen(engine, "checkin", _note_time)
         event.listen(engine, "checkout", partial(_require_pooled_alive, engine.dialect))
     return engine
-
-
-def _differences(context: MigrationContext) -> list[Any]:
-    # Where a row has several changes, alembic puts them into a list.
-    return [
-        each[0] if isinstance(each, list) else each
-        for each in compare_metadata(context, Row.metadata)
-    ]
 
 
 def _make_private(file: Path) -> None:

@@ -1,10 +1,13 @@
 """The schema: `hsmwrap db`, a serving user without rights to change it, newer and older ones."""
 
 import json
+import subprocess
+import sys
 from contextlib import closing
 
 import psycopg
 import pytest
+from alembic.script import ScriptDirectory
 from sqlalchemy import text
 from support.kms.fakes import Client
 
@@ -12,6 +15,8 @@ from hsmwrap.cli import main
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.kms import load_config, open_kms
 from hsmwrap.kms.database import Database
+from hsmwrap.kms.migrations import config
+from hsmwrap.kms.revisions import REVISIONS
 from hsmwrap.software import KeyringFile
 
 
@@ -35,6 +40,23 @@ def server_file(tmp_path):
         return file
 
     return write
+
+
+def test_the_revisions_are_those_of_the_migrations():
+    scripts = ScriptDirectory.from_config(config())
+    assert tuple(each.revision for each in scripts.walk_revisions())[::-1] == REVISIONS
+
+
+def test_alembic_is_loaded_only_to_migrate(empty_database_url):
+    code = (
+        "import sys; from hsmwrap.kms.database import Database; import hsmwrap.kms.opening;"
+        f"Database({empty_database_url!r}).prepare(); print('alembic' in sys.modules)"
+    )
+    loaded = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    assert [each.stdout.split() for each in loaded] == [["True"], ["False"]]
 
 
 def said(capsys, action, file, *, status=0):
