@@ -39,10 +39,12 @@ class Kind:
         takes: In words, to follow "takes".
         read: Turns a plain value (text, number, boolean, list) into the one that is used; its own
             output stays as it is. Raises ``ValueError`` where the value does not fit.
+        names: What it takes, if that is one of some names.
     """
 
     takes: str
     read: Callable[[Any], Any]
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +117,10 @@ class Settings:
             try:
                 object.__setattr__(self, each.name, each.metadata["kind"].read(value))
             except ValueError:
+                kind = each.metadata["kind"]
+                near = did_you_mean([value] if isinstance(value, str) else [], kind.names)
                 raise ConfigurationError(
-                    f"{self.component}: {each.name}: takes {each.metadata['kind'].takes}; "
+                    f"{self.component}: {each.name}: takes {kind.takes}; {near}"
                     f"this {type(value).__name__} does not fit"
                 ) from None
 
@@ -212,7 +216,7 @@ def choice(members: Iterable[StrEnum | str]) -> Kind:
             raise ValueError
         return by_name[value]
 
-    return Kind(f"one of {', '.join(by_name)}", read)
+    return Kind(f"one of {', '.join(by_name)}", read, tuple(by_name))
 
 
 def typed(value: Any, *types: type) -> Any:

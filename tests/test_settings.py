@@ -74,6 +74,8 @@ def test_a_value_may_be_kept_out_of_the_repr():
         ({"key_file": "k", "sessions": SECRET}, "acme: sessions: takes a whole number, 1 to 64"),
         ({"key_file": "k", "sessions": None}, "this NoneType does not fit"),
         ({"key_file": "k", "colour": SECRET}, "acme: colour: takes one of red, blue; this str"),
+        ({"key_file": "k", "colour": "bleu"}, "one of red, blue; did you mean blue? this str"),
+        ({"key_file": "k", "colour": 1}, "acme: colour: takes one of red, blue; this int"),
     ],
 )
 def test_refusals(given, text):

@@ -21,7 +21,7 @@ from hsmwrap.cli.arguments import (
 )
 from hsmwrap.cli.compat import Combination, combinations
 from hsmwrap.cli.demo_runner import DEPLOYMENT, DemoRunner, Row
-from hsmwrap.errors import ConfigurationError
+from hsmwrap.errors import ConfigurationError, UnsupportedOperation
 from hsmwrap.policy import Verdict
 from hsmwrap.settings import read_settings
 from hsmwrap.testing.clients import GMSSL, OPENSSL, Client, clients_of
@@ -83,6 +83,11 @@ def _report(rows: list[Row], capabilities: Mapping[str, Capabilities], *, as_jso
 def _run_rows(runner: DemoRunner, *, served: bool) -> Iterator[Row]:
     """Run each planned row, with progress on stderr; ``served``: see the option."""
     plan = list(_plan())
+    if served and not any(client and runner.serves(row) for row, _, client in plan):
+        raise UnsupportedOperation(
+            "the backends serve no row of the compatibility table, so there is nothing to import; "
+            "`hsmwrap doctor` says why"
+        )
     for number, (combination, verdict, client) in enumerate(plan, 1):
         print(
             f"[{number:2}/{len(plan)}] {' '.join(combination)}",

@@ -191,13 +191,27 @@ def _verdict(document: Document) -> list[str]:
         return [f"CANNOT RUN: {verdict['cannot_run']}"]
     if verdict["broken"]:
         return [f"NOT KEPT: {each}" for each in verdict["broken"]]
+    examined = document["examination"]
     met = [f"met: {each['requirement']}" for each in document["requirements"]]
+    unserved = [
+        f"{row['wrapping_key_spec']} with {row['wrapping_algorithm']} is not served: "
+        "see Why not in_hsm"
+        for row in examined["rows"]
+        if not row["served"]
+    ]
+    unusable = [
+        f"{key['key_spec']} cannot be used: see Key specs"
+        for key in examined["keys"]
+        if not key["usable"]
+    ]
+    failed = ["some trials failed: see What does not work"] if examined["failed"] else []
     weak = [
         f"{each['name']} is {each['outcome']}: see Protections"
-        for each in document["examination"]["protections"]
+        for each in examined["protections"]
         if each["outcome"] != Outcome.HONOURED
     ]
-    return ["every promise of the capability report was kept", *met, *weak]
+    kept = "every promise of the capability report was kept"
+    return [kept, *met, *unserved, *unusable, *failed, *weak]
 
 
 def _facts(facts: Mapping[str, Any]) -> _Table:

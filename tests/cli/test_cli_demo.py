@@ -308,6 +308,19 @@ def test_asked_for_what_is_served_the_rest_is_shown_and_refused(run_json, sabota
     assert said.endswith(f"; {len(unserved)} of them are allowed, and not served here")
 
 
+def test_a_backend_that_serves_no_row_is_refused(sabotage, capsys):
+    class ServesNothing(SoftwareBackend):
+        def capabilities(self):
+            return dataclasses.replace(super().capabilities(), wrapping=())
+
+    sabotage(ServesNothing)
+    assert main(["demo", "--backend", "software", "--served"]) != 0
+    said = capsys.readouterr()
+    assert "serve no row" in said.err
+    assert "hsmwrap doctor" in said.err
+    assert said.out == ""
+
+
 def test_a_row_that_is_issued_though_it_is_not_served_fails(run_json, sabotage, monkeypatch):
     sabotage(HasSm4UnderSm2)
     monkeypatch.setattr(

@@ -13,6 +13,7 @@ from support.services.nss import LABEL, find_module, make_nss
 
 from hsmwrap import registry
 from hsmwrap.backend import Exposure, FailedTrial
+from hsmwrap.catalog import WrappingKeySpec
 from hsmwrap.cli import doctor_examination, main
 from hsmwrap.errors import HsmError
 from hsmwrap.pkcs11 import Pkcs11Backend, inspection
@@ -296,6 +297,34 @@ def test_a_trial_that_failed_for_each_key_spec_is_told_once(plug_in, capsys, mon
     main(["doctor", *plug_in(Broken)])
     said = capsys.readouterr().out
     assert said.count("unwrap a key: C_UnwrapKey(CKM_VENDOR) answered") == 1
+
+
+def test_the_verdict_says_what_does_not_work(plug_in, capsys, monkeypatch):
+    failed = FailedTrial("make a session object", "C_CreateObject", None, 0x70)
+
+    def capabilities(self):
+        known = MemoryBackend.capabilities(self)
+        served = tuple(each for each in known.wrapping if each.spec is not WrappingKeySpec.EC_SM2)
+        first, *others = known.keys
+        keys = (replace(first, usable=False), *others)
+        return replace(known, wrapping=served, keys=keys, failed=(failed,))
+
+    def verdict():
+        assert main(["doctor", *plug_in(Broken)]) == 0
+        text = capsys.readouterr().out
+        return text[text.index("Verdict") : text.index("Backend")].split("\n- ")[1:]
+
+    good = " ".join(verdict())
+    assert "not served" not in good
+    assert "cannot be used" not in good
+    assert "trials failed" not in good
+    monkeypatch.setattr(Broken, "capabilities", capabilities)
+    said = [" ".join(line.split()) for line in verdict()]
+    assert said[0] == "every promise of the capability report was kept"
+    assert "EC_SM2 with SM2PKE is not served: see Why not in_hsm" in said
+    first = MemoryBackend.from_settings({}).capabilities().keys[0].key_spec
+    assert f"{first} cannot be used: see Key specs" in said
+    assert "some trials failed: see What does not work" in said
 
 
 def test_a_use_that_fails_is_a_promise_that_is_not_kept(plug_in, capsys, monkeypatch):
