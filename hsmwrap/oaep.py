@@ -66,7 +66,7 @@ def _scan_padding(data: bytes) -> tuple[int, int]:
         zero = _is_zero(byte)
         one = _is_zero(byte ^ 1)
         padding += searching & zero
-        bad |= searching & (1 - zero) & (1 - one)
+        bad |= searching & (zero ^ 1) & (one ^ 1)
         searching &= zero
     return padding, bad | searching
 

@@ -11,6 +11,7 @@ from hsmwrap.catalog import (
     ProtectionLevel,
     WrappingAlgorithm,
     WrappingKeySpec,
+    loggable,
 )
 from hsmwrap.errors import InvalidParameter, MissingParameter
 
@@ -90,3 +91,25 @@ def test_regions_against_a_second_listing():
         for region in regions
     }
     assert listed == REGIONS
+
+
+@pytest.mark.parametrize("text", ["RSA_1", "a" * 40, "v1.0-x"])
+def test_names_are_shown(text):
+    assert loggable(text) == text
+
+
+@pytest.mark.parametrize("text", ["a" * 41, "AAAA====", "a b", "a\n", "é", ""])
+def test_of_other_text_the_length_is_shown(text):
+    assert loggable(text) == f"({len(text)} characters)"
+
+
+def test_the_longest_text_that_is_shown_can_be_given():
+    assert loggable("abc", 3) == "abc"
+    assert loggable("abcd", 3) == "(4 characters)"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(1234, "(int)"), (b"secret", "(bytes)"), (None, "(NoneType)")]
+)
+def test_of_what_is_not_text_the_type_is_shown(value, shown):
+    assert loggable(value) == shown

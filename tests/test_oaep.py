@@ -108,6 +108,14 @@ def test_block_without_separator_is_refused(hash_name):
 
 
 @each_hash
+def test_two_faults_do_not_make_up_for_each_other(hash_name):
+    block, seed = block_for(bytes(32), hash_name), seed_for(hash_name)
+    other_label = hashlib.new(hash_name, b"label").digest() + block[len(seed) :]
+    for first in (1, 2, 255):
+        assert refused(encode_block(seed, other_label, hash_name, first), hash_name)
+
+
+@each_hash
 def test_label_has_to_be_empty(hash_name):
     block = block_for(bytes(32), hash_name)
     label_hash = hashlib.new(hash_name, b"label").digest()
@@ -120,6 +128,17 @@ def test_short_input_is_refused(hash_name):
     least = 2 * hashlib.new(hash_name).digest_size + 2
     for length in (0, 1, least - 1, least):
         assert refused(bytes(length), hash_name)
+
+
+@each_hash
+def test_what_is_too_short_is_not_hashed(hash_name, monkeypatch):
+    least, hashed, new = 2 * hashlib.new(hash_name).digest_size + 2, [], hashlib.new
+    monkeypatch.setattr(hashlib, "new", lambda name, *data: hashed.extend(data) or new(name, *data))
+    for length in range(least):
+        assert refused(bytes(length), hash_name)
+    assert hashed == []
+    assert refused(bytes(least), hash_name)
+    assert hashed
 
 
 def test_other_hash_is_refused():

@@ -7,21 +7,11 @@ import logging
 import pytest
 from support.http.rpc_signing import acs3_headers, v1_query
 
-from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec, loggable
+from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import InvalidParameter
 from hsmwrap.kms.parameters import parse
 
 TOKEN = "c2VjcmV0IG9m" * 100
-
-
-@pytest.mark.parametrize("text", ["RSA_1", "a" * 40, "v1.0-x"])
-def test_names_are_shown(text):
-    assert loggable(text) == text
-
-
-@pytest.mark.parametrize("text", ["a" * 41, "AAAA====", "a b", "a\n", "é", ""])
-def test_what_is_no_name_is_counted(text):
-    assert loggable(text) == f"({len(text)} characters)"
 
 
 @pytest.mark.parametrize("enum", [WrappingAlgorithm, WrappingKeySpec])

@@ -3,6 +3,7 @@ import ctypes.util
 import pickle
 import re
 from dataclasses import replace
+from traceback import walk_tb
 
 import pytest
 from hypothesis import example, given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.pkcs11.token.pin import Pin
-from hsmwrap.pkcs11.token.uri import Pkcs11Uri, parse, redact
+from hsmwrap.pkcs11.token.uri import _QUERY, Pkcs11Uri, parse, redact
 
 SECRET = "Zx9-4711-QQ"
 
@@ -297,3 +298,37 @@ def test_a_uri_with_a_pin_has_the_hash_of_one_without():
     """A PIN that is overwritten would change it."""
     one = parse("pkcs11:token=A?pin-value=1234", allow_pin_value=True)
     assert hash(one) == hash(parse("pkcs11:token=A"))
+
+
+def test_a_pin_and_its_source_alone_exclude_each_other_too():
+    uri = f"pkcs11:?pin-source=/run/pin&pin-value={SECRET}"
+    assert "pin-source and pin-value exclude each other" in refusal(uri, allow_pin_value=True)
+
+
+@pytest.mark.parametrize(
+    ("largest", "larger"),
+    [
+        (f"slot-id={2**64 - 1}", f"slot-id={2**64}"),
+        ("library-version=255.255", "library-version=255.256"),
+        ("library-version=255", "library-version=256.255"),
+    ],
+)
+def test_the_largest_numbers(largest, larger):
+    assert parse(f"pkcs11:{largest}")
+    assert "takes a" in refusal(f"pkcs11:{larger}")
+
+
+def test_no_repr_has_a_place_for_a_pin():
+    uri = f"pkcs11:?pin-value={SECRET}"
+    assert "pin" not in repr(parse(uri, allow_pin_value=True))
+    (attribute,) = _QUERY.read(uri, len("pkcs11:?"))
+    assert attribute.raw == SECRET
+    assert SECRET not in repr(attribute)
+
+
+def test_a_refusal_keeps_no_variables_of_the_reader():
+    with pytest.raises(ConfigurationError) as caught:
+        parse(f"pkcs11:?pin-value={SECRET}")
+    frames = [frame.f_code.co_filename for frame, _ in walk_tb(caught.value.__traceback__)]
+    assert frames
+    assert parse.__wrapped__.__code__.co_filename not in frames

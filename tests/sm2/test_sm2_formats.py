@@ -63,6 +63,11 @@ def test_writers_agree_with_bytes_put_together_by_hand():
     assert GOOD.c1 == encode_point(GX, GY)
 
 
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+def test_a_layout_is_written_by_its_name(layout):
+    assert GOOD.write(layout) == WRITERS[layout](GOOD)
+
+
 @pytest.mark.parametrize(
     ("length", "encoded"),
     [

@@ -234,8 +234,8 @@ class _Component:
 
     def read(self, uri: str, start: int) -> Iterator[_Attribute]:
         """The known attributes in ``uri`` from ``start`` on."""
-        position = start
-        for part in uri[start:].split(self.separator) if start < len(uri) else ():
+        text, position = uri[start:], start
+        for part in text.split(self.separator) if text else ():
             yield from self._read_one(part, position)
             position += len(part) + len(self.separator)
 
