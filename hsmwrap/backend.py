@@ -832,7 +832,8 @@ class ImportedKey:
         key: Reference for later use of the key.
         check_value: Tells equal material from different material on a re-import; reveals nothing
             else about it. The first byte names the method: 1 is the common one, computed by
-            :func:`hsmwrap.checkvalue.check_value`; a backend that cannot takes one from 128 on.
+            :func:`hsmwrap.checkvalue.check_value`, 2 the same by SM4; a backend that can neither
+            takes one from 128 on.
             Values of two methods never match, so a backend keeps to one method for a key spec:
             after a change, and on another backend, the same material is refused on re-import.
         exposure: Where the material was in plaintext.

@@ -307,8 +307,9 @@ def _encrypt(pair: WrappingKey, material: bytes) -> bytes:
 
 
 def _require_check_value(imported: ImportedKey, material: bytes) -> None:
-    common = imported.check_value[0] == checkvalue.METHOD_AES_ECB
-    if common and imported.check_value != checkvalue.check_value(material):
+    method = imported.check_value[0]
+    common = method in checkvalue.METHODS
+    if common and imported.check_value != checkvalue.check_value(material, method):
         raise _Wrong("the check value is not that of the key material")
 
 

@@ -123,6 +123,10 @@ class Restriction(Flag):
     """These attributes are taken, and have no effect."""
     NO_TRUST = auto()
     """UNWRAP_TEMPLATE, TRUSTED, WRAP_WITH_TRUSTED and ALLOWED_MECHANISMS are unknown."""
+    NO_AES = auto()
+    """Neither keys of type CKK_AES nor a mechanism of AES."""
+    NO_RSA = auto()
+    """No mechanism of RSA."""
 
 
 class Vendor(IntEnum):

@@ -3,7 +3,7 @@
 import pytest
 from support.backends.kept_open import KeptOpen
 from support.faults.shim import fault_shim
-from support.pkcs11.vendors import POOR, PROTECTING
+from support.pkcs11.vendors import POOR, PROTECTING, SM_ONLY, by_officer
 
 from hsmwrap.pkcs11 import Pkcs11Backend
 
@@ -31,3 +31,22 @@ class TestPoor(_Vendor):
 
 class TestProtecting(_Vendor):
     simulated = PROTECTING
+
+
+class TestSmOnly(_Vendor):
+    """Key sets are trusted, so that keys move from one to the next."""
+
+    simulated = SM_ONLY
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def settings(cls, softhsm, tmp_path_factory):
+        directory = tmp_path_factory.mktemp("vendor")
+        shim = fault_shim(softhsm.module, directory / "shim")
+        settings = cls.simulated.play(shim, directory, softhsm, key_prefix=cls.__name__)
+        by_officer("initialise", settings, softhsm)
+        return settings
+
+    @pytest.fixture
+    def rotate_keys(self, softhsm, settings):
+        return lambda: by_officer("rotate", settings, softhsm)

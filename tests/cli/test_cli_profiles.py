@@ -112,7 +112,8 @@ def test_what_a_file_says_of_the_module_s_calls(own):
     assert (said.user_type, said.officer_type) == (0x80000001, 0x80000002)
     assert said.login_per_session
     assert said.tells_wrong_pins
-    assert said.key_wraps == (0x80000170, Mechanism.AES_KEY_WRAP_KWP)
+    (cipher,) = said.ciphers
+    assert cipher.key_wraps == (0x80000170, Mechanism.AES_KEY_WRAP_KWP)
     assert said.mac_key_types == (KeyType.SHA256_HMAC,)
     assert said.oaep_hashes == (Mechanism.SHA256,)
     assert said.oaep_sources == (0,)

@@ -621,7 +621,7 @@ def test_a_wrapping_key_that_is_being_sealed_cannot_be_wrapped_nor_used(
 def test_material_that_is_being_imported_cannot_be_wrapped(
     trusted_scene, attacker, monkeypatch, algorithm
 ):
-    check, seen = material_module._aes_check, []
+    check, seen = material_module._check_value, []
 
     def spy(method, key):
         for own, mechanism, parameter in ways_to_wrap(attacker):
@@ -634,7 +634,7 @@ def test_material_that_is_being_imported_cannot_be_wrapped(
         seen.append(key)
         return check(method, key)
 
-    monkeypatch.setattr(material_module, "_aes_check", spy)
+    monkeypatch.setattr(material_module, "_check_value", spy)
     wrapping, ciphertext = trusted_scene.wrapping[algorithm], trusted_scene.ciphertexts[algorithm]
     trusted_scene.backend.unwrap_material(wrapping.private_key, algorithm, ciphertext, key_spec=AES)
     assert len(seen) == 1

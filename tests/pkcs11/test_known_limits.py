@@ -205,13 +205,13 @@ def test_known_limit_softhsm_keeps_trusted_keys_in_the_clear_on_disk(scenes, sof
 def test_known_limit_without_trust_material_in_transit_can_be_wrapped(
     scenes, attacker, monkeypatch
 ):
-    scene, stolen, check = scenes.get(False, SEALED), [], material_module._aes_check
+    scene, stolen, check = scenes.get(False, SEALED), [], material_module._check_value
 
     def spy(method, key):
         stolen.append(attacker.stolen(key))
         return check(method, key)
 
-    monkeypatch.setattr(material_module, "_aes_check", spy)
+    monkeypatch.setattr(material_module, "_check_value", spy)
     bring(scene.backend, scene.wrapping[OAEP1], scene.materials[AES])
     assert stolen == [scene.materials[AES]]
     # Which makes a resident wrapping key's pinned template worth nothing either.

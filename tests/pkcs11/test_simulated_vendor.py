@@ -22,7 +22,7 @@ from hsmwrap import registry
 from hsmwrap.backend import Custody, Exposure
 from hsmwrap.catalog import WrappingKeySpec
 from hsmwrap.checkvalue import check_value
-from hsmwrap.errors import ConfigurationError, InvalidImportToken, InvalidKeyMaterial
+from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
 from hsmwrap.guard import plugin_ref
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.templates import for_unwrap, private_key, secret_key
@@ -226,18 +226,6 @@ def test_an_hsm_that_does_not_compare_c3_is_not_used(settings, monkeypatch):
     with registry.open_backend("pkcs11", settings) as opened:
         (missing,) = (m for m in opened.capabilities().missing if m.algorithm is SM2PKE)
     assert "a ciphertext passes whose C3 was changed" in missing.reason
-
-
-def test_an_import_token_outlives_its_profile_as_an_error_that_says_so(backend, settings):
-    with registry.open_backend("pkcs11", {**settings, "wrapping_custody": RESIDENT}) as opened:
-        key = issue(opened)
-        plain = {n: v for n, v in settings.items() if not n.startswith("profile")}
-        with (
-            registry.open_backend("pkcs11", plain) as without,
-            pytest.raises(ConfigurationError, match="names none"),
-        ):
-            bring(without, key, encrypted(key, MATERIAL[AES]))
-        opened.discard_wrapping_key(key.private_key)
 
 
 def test_what_is_not_enforced_is_said(backend, simulated):

@@ -11,17 +11,17 @@ from pkcs11 import exceptions as ck
 from pkcs11.constants import Attribute, MechanismFlag
 from pkcs11.mechanisms import KeyType, Mechanism
 from support.faults.shim import fault_shim, nothing_left
-from support.importing import AES, MATERIAL, OAEP1, SM4, flip
+from support.importing import SM4, flip
 from support.pkcs11.attacker import force
 from support.pkcs11.holder import Holder, lent_session
-from support.pkcs11.sm4_vendors import KEYS, MODES, WITH_GCM, WITHOUT_GCM, table
+from support.pkcs11.sm4_importing import bring, issue, told
+from support.pkcs11.sm4_vendors import WITH_GCM, WITHOUT_GCM
 from support.pkcs11.vendors import by_officer
 
 from hsmwrap import registry
-from hsmwrap.backend import Custody, Exposure, ReSealsKeys
-from hsmwrap.catalog import WrappingKeySpec
+from hsmwrap.backend import Custody, Exposure
 from hsmwrap.checkvalue import check_value
-from hsmwrap.errors import HsmError, InvalidCiphertext, InvalidParameter, UnsupportedOperation
+from hsmwrap.errors import HsmError, InvalidCiphertext, InvalidParameter
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.gcm import Gcm
 from hsmwrap.pkcs11.binding.profiles import by_number
@@ -30,8 +30,7 @@ from hsmwrap.pkcs11.keysets.keys import Role
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.wrapping import probe, use
 from hsmwrap.pkcs11.wrapping.material import parse_key_ref
-from hsmwrap.testing._conformance.base import tomorrow
-from hsmwrap.testing.clients import decrypt_message, encrypt_message, pyca_encrypt
+from hsmwrap.testing.clients import decrypt_message, encrypt_message
 
 SEALED, RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, Custody.HSM_INTERNAL
 KWP = Mechanism.AES_KEY_WRAP_PAD
@@ -81,74 +80,11 @@ def wrapping_key(backend):
     return issue(backend)
 
 
-def issue(backend):
-    return backend.generate_wrapping_key(WrappingKeySpec.RSA_2048, OAEP1, expires_at=tomorrow())
-
-
-def bring(backend, key, material=MATERIAL[SM4]):
-    ciphertext = pyca_encrypt(OAEP1, key.public_key, material)
-    return backend.unwrap_material(key.private_key, OAEP1, ciphertext, key_spec=SM4)
-
-
 @pytest.fixture
 def session(backend):
     """A session of the holder of the PIN; its objects go with it."""
     with lent_session(backend) as lent:
         yield lent
-
-
-def told(report):
-    return " ".join([*report.notes, *(f"{t.step}: {t.consequence}" for t in report.failed)])
-
-
-def report_of(settings):
-    with registry.open_backend("pkcs11", settings) as opened:
-        report = opened.capabilities()
-        if report.key_for(SM4).usable:
-            key = bring(opened, issue(opened)).key
-            assert opened.decrypt(key, opened.encrypt(key, b"message")) == b"message"
-        return report
-
-
-# --- key sets -----------------------------------------------------------------------------------
-
-
-def test_keys_that_were_only_kept_are_usable_once_they_moved(play, softhsm):
-    """The profile learns of SM4 when keys are there already."""
-    before, after = play("moved", sm4=""), play("moved")
-    with registry.open_backend("pkcs11", before) as opened:
-        assert not opened.capabilities().key_for(SM4).usable
-        kept = bring(opened, issue(opened)).key
-    with registry.open_backend("pkcs11", after) as opened:
-        assert not opened.capabilities().key_for(SM4).usable
-        assert "`hsmwrap keys rotate` helps" in told(opened.capabilities())
-    by_officer("rotate", after, softhsm)
-    with registry.open_backend("pkcs11", after) as opened:
-        assert opened.capabilities().key_for(SM4).usable
-        with pytest.raises(UnsupportedOperation, match="keys reseal"):
-            opened.encrypt(kept, b"message")
-        moved = ReSealsKeys.of(opened).reseal(kept)
-        message = opened.encrypt(moved, b"message")
-        assert decrypt_message(SM4, MATERIAL[SM4], message, b"") == b"message"
-
-
-def test_keys_that_encrypt_move_to_the_next_set(play, softhsm):
-    settings = play("rotated")
-    with registry.open_backend("pkcs11", settings) as opened:
-        key = bring(opened, issue(opened)).key
-        message = opened.encrypt(key, b"message")
-    by_officer("rotate", settings, softhsm)
-    with registry.open_backend("pkcs11", settings) as opened:
-        moved = ReSealsKeys.of(opened).reseal(key, expected_check_value=check_value(MATERIAL[SM4]))
-        assert parse_key_ref(moved)[0] == 2
-        assert opened.decrypt(moved, message) == b"message"
-
-
-def test_a_key_type_that_the_module_does_not_know_leaves_the_keys_kept(play):
-    numbers = {**KEYS, "key_type": WRONG, "gcm": MODES["gcm"]}
-    report = report_of(play("sm4-kept", sm4=table(**numbers)))
-    assert report.key_for(SM4) is None or not report.key_for(SM4).usable
-    assert "of the vendor's type" in told(report)
 
 
 # --- what the module that is played does ----------------------------------------------------------
@@ -326,34 +262,6 @@ def test_what_is_too_long_for_ccm_is_refused(backend, wrapping_key):
 
 def test_ccm_is_told(backend, vendor):
     assert ("SM4-CCM" in told(backend.capabilities())) == (vendor is WITHOUT_GCM)
-
-
-@pytest.mark.parametrize("vendor", [WITH_GCM], indirect=True, ids=str)
-@pytest.mark.parametrize("changed", [{"gcm": WRONG}, {"gcm": WRONG, "ecb": None}])
-def test_where_gcm_does_not_work_ccm_is_used(play, changed):
-    numbers = {n: v for n, v in {**KEYS, **MODES, **changed}.items() if v is not None}
-    report = report_of(play("sm4", sm4=table(**numbers)))
-    assert (
-        "encrypt with an imported Aliyun_SM4 key by GCM: Imported Aliyun_SM4 keys encrypt by"
-        in told(report)
-    )
-    assert "SM4-CCM" in told(report)
-
-
-@pytest.mark.parametrize("vendor", [WITH_GCM], indirect=True, ids=str)
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"gcm": MODES["ctr"]},
-        {"ecb": MODES["cbc"], "cbc": MODES["ecb"]},
-        {"cbc": WRONG, "ecb": WRONG},
-    ],
-)
-def test_a_number_that_is_another_s_is_not_believed(play, wrong):
-    report = report_of(play("sm4", sm4=table(**KEYS, **wrong)))
-    assert not report.key_for(SM4).usable
-    assert report.key_for(AES).usable
-    assert "Aliyun_SM4 keys are kept and cannot encrypt" in told(report)
 
 
 class Cipher:

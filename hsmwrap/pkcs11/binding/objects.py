@@ -133,15 +133,17 @@ def generate_key(
         ProtectionNotKept: The key had other attributes, and was destroyed.
         PKCS11Error: The HSM token refuses.
     """
-    used = mechanism or DEFAULT_GENERATE_MECHANISMS.get(template[Attribute.KEY_TYPE])
+    key_type = template[Attribute.KEY_TYPE]
+    cipher = traits.here().cipher_of(key_type)
+    used = mechanism or (cipher and cipher.generate) or DEFAULT_GENERATE_MECHANISMS.get(key_type)
     traits.require_sent(used, template)
     with noted("mechanism", used):
         key = session.generate_key(
-            template[Attribute.KEY_TYPE],
+            key_type,
             8 * length,
             store=template[Attribute.TOKEN],
             capabilities=MechanismFlag(0),
-            mechanism=mechanism,
+            mechanism=used,
             template=template,
         )
     return _kept(key, template)

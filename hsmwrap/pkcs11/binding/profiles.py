@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
 from importlib import resources
@@ -26,7 +26,14 @@ from pkcs11.mechanisms import KeyType, Mechanism
 from hsmwrap.ckr import CKR
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.pkcs11.binding.returncodes import BY_REMEDY, Recovery
-from hsmwrap.pkcs11.binding.traits import DATA_SPECIFIED, NO_SOURCE, STANDARD, Traits
+from hsmwrap.pkcs11.binding.traits import (
+    AES,
+    DATA_SPECIFIED,
+    NO_SOURCE,
+    STANDARD,
+    BlockCipher,
+    Traits,
+)
 from hsmwrap.settings import (
     HEX,
     REQUIRED,
@@ -219,6 +226,7 @@ class VendorSm2(Settings):
 
 
 _SM4_MECHANISM = _number(Mechanism, "a mechanism")
+_SM4_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +248,10 @@ class VendorSm4(Settings):
         _SM4_MECHANISM, "GCM; its parameter is CK_GCM_PARAMS. Where it does not work, keys encrypt "
         "by CCM, over cbc and one of ecb and ctr."
     )  # fmt: skip
+    key_wrap: Mechanism | None = setting(
+        _SM4_MECHANISM, "Key wrap with padding, of secret and private keys, without a parameter: "
+        "seals keys where the HSM token has no AES key wrap."
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -253,6 +265,33 @@ class VendorSm4(Settings):
                 "profile: sm4: give gcm, or cbc and one of ecb and ctr; no key can encrypt and "
                 "authenticate without"
             )
+        if self.key_wrap is not None and self.generate is None:
+            raise ConfigurationError(
+                "profile: sm4: give generate beside key_wrap; keys that seal are generated"
+            )
+
+    @property
+    def ciphers(self) -> tuple[BlockCipher, ...]:
+        """What keys can be generated of, if any."""
+        if self.generate is None:
+            return ()
+        return (
+            BlockCipher(
+                name="SM4",
+                key_type=self.key_type,
+                generate=self.generate,
+                length=_SM4_BYTES,
+                lengths=(_SM4_BYTES,),
+                ecb=self.ecb,
+                cbc=self.cbc,
+                ctr=self.ctr,
+                key_wraps=() if self.key_wrap is None else (self.key_wrap,),
+                weak_wraps=(
+                    *(() if self.ecb is None else ((self.ecb, None),)),
+                    *(() if self.cbc is None else ((self.cbc, bytes(_SM4_BYTES)),)),
+                ),
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +326,7 @@ class Asked(Settings):
     key_wraps: tuple[Mechanism, ...] = setting(
         _several(_number(Mechanism, "a mechanism"), "mechanisms by number"),
         "Mechanisms of AES key wrap with padding, the first that works is used; [] for none.",
-        STANDARD.key_wraps,
+        AES.key_wraps,
     )
     mac_key_types: tuple[KeyType, ...] = setting(
         _several(_number(KeyType, "a key type"), "key types by number"),
@@ -376,7 +415,10 @@ class Profile(Settings):
             officer_type=self.login.officer_type,
             login_per_session=self.login.per_session,
             tells_wrong_pins=self.login.tells_wrong_pins,
-            key_wraps=self.asked.key_wraps,
+            ciphers=(
+                replace(AES, key_wraps=self.asked.key_wraps),
+                *(self.sm4.ciphers if self.sm4 is not None else ()),
+            ),
             mac_key_types=self.asked.mac_key_types,
             oaep_hashes=tuple(_HASHES[each] for each in self.asked.oaep_hashes),
             oaep_sources=self.asked.oaep_sources,
@@ -400,7 +442,8 @@ class Profile(Settings):
 
 
 PARTS: Mapping[str, type[Settings]] = MappingProxyType(
-    {"module": ModuleNames, "sm2": VendorSm2, "login": Login, "asked": Asked, "never": Never}
+    {"module": ModuleNames, "sm2": VendorSm2, "sm4": VendorSm4, "login": Login}
+    | {"asked": Asked, "never": Never}
 )
 """The tables of a profile, by name."""
 

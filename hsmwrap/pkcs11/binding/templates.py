@@ -178,4 +178,4 @@ def for_unwrap(template: Mapping[Attribute, Any]) -> dict[str, Any]:
 
 
 AES_KEY_WRAP = Mechanism.AES_KEY_WRAP_PAD
-"""AES key wrap with padding where nothing else is known: :attr:`.traits.Traits.key_wraps`."""
+"""AES key wrap with padding where nothing else is known: :data:`.traits.AES`."""

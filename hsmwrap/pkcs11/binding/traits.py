@@ -27,6 +27,54 @@ DATA_SPECIFIED, NO_SOURCE = 1, 0
 
 
 @dataclass(frozen=True, slots=True)
+class BlockCipher:
+    """Of the secret keys that a module generates: AES, or a vendor's SM4.
+
+    Attributes:
+        name: In words.
+        key_type: Of its keys.
+        generate: Mechanism of key generation.
+        length: Of a key-encryption key, in bytes.
+        lengths: That its keys can have.
+        ecb, cbc, ctr: Mechanisms; None where there are none.
+        key_wraps: Mechanisms of key wrap with padding, in the order in which they are tried.
+        weak_wraps: Other mechanisms that wrap keys, which no key-encryption key allows; with their
+            parameters.
+    """
+
+    name: str
+    key_type: KeyType
+    generate: Mechanism
+    length: int
+    lengths: tuple[int, ...]
+    ecb: Mechanism | None
+    cbc: Mechanism | None
+    ctr: Mechanism | None
+    key_wraps: tuple[Mechanism, ...] = ()
+    weak_wraps: tuple[tuple[Mechanism, bytes | None], ...] = ()
+
+
+AES = BlockCipher(
+    name="AES",
+    key_type=KeyType.AES,
+    generate=Mechanism.AES_KEY_GEN,
+    length=32,
+    lengths=(16, 32),
+    ecb=Mechanism.AES_ECB,
+    cbc=Mechanism.AES_CBC,
+    ctr=Mechanism.AES_CTR,
+    key_wraps=(Mechanism.AES_KEY_WRAP_PAD, Mechanism.AES_KEY_WRAP_KWP),
+    weak_wraps=(
+        (Mechanism.AES_KEY_WRAP, None),
+        (Mechanism.AES_CBC_PAD, bytes(16)),
+        (Mechanism.AES_ECB, None),
+    ),
+)
+"""As the standard has it. Of its key wraps, 0x210A is of PKCS#11 v2.40, which some pad by RFC 5649
+and some as PKCS#7 does, and 0x210B of v3.0, which is RFC 5649."""
+
+
+@dataclass(frozen=True, slots=True)
 class Traits:
     """Of one module; what is not said is as the standard has it.
 
@@ -36,9 +84,8 @@ class Traits:
         officer_type: Of the security officer's C_Login.
         login_per_session: C_Login covers one session, whatever C_GetSessionInfo says.
         tells_wrong_pins: CKF_USER_PIN_COUNT_LOW is set after a wrong PIN.
-        key_wraps: Mechanisms of AES key wrap with padding, in the order in which they are tried:
-            0x210A of PKCS#11 v2.40, which some pad by RFC 5649 and some as PKCS#7 does, and 0x210B
-            of v3.0, which is RFC 5649.
+        ciphers: Whose keys seal and stand for key material while that is tried, in the order in
+            which they are tried.
         mac_key_types: Types of MAC keys, in the order in which they are tried: some HSM tokens
             compute SHA256-HMAC with keys of the second alone.
         oaep_hashes: With which the module's own OAEP is tried.
@@ -53,12 +100,16 @@ class Traits:
     officer_type: int = CKU_SO
     login_per_session: bool = False
     tells_wrong_pins: bool = False
-    key_wraps: tuple[Mechanism, ...] = (Mechanism.AES_KEY_WRAP_PAD, Mechanism.AES_KEY_WRAP_KWP)
+    ciphers: tuple[BlockCipher, ...] = (AES,)
     mac_key_types: tuple[KeyType, ...] = (KeyType.GENERIC_SECRET, KeyType.SHA256_HMAC)
     oaep_hashes: tuple[Mechanism, ...] = (Mechanism.SHA_1, Mechanism.SHA256)
     oaep_sources: tuple[int, ...] = (DATA_SPECIFIED, NO_SOURCE)
     never_mechanisms: frozenset[int] = frozenset()
     never_attributes: frozenset[int] = frozenset()
+
+    def cipher_of(self, key_type: int | None) -> BlockCipher | None:
+        """The one whose keys are of this type."""
+        return next((each for each in self.ciphers if each.key_type == key_type), None)
 
     @property
     def forbidden(self) -> tuple[str, ...]:

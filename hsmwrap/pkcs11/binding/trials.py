@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pkcs11.exceptions import PKCS11Error
 
@@ -27,3 +27,32 @@ def unless_refused(attempt: Callable[[], _T]) -> _T | None:
             if recovery_of(error) is not None:
                 raise
     return None
+
+
+def refuses_changed(blob: bytes, unwrap: Callable[[bytes], Any]) -> bool:
+    """Whether a wrapped key with one bit changed does not unwrap, at either end.
+
+    A mechanism by a vendor's number may be one that does not authenticate. What seals has to: a
+    blob is kept outside the HSM.
+
+    Args:
+        blob: A wrapped key that unwraps.
+        unwrap: Unwraps.
+
+    Raises:
+        PKCS11Error: A return code that says something about the connection, not the token, or the
+            blob does not unwrap.
+    """
+
+    def refused(changed: bytes) -> bool:
+        try:
+            unwrap(changed)
+        except PKCS11Error as error:
+            if recovery_of(error) is not None:
+                raise
+            unwrap(blob)  # or it is not the change that is refused
+            return True
+        return False
+
+    first, last = bytes([blob[0] ^ 1]) + blob[1:], blob[:-1] + bytes([blob[-1] ^ 1])
+    return refused(first) and refused(last)

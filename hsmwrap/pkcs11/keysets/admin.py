@@ -213,7 +213,7 @@ def _create(
             else:
                 with officer_session(settings, so_pin) as session:
                     if movable is None:
-                        movable = movability.is_kept(session, needs.key_wrap)
+                        movable = movability.is_kept(session, needs.cipher, needs.key_wrap)
                     for role in roles:
                         keys.create(
                             *(session, role, number, made_by),

@@ -99,6 +99,7 @@ def back_up(settings: Pkcs11Settings, so_pin: PinSource, backup_key: bytes) -> B
         backup_key: 32 bytes, for this backup alone.
 
     Raises:
+        UnsupportedOperation: The token has no AES key wrap.
         ConfigurationError: It has no movable key set.
         PinError, ServiceUnavailable, HsmError: As for :func:`~.admin.initialise`.
     """
@@ -115,7 +116,8 @@ def restore(
         All its key sets.
 
     Raises:
-        UnsupportedOperation: The token does not keep extractable keys for trusted keys alone.
+        UnsupportedOperation: The token has no AES key wrap, or does not keep extractable keys for
+            trusted keys alone.
         ConfigurationError: It has another key set of the same number. Nothing was made.
         HsmError: A key does not unwrap, or does not open what the set sealed before; nothing is
             kept of its set.
@@ -192,7 +194,14 @@ def _destroy_leftovers(settings: Pkcs11Settings, serial: str) -> None:
 def _backup_key(value: bytes, use: Attribute) -> CarriedBy:
     @contextmanager
     def in_session(session: Session, needs: Needs) -> Iterator[CarryingKey]:
-        if use is Attribute.UNWRAP and not movability.is_kept(session, needs.key_wrap):
+        if needs.cipher.key_type is not KeyType.AES:
+            raise UnsupportedOperation(
+                "a backup key is an AES key of 256 bits, and this HSM token wraps keys by "
+                f"{needs.cipher.name} alone: its key sets go to another HSM token by "
+                "`hsmwrap keys export`, where it has RSA, and into no backup"
+            )
+        kept = use is Attribute.WRAP or movability.is_kept(session, needs.cipher, needs.key_wrap)
+        if not kept:
             raise UnsupportedOperation(
                 "this HSM token does not keep extractable keys for trusted keys alone, so key sets "
                 "cannot be restored to it"

@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_der_public_key,
 )
 from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.exceptions import MechanismInvalid
 from pkcs11.mechanisms import MGF, KeyType, Mechanism
 from pkcs11.types import Session
 
@@ -40,6 +41,7 @@ from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError, UnsupportedOperation
 from hsmwrap.pkcs11.binding import objects
 from hsmwrap.pkcs11.binding.client_errors import read
+from hsmwrap.pkcs11.binding.returncodes import said
 from hsmwrap.pkcs11.binding.templates import private_key, stored
 from hsmwrap.pkcs11.keysets import movability
 from hsmwrap.pkcs11.keysets.admin import connected, officer_session
@@ -144,7 +146,8 @@ def make_transport_key(settings: Pkcs11Settings, so_pin: PinSource) -> Transport
     """Make a transport key in the HSM token that key sets are to come to; replaces an older one.
 
     Raises:
-        UnsupportedOperation: The token does not keep extractable keys for trusted keys alone.
+        UnsupportedOperation: The token does not keep extractable keys for trusted keys alone, or
+            has no RSA.
         PinError, ServiceUnavailable, HsmError: As for :func:`~.admin.initialise`.
     """
     label = _label(settings)
@@ -153,7 +156,7 @@ def make_transport_key(settings: Pkcs11Settings, so_pin: PinSource) -> Transport
             lambda pooled: needs_of(pooled.session, settings.vendor), retry=False
         )
     with officer_session(settings, so_pin) as session:
-        if not movability.is_kept(session, needs.key_wrap):
+        if not movability.is_kept(session, needs.cipher, needs.key_wrap):
             raise UnsupportedOperation(
                 "this HSM token does not keep extractable keys for trusted keys alone, so key sets "
                 "cannot come to it"
@@ -164,12 +167,13 @@ def make_transport_key(settings: Pkcs11Settings, so_pin: PinSource) -> Transport
             Attribute.UNWRAP_TEMPLATE: of_every_role(),
             Attribute.ALLOWED_MECHANISMS: (Mechanism.RSA_PKCS_OAEP,),
         }
-        public, private = objects.generate_pair(
-            session,
-            stored(template, secrets.token_bytes(16), label),
-            public_template={Attribute.PRIVATE: False, Attribute.ENCRYPT: False},
-            length=_MODULUS_BITS,
-        )
+        with _rsa():
+            public, private = objects.generate_pair(
+                session,
+                stored(template, secrets.token_bytes(16), label),
+                public_template={Attribute.PRIVATE: False, Attribute.ENCRYPT: False},
+                length=_MODULUS_BITS,
+            )
         public.destroy()
         return _public_half(private)
 
@@ -186,6 +190,7 @@ def export(
         fingerprint: As the target showed it, by another way than the file.
 
     Raises:
+        UnsupportedOperation: The source has no RSA.
         ConfigurationError: The fingerprint is another one, or the source has no movable key set.
         PinError, ServiceUnavailable, HsmError: As for :func:`~.admin.initialise`.
     """
@@ -210,7 +215,8 @@ def export(
             }
         )
         try:
-            yield CarryingKey(public, Mechanism.RSA_PKCS_OAEP, _OAEP)
+            with _rsa():
+                yield CarryingKey(public, Mechanism.RSA_PKCS_OAEP, _OAEP)
         finally:
             public.destroy()
 
@@ -264,6 +270,22 @@ def discard_transport_key(settings: Pkcs11Settings, so_pin: PinSource) -> None:
 
 
 # --- keys -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _rsa() -> Iterator[None]:
+    """Say that an HSM token without RSA can neither give nor take key sets.
+
+    Raises:
+        UnsupportedOperation: It does not know the mechanism.
+    """
+    try:
+        yield
+    except MechanismInvalid as error:
+        raise UnsupportedOperation(
+            "key sets travel between HSM tokens under an RSA key of "
+            f"{_MODULUS_BITS} bits, and this one has no RSA: {said(error)}"
+        ) from None
 
 
 def _transport_key(session: Session, label: str, fingerprint: str) -> Any:

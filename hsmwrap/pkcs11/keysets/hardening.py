@@ -15,7 +15,6 @@ from typing import Any
 
 from pkcs11.constants import Attribute, MechanismFlag
 from pkcs11.exceptions import PKCS11Error
-from pkcs11.mechanisms import KeyType
 from pkcs11.types import Session
 
 from hsmwrap.pkcs11.binding import traits
@@ -26,32 +25,32 @@ from hsmwrap.pkcs11.binding.templates import (
     Template,
     secret_key,
 )
+from hsmwrap.pkcs11.binding.traits import BlockCipher
 
 NOTHING: frozenset[Attribute] = frozenset()
 OF_UNWRAPPED_KEYS = frozenset({Attribute.COPYABLE, Attribute.MODIFIABLE})
 """Those that are in the unwrap templates of key-encryption keys."""
-_READABLE: Mapping[Attribute, Any] = MappingProxyType(
-    {
-        Attribute.COPYABLE: False,
-        Attribute.MODIFIABLE: False,
-        Attribute.ALLOWED_MECHANISMS: (AES_KEY_WRAP,),
-    }
+_FALSE: Mapping[Attribute, Any] = MappingProxyType(
+    {Attribute.COPYABLE: False, Attribute.MODIFIABLE: False}
 )
-_NESTED = NestedTemplate(secret_key(KeyType.AES))
-_HARDENING: Template = {**_READABLE, Attribute.UNWRAP_TEMPLATE: _NESTED}
 
 
-def refused_by(session: Session) -> frozenset[Attribute]:
+def refused_by(session: Session, cipher: BlockCipher) -> frozenset[Attribute]:
     """Try each attribute on a token object, which is destroyed at once.
 
     Raises:
         PKCS11Error: The HSM token does not even make the plain object.
     """
-    _make_and_destroy(session, {})
-    return frozenset(a for a, value in _HARDENING.items() if _refuses(session, {a: value}))
+    tried: Template = {
+        **_FALSE,
+        Attribute.ALLOWED_MECHANISMS: (*cipher.key_wraps, AES_KEY_WRAP)[:1],
+        Attribute.UNWRAP_TEMPLATE: NestedTemplate(secret_key(cipher.key_type)),
+    }
+    _make_and_destroy(session, cipher, {})
+    return frozenset(a for a, value in tried.items() if _refuses(session, cipher, {a: value}))
 
 
-def _refuses(session: Session, template: Template) -> bool:
+def _refuses(session: Session, cipher: BlockCipher, template: Template) -> bool:
     """Whether it refuses twice, and makes the plain object in between.
 
     The return code does not tell: p11-kit's client answers DEVICE_ERROR to CKA_UNWRAP_TEMPLATE
@@ -59,34 +58,37 @@ def _refuses(session: Session, template: Template) -> bool:
     """
     for _ in range(2):
         try:
-            _make_and_destroy(session, template)
+            _make_and_destroy(session, cipher, template)
         except PKCS11Error:
-            _make_and_destroy(session, {})
+            _make_and_destroy(session, cipher, {})
         else:
             return False
     return True
 
 
-def _make_and_destroy(session: Session, template: Template) -> None:
+def _make_and_destroy(session: Session, cipher: BlockCipher, template: Template) -> None:
     traits.require_sent(None, template)
     # Public, so that the security officer can make it too; with an id, as NSS replaces a key by
     # another of its id (field note 46).
     session.generate_key(
-        KeyType.AES,
-        256,
+        cipher.key_type,
+        8 * cipher.length,
+        mechanism=cipher.generate,
         id=secrets.token_bytes(16),
         store=True,
         capabilities=MechanismFlag.WRAP | MechanismFlag.UNWRAP,
-        template={Attribute.PRIVATE: False, **template},
+        template={Attribute.KEY_TYPE: cipher.key_type, Attribute.PRIVATE: False, **template},
     ).destroy()
 
 
 def missing_on(key_encryption_key: Any) -> frozenset[Attribute]:
     """Attributes that the key lacks; CKA_UNWRAP_TEMPLATE cannot be read (field note 50)."""
     # Values of which a key-encryption key has one.
-    as_made = {Attribute.ALLOWED_MECHANISMS: [(each,) for each in traits.here().key_wraps]}
+    wraps = [(each,) for cipher in traits.here().ciphers for each in cipher.key_wraps]
+    as_made = {each: [value] for each, value in _FALSE.items()}
+    as_made[Attribute.ALLOWED_MECHANISMS] = wraps
     return frozenset(
         attribute
-        for attribute, value in _READABLE.items()
-        if read_if_known(key_encryption_key, attribute) not in as_made.get(attribute, [value])
+        for attribute, values in as_made.items()
+        if read_if_known(key_encryption_key, attribute) not in values
     )

@@ -52,6 +52,7 @@ from hsmwrap.pkcs11.binding.templates import (
     stored,
     without,
 )
+from hsmwrap.pkcs11.binding.traits import AES, BlockCipher
 from hsmwrap.pkcs11.keysets import hardening, origin
 from hsmwrap.pkcs11.keysets.movability import ONLY_UNDER_TRUSTED
 from hsmwrap.pkcs11.sessions.session import HANDLE_INVALID, PooledSession, find_objects
@@ -90,11 +91,13 @@ class Needs:
     Attributes:
         roles: Of the keys that a set has, the MAC key last in making.
         mac_key_type: Of the MAC key.
-        key_wrap: What key-encryption keys wrap by.
+        cipher: Whose keys the key-encryption keys are.
+        key_wrap: What they wrap by.
     """
 
     roles: tuple[Role, ...] = ROLES
     mac_key_type: KeyType = KeyType.GENERIC_SECRET
+    cipher: BlockCipher = AES
     key_wrap: Mechanism = AES_KEY_WRAP
 
 
@@ -144,6 +147,7 @@ class _FoundKey:
     trusted: bool
     movable: bool
     generated_here: bool
+    cipher: BlockCipher | None
     key: Any
 
 
@@ -156,6 +160,7 @@ class KeySet:
     roles: tuple[Role, ...]
     trusted: bool
     movable: bool
+    cipher: BlockCipher = AES
 
     @property
     def finished(self) -> bool:
@@ -165,7 +170,8 @@ class KeySet:
     def info(self) -> KeySetInfo:
         """For ``hsmwrap keys list``."""
         trust = "trusted" if self.trusted else "NOT trusted (made without the SO PIN)"
-        detail = f"{len(self.roles)} keys, key-encryption keys {trust}"
+        of = "" if self.cipher.key_type is AES.key_type else f" of {self.cipher.name}"
+        detail = f"{len(self.roles)} keys, key-encryption keys{of} {trust}"
         if not self.movable:
             detail += "; keys cannot move to another set"
         if not self.finished:
@@ -203,7 +209,8 @@ class KeySets:
         self._movable: frozenset[int] = frozenset()
         self._trusted_sets: frozenset[int] = frozenset()
         self._listed: frozenset[int] = frozenset()
-        self._origin_told: frozenset[Attribute] | None = None
+        self._origin_told: origin.Told | None = None
+        self._ciphers: dict[int, BlockCipher] = {}
         self._user_makes_trusted: bool | None = None
         self._trust_tried = False
 
@@ -293,8 +300,8 @@ class KeySets:
     def _newest_in(self, pooled: PooledSession) -> KeySet | None:
         return next((each for each in self.list(pooled.session) if each.current), None)
 
-    def origin_told(self, session: Session) -> frozenset[Attribute]:
-        """Attributes by which the HSM token tells a key that it generated; tried once."""
+    def origin_told(self, session: Session) -> origin.Told:
+        """Attributes by which the HSM token tells keys that it generated; tried once."""
         if self._origin_told is None:  # two threads may both try; both find the same
             self._origin_told = origin.told_by(session)
         return self._origin_told
@@ -313,6 +320,10 @@ class KeySets:
     def moves(self, number: int) -> bool:
         """Whether keys sealed under this set were seen to be movable to another one."""
         return number in self._movable
+
+    def cipher_of(self, number: int) -> BlockCipher:
+        """Whose keys this set's key-encryption keys were seen to be; AES where it has none."""
+        return self._ciphers.get(number, AES)
 
     def find(
         self, pooled: PooledSession, role: Role, number: int, *, authentic: bool = True
@@ -403,6 +414,8 @@ class KeySets:
         roles: dict[int, set[Role]] = {}
         for each in filter(self._is_accepted, found):
             roles.setdefault(each.number, set()).add(each.role)
+            if each.cipher is not None:
+                self._ciphers[each.number] = each.cipher
         finished = {number for number in roles if Role.MAC in roles[number]}
         self._trusted_sets |= finished & self._trusted
         only_trusted = self._must_be_trusted or self._trusted_sets
@@ -414,6 +427,7 @@ class KeySets:
                 roles=tuple(sorted(roles[number])),
                 trusted=number in self._trusted,
                 movable=number in self._movable,
+                cipher=self.cipher_of(number),
             )
             for number in sorted(roles)
         )
@@ -439,7 +453,8 @@ class KeySets:
         secret: Template = {Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.TOKEN: True}
         seen: set[int | None] = set()
         origin_told = self.origin_told(session)
-        wanted_attributes = (Attribute.LABEL, *_TRUST, *_IDENTIFYING, *origin_told)
+        told = frozenset[Attribute]().union(*origin_told.values())
+        wanted_attributes = (Attribute.LABEL, *_TRUST, *_IDENTIFYING, *told)
         for key in chain.from_iterable(find_objects(session, secret | each) for each in wanted):
             attributes = _read(key, *wanted_attributes)
             named = self._parse(attributes.get(Attribute.LABEL, ""))
@@ -450,7 +465,8 @@ class KeySets:
             extractable = attributes.get(Attribute.EXTRACTABLE) is True
             movable = trusted and extractable and self.user_makes_trusted(session) is False
             generated_here = _generated_here(named[0], attributes, origin_told, movable=movable)
-            yield _FoundKey(*named, trusted, movable, generated_here, key)
+            cipher = traits.here().cipher_of(attributes.get(Attribute.KEY_TYPE))
+            yield _FoundKey(*named, trusted, movable, generated_here, cipher, key)
 
     def _parse(self, label: str) -> tuple[Role, int] | None:
         try:
@@ -492,15 +508,16 @@ class KeySets:
                 needs=needs,
                 refused=refused,
             )
-            of_mac = role is Role.MAC
-            mechanism = Mechanism.GENERIC_SECRET_KEY_GEN if of_mac else Mechanism.AES_KEY_GEN
-            return objects.generate_key(session, template, _BYTES, mechanism=mechanism)
+            cipher, of_mac = needs.cipher, role is Role.MAC
+            mechanism = Mechanism.GENERIC_SECRET_KEY_GEN if of_mac else cipher.generate
+            length = _MAC_KEY_BYTES if of_mac else cipher.length
+            return objects.generate_key(session, template, length, mechanism=mechanism)
 
         refused = hardening.NOTHING
         try:
             key = generate(refused)
         except PKCS11Error:
-            refused = hardening.refused_by(session)
+            refused = hardening.refused_by(session, needs.cipher)
             if not refused:
                 raise
             key = generate(refused)
@@ -530,7 +547,7 @@ class KeySets:
             becomes = self.unwrapped_template(role)
             if movable and role in _MATERIAL_ROLES:
                 becomes = becomes | ONLY_UNDER_TRUSTED
-            template = _key_encryption_key(role, becomes, needs.key_wrap, refused=refused)
+            template = _key_encryption_key(role, becomes, needs, refused=refused)
             if movable:
                 template[Attribute.WRAP_TEMPLATE] = NestedTemplate(_wrappable(role))
         if movable:
@@ -567,22 +584,22 @@ class KeySets:
         return destroyed
 
 
-_BYTES = 32
+_MAC_KEY_BYTES = 32
 _MAC_KEY = secret_key(KeyType.GENERIC_SECRET, Attribute.SIGN)
-_KEY_ENCRYPTION_KEY = secret_key(KeyType.AES, Attribute.WRAP, Attribute.UNWRAP)
+_WRAPS = (Attribute.WRAP, Attribute.UNWRAP)
 
 
 def _key_encryption_key(
-    role: Role, becomes: Template, key_wrap: Mechanism, *, refused: frozenset[Attribute]
+    role: Role, becomes: Template, needs: Needs, *, refused: frozenset[Attribute]
 ) -> Template:
     # Imported keys may become token objects. Wrapping keys may not: what was unsealed while the
     # set was there must not outlive its retirement.
     loose = {Attribute.TOKEN} if role in _MATERIAL_ROLES else frozenset()
     pinned: Template = {key: value for key, value in becomes.items() if key not in loose}
     return {
-        **_KEY_ENCRYPTION_KEY,
+        **secret_key(needs.cipher.key_type, *_WRAPS),
         Attribute.UNWRAP_TEMPLATE: NestedTemplate(without(pinned, refused)),
-        Attribute.ALLOWED_MECHANISMS: (key_wrap,),
+        Attribute.ALLOWED_MECHANISMS: (needs.key_wrap,),
     }
 
 
@@ -616,7 +633,7 @@ _IDENTIFYING = (
 def _generated_here(
     role: Role,
     attributes: Mapping[Attribute, Any],
-    origin_told: frozenset[Attribute],
+    told: origin.Told,
     *,
     movable: bool,
 ) -> bool:
@@ -627,9 +644,12 @@ def _generated_here(
     token does not tell of an object is taken for granted. A movable key is extractable, but only
     under a trusted key.
     """
-    made = _MAC_KEY if role is Role.MAC else _KEY_ENCRYPTION_KEY
-    if role is Role.MAC and attributes.get(Attribute.KEY_TYPE) in traits.here().mac_key_types:
-        made = {**made, Attribute.KEY_TYPE: attributes[Attribute.KEY_TYPE]}
+    made, key_type = _MAC_KEY, attributes.get(Attribute.KEY_TYPE)
+    if role is not Role.MAC:
+        # Of a type that seals here; of another it is not accepted.
+        made = secret_key((traits.here().cipher_of(key_type) or AES).key_type, *_WRAPS)
+    elif key_type in traits.here().mac_key_types:
+        made = {**made, Attribute.KEY_TYPE: key_type}
     if movable:
         # It may be a clone, whose histories are those of an unwrapped key (field note 23). That the
         # security officer made it is told by CKA_TRUSTED, where a user cannot set that.
@@ -637,8 +657,9 @@ def _generated_here(
         return all(attributes.get(each) == wanted[each] for each in (*_MOVABLE, *USES))
     made = made | {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: True}
     generated = origin.generated(made[Attribute.KEY_TYPE])
+    right = origin.of_others(told) if role is Role.MAC else told.get(made[Attribute.KEY_TYPE], ())
     return all(attributes.get(each, made[each]) == made[each] for each in _IDENTIFYING) and all(
-        attributes.get(each) == generated[each] for each in origin_told
+        attributes.get(each) == generated[each] for each in right
     )
 
 

@@ -17,11 +17,12 @@ from itertools import starmap
 from typing import Any
 
 from pkcs11.constants import Attribute, MechanismFlag
-from pkcs11.mechanisms import KeyType, Mechanism
+from pkcs11.mechanisms import Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.templates import NestedTemplate, Template, for_unwrap, secret_key
+from hsmwrap.pkcs11.binding.traits import BlockCipher
 from hsmwrap.pkcs11.binding.trials import unless_refused
 
 ONLY_UNDER_TRUSTED: Template = {Attribute.EXTRACTABLE: True, Attribute.WRAP_WITH_TRUSTED: True}
@@ -29,27 +30,28 @@ ONLY_UNDER_TRUSTED: Template = {Attribute.EXTRACTABLE: True, Attribute.WRAP_WITH
 
 _PUBLIC: Template = {Attribute.PRIVATE: False}  # a security officer's session sees no others
 _WRAPS = MechanismFlag.WRAP | MechanismFlag.UNWRAP
-_DATA_KEY = secret_key(KeyType.AES, Attribute.ENCRYPT) | _PUBLIC | {Attribute.EXTRACTABLE: True}
 
 
-def is_kept(session: Session, key_wrap: Mechanism) -> bool:
+def is_kept(session: Session, cipher: BlockCipher, key_wrap: Mechanism) -> bool:
     """Whether this HSM token refuses each deviation, and allows it without the attribute.
 
     Makes session objects in a security officer's session, and destroys them.
 
     Args:
         session: The security officer's.
-        key_wrap: The AES key wrap that works on this token.
+        cipher: Whose keys key-encryption keys are.
+        key_wrap: What they wrap by.
 
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
     """
-    return _Trial(session, key_wrap).run()
+    return _Trial(session, cipher, key_wrap).run()
 
 
 class _Trial:
-    def __init__(self, session: Session, key_wrap: Mechanism) -> None:
+    def __init__(self, session: Session, cipher: BlockCipher, key_wrap: Mechanism) -> None:
         self._session = session
+        self._cipher = cipher
         self._key_wrap = key_wrap
         self._made: list[Any] = []
 
@@ -78,7 +80,8 @@ class _Trial:
         return all(starmap(self._wraps, allowed)) and not any(starmap(self._wraps, refused))
 
     def _unwrapping(self) -> bool:
-        asked = _DATA_KEY | ONLY_UNDER_TRUSTED
+        data_key = secret_key(self._cipher.key_type, Attribute.ENCRYPT)
+        asked = data_key | _PUBLIC | ONLY_UNDER_TRUSTED
         pinned = NestedTemplate({k: v for k, v in asked.items() if k is not Attribute.TOKEN})
         trusted = {Attribute.TRUSTED: True}
         pinning, plain = (
@@ -93,10 +96,21 @@ class _Trial:
         )
 
     def _key(self, capabilities: MechanismFlag, more: Template) -> Any:
-        template = {**_PUBLIC, Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False, **more}
+        template = {
+            Attribute.KEY_TYPE: self._cipher.key_type,
+            **_PUBLIC,
+            Attribute.SENSITIVE: True,
+            Attribute.EXTRACTABLE: False,
+            **more,
+        }
         traits.require_sent(None, template)
         key = self._session.generate_key(
-            KeyType.AES, 256, store=False, capabilities=capabilities, template=template
+            self._cipher.key_type,
+            8 * self._cipher.length,
+            mechanism=self._cipher.generate,
+            store=False,
+            capabilities=capabilities,
+            template=template,
         )
         self._made.append(key)
         return key

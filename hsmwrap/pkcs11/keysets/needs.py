@@ -1,7 +1,8 @@
 """Which own keys an HSM token can use: ``hsmwrap keys`` asks it for no others.
 
-A key-encryption key is of use only where AES key wrap works, and one for private wrapping keys only
-where there are private keys that can be wrapped.
+A key-encryption key is of use only where key wrap works, by AES or by a vendor's SM4, one for
+private wrapping keys only where there are private keys that can be wrapped, and one for AES keys
+only where there are AES keys.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ from hsmwrap.pkcs11.binding import objects, traits
 from hsmwrap.pkcs11.binding.profiles import VendorSm2
 from hsmwrap.pkcs11.binding.returncodes import recovery_of, said
 from hsmwrap.pkcs11.binding.templates import (
-    AES_KEY_WRAP,
     Template,
     for_unwrap,
     private_key,
     secret_key,
 )
+from hsmwrap.pkcs11.binding.traits import AES, BlockCipher
+from hsmwrap.pkcs11.binding.trials import refuses_changed
 from hsmwrap.pkcs11.keysets.keys import ROLES, Needs, Role
 from hsmwrap.sm2 import OID_DER
 
 _BYTES = 32
 _P_256 = bytes.fromhex("06082a8648ce3d030107")
-_WITHOUT_WRAPPING_KEYS = (Role.MAC, Role.MATERIAL_AES, Role.MATERIAL_SM4)
+_FOR_WRAPPING_KEYS = frozenset({Role.WRAPPING_UNWRAP, Role.WRAPPING_DECRYPT, Role.WRAPPING_DERIVE})
 
 
 def needs_of(session: Session, vendor: VendorSm2 | None) -> Needs:
@@ -73,16 +75,27 @@ class _Trials:
         self._stored = False
 
     def run(self) -> Needs:
-        kek = self._try(partial(self._aes, Attribute.WRAP, Attribute.UNWRAP))
+        tried = [(each, self._try(partial(self._key, each))) for each in traits.here().ciphers]
+        made = [(cipher, key) for cipher, key in tried if key]
         # Without session objects nothing is sealed.
-        self._stored = not kek and not self._try(partial(self._aes, Attribute.ENCRYPT))
+        self._stored = not made and not self._makes_mac_keys()
         mac_key_type = self._mac_key_type()
-        wraps = traits.here().key_wraps if kek else ()
-        key_wrap = next((m for m in wraps if self._try(partial(self._wraps, kek, m))), None)
-        if key_wrap is None:
-            return Needs((Role.MAC,), mac_key_type, AES_KEY_WRAP)
-        roles = ROLES if self._has_extractable_private_keys() else _WITHOUT_WRAPPING_KEYS
-        return Needs(roles, mac_key_type, key_wrap)
+        sealing = next(
+            (
+                (cipher, key_wrap)
+                for cipher, _ in made
+                for key_wrap in cipher.key_wraps
+                if self._try(partial(self._wraps, cipher, key_wrap, *made[0]))
+            ),
+            None,
+        )
+        if sealing is None:
+            return Needs((Role.MAC,), mac_key_type)
+        unused = set() if made[0][0].key_type == AES.key_type else {Role.MATERIAL_AES}
+        if not self._has_extractable_private_keys():
+            unused |= _FOR_WRAPPING_KEYS
+        roles = tuple(role for role in ROLES if role not in unused)
+        return Needs(roles, mac_key_type, *sealing)
 
     def clean_up(self) -> None:
         for key in self._made:
@@ -94,7 +107,8 @@ class _Trials:
         failed = _Failed("")
         for _ in range(2):
             try:
-                return attempt() or True
+                made = attempt()
+                return True if made is None else made or _Failed("its answer is wrong")
             except ProtectionNotKept as error:
                 return _Failed(str(error))
             except PKCS11Error as error:
@@ -107,11 +121,11 @@ class _Trials:
         self._made.append(key)
         return key
 
-    def _generate(self, template: Template, mechanism: Mechanism | None = None) -> Any:
+    def _generate(self, template: Template, mechanism: Mechanism, length: int = _BYTES) -> Any:
         template = {**template, Attribute.TOKEN: self._stored}
         key = self._session.generate_key(
             template[Attribute.KEY_TYPE],
-            8 * _BYTES,
+            8 * length,
             store=self._stored,
             capabilities=MechanismFlag(0),
             mechanism=mechanism,
@@ -119,8 +133,18 @@ class _Trials:
         )
         return self._keep(key)
 
-    def _aes(self, *uses: Attribute) -> Any:
-        return self._generate(secret_key(KeyType.AES, *uses, extractable=True))
+    def _key(self, cipher: BlockCipher, *uses: Attribute) -> Any:
+        template = secret_key(cipher.key_type, *uses or (Attribute.ENCRYPT,), extractable=True)
+        return self._generate(template, cipher.generate, cipher.length)
+
+    def _makes_mac_keys(self) -> bool:
+        return any(
+            self._try(partial(self._mac_key, key_type)) for key_type in traits.here().mac_key_types
+        )
+
+    def _mac_key(self, key_type: KeyType) -> Any:
+        template = secret_key(key_type, Attribute.SIGN)
+        return self._generate(template, Mechanism.GENERIC_SECRET_KEY_GEN)
 
     def _mac_key_type(self) -> KeyType:
         answers = []
@@ -135,16 +159,20 @@ class _Trials:
         )
 
     def _signs(self, key_type: KeyType) -> bool:
-        template = secret_key(key_type, Attribute.SIGN)
-        key = self._generate(template, Mechanism.GENERIC_SECRET_KEY_GEN)
+        key = self._mac_key(key_type)
         first, second = (key.sign(data, mechanism=Mechanism.SHA256_HMAC) for data in (b"1", b"2"))
         return len(first) == _BYTES and first != second
 
-    def _wraps(self, kek: Any, mechanism: Mechanism) -> bool:
-        blob = kek.wrap_key(self._aes(Attribute.ENCRYPT), mechanism=mechanism)
-        becomes = for_unwrap(self._loose(secret_key(KeyType.AES, Attribute.ENCRYPT)))
-        self._keep(kek.unwrap_key(key_data=blob, mechanism=mechanism, **becomes))
-        return True
+    def _wraps(self, cipher: BlockCipher, mechanism: Mechanism, of: BlockCipher, key: Any) -> bool:
+        kek = self._key(cipher, Attribute.WRAP, Attribute.UNWRAP)
+        blob = kek.wrap_key(key, mechanism=mechanism)
+        becomes = for_unwrap(self._loose(secret_key(of.key_type, Attribute.ENCRYPT)))
+
+        def unwrap(data: bytes) -> Any:
+            return self._keep(kek.unwrap_key(key_data=data, mechanism=mechanism, **becomes))
+
+        unwrap(blob)
+        return refuses_changed(blob, unwrap)
 
     def _loose(self, template: Template) -> Template:
         return {a: v for a, v in template.items() if a not in _CLOSING}

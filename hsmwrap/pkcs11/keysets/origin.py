@@ -12,6 +12,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
@@ -22,53 +23,89 @@ from pkcs11.types import Session
 from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.client_errors import read_if_known
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
+from hsmwrap.pkcs11.binding.traits import BlockCipher
 from hsmwrap.pkcs11.binding.trials import unless_refused
 from hsmwrap.pkcs11.sessions.session import find_objects
 
-_BYTES = 32
-_DERIVATIONS: tuple[tuple[Mechanism, Any], ...] = (
-    (Mechanism.AES_ECB_ENCRYPT_DATA, bytes(_BYTES)),
-    (Mechanism.AES_CBC_ENCRYPT_DATA, (bytes(16), bytes(_BYTES))),
+Told = Mapping[int, frozenset[Attribute]]
+"""By the type of the key: which of the attributes below the HSM token is right about."""
+
+_AES_BYTES = 32
+_DERIVATIONS: Mapping[int, tuple[tuple[Mechanism, Any], ...]] = MappingProxyType(
+    {
+        KeyType.AES: (
+            (Mechanism.AES_ECB_ENCRYPT_DATA, bytes(_AES_BYTES)),
+            (Mechanism.AES_CBC_ENCRYPT_DATA, (bytes(16), bytes(_AES_BYTES))),
+        )
+    }
 )
+"""That are known of a cipher; of a vendor's none is."""
 
 
 def generated(key_type: KeyType) -> Mapping[Attribute, Any]:
     """What a token that tells the truth says of a key of this type that it generated."""
-    aes = key_type is KeyType.AES
-    mechanism = Mechanism.AES_KEY_GEN if aes else Mechanism.GENERIC_SECRET_KEY_GEN
+    cipher = traits.here().cipher_of(key_type)
+    mechanism = Mechanism.GENERIC_SECRET_KEY_GEN if cipher is None else cipher.generate
     return {Attribute.LOCAL: True, Attribute.KEY_GEN_MECHANISM: mechanism}
 
 
-def told_by(session: Session) -> frozenset[Attribute]:
+def told_by(session: Session) -> Told:
     """Which of these attributes the HSM token is right about: of each kind of key, tried.
 
     An attribute counts if a generated key has it, and no key has it that was created, unwrapped
-    or derived. Makes session objects, and destroys them.
+    or derived. Makes session objects, and destroys them. Of a cipher whose keys are not made the
+    result has nothing.
 
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
     """
+    told = {each.key_type: _told_of(session, each) for each in traits.here().ciphers}
+    return {key_type: each for key_type, each in told.items() if each is not None}
+
+
+def of_others(told: Told) -> frozenset[Attribute]:
+    """Of keys of another type, such as MAC keys: what is right of every type that was tried."""
+    return frozenset.intersection(*told.values()) if told else frozenset()
+
+
+def _told_of(session: Session, cipher: BlockCipher) -> frozenset[Attribute] | None:
     uses = MechanismFlag.ENCRYPT | MechanismFlag.WRAP | MechanismFlag.UNWRAP
-    generate = partial(session.generate_key, KeyType.AES, 8 * _BYTES)
-    base = unless_refused(partial(generate, capabilities=uses | MechanismFlag.DERIVE))
-    derivations = () if base is None else _DERIVATIONS
+    generate = partial(_generate, session, cipher)
+    known = _DERIVATIONS.get(cipher.key_type, ())
+    base = known and unless_refused(partial(generate, capabilities=uses | MechanismFlag.DERIVE))
+    derivations = known if base else ()
     base = base or unless_refused(partial(generate, capabilities=uses))
     if base is None:
-        return frozenset()
-    ways = [partial(_create, session), partial(_unwrap, session, base)]
+        return None
+    ways = [partial(_create, session, cipher), partial(_unwrap, session, cipher, base)]
     ways += [partial(_derive, base, *derivation) for derivation in derivations]
     try:
-        told = _said(base)
+        told = _said(base, cipher)
         for make in ways:
             key = unless_refused(make)
             if key is not None:
                 try:
-                    told -= _said(key)
+                    told -= _said(key, cipher)
                 finally:
                     _discard(key)
     finally:
         _discard(base)
     return told
+
+
+def _generate(
+    session: Session,
+    cipher: BlockCipher,
+    more: Mapping[Attribute, Any] | None = None,
+    **named: Any,
+) -> Any:
+    return session.generate_key(
+        cipher.key_type,
+        8 * cipher.length,
+        mechanism=cipher.generate,
+        template={Attribute.KEY_TYPE: cipher.key_type, **(more or {})},
+        **named,
+    )
 
 
 def user_makes_trusted(session: Session) -> bool | None:
@@ -85,59 +122,58 @@ def user_makes_trusted(session: Session) -> bool | None:
     if Attribute.TRUSTED in traits.here().never_attributes:
         return None
     label = f"trust:{secrets.token_hex(8)}"
-
-    def generate(more: Mapping[Attribute, Any]) -> Any:
-        template = {Attribute.PRIVATE: False, **more}
-        return session.generate_key(
-            KeyType.AES,
-            8 * _BYTES,
-            label=label,
-            capabilities=MechanismFlag.WRAP,
-            template=template,
-        )
-
+    made = False
     try:
-        plain = unless_refused(partial(generate, {}))
-        trusted = unless_refused(partial(generate, {Attribute.TRUSTED: True}))
-        if trusted is not None and read_if_known(trusted, Attribute.TRUSTED):
-            return True
-        return None if plain is None else False
+        for cipher in traits.here().ciphers:
+            generate = partial(
+                _generate, session, cipher, label=label, capabilities=MechanismFlag.WRAP
+            )
+            public = {Attribute.PRIVATE: False}
+            made |= unless_refused(partial(generate, more=public)) is not None
+            asked = {**public, Attribute.TRUSTED: True}
+            trusted = unless_refused(partial(generate, more=asked))
+            if trusted is not None and read_if_known(trusted, Attribute.TRUSTED):
+                return True
+        return False if made else None
     finally:
         for key in list(find_objects(session, {Attribute.LABEL: label, Attribute.TOKEN: False})):
             _discard(key)
 
 
-def _said(key: Any) -> frozenset[Attribute]:
+def _said(key: Any, cipher: BlockCipher) -> frozenset[Attribute]:
     """The attributes by which the token calls this key one that it generated."""
-    expected = generated(KeyType.AES)
+    expected = generated(cipher.key_type)
     return frozenset(each for each in expected if read_if_known(key, each) == expected[each])
 
 
-def _create(session: Session) -> Any:
+def _create(
+    session: Session, cipher: BlockCipher, more: Mapping[Attribute, Any] | None = None
+) -> Any:
     return session.create_object(
         {
             Attribute.CLASS: ObjectClass.SECRET_KEY,
-            Attribute.KEY_TYPE: KeyType.AES,
-            Attribute.VALUE: secrets.token_bytes(_BYTES),
+            Attribute.KEY_TYPE: cipher.key_type,
+            Attribute.VALUE: secrets.token_bytes(cipher.length),
             # Public, so that a session without a login can make it too.
             Attribute.TOKEN: False,
             Attribute.PRIVATE: False,
+            **(more or {}),
         }
     )
 
 
-def _unwrap(session: Session, base: Any) -> Any:
-    key = _create(session)
+def _unwrap(session: Session, cipher: BlockCipher, base: Any) -> Any:
+    key = _create(session, cipher, {Attribute.EXTRACTABLE: True})
     try:
-        mechanism, blob = _wrapped(base, key)
+        mechanism, blob = _wrapped(cipher, base, key)
     finally:
         _discard(key)
-    return base.unwrap_key(ObjectClass.SECRET_KEY, KeyType.AES, blob, mechanism=mechanism)
+    return base.unwrap_key(ObjectClass.SECRET_KEY, cipher.key_type, blob, mechanism=mechanism)
 
 
-def _wrapped(base: Any, key: Any) -> tuple[Mechanism, bytes]:
-    refused: PKCS11Error = MechanismInvalid("the profile has no AES key wrap")
-    for mechanism in traits.here().key_wraps:
+def _wrapped(cipher: BlockCipher, base: Any, key: Any) -> tuple[Mechanism, bytes]:
+    refused: PKCS11Error = MechanismInvalid(f"the profile has no {cipher.name} key wrap")
+    for mechanism in cipher.key_wraps:
         try:
             return mechanism, base.wrap_key(key, mechanism=mechanism)
         except PKCS11Error as error:
@@ -148,7 +184,7 @@ def _wrapped(base: Any, key: Any) -> tuple[Mechanism, bytes]:
 
 
 def _derive(base: Any, mechanism: Mechanism, parameter: Any) -> Any:
-    length = 8 * _BYTES
+    length = 8 * _AES_BYTES
     return base.derive_key(KeyType.AES, length, mechanism=mechanism, mechanism_param=parameter)
 
 

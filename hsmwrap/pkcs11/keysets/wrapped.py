@@ -15,7 +15,7 @@ import base64
 import binascii
 import hmac
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +27,10 @@ from pkcs11.types import Session
 
 from hsmwrap.backend import KeySetInfo
 from hsmwrap.errors import ConfigurationError, HsmError, PinError
-from hsmwrap.pkcs11.binding import objects
+from hsmwrap.pkcs11.binding import objects, traits
 from hsmwrap.pkcs11.binding.client_errors import map_damage, read, read_if_known
 from hsmwrap.pkcs11.binding.templates import NestedTemplate, Template
+from hsmwrap.pkcs11.binding.traits import AES
 from hsmwrap.pkcs11.keysets.admin import (
     clean_up,
     connected,
@@ -86,8 +87,8 @@ class Proof:
     """What tells a key set that opens the blobs of another token from one that does not.
 
     Attributes:
-        sealed: A key that existed for that, under the key-encryption key of imported AES keys;
-            empty where the set has none.
+        sealed: A key that existed for that, under a key-encryption key of imported keys, that of
+            AES keys where the set has it; empty where the set has neither.
         tag: HMAC-SHA-256 of the set's name under its MAC key, 32 bytes.
     """
 
@@ -306,15 +307,22 @@ def _another(number: int) -> ConfigurationError:
 
 
 def _prove(pooled: PooledSession, keys: KeySets, key_set: KeySet, needs: Needs) -> Proof:
-    role, number, sealed = Role.MATERIAL_AES, key_set.number, b""
-    if role in key_set.roles:
+    role, number, sealed = _proving(key_set.roles), key_set.number, b""
+    if role is not None:
         kek = keys.find(pooled, role, number)
-        key = objects.generate_key(pooled.session, keys.material_template(role, number), 32)
+        template = keys.material_template(role, number)
+        cipher = traits.here().cipher_of(template[Attribute.KEY_TYPE]) or AES
+        key = objects.generate_key(pooled.session, template, cipher.length)
         try:
             sealed = bytes(kek.wrap_key(key, mechanism=needs.key_wrap))
         finally:
             key.destroy()
     return Proof(sealed, _tag(keys.find(pooled, Role.MAC, number), number))
+
+
+def _proving(roles: Collection[Role]) -> Role | None:
+    """Of the key-encryption key that seals a key for a proof."""
+    return next((r for r in (Role.MATERIAL_AES, Role.MATERIAL_SM4) if r in roles), None)
 
 
 def _require_proven(
@@ -338,12 +346,15 @@ def _is_proven(pooled: PooledSession, keys: KeySets, wrapped: WrappedSet, needs:
     mac_key = keys.find(pooled, Role.MAC, number)
     if mac_key is not None and not hmac.compare_digest(_tag(mac_key, number), wrapped.proof.tag):
         return False
-    return Role.MATERIAL_AES not in wrapped.keys or _opens(pooled, keys, wrapped, needs)
+    role = _proving(wrapped.keys)
+    return role is None or _opens(pooled, keys, wrapped, needs, role)
 
 
-def _opens(pooled: PooledSession, keys: KeySets, wrapped: WrappedSet, needs: Needs) -> bool:
-    """AES key wrap has integrity and no nonce: what unwraps, and wraps again to the same, is it."""
-    role, sealed = Role.MATERIAL_AES, wrapped.proof.sealed
+def _opens(
+    pooled: PooledSession, keys: KeySets, wrapped: WrappedSet, needs: Needs, role: Role
+) -> bool:
+    """Key wrap has integrity and no nonce: what unwraps, and wraps again to the same, is it."""
+    sealed = wrapped.proof.sealed
     kek = keys.find(pooled, role, wrapped.number)
     template = keys.material_template(role, wrapped.number)
     try:

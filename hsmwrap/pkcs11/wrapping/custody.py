@@ -1,6 +1,6 @@
 """Custody of private wrapping keys: sealed in the import token, or resident in the HSM token.
 
-Sealed: wrapped by AES key wrap with padding under a key-encryption key; nothing in the HSM grows
+Sealed: wrapped by key wrap with padding under a key-encryption key; nothing in the HSM grows
 with outstanding import tokens. Resident: a token object whose label says when it expires, so that
 a reaper of any process can remove it.
 """
@@ -33,6 +33,7 @@ from hsmwrap.pkcs11.binding.templates import (
     secret_key,
     stored,
 )
+from hsmwrap.pkcs11.binding.traits import AES, BlockCipher
 from hsmwrap.pkcs11.keysets.keys import KeySets, Role
 from hsmwrap.pkcs11.sessions.session import HANDLE_INVALID, PooledSession
 from hsmwrap.pkcs11.wrapping import reaper
@@ -54,12 +55,13 @@ _ROLES = (
 _log = logging.getLogger(__name__)
 
 
-def intermediate(*, trusted: bool) -> Template:
+def intermediate(*, trusted: bool, cipher: BlockCipher = AES) -> Template:
     """Material just unwrapped: a session object that exists until its length has been checked.
 
     It has to be extractable for that; only a trusted key may wrap it, where there is one.
     """
-    return secret_key(KeyType.AES, Attribute.ENCRYPT, extractable=True) | _guard(trusted=trusted)
+    key = secret_key(cipher.key_type, Attribute.ENCRYPT, extractable=True)
+    return key | _guard(trusted=trusted)
 
 
 def _guard(*, trusted: bool) -> Template:
@@ -112,7 +114,7 @@ class WrappingKeyStore:
         trusted: bool,
     ) -> Template:
         """Template to generate a private key with that stays in the HSM token."""
-        becomes = self.features.fit(intermediate(trusted=trusted))
+        becomes = self.features.fit(intermediate(trusted=trusted, cipher=self.features.cipher))
         mechanism: Mechanism | None = None
         if role is Role.WRAPPING_UNWRAP:
             mechanism = mechanism_of(algorithm)[0]
@@ -141,7 +143,8 @@ class WrappingKeyStore:
 
     def _seal(self, pooled: PooledSession, role: Role, private: Any, number: int) -> PrivateKeyRef:
         kek = self.keys.require(pooled, role, number)
-        blob = kek.wrap_key(private, mechanism=self.features.key_wrap)
+        mechanism = self.features.key_wrap(self.keys.cipher_of(number))
+        blob = kek.wrap_key(private, mechanism=mechanism)
         head = _HEAD.pack(_VERSION, _ROLES.index(role), number)
         return PrivateKeyRef(Custody.HSM_ENCRYPTED_DATABASE, head + blob)
 
@@ -173,7 +176,7 @@ class WrappingKeyStore:
             kek,
             data,
             self.features.fit(self.keys.unwrapped_template(role)),
-            mechanism=self.features.key_wrap,
+            mechanism=self.features.key_wrap(self.keys.cipher_of(number)),
             answers=map_damage(damaged, partial(unwrap_another, pooled, self.keys, self.features)),
             way=self.features.ways.sealed_private,
         )
@@ -218,17 +221,18 @@ def unwrap_another(pooled: PooledSession, keys: KeySets, features: TokenFeatures
         PKCS11Error: It does not.
     """
     number = keys.current(pooled)
-    kek = keys.find(pooled, Role.MATERIAL_AES, number)
+    role = Role.MATERIAL_AES if features.cipher.key_type == KeyType.AES else Role.MATERIAL_SM4
+    kek = keys.find(pooled, role, number)
     if kek is None:
         return  # this key set needs none
-    template = features.fit(intermediate(trusted=keys.trusts(number)))
-    made = objects.generate_key(pooled.session, template, 32)
-    blob = kek.wrap_key(made, mechanism=features.key_wrap)
+    key_wrap = features.key_wrap(keys.cipher_of(number))
+    template = intermediate(trusted=keys.trusts(number), cipher=features.cipher)
+    made = objects.generate_key(pooled.session, features.fit(template), features.cipher.length)
+    blob = kek.wrap_key(made, mechanism=key_wrap)
     made.destroy()
-    becomes = features.fit(keys.material_template(Role.MATERIAL_AES, number))
-    objects.unwrap(
-        *(kek, blob, becomes), mechanism=features.key_wrap, way=features.ways.sealed_secret
-    ).destroy()
+    becomes = features.fit(keys.material_template(role, number, sm4=features.sm4))
+    way = features.ways.sealed_secret
+    objects.unwrap(kek, blob, becomes, mechanism=key_wrap, way=way).destroy()
 
 
 _ACTIVE = frozenset({Attribute.UNWRAP, Attribute.DECRYPT, Attribute.DERIVE, Attribute.SIGN})

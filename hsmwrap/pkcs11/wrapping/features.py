@@ -10,14 +10,14 @@ from typing import Any
 
 from pkcs11 import MGF
 from pkcs11.constants import Attribute
-from pkcs11.mechanisms import Mechanism
+from pkcs11.mechanisms import KeyType, Mechanism
 
 from hsmwrap.backend import Custody, Exposure, FailedTrial, Protection
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm
-from hsmwrap.checkvalue import CHECK_BLOCK
+from hsmwrap.checkvalue import CHECK_BLOCK, METHOD_AES_ECB, METHOD_SM4_ECB
 from hsmwrap.pkcs11.binding.objects import Way
-from hsmwrap.pkcs11.binding.templates import Template, without
-from hsmwrap.pkcs11.binding.traits import DATA_SPECIFIED
+from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, Template, without
+from hsmwrap.pkcs11.binding.traits import AES, DATA_SPECIFIED, BlockCipher
 from hsmwrap.pkcs11.keysets.keys import Role
 from hsmwrap.pkcs11.wrapping.use import MessageCipher
 
@@ -61,8 +61,9 @@ def mechanism_of(
 
 @dataclass(frozen=True, slots=True)
 class CheckMethod:
-    """A way to encrypt the block of the check value by AES alone: all give the same 16 bytes."""
+    """A way to encrypt the block of the check value: all of a cipher give the same 16 bytes."""
 
+    number: int
     mechanism: Mechanism
     parameter: bytes | None
     block: bytes
@@ -71,7 +72,7 @@ class CheckMethod:
         """Encrypt it under a key object.
 
         Raises:
-            PKCS11Error: The HSM token refuses; this is not an AES key.
+            PKCS11Error: The HSM token refuses; this is not a key of the cipher.
         """
         return bytes(
             key.encrypt(self.block, mechanism=self.mechanism, mechanism_param=self.parameter)
@@ -79,13 +80,18 @@ class CheckMethod:
 
 
 _ZEROS = bytes(len(CHECK_BLOCK))
-CHECK_METHODS = (
-    CheckMethod(Mechanism.AES_ECB, None, CHECK_BLOCK),
-    CheckMethod(Mechanism.AES_CBC, _ZEROS, CHECK_BLOCK),
-    # CK_AES_CTR_PARAMS: a counter of 32 bits, in the block that is encrypted.
-    CheckMethod(Mechanism.AES_CTR, bytes(ctypes.c_ulong(32)) + CHECK_BLOCK, _ZEROS),
-)
-"""In the order in which they are tried."""
+
+
+def check_methods(cipher: BlockCipher) -> tuple[CheckMethod, ...]:
+    """Those that there may be, in the order in which they are tried."""
+    number = METHOD_AES_ECB if cipher.key_type == KeyType.AES else METHOD_SM4_ECB
+    modes = (
+        (cipher.ecb, None, CHECK_BLOCK),
+        (cipher.cbc, _ZEROS, CHECK_BLOCK),
+        # CK_AES_CTR_PARAMS: a counter of 32 bits, in the block that is encrypted.
+        (cipher.ctr, bytes(ctypes.c_ulong(32)) + CHECK_BLOCK, _ZEROS),
+    )
+    return tuple(CheckMethod(number, m, *rest) for m, *rest in modes if m is not None)
 
 
 class ImportPath(Enum):
@@ -140,8 +146,8 @@ class Ways:
     Attributes:
         material: Clients' ciphertexts, by RSA.
         sm2_material: Clients' ciphertexts, by SM2.
-        sealed_secret: Imported keys, by AES key wrap.
-        sealed_private: Private wrapping keys, by AES key wrap.
+        sealed_secret: Imported keys, by key wrap.
+        sealed_private: Private wrapping keys, by key wrap.
     """
 
     material: Way = Way.AS_ASKED
@@ -159,10 +165,11 @@ class TokenFeatures:
         tried: What was tried for an algorithm before, or in vain.
         failed: What else was tried and does not work.
         session_objects: Keys can be session objects.
-        key_wrap: Mechanism of AES key wrap with padding.
-        wrapped_lengths: Length of AES keys of each material length under it, in
-            bytes; empty where the token does not wrap and unwrap them. Not the same everywhere:
-            SoftHSM pads by RFC 5649, NSS as PKCS#7 does (field note 39).
+        cipher: Whose keys stand for key material while it is tried: AES where the token has it.
+        key_wraps: Mechanism of key wrap with padding, by the type of the key-encryption key.
+        wrapped_lengths: Length of keys of that cipher of each material length, in bytes, wrapped as
+            the current key set does; empty where the token does not wrap and unwrap them. Not the
+            same everywhere: SoftHSM pads by RFC 5649, NSS as PKCS#7 does (field note 39).
         check: How the check value is computed in the token; None: it has no mechanism for that.
         ciphers: What works on imported keys of a key spec, additional data and forgery check
             included, the best first. None where it is empty or left out.
@@ -181,7 +188,8 @@ class TokenFeatures:
     tried: Mapping[WrappingAlgorithm, tuple[FailedTrial, ...]] = field(default_factory=dict)
     failed: tuple[FailedTrial, ...] = ()
     session_objects: bool = True
-    key_wrap: Mechanism = Mechanism.AES_KEY_WRAP_PAD
+    cipher: BlockCipher = AES
+    key_wraps: Mapping[int, Mechanism] = field(default_factory=dict)
     wrapped_lengths: Mapping[int, int] = field(default_factory=dict)
     check: CheckMethod | None = None
     ciphers: Mapping[KeySpec, tuple[MessageCipher, ...]] = field(default_factory=dict)
@@ -196,8 +204,12 @@ class TokenFeatures:
 
     @property
     def wraps_secret_keys(self) -> bool:
-        """AES key wrap wraps and unwraps AES keys."""
+        """Key wrap wraps and unwraps secret keys."""
         return bool(self.wrapped_lengths)
+
+    def key_wrap(self, cipher: BlockCipher) -> Mechanism:
+        """What key-encryption keys of this cipher wrap by."""
+        return self.key_wraps.get(cipher.key_type, AES_KEY_WRAP)
 
     @property
     def knows_length(self) -> bool:

@@ -50,7 +50,7 @@ from hsmwrap.pkcs11.binding.client_errors import (
 from hsmwrap.pkcs11.binding.identity import ObjectIds
 from hsmwrap.pkcs11.binding.objects import Way
 from hsmwrap.pkcs11.binding.templates import Template, stored
-from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, KeySets, Role
+from hsmwrap.pkcs11.keysets.keys import KeySets, Role
 from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.wrapping.custody import OBJECT_ID_LENGTH, intermediate, unwrap_another
@@ -244,7 +244,7 @@ class MaterialStore:
         with pooled.creating(pending):
             objects.unwrap(
                 *(kek, blob, final),
-                mechanism=self.features.key_wrap,
+                mechanism=self._key_wrap(number),
                 way=self.features.ways.sealed_secret,
             )
         return self._object_ref(key_spec, pending.object_id), check
@@ -309,7 +309,7 @@ class MaterialStore:
             control = partial(unwrap_another, pooled, self.keys, self.features)
             return objects.unwrap(
                 *(kek, blob, self.features.fit(becomes | (more or {}))),
-                mechanism=self.features.key_wrap,
+                mechanism=self._key_wrap(number),
                 answers=map_damage(damaged, control),
                 way=self.features.ways.sealed_secret,
             )
@@ -339,8 +339,8 @@ class MaterialStore:
         Args:
             pooled: The session to work in.
             ref: The key, sealed.
-            expected: Its check value, compared for AES keys. Of SM4 keys that encrypt it is seen
-                that the one before and the one after are the same.
+            expected: Its check value, compared where a key of its type computes it. Of SM4 keys
+                that encrypt it is seen that the one before and the one after are the same.
 
         Raises:
             KeyNotFound: The key does not open.
@@ -363,7 +363,7 @@ class MaterialStore:
                     )
             before = self._sm4_tag(role, key, nonce)
             kek = self.keys.require(pooled, role, current)
-            blob = kek.wrap_key(key, mechanism=self.features.key_wrap)
+            blob = kek.wrap_key(key, mechanism=self._key_wrap(current))
         resealed = replace(ref, data=_HEAD.pack(_VERSION, current) + blob)
         with _destroyed(self._unseal(pooled, resealed)) as key:
             self._require_check_value(key, role, expected)
@@ -374,7 +374,8 @@ class MaterialStore:
     def _sm4_tag(self, role: Role, key: Any, nonce: bytes) -> bytes | None:
         """The tag of an empty message, which tells one key from another; None if it is only kept.
 
-        The check value of an SM4 key is AES's, which a key object of the vendor's type refuses.
+        The check value of an SM4 key is AES's where the token has AES, which a key object of the
+        vendor's type refuses.
         """
         ciphers = self.features.ciphers.get(KeySpec.ALIYUN_SM4)
         if role is not Role.MATERIAL_SM4 or not ciphers or not read(key, Attribute.ENCRYPT):
@@ -383,26 +384,33 @@ class MaterialStore:
 
     def _require_check_value(self, key: Any, role: Role, expected: bytes | None) -> None:
         method = self.features.check
-        if expected is None or method is None or not UNWRAPPED[role][Attribute.ENCRYPT]:
+        key_type = self.keys.unwrapped_template(role, sm4=self.features.sm4)[Attribute.KEY_TYPE]
+        if expected is None or method is None or key_type != self.features.cipher.key_type:
             return
-        if not checkvalue.same_check_value(expected, _aes_check(method, key, error=HsmError)):
+        if not checkvalue.same_check_value(expected, _check_value(method, key, error=HsmError)):
             raise HsmError("the key to seal again does not have the expected check value")
 
-    # --- with AES key wrap -------------------------------------------------------------------
+    # --- with key wrap -----------------------------------------------------------------------
+
+    def _key_wrap(self, number: int) -> Mechanism:
+        return self.features.key_wrap(self.keys.cipher_of(number))
+
+    def _intermediate(self, *, trusted: bool) -> Template:
+        return intermediate(trusted=trusted, cipher=self.features.cipher)
 
     def _wrap(
         self, pooled: PooledSession, source: MaterialSource, key_spec: KeySpec, number: int
     ) -> tuple[bytes, bytes]:
-        """Return the wrapped material, its length checked, and its AES check value."""
+        """Return the wrapped material, its length checked, and its check value."""
         kek = self.keys.require(pooled, ROLE_OF[key_spec], number)
-        template = self.features.fit(intermediate(trusted=self.keys.trusts(number)))
+        template = self.features.fit(self._intermediate(trusted=self.keys.trusts(number)))
         with self._tried(pooled, source, template, key_spec) as material:
             try:
                 check = self._check(source, material)
             except InvalidKeyMaterial:
-                self._wrap_in_vain(kek, material)
+                self._wrap_in_vain(kek, material, number)
                 raise
-            blob = kek.wrap_key(material, mechanism=self.features.key_wrap)
+            blob = kek.wrap_key(material, mechanism=self._key_wrap(number))
         if len(blob) != self.features.wrapped_lengths[key_spec.material_length]:
             raise InvalidKeyMaterial
         return blob, check
@@ -443,7 +451,8 @@ class MaterialStore:
         pending: PendingObject,
     ) -> tuple[KeyRef, bytes]:
         final = self.features.fit(self._final(key_spec, pending.object_id))
-        template = self.features.fit({**intermediate(trusted=False), Attribute.EXTRACTABLE: False})
+        template = self._intermediate(trusted=False) | {Attribute.EXTRACTABLE: False}
+        template = self.features.fit(template)
         if not self.features.session_objects:
             # What fails leaves a token object: :meth:`Connection.run` destroys it by its id.
             named = {a: final[a] for a in (Attribute.TOKEN, Attribute.ID, Attribute.LABEL)}
@@ -478,7 +487,7 @@ class MaterialStore:
     def _check(self, source: MaterialSource, material: Any) -> bytes:
         if self.features.check is None:
             return source.check_value()
-        return _aes_check(self.features.check, material)
+        return _check_value(self.features.check, material)
 
     # --- references --------------------------------------------------------------------------
 
@@ -500,7 +509,7 @@ class MaterialStore:
             raise KeyNotFound("more than one key in the HSM token has the id of this one")
         return found[0]
 
-    def _wrap_in_vain(self, kek: Any, material: Any) -> None:
+    def _wrap_in_vain(self, kek: Any, material: Any, number: int) -> None:
         """Call the HSM as for a key.
 
         A wrapping is two calls, the first for the length. Where that fails, as for a key of no
@@ -508,7 +517,7 @@ class MaterialStore:
         """
         for _ in range(2):
             with suppress(InvalidKeyMaterial), map_client_errors(kek):
-                kek.wrap_key(material, mechanism=self.features.key_wrap)
+                kek.wrap_key(material, mechanism=self._key_wrap(number))
                 return
 
     def _are_one_key(self, key_spec: KeySpec, found: list[Any]) -> bool:
@@ -568,12 +577,12 @@ def parse_key_ref(ref: KeyRef) -> tuple[int, bytes]:
     return number, ref.data[_HEAD.size :]
 
 
-def _aes_check(
+def _check_value(
     method: CheckMethod, key: Any, *, error: type[HsmwrapError] = InvalidKeyMaterial
 ) -> bytes:
     # Fails for material that is not an AES key, of which SoftHSM has made an object all the same.
     with map_client_errors(key, error=error):
-        return bytes([checkvalue.METHOD_AES_ECB]) + method.of(key)
+        return bytes([method.number]) + method.of(key)
 
 
 def _require_same(expected: bytes | None, check: bytes) -> None:

@@ -9,7 +9,7 @@ session objects where the HSM token has them, and with one RSA pair.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -46,7 +46,8 @@ from hsmwrap.pkcs11.binding.templates import (
     secret_key,
     stored,
 )
-from hsmwrap.pkcs11.binding.traits import DATA_SPECIFIED
+from hsmwrap.pkcs11.binding.traits import AES, DATA_SPECIFIED, BlockCipher
+from hsmwrap.pkcs11.binding.trials import refuses_changed
 from hsmwrap.pkcs11.keysets import hardening
 from hsmwrap.pkcs11.keysets.keys import KeySets, Role
 from hsmwrap.pkcs11.sessions.session import PendingObject, PooledSession
@@ -55,12 +56,12 @@ from hsmwrap.pkcs11.wrapping import protections, sm2
 from hsmwrap.pkcs11.wrapping import rsa as rsa_keys
 from hsmwrap.pkcs11.wrapping.custody import WrappingKeyStore, new_object_id
 from hsmwrap.pkcs11.wrapping.features import (
-    CHECK_METHODS,
     RSA_ALGORITHMS,
     CheckMethod,
     ImportPath,
     Row,
     TokenFeatures,
+    check_methods,
     oaep_hash,
 )
 from hsmwrap.pkcs11.wrapping.material import (
@@ -161,10 +162,11 @@ class Probe:
         """Try everything; returns what was found."""
         self._number = self._keys.current(self._pooled)
         keks = list(filter(None, map(self._own, _KEY_ENCRYPTION_ROLES)))
-        refused = hardening.missing_on(keks[0]) if keks else hardening.refused_by(self._session)
-        self.features = replace(self.features, refused=refused, key_specs=frozenset(KeySpec))
-        self._found(sm4=self._settings.sm4 is not None)
+        refused = hardening.missing_on(keks[0]) if keks else self._refused()
+        self._found(refused=refused, sm4=self._settings.sm4 is not None)
         self._basics()
+        aes = self.features.cipher.key_type == KeyType.AES
+        self._found(key_specs=frozenset(KeySpec if aes else {KeySpec.ALIYUN_SM4}))
         pair = self._rsa_pair()
         tried = self._protections(pair and pair[1])
         self._found(refused=refused | protections.useless(tried), protections=tried)
@@ -226,24 +228,66 @@ class Probe:
 
     # --- what does not depend on an algorithm ------------------------------------------------
 
-    def _aes(self, *uses: Attribute, length: int = _AES_256, extractable: bool = False) -> Any:
-        template = secret_key(KeyType.AES, *uses, extractable=extractable)
+    def _refused(self) -> frozenset[Attribute]:
+        """Hardening attributes that the token refuses, tried on a key that it generates."""
+        for cipher in traits.here().ciphers:
+            attempt = partial(hardening.refused_by, self._session, cipher)
+            refused = self._try(attempt, lambda _error: None)  # told in what follows
+            if refused is not None:
+                return refused
+        return hardening.NOTHING
+
+    def _key(
+        self,
+        cipher: BlockCipher,
+        *uses: Attribute,
+        length: int | None = None,
+        extractable: bool = False,
+    ) -> Any:
+        template = secret_key(
+            cipher.key_type, *uses or (Attribute.ENCRYPT,), extractable=extractable
+        )
         placed = self.features.fit(self._placed(template))
-        return self._keep(objects.generate_key(self._session, placed, length))
+        return self._keep(objects.generate_key(self._session, placed, length or cipher.length))
+
+    def _makes(self) -> tuple[list[BlockCipher], list[tuple[BlockCipher, Exception]]]:
+        """The ciphers whose keys the token generates, and what it answered for the others."""
+        made: list[BlockCipher] = []
+        failed: list[tuple[BlockCipher, Exception]] = []
+        for cipher in traits.here().ciphers:
+
+            def tell(error: Exception, cipher: BlockCipher = cipher) -> None:
+                failed.append((cipher, error))
+
+            if self._try(partial(self._key, cipher), tell) is not None:
+                made.append(cipher)
+        return made, failed
+
+    def _makes_mac_key(self) -> Any:
+        template = self.features.fit(secret_key(KeyType.GENERIC_SECRET, Attribute.SIGN))
+        mechanism = Mechanism.GENERIC_SECRET_KEY_GEN
+        made = objects.generate_key(self._session, template, _AES_256, mechanism=mechanism)
+        return self._keep(made)
 
     def _basics(self) -> None:
-        use = Attribute.ENCRYPT
-        session_objects = self._step(
-            "make a session object",
-            lambda: self._aes(use),
-            "Wrapping keys and imported keys are token objects, and no key is sealed.",
-        )
-        self._found(session_objects=session_objects is not None)
+        made, failed = self._makes()
+        if not made and not self._works(self._makes_mac_key):
+            step = "make a session object"
+            consequence = "Wrapping keys and imported keys are token objects, and no key is sealed."
+            self._failed.append(failed_trial(step, failed[0][1], consequence))
+            self._found(session_objects=False)
+            made, failed = self._makes()
+        self._found(cipher=made[0] if made else AES)
+        for cipher, error in failed:
+            consequence = f"No key is sealed by {cipher.name} keys."
+            if cipher.key_type == KeyType.AES:
+                consequence += " Aliyun_AES_256 keys are not imported."
+            self._failed.append(failed_trial(f"make an {cipher.name} key", error, consequence))
         if self.features.session_objects:
-            self._key_wrap()
+            self._key_wrap(made)
         self._check_method()
         creates = self._step(
-            "make an AES key by C_CreateObject",
+            f"make an {self.features.cipher.name} key by C_CreateObject",
             self._create,
             "Material that comes through the host does not become a key: pairs that are not "
             "unwrapped inside the HSM token are not served.",
@@ -251,33 +295,49 @@ class Probe:
         self._found(creates_keys=bool(creates))
 
     def _create(self) -> bool:
-        template = self._placed(secret_key(KeyType.AES, Attribute.ENCRYPT, extractable=True))
-        value = secrets.token_bytes(_AES_256)
+        cipher = self.features.cipher
+        template = self._placed(secret_key(cipher.key_type, Attribute.ENCRYPT, extractable=True))
+        value = secrets.token_bytes(cipher.length)
         self._keep(objects.create(self._session, self.features.fit(template), value))
         return True
 
-    def _key_wrap(self) -> None:
-        failed: list[Exception] = []
-        for mechanism in traits.here().key_wraps:
-            lengths = self._try(partial(self._wrapped_lengths, mechanism), failed.append)
-            if lengths:
-                self._found(key_wrap=mechanism, wrapped_lengths=MappingProxyType(lengths))
-                return
-        self._failed += [
-            failed_trial("wrap an AES key", error, "No key is sealed.") for error in failed
-        ]
+    def _key_wrap(self, ciphers: Iterable[BlockCipher]) -> None:
+        """Find out what key sets wrap by: the current one, and those before it."""
+        of_current = self._keys.cipher_of(self._number)
+        for cipher in ciphers:
+            failed: list[Exception] = []
+            for mechanism in cipher.key_wraps:
+                attempt = partial(self._wrapped_lengths, cipher, mechanism)
+                lengths = self._try(attempt, failed.append)
+                if lengths:
+                    wraps = {**self.features.key_wraps, cipher.key_type: mechanism}
+                    self._found(key_wraps=MappingProxyType(wraps))
+                    if cipher.key_type == of_current.key_type:
+                        self._found(wrapped_lengths=MappingProxyType(lengths))
+                    break
+            else:
+                step, consequence = f"wrap an {cipher.name} key", "No key is sealed."
+                if cipher.key_type != of_current.key_type:
+                    consequence = f"No key is sealed by {cipher.name} keys."
+                self._failed += [failed_trial(step, error, consequence) for error in failed]
 
-    def _wrapped_lengths(self, mechanism: Mechanism) -> dict[int, int]:
-        kek = self._aes(Attribute.WRAP, Attribute.UNWRAP)
-        lengths = {}
-        for length in (_AES_128, _AES_256):
-            key = self._aes(Attribute.ENCRYPT, length=length, extractable=True)
+    def _wrapped_lengths(self, cipher: BlockCipher, mechanism: Mechanism) -> dict[int, int]:
+        kek, of = self._key(cipher, Attribute.WRAP, Attribute.UNWRAP), self.features.cipher
+        lengths: dict[int, int] = {}
+        for length in of.lengths:
+            key = self._key(of, length=length, extractable=True)
             blob = kek.wrap_key(key, mechanism=mechanism)
-            becomes = self.features.fit(secret_key(KeyType.AES, Attribute.ENCRYPT))
-            unwrap = partial(self._unwrapped, kek, blob, becomes, mechanism)
+            becomes = self.features.fit(secret_key(of.key_type, Attribute.ENCRYPT))
+
+            def unwrap(way: Way, blob: bytes = blob) -> None:
+                self._unwrapped(kek, blob, becomes, mechanism, way)  # noqa: B023
+
             self._by_way("sealed_secret", unwrap)
             lengths[length] = len(blob)
-        if lengths[_AES_128] == lengths[_AES_256]:
+        known = self.features.ways.sealed_secret
+        if not refuses_changed(blob, lambda changed: unwrap(known, changed)):
+            raise _Wrong("a wrapped key unwraps that was changed")
+        if len({*lengths.values()}) != len(lengths):
             raise _Wrong("keys of 16 and 32 bytes have the same length when they are wrapped")
         return lengths
 
@@ -306,7 +366,8 @@ class Probe:
         raise not_kept or _Wrong("no way")
 
     def _check_method(self) -> None:
-        for method, then in zip(CHECK_METHODS, (*CHECK_METHODS[1:], None), strict=True):
+        methods = check_methods(self.features.cipher)
+        for method, then in zip(methods, (*methods[1:], None), strict=True):
             consequence = (
                 f"The check value is computed by {mechanism_name(then.mechanism)}."
                 if then
@@ -319,7 +380,7 @@ class Probe:
                 return
 
     def _encrypts(self, method: CheckMethod) -> bool:
-        value = method.of(self._aes(Attribute.ENCRYPT))
+        value = method.of(self._key(self.features.cipher))
         if len(value) != len(method.block):
             raise _Wrong(f"one block became {len(value)} bytes")
         return True
@@ -420,7 +481,8 @@ class Probe:
         return self.features.knows_length
 
     def _value_length(self, trial: _Try) -> bool:
-        becomes = self.features.fit(self._placed(secret_key(KeyType.AES, Attribute.ENCRYPT)))
+        key_type = self.features.cipher.key_type
+        becomes = self.features.fit(self._placed(secret_key(key_type, Attribute.ENCRYPT)))
 
         def unwrapped(way: Way) -> Any:
             features = replace(self.features, ways=replace(self.features.ways, material=way))
@@ -457,7 +519,10 @@ class Probe:
             _Wrong: What came out is not what went in.
         """
         custody = material_custody(self._settings, self.features)
-
+        sm4 = KeySpec.ALIYUN_SM4
+        spec, wrong = KeySpec.ALIYUN_AES_256, _AES_128
+        if spec not in self.features.key_specs:
+            spec, wrong = sm4, _AES_256
         unwraps = trial.row.path.exposure is Exposure.IN_HSM
         by_sm2 = trial.algorithm is WrappingAlgorithm.SM2PKE
         kind = "sm2_material" if by_sm2 else "material"
@@ -469,20 +534,20 @@ class Probe:
             store = MaterialStore(
                 name, self._keys, prefix, custody, features, kept_open(self._settings)
             )
-            self._import(store, trial, KeySpec.ALIYUN_AES_256)
+            self._import(store, trial, spec)
             return store
 
         store = self._by_way(kind, first) if unwraps else first(Way.AS_ASKED)
         if by_sm2 and trial.row.path is not ImportPath.DERIVE:  # else the host compares C3
             with suppress(InvalidKeyMaterial):
-                self._import(store, _with_another_c3(trial), KeySpec.ALIYUN_AES_256)
+                self._import(store, _with_another_c3(trial), spec)
                 raise _Wrong("a ciphertext passes whose C3 was changed")
         elif unwraps:  # else the host sees the length, which an SM2 ciphertext tells by its own
             with suppress(InvalidKeyMaterial):
-                self._import(store, trial, KeySpec.ALIYUN_AES_256, length=_AES_128)
-                raise _Wrong("a key of 16 bytes passes for one of 32")
-        sm4 = KeySpec.ALIYUN_SM4
-        if sm4 in self.features.key_specs and not self._imports_sm4(store, trial):
+                self._import(store, trial, spec, length=wrong)
+                raise _Wrong(f"a key of {wrong} bytes passes for one of {spec.material_length}")
+        others = self.features.key_specs - {spec}
+        if sm4 in others and not self._imports_sm4(store, trial):
             self._found(key_specs=self.features.key_specs - {sm4})
 
     def _imports_sm4(self, store: MaterialStore, trial: _Try) -> bool:
@@ -509,13 +574,13 @@ class Probe:
         length: int | None = None,
     ) -> bool:
         material = secrets.token_bytes(length or key_spec.material_length)
-        if key_spec is KeySpec.ALIYUN_SM4:
+        if key_spec is KeySpec.ALIYUN_SM4 and length is None:
             material = SM4_KEY
         source = self._source(store.features, trial, material, key_spec)
         pending = PendingObject(new_object_id())
         try:
             ref, check = store.make(self._pooled, source, key_spec, None, pending)
-            if length is None and check != check_value(material):
+            if length is None and check != check_value(material, check[0]):
                 raise _Wrong("the check value is not that of the material")
             usable = key_spec is KeySpec.ALIYUN_AES_256 or store.features.sm4
             if usable and length is None:
@@ -704,11 +769,29 @@ class Probe:
             any(accepted(functions[each]) for _ in range(_BROKEN_CIPHERTEXTS)) for each in served
         )
 
-    def _protections(self, private: Any) -> tuple[Protection, ...]:
-        own = self._own(Role.WRAPPING_UNWRAP)
+    def _sealing(self) -> BlockCipher:
+        """Whose keys the key-encryption keys of the current set are."""
+        own = self._keys.cipher_of(self._number)
+        cipher = own if own.key_type in self.features.key_wraps else self.features.cipher
+        return replace(cipher, key_wraps=(self.features.key_wrap(cipher),))
+
+    def _extractable_sm2(self) -> Any:
+        template = self._keys.unwrapped_template(Role.WRAPPING_SM2_UNWRAP)
+        template = self.features.fit(self._placed(template | {Attribute.EXTRACTABLE: True}))
+        placed = None if self.features.session_objects else self._placed({})
+        pair = sm2.generate(self._session, template, self._vendor, placed)
+        self._made += pair
+        return pair[1]
+
+    def _protections(self, rsa_private: Any) -> tuple[Protection, ...]:
+        role, private = Role.WRAPPING_UNWRAP, rsa_private
+        if private is None and self._vendor is not None and self._vendor.unwrap is not None:
+            role = Role.WRAPPING_SM2_UNWRAP
+            private = self._try(self._extractable_sm2, lambda _error: None)
+        own = self._own(role)
         tried = own and protections.OwnKey(
             key=own,
-            becomes=private_key(KeyType.RSA, Attribute.UNWRAP),
+            becomes=self._keys.unwrapped_template(role),
             private=private,
             trusted=self._keys.trusts(self._number),
         )
@@ -716,7 +799,7 @@ class Probe:
             self._session,
             tried,
             lambda template: self.features.fit(self._placed(template)),
-            mechanism=self.features.key_wrap,
+            cipher=self._sealing(),
             makes_trusted=self._keys.user_makes_trusted,
         )
 

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pkcs11.constants import Attribute, MechanismFlag
-from pkcs11.mechanisms import KeyType, Mechanism
+from pkcs11.mechanisms import Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.backend import Outcome, Protection
@@ -26,15 +26,9 @@ from hsmwrap.pkcs11.binding.templates import (
     secret_key,
     without,
 )
+from hsmwrap.pkcs11.binding.traits import BlockCipher
 from hsmwrap.pkcs11.binding.trials import unless_refused
 
-_BITS = 256
-_OTHER_MECHANISMS: tuple[tuple[Mechanism, bytes | None], ...] = (
-    (Mechanism.AES_KEY_WRAP, None),
-    (Mechanism.AES_CBC_PAD, bytes(16)),
-    (Mechanism.AES_ECB, None),
-)
-"""Ways to wrap a key that no key-encryption key of the backend allows."""
 _READABLE: Template = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
 _EXTRACTABLE: Template = {Attribute.EXTRACTABLE: True}
 _ANOTHER_USE: Template = {Attribute.WRAP: True}
@@ -73,8 +67,8 @@ class OwnKey:
 
     Attributes:
         key: The key object.
-        becomes: The only template that it unwraps into: of an RSA private key.
-        private: An extractable RSA private key to wrap; None where there are none.
+        becomes: The only template that it unwraps into: of a private key that may UNWRAP alone.
+        private: An extractable private key of that type to wrap; None where there are none.
         trusted: Whether it is CKA_TRUSTED.
     """
 
@@ -97,7 +91,7 @@ def tried(
     own: OwnKey | None,
     fit: Callable[[Template], Template],
     *,
-    mechanism: Mechanism,
+    cipher: BlockCipher,
     makes_trusted: Callable[[Session], bool | None],
 ) -> tuple[Protection, ...]:
     """Try each protection; what is made for that is destroyed.
@@ -107,13 +101,14 @@ def tried(
         own: A key-encryption key of the backend; None where there are none.
         fit: From the template of a session object to that of an object that the HSM token makes:
             without the hardening attributes that it refuses.
-        mechanism: AES key wrap with padding, as the HSM token has it.
+        cipher: Whose keys key-encryption keys are, and those that are made; with the key wrap that
+            the HSM token has.
         makes_trusted: Tries whether the user can make a trusted key, or tells what was found.
 
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
     """
-    trials = _Trials(session, own, fit, mechanism, makes_trusted)
+    trials = _Trials(session, own, fit, cipher, makes_trusted)
     try:
         return tuple(trials.run())
     finally:
@@ -137,14 +132,15 @@ class _Trials:
         session: Session,
         own: OwnKey | None,
         fit: Callable[[Template], Template],
-        mechanism: Mechanism,
+        cipher: BlockCipher,
         makes_trusted: Callable[[Session], bool | None],
     ) -> None:
         self._session = session
         self._makes_trusted = makes_trusted
         self._own = own
         self._fit = fit
-        self._mechanism = mechanism
+        self._cipher = cipher
+        (self._mechanism,) = cipher.key_wraps
         self._made: list[Any] = []
 
     def run(self) -> Iterator[Protection]:
@@ -231,7 +227,7 @@ class _Trials:
             return _told(attribute, Outcome.NOT_PROVABLE, control)
         # It differs from the control in more than the attribute: what it is for has to work.
         if not unless_refused(partial(self._is_unwrapped, {}, own.key)):
-            control = "Nothing shows it: no RSA private key was wrapped and unwrapped as intended."
+            control = "Nothing shows it: no private key was wrapped and unwrapped as intended."
             return _told(attribute, Outcome.NOT_PROVABLE, control)
         return self._judged(attribute, attacks, lambda: own.key, lambda: bare_kek)
 
@@ -252,7 +248,7 @@ class _Trials:
     # --- keys and attacks --------------------------------------------------------------------
 
     def _template(self, *uses: Attribute) -> Template:
-        template = secret_key(KeyType.AES, *(uses or (Attribute.ENCRYPT,)))
+        template = secret_key(self._cipher.key_type, *(uses or (Attribute.ENCRYPT,)))
         return self._fit(template)
 
     def _keep(self, key: Any) -> Any:
@@ -263,8 +259,9 @@ class _Trials:
         traits.require_sent(None, template)
         return self._keep(
             self._session.generate_key(
-                KeyType.AES,
-                _BITS,
+                self._cipher.key_type,
+                8 * self._cipher.length,
+                mechanism=self._cipher.generate,
                 store=template[Attribute.TOKEN],
                 capabilities=MechanismFlag(0),
                 template=template,
@@ -276,7 +273,7 @@ class _Trials:
             unless_refused(
                 partial(kek.wrap_key, key, mechanism=mechanism, mechanism_param=parameter)
             )
-            for mechanism, parameter in ((self._mechanism, None), *_OTHER_MECHANISMS)
+            for mechanism, parameter in ((self._mechanism, None), *self._cipher.weak_wraps)
         )
 
     def _wraps_otherwise(self, kek: Any) -> bool:
@@ -287,7 +284,7 @@ class _Trials:
             unless_refused(
                 partial(kek.wrap_key, key, mechanism=mechanism, mechanism_param=parameter)
             )
-            for mechanism, parameter in _OTHER_MECHANISMS
+            for mechanism, parameter in self._cipher.weak_wraps
         )
 
     def _is_copied(self, changes: Template, key: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pkcs11.constants import Attribute
+from pkcs11.mechanisms import KeyType
 
 from hsmwrap.backend import (
     MESSAGE_VERSION_CCM,
@@ -160,13 +161,27 @@ def _notes(
             "imported keys can be read for the moment until they are changed, and be given other "
             "uses later, by the holder of the PIN."
         )
-    if not features.wraps_secret_keys:
-        yield "The HSM token has no working AES key wrap: imported keys are token objects."
-    if not features.ciphers.get(KeySpec.ALIYUN_AES_256):
-        yield "The HSM token has no working AES-GCM: imported AES keys can be kept but not used."
+    yield from _cipher_notes(features)
     if WrappingAlgorithm.SM2PKE not in features.rows:
         yield "The HSM token serves no SM2: no key pairs on its curve, or no ECDH with them."
     yield from _sm4_notes(settings, features)
+
+
+def _cipher_notes(features: TokenFeatures) -> Iterator[str]:
+    if not features.wraps_secret_keys:
+        yield (
+            f"The HSM token has no working {features.cipher.name} key wrap: imported keys are "
+            "token objects."
+        )
+    if features.cipher.key_type != KeyType.AES:
+        yield (
+            "The HSM token has no AES: Aliyun_AES_256 keys are not imported. Keys are sealed by "
+            "SM4 keys, which have 128 bits. The check values of Aliyun_SM4 keys are by SM4, so "
+            "they differ from those of an HSM with AES. Key sets go into no backup, whose key is "
+            "one of AES."
+        )
+    elif not features.ciphers.get(KeySpec.ALIYUN_AES_256):
+        yield "The HSM token has no working AES-GCM: imported AES keys can be kept but not used."
 
 
 def _sm4_notes(settings: Pkcs11Settings, features: TokenFeatures) -> Iterator[str]:

@@ -31,6 +31,7 @@
                                const unsigned char *key, const unsigned char *iv, int mode)) \
     X(int, EVP_CipherUpdate, (void *context, unsigned char *to, int *written,                \
                               const unsigned char *from, int length))                        \
+    X(const void *, EVP_aes_128_ecb, (void))                                                 \
     X(const void *, EVP_sm4_ecb, (void))                                                     \
     X(const void *, EVP_sm4_cbc, (void))                                                     \
     X(const void *, EVP_sm4_ctr, (void))                                                     \

@@ -123,6 +123,8 @@ static CK_RV refused_template(uint64_t set, const struct maker *maker, const wor
         return CKR_ATTRIBUTE_VALUE_INVALID;
     if ((set & NO_READABLE_KEYS) && says(list, count, CKA_SENSITIVE, false))
         return CKR_ATTRIBUTE_VALUE_INVALID;
+    if ((set & NO_AES) && is_number(find(list, count, CKA_KEY_TYPE), CKK_AES))
+        return CKR_ATTRIBUTE_VALUE_INVALID;
     if ((set & NO_SECRET_KEY_CREATION) && maker->id == FN_C_CreateObject
         && is_number(find(list, count, CKA_CLASS), CKO_SECRET_KEY))
         return CKR_ATTRIBUTE_VALUE_INVALID;
@@ -166,6 +168,13 @@ static const struct {
     {NO_RSA_DECRYPT, CKM_RSA_PKCS_OAEP, FN_C_DecryptInit},
 };
 
+/* CKM_AES_KEY_GEN and its like, of derivation by AES, and of CKM_AES_OFB to key wrap. */
+static bool is_aes(CK_ULONG mechanism)
+{
+    return (mechanism >= 0x1080 && mechanism <= 0x108F) || mechanism == 0x1104
+        || mechanism == 0x1105 || (mechanism >= 0x2104 && mechanism <= CKM_AES_KEY_WRAP_KWP);
+}
+
 static bool is_hmac_key(const word a[], CK_ULONG object, forward call)
 {
     CK_ULONG allowed = 0;
@@ -179,6 +188,8 @@ static CK_RV refused_mechanism(uint64_t set, enum function_id id, const word a[]
     const struct ck_mechanism *used = (const struct ck_mechanism *)a[1];
     if (!used)
         return CKR_OK;
+    if (((set & NO_AES) && is_aes(used->mechanism)) || ((set & NO_RSA) && used->mechanism <= 0x0E))
+        return CKR_MECHANISM_INVALID;
     for (size_t i = 0; i < sizeof missing / sizeof *missing; i++)
         if ((set & missing[i].restrictions) && used->mechanism == missing[i].mechanism
             && (missing[i].only == FN_C_Initialize || missing[i].only == id))

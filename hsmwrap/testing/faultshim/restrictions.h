@@ -39,7 +39,9 @@
     X(COPYABLE_IGNORED)             \
     X(MODIFIABLE_IGNORED)           \
     X(WRAP_WITH_TRUSTED_IGNORED)    \
-    X(NO_TRUST)
+    X(NO_TRUST)                     \
+    X(NO_AES)                       \
+    X(NO_RSA)
 
 #define RESTRICTION_NUMBER(name) NUMBER_##name,
 enum { RESTRICTIONS(RESTRICTION_NUMBER) RESTRICTION_COUNT };

@@ -1,10 +1,16 @@
-/* SM4 as a vendor has it: a key type, a key generation, and ECB, CBC, CTR and GCM of C_Encrypt and
- * C_Decrypt in one part.
+/* SM4 as a vendor has it: a key type, a key generation, ECB, CBC, CTR and GCM of C_Encrypt and
+ * C_Decrypt in one part, and key wrap with padding (RFC 5649 with SM4 in the place of AES).
  *
  * SoftHSM keeps the keys, as secrets of types that nothing else here uses. This file computes with
  * their values, so SoftHSM lets them be read; whether the holder of the PIN may read or wrap them
  * is in the type, which SoftHSM compares with a CKA_UNWRAP_TEMPLATE as it does any attribute. It
- * honours all other attributes. CKA_SENSITIVE and CKA_EXTRACTABLE of an SM4 key do not change.
+ * honours all other attributes. CKA_SENSITIVE and CKA_EXTRACTABLE of an SM4 key do not change. A
+ * CKA_WRAP_TEMPLATE or CKA_UNWRAP_TEMPLATE that names no type is for SM4 keys as well, so SoftHSM does
+ * not see what it says of CKA_SENSITIVE.
+ *
+ * An SM4 key that is made to wrap or unwrap is an AES key there, with a mark behind its
+ * CKA_ALLOWED_MECHANISMS in the place of the type: SoftHSM wraps, and so honours what is said of
+ * wrapping. What it wrapped is ciphered again with SM4.
  */
 #include "vendor.h"
 
@@ -17,10 +23,13 @@
 #include "makers.h"
 
 enum { BLOCK = 16, KEY = 16, NONCE = 12, TAG = 16 };
-enum { ATTRIBUTES_MAX = 64, OPERATIONS_MAX = 1024, MECHANISMS = 5 };
+enum { ATTRIBUTES_MAX = 64, OPERATIONS_MAX = 1024, MECHANISMS = 6 };
+enum { SEMIBLOCK = 8, ROUNDS = 6, WRAPPED_MAX = 4096, MECHANISMS_MAX = 32 };
+enum { CKA_WRAP = 0x106 };
 enum { CKA_ENCRYPT = 0x104, CKA_ALWAYS_SENSITIVE = 0x165, CKA_NEVER_EXTRACTABLE = 0x164 };
 enum { CKA_LOCAL = 0x163, CKA_KEY_GEN_MECHANISM = 0x166, CKA_WRAP_TEMPLATE = 0x40000211 };
 enum { CKF_ENCRYPT = 0x100, CKF_DECRYPT = 0x200, CKF_GENERATE = 0x8000 };
+enum { CKF_WRAP = 0x20000, CKF_UNWRAP = 0x40000 };
 enum {
     CKR_ATTRIBUTE_SENSITIVE = 0x11,
     CKR_DATA_LEN_RANGE = 0x21,
@@ -30,7 +39,7 @@ enum {
 };
 
 static const unsigned char no = 0, yes = 1;
-static const CK_ULONG secret_key = CKO_SECRET_KEY;
+static const CK_ULONG secret_key = CKO_SECRET_KEY, aes = CKK_AES;
 
 /* What an SM4 key is in SoftHSM. */
 static const struct kind {
@@ -44,6 +53,15 @@ static const struct kind {
     {0x2D, true, false, true},  /* CKK_SHA512_HMAC */
 };
 enum { KINDS = sizeof kinds / sizeof *kinds };
+
+/* Of a key that wraps: the kind, and whether its own template allows some mechanisms only. More than
+ * any number of a mechanism, as SoftHSM sorts them. */
+static const CK_ULONG mark = 0xFFFFFFFFFFFF0000;
+
+static CK_ULONG mark_of(const struct kind *kind, bool allows_some)
+{
+    return mark + 2 * (CK_ULONG)(kind - kinds) + allows_some;
+}
 
 struct ck_gcm_params {
     const unsigned char *iv;
@@ -128,6 +146,36 @@ static bool tag_of(const unsigned char key[KEY], const unsigned char nonce[NONCE
     return done;
 }
 
+/* The wrapping function without its first step (NIST SP 800-38F, 6.1): n semiblocks and the
+ * integrity check value before them, which the caller has made or will look at. */
+static bool cipher_wrapped(const void *cipher, const unsigned char key[KEY], bool encrypt,
+                           unsigned char *data, size_t length)
+{
+    unsigned char block[BLOCK];
+    if (length % SEMIBLOCK || length < BLOCK)
+        return false;
+    size_t n = length / SEMIBLOCK - 1;
+    if (n == 1) /* RFC 5649, 4.1 */
+        return run(cipher, key, NULL, encrypt, data, BLOCK, data);
+    for (size_t done = 0; done < ROUNDS * n; done++) {
+        size_t step = encrypt ? done + 1 : ROUNDS * n - done;
+        unsigned char *half = data + SEMIBLOCK * ((step - 1) % n + 1);
+        unsigned char counter[SEMIBLOCK] = {[6] = (unsigned char)(step >> 8),
+                                            [7] = (unsigned char)step};
+        memcpy(block, data, SEMIBLOCK);
+        memcpy(block + SEMIBLOCK, half, SEMIBLOCK);
+        for (int b = 0; b < SEMIBLOCK && !encrypt; b++)
+            block[b] ^= counter[b];
+        if (!run(cipher, key, NULL, encrypt, block, BLOCK, block))
+            return false;
+        for (int b = 0; b < SEMIBLOCK && encrypt; b++)
+            block[b] ^= counter[b];
+        memcpy(data, block, SEMIBLOCK);
+        memcpy(half, block + SEMIBLOCK, SEMIBLOCK);
+    }
+    return true;
+}
+
 /* --- operations ---------------------------------------------------------------------------- */
 
 enum mode { ECB, CBC, CTR, GCM };
@@ -207,13 +255,25 @@ static const struct kind *kind_by_type(CK_ULONG type)
     return NULL;
 }
 
+/* How many mechanisms a key that wraps allows, behind which its mark is; 0 for any other. */
+static CK_ULONG allowed_by(forward call, CK_ULONG session, CK_ULONG object,
+                           CK_ULONG list[MECHANISMS_MAX])
+{
+    CK_ULONG size = MECHANISMS_MAX * sizeof *list;
+    CK_ULONG count = get(call, session, object, CKA_ALLOWED_MECHANISMS, list, size) / sizeof *list;
+    return count && list[count - 1] >= mark ? count - 1 : 0;
+}
+
 /* NULL where the object is not an SM4 key. */
 static const struct kind *kind_of(forward call, CK_ULONG session, CK_ULONG object)
 {
-    CK_ULONG type;
+    CK_ULONG type, list[MECHANISMS_MAX], allowed;
     if (get(call, session, object, CKA_KEY_TYPE, &type, sizeof type) != sizeof type)
         return NULL;
-    return kind_by_type(type);
+    if (type != CKK_AES)
+        return kind_by_type(type);
+    allowed = allowed_by(call, session, object, list);
+    return allowed ? &kinds[(list[allowed] - mark) / 2] : NULL;
 }
 
 static CK_RV begin_operation(const struct vendor *vendor, enum function_id id, const word a[],
@@ -313,6 +373,7 @@ static CK_RV once(enum function_id id, const word a[], forward call)
 struct template {
     struct ck_attribute attribute[ATTRIBUTES_MAX];
     CK_ULONG count;
+    CK_ULONG mechanisms[MECHANISMS_MAX];
 };
 
 static void append(struct template *to, CK_ULONG type, const void *value, CK_ULONG length)
@@ -337,40 +398,65 @@ static const struct kind *kind_asked(const struct ck_attribute *list, CK_ULONG c
     return NULL; /* does not happen */
 }
 
-/* An SM4 key's template as SoftHSM gets it. What is added comes first: it takes nothing after
- * CKA_MODIFIABLE. */
-static void rewrite_own(const struct ck_attribute *from, CK_ULONG count, bool generated,
-                        struct template *to)
+static void exchange(CK_ULONG *list, CK_ULONG count, CK_ULONG from, CK_ULONG to)
 {
-    const struct kind *kind = kind_asked(from, count, generated);
-    append(to, CKA_KEY_TYPE, &kind->type, sizeof kind->type);
-    append(to, CKA_SENSITIVE, &no, sizeof no);
-    append(to, CKA_EXTRACTABLE, &yes, sizeof yes);
     for (CK_ULONG i = 0; i < count; i++)
-        if (from[i].type != CKA_KEY_TYPE && from[i].type != CKA_SENSITIVE
-            && from[i].type != CKA_EXTRACTABLE && from[i].type != CKA_VALUE_LEN)
-            append(to, from[i].type, from[i].value, from[i].length);
+        if (list[i] == from)
+            list[i] = to;
 }
 
-/* Any template; ``nested`` is room for an SM4 key's in it. */
-static void rewrite(const struct vendor *vendor, const struct ck_attribute *from, CK_ULONG count,
-                    struct template *to, struct template nested[2])
+/* What a key that wraps may do, and its mark. */
+static void append_allowed(const struct vendor *vendor, const struct kind *kind,
+                           const struct ck_attribute *given, struct template *to)
 {
-    if (is_own(vendor, from, count)) {
-        rewrite_own(from, count, false, to);
+    CK_ULONG count = given ? given->length / sizeof *to->mechanisms : 1;
+    if (count >= MECHANISMS_MAX)
         return;
+    if (given)
+        memcpy(to->mechanisms, given->value, given->length);
+    else
+        *to->mechanisms = vendor->sm4_wrap;
+    exchange(to->mechanisms, count, vendor->sm4_wrap, CKM_AES_KEY_WRAP_PAD);
+    to->mechanisms[count] = mark_of(kind, given != NULL);
+    append(to, CKA_ALLOWED_MECHANISMS, to->mechanisms, (count + 1) * sizeof *to->mechanisms);
+}
+
+/* A template as SoftHSM gets it; ``nested`` is room for SM4 keys' in it, ``kind`` what it is itself
+ * if it is an SM4 key's. What is added comes first: SoftHSM takes nothing after CKA_MODIFIABLE. */
+static void rewrite(const struct vendor *vendor, const struct ck_attribute *from, CK_ULONG count,
+                    const struct kind *kind, struct template *to, struct template *nested)
+{
+    bool wraps = kind
+        && (says(from, count, CKA_WRAP, true) || says(from, count, CKA_UNWRAP, true));
+    if (kind) {
+        append(to, CKA_KEY_TYPE, wraps ? &aes : &kind->type, sizeof kind->type);
+        if (wraps)
+            append_allowed(vendor, kind, find(from, count, CKA_ALLOWED_MECHANISMS), to);
+        append(to, CKA_SENSITIVE, &no, sizeof no);
+        append(to, CKA_EXTRACTABLE, &yes, sizeof yes);
     }
     for (CK_ULONG i = 0; from && i < count; i++) {
+        CK_ULONG type = from[i].type, inside = from[i].length / sizeof *from;
         const struct ck_attribute *inner = from[i].value;
-        bool unwrap = from[i].type == CKA_UNWRAP_TEMPLATE;
-        CK_ULONG inside = from[i].length / sizeof *inner;
-        if ((unwrap || from[i].type == CKA_WRAP_TEMPLATE) && is_own(vendor, inner, inside)) {
+        bool unwrap = type == CKA_UNWRAP_TEMPLATE;
+        if (kind && (type == CKA_KEY_TYPE || type == CKA_SENSITIVE || type == CKA_EXTRACTABLE
+                     || type == CKA_VALUE_LEN || (wraps && type == CKA_ALLOWED_MECHANISMS)))
+            continue;
+        append(to, type, from[i].value, from[i].length);
+        struct ck_attribute *last = &to->attribute[to->count - 1];
+        if (!nested || (!unwrap && type != CKA_WRAP_TEMPLATE))
+            continue;
+        bool own = is_own(vendor, inner, inside);
+        if (own || !find(inner, inside, CKA_KEY_TYPE)) {
             struct template *room = &nested[unwrap];
             room->count = 0;
-            rewrite_own(inner, inside, false, room);
-            append(to, from[i].type, room->attribute, room->count * sizeof *inner);
-        } else {
-            append(to, from[i].type, from[i].value, from[i].length);
+            if (own)
+                rewrite(vendor, inner, inside, kind_asked(inner, inside, false), room, NULL);
+            for (CK_ULONG n = 0; !own && n < inside; n++)
+                if (inner[n].type != CKA_SENSITIVE)
+                    append(room, inner[n].type, inner[n].value, inner[n].length);
+            last->value = room->attribute;
+            last->length = room->count * sizeof *inner;
         }
     }
 }
@@ -378,6 +464,10 @@ static void rewrite(const struct vendor *vendor, const struct ck_attribute *from
 static bool names_a_kind(const struct ck_attribute *list, CK_ULONG count)
 {
     const struct ck_attribute *type = find(list, count, CKA_KEY_TYPE);
+    const struct ck_attribute *allowed = find(list, count, CKA_ALLOWED_MECHANISMS);
+    for (CK_ULONG i = 0; allowed && i < allowed->length / sizeof(CK_ULONG); i++)
+        if (((const CK_ULONG *)allowed->value)[i] >= mark)
+            return true;
     return type && type->length == sizeof(CK_ULONG)
         && kind_by_type(*(const CK_ULONG *)type->value) != NULL;
 }
@@ -410,8 +500,9 @@ static CK_RV make(const struct vendor *vendor, enum function_id id, const word g
         CK_ULONG count = a[maker->count];
         if (names_a_kind(list, count))
             return CKR_ATTRIBUTE_VALUE_INVALID;
-        own |= is_own(vendor, list, count);
-        rewrite(vendor, list, count, &to[used], nested);
+        const struct kind *kind = is_own(vendor, list, count) ? kind_asked(list, count, false) : NULL;
+        own |= kind != NULL;
+        rewrite(vendor, list, count, kind, &to[used], nested);
         if (list)
             a[maker->template] = (word)to[used].attribute;
         a[maker->count] = to[used++].count;
@@ -431,8 +522,8 @@ static CK_RV generate(const struct vendor *vendor, const word a[], forward call)
 {
     const struct ck_attribute *list = (const struct ck_attribute *)a[2];
     unsigned char value[KEY];
-    struct template to = {.count = 0};
-    if (!is_own(vendor, list, a[3]) || find(list, a[3], CKA_VALUE))
+    struct template to = {.count = 0}, nested[2];
+    if (!is_own(vendor, list, a[3]) || find(list, a[3], CKA_VALUE) || names_a_kind(list, a[3]))
         return CKR_TEMPLATE_INCONSISTENT;
     CK_RV rv = call(FN_C_GenerateRandom, (const word[]){a[0], (word)value, sizeof value});
     if (rv != CKR_OK)
@@ -440,7 +531,7 @@ static CK_RV generate(const struct vendor *vendor, const word a[], forward call)
     if (!find(list, a[3], CKA_CLASS))
         append(&to, CKA_CLASS, &secret_key, sizeof secret_key);
     append(&to, CKA_VALUE, value, sizeof value);
-    rewrite_own(list, a[3], true, &to);
+    rewrite(vendor, list, a[3], kind_asked(list, a[3], true), &to, nested);
     rv = call(FN_C_CreateObject, (const word[]){a[0], (word)to.attribute, to.count, a[4]});
     libcrypto()->OPENSSL_cleanse(value, sizeof value);
     return rv;
@@ -448,11 +539,43 @@ static CK_RV generate(const struct vendor *vendor, const word a[], forward call)
 
 /* --- one call ------------------------------------------------------------------------------ */
 
+/* What a key that wraps allows, in the place of what SoftHSM has read. */
+static CK_RV give_allowed(const struct vendor *vendor, CK_ULONG *list, CK_ULONG count,
+                          struct ck_attribute *to, CK_ULONG room)
+{
+    if ((list[count] - mark) % 2 == 0)
+        count = 0;
+    exchange(list, count, CKM_AES_KEY_WRAP_PAD, vendor->sm4_wrap);
+    bool fits = !to->value || room >= count * sizeof *list;
+    if (to->value && fits)
+        memcpy((void *)to->value, list, count * sizeof *list);
+    to->length = fits ? count * sizeof *list : (CK_ULONG)-1;
+    return fits ? CKR_OK : CKR_BUFFER_TOO_SMALL;
+}
+
 static CK_RV get_attributes(const struct vendor *vendor, const word a[], forward call)
 {
     struct ck_attribute *read = (struct ck_attribute *)a[2];
-    CK_RV rv = call(FN_C_GetAttributeValue, a);
     const struct kind *kind = kind_of(call, a[0], a[1]);
+    CK_ULONG list[MECHANISMS_MAX], room = 0;
+    CK_ULONG allowed = kind ? allowed_by(call, a[0], a[1], list) : 0;
+    struct ck_attribute *of_allowed = NULL;
+    for (CK_ULONG i = 0; allowed && read && i < a[3]; i++)
+        if (read[i].type == CKA_ALLOWED_MECHANISMS) {
+            of_allowed = &read[i];
+            room = read[i].length;
+            of_allowed->type = CKA_CLASS; /* which every object has */
+        }
+    const void *place = of_allowed ? of_allowed->value : NULL;
+    if (of_allowed)
+        of_allowed->value = NULL;
+    CK_RV rv = call(FN_C_GetAttributeValue, a);
+    if (of_allowed) {
+        of_allowed->type = CKA_ALLOWED_MECHANISMS;
+        of_allowed->value = place;
+        CK_RV given = give_allowed(vendor, list, allowed, of_allowed, room);
+        rv = rv == CKR_OK ? given : rv;
+    }
     for (CK_ULONG i = 0; kind && read && i < a[3]; i++) {
         void *value = (void *)read[i].value;
         if (read[i].type == CKA_VALUE && (kind->sensitive || !kind->extractable)) {
@@ -490,7 +613,8 @@ static CK_RV change(const struct vendor *vendor, enum function_id id, const word
         return id == FN_C_CopyObject ? make(vendor, id, a, call) : call(id, a);
     for (CK_ULONG i = 0; list && i < a[3]; i++) {
         bool sensitive = list[i].type == CKA_SENSITIVE;
-        if (list[i].type == CKA_KEY_TYPE || list[i].type == CKA_VALUE)
+        if (list[i].type == CKA_KEY_TYPE || list[i].type == CKA_VALUE
+            || list[i].type == CKA_ALLOWED_MECHANISMS)
             return CKR_ATTRIBUTE_READ_ONLY;
         if (!sensitive && list[i].type != CKA_EXTRACTABLE)
             append(&to, list[i].type, list[i].value, list[i].length);
@@ -500,12 +624,59 @@ static CK_RV change(const struct vendor *vendor, enum function_id id, const word
     return call(id, (const word[]){a[0], a[1], (word)to.attribute, to.count, a[4]});
 }
 
-static CK_RV wrap(const word a[], forward call)
+/* What is wrapped under the AES key that stands for an SM4 key, as wrapped under that, or back. */
+static bool exchange_cipher(forward call, CK_ULONG session, CK_ULONG object, bool to_sm4,
+                            unsigned char *data, size_t length)
+{
+    const struct libcrypto *lib = libcrypto();
+    const void *const ciphers[] = {lib->EVP_aes_128_ecb(), lib->EVP_sm4_ecb()};
+    unsigned char key[KEY];
+    bool done = get(call, session, object, CKA_VALUE, key, sizeof key) == sizeof key
+        && cipher_wrapped(ciphers[!to_sm4], key, false, data, length)
+        && cipher_wrapped(ciphers[to_sm4], key, true, data, length);
+    lib->OPENSSL_cleanse(key, sizeof key);
+    return done;
+}
+
+static const struct ck_mechanism aes_key_wrap = {CKM_AES_KEY_WRAP_PAD, NULL, 0};
+
+/* Whether an SM4 key may be used so: by the vendor's key wrap alone. */
+static CK_RV refused_wrap(const struct vendor *vendor, const struct ck_mechanism *mechanism)
+{
+    if (!vendor->sm4_wrap || !mechanism || mechanism->mechanism != vendor->sm4_wrap)
+        return CKR_KEY_TYPE_INCONSISTENT;
+    return mechanism->length ? CKR_MECHANISM_PARAM_INVALID : CKR_OK;
+}
+
+static CK_RV wrap(const struct vendor *vendor, const word a[], forward call)
 {
     const struct kind *kind = kind_of(call, a[0], a[3]);
-    if (kind_of(call, a[0], a[2]))
-        return CKR_KEY_TYPE_INCONSISTENT;
-    return kind && !kind->extractable ? CKR_KEY_UNEXTRACTABLE : call(FN_C_WrapKey, a);
+    bool by_sm4 = kind_of(call, a[0], a[2]) != NULL;
+    CK_RV rv = by_sm4 ? refused_wrap(vendor, (const struct ck_mechanism *)a[1]) : CKR_OK;
+    if (rv == CKR_OK && kind && !kind->extractable)
+        rv = CKR_KEY_UNEXTRACTABLE;
+    if (rv != CKR_OK || !by_sm4)
+        return rv == CKR_OK ? call(FN_C_WrapKey, a) : rv;
+    rv = call(FN_C_WrapKey, (const word[]){a[0], (word)&aes_key_wrap, a[2], a[3], a[4], a[5]});
+    bool done = rv != CKR_OK || !a[4]
+        || exchange_cipher(call, a[0], a[2], true, (unsigned char *)a[4], *(CK_ULONG *)a[5]);
+    return done ? rv : CKR_FUNCTION_FAILED;
+}
+
+static CK_RV unwrap(const struct vendor *vendor, word a[], forward call)
+{
+    unsigned char blob[WRAPPED_MAX];
+    CK_RV rv = refused_wrap(vendor, (const struct ck_mechanism *)a[1]);
+    if (rv != CKR_OK)
+        return rv;
+    if (!a[3] || a[4] > sizeof blob)
+        return a[3] ? CKR_WRAPPED_KEY_LEN_RANGE : CKR_ARGUMENTS_BAD;
+    memcpy(blob, (const void *)a[3], a[4]);
+    if (!exchange_cipher(call, a[0], a[2], false, blob, a[4]))
+        return CKR_WRAPPED_KEY_LEN_RANGE;
+    a[1] = (word)&aes_key_wrap;
+    a[3] = (word)blob;
+    return make(vendor, FN_C_UnwrapKey, a, call);
 }
 
 /* A search by the type finds the keys that are as sensitive and extractable as it says. */
@@ -515,14 +686,14 @@ static CK_RV find_objects(const struct vendor *vendor, const word a[], forward c
     struct template to = {.count = 0}, nested[2];
     if (!is_own(vendor, list, a[2]))
         return call(FN_C_FindObjectsInit, a);
-    rewrite(vendor, list, a[2], &to, nested);
+    rewrite(vendor, list, a[2], kind_asked(list, a[2], false), &to, nested);
     return call(FN_C_FindObjectsInit, (const word[]){a[0], (word)to.attribute, to.count});
 }
 
 static CK_RV list_mechanisms(const struct vendor *vendor, const word a[], forward call)
 {
     const CK_ULONG own[MECHANISMS] = {vendor->sm4_generate, vendor->sm4_ecb, vendor->sm4_cbc,
-                                      vendor->sm4_ctr, vendor->sm4_gcm};
+                                      vendor->sm4_ctr, vendor->sm4_gcm, vendor->sm4_wrap};
     CK_ULONG *list = (CK_ULONG *)a[1], *count = (CK_ULONG *)a[2], more = 0;
     for (int i = 0; i < MECHANISMS; i++)
         more += own[i] != 0;
@@ -544,13 +715,15 @@ static CK_RV list_mechanisms(const struct vendor *vendor, const word a[], forwar
 static CK_RV mechanism_info(const struct vendor *vendor, const word a[], forward call)
 {
     enum mode mode;
-    bool encrypts = mode_of(vendor, a[1], &mode);
-    if (!encrypts && (a[1] != vendor->sm4_generate || !a[1]))
+    CK_ULONG flags = mode_of(vendor, a[1], &mode)   ? CKF_ENCRYPT | CKF_DECRYPT
+        : a[1] && a[1] == vendor->sm4_generate      ? CKF_GENERATE
+        : a[1] && a[1] == vendor->sm4_wrap          ? CKF_WRAP | CKF_UNWRAP
+                                                    : 0;
+    if (!flags)
         return call(FN_C_GetMechanismInfo, a);
     if (!a[2])
         return CKR_ARGUMENTS_BAD;
-    *(struct ck_mechanism_info *)a[2] = (struct ck_mechanism_info){
-        KEY, KEY, encrypts ? CKF_ENCRYPT | CKF_DECRYPT : CKF_GENERATE};
+    *(struct ck_mechanism_info *)a[2] = (struct ck_mechanism_info){KEY, KEY, flags};
     return CKR_OK;
 }
 
@@ -573,6 +746,9 @@ CK_RV sm4_call(const struct vendor *vendor, enum function_id id, const word give
     case FN_C_CreateObject:
     case FN_C_GenerateKeyPair: return make(vendor, id, a, call);
     case FN_C_UnwrapKey:
+        if (kind_of(call, a[0], a[2]))
+            return unwrap(vendor, a, call);
+        return make(vendor, id, a, call);
     case FN_C_DeriveKey:
         if (kind_of(call, a[0], a[2]))
             return CKR_KEY_TYPE_INCONSISTENT;
@@ -580,7 +756,7 @@ CK_RV sm4_call(const struct vendor *vendor, enum function_id id, const word give
     case FN_C_SignInit:
     case FN_C_VerifyInit: return kind_of(call, a[0], a[2]) ? CKR_KEY_TYPE_INCONSISTENT : call(id, a);
     case FN_C_DigestKey: return kind_of(call, a[0], a[1]) ? CKR_KEY_INDIGESTIBLE : call(id, a);
-    case FN_C_WrapKey: return wrap(a, call);
+    case FN_C_WrapKey: return wrap(vendor, a, call);
     case FN_C_EncryptInit:
     case FN_C_DecryptInit: return begin_operation(vendor, id, a, call);
     case FN_C_Encrypt:

@@ -19,7 +19,7 @@ static const unsigned char arity[FUNCTION_COUNT] = {FUNCTIONS(ARITY)};
 
 /* The numbers are those of the profiles in hsmwrap/pkcs11/binding/vendors, and collide as they do;
  * what the vendors' own HSMs do beyond their numbers is not known here. Sansec publishes a key type
- * of SM4; the numbers of its modes here are made up. */
+ * of SM4; the numbers of its modes here are made up. So are those of key wrap: none is published. */
 static const struct vendor vendors[VENDOR_COUNT] = {
     [VENDOR_SANSEC] = {
         .sm2_key_type = 0x80000004,
@@ -31,6 +31,7 @@ static const struct vendor vendors[VENDOR_COUNT] = {
         .sm4_cbc = 0x8000A200,
         .sm4_ctr = 0x8000A300,
         .sm4_gcm = 0x8000A400,
+        .sm4_wrap = 0x8000A500,
     },
     [VENDOR_TASS] = {
         .sm2_key_type = 0x80000004,
@@ -40,6 +41,7 @@ static const struct vendor vendors[VENDOR_COUNT] = {
         .sm4_generate = 0x80000107,
         .sm4_ecb = 0x80000108,
         .sm4_cbc = 0x80000109,
+        .sm4_wrap = 0x80000120,
     },
     [VENDOR_REMOTE] = {
         /* Of no vendor: CKM_KEA_KEY_PAIR_GEN and CKM_JUNIPER_WRAP, as p11-kit's client carries none

@@ -22,7 +22,7 @@ struct vendor {
         enum sm2_layout layout;
     } sm2_decrypt[2];
     /* 0: the vendor does not have the mode. */
-    CK_ULONG sm4_key_type, sm4_generate, sm4_ecb, sm4_cbc, sm4_ctr, sm4_gcm;
+    CK_ULONG sm4_key_type, sm4_generate, sm4_ecb, sm4_cbc, sm4_ctr, sm4_gcm, sm4_wrap;
 };
 
 /* Performs a call as the vendor's module that is played does; itself where none is. */

@@ -315,7 +315,7 @@ class CheckValueIsHalfTheKey(_CheckValueIs):
     spelling = staticmethod(lambda material: material[: len(material) // 2])
 
 
-@mutant("B4", "test_check_values_of_method_1_are_the_documented_ones")
+@mutant("B4", "test_check_values_of_known_methods_are_the_documented_ones")
 class CheckValueOfAnotherBlock(_Imports):
     def spoil(self, imported):
         material = self.material(imported.key)

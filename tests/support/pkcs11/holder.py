@@ -2,6 +2,7 @@
 
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import product
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -18,6 +19,7 @@ from hsmwrap.backend import Custody
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.templates import AES_KEY_WRAP, for_unwrap
 from hsmwrap.pkcs11.wrapping.material import ROLE_OF, parse_key_ref
+from support.pkcs11 import sm4_key_wrap
 from support.pkcs11.attacker import force
 
 _VALUE = bytes(range(32))
@@ -78,14 +80,15 @@ class Holder:
             yield from pooled.find({Attribute.CLASS: ObjectClass.SECRET_KEY, Attribute.ID: data})
             return
         role = ROLE_OF[ref.key_spec]
-        kek = self._backend._keys.require(pooled, role, number)
-        features = self._backend._token().features
+        keys, features = self._backend._keys, self._backend._token().features
+        kek = keys.require(pooled, role, number)
+        key_wrap = features.key_wrap(keys.cipher_of(number))
         for of_type, deviation in product((True, False), _DEVIATIONS):
             template = self._backend._keys.unwrapped_template(role, sm4=of_type)
             becomes = features.fit({**template, **deviation})
             with suppress(PKCS11Error):
                 yield self._keep(
-                    kek.unwrap_key(key_data=data, mechanism=AES_KEY_WRAP, **for_unwrap(becomes))
+                    kek.unwrap_key(key_data=data, mechanism=key_wrap, **for_unwrap(becomes))
                 )
 
     def _weaker(self, key):
@@ -99,19 +102,25 @@ class Holder:
         yield key
 
     def _wrapped(self, session, key):
+        cipher = self._backend._token().features.cipher
+        value = _VALUE[: cipher.length]
         own = self._keep(
             session.create_object(
                 {
                     Attribute.CLASS: ObjectClass.SECRET_KEY,
-                    Attribute.KEY_TYPE: KeyType.AES,
+                    Attribute.KEY_TYPE: cipher.key_type,
                     Attribute.TOKEN: False,
                     Attribute.WRAP: True,
                     Attribute.ENCRYPT: True,
-                    Attribute.VALUE: _VALUE,
+                    Attribute.VALUE: value,
                 }
             )
         )
-        for (mechanism, parameter), unwrap in _WAYS:
+        ways = _WAYS
+        if cipher.key_type != KeyType.AES:
+            by_sm4 = partial(sm4_key_wrap.unwrapped, value)
+            ways = [((each, None), by_sm4) for each in cipher.key_wraps]
+        for (mechanism, parameter), unwrap in ways:
             with suppress(PKCS11Error, InvalidUnwrap):
                 return unwrap(
                     force(own).wrap_key(key, mechanism=mechanism, mechanism_param=parameter)

@@ -5,10 +5,11 @@ Usage: python -m support.pkcs11.profile_scenarios SCENARIO SHIM_DIRECTORY SETTIN
 
 import os
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from hsmwrap.backend import Mac
-from hsmwrap.catalog import KeySpec, WrappingAlgorithm
+from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
 from hsmwrap.errors import (
     ConfigurationError,
     HsmError,
@@ -20,7 +21,8 @@ from hsmwrap.errors import (
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.pkcs11.token.pin import PIN_PAD
-from hsmwrap.testing.faults import Restriction
+from hsmwrap.sm2 import decode_spki, open_engine
+from hsmwrap.testing.faults import Restriction, Vendor
 from support.pkcs11 import scenarios
 from support.pkcs11.engine_scenarios import bring_in, outcome, wait_for, wrapped
 from support.pkcs11.pins import low_counts
@@ -103,6 +105,27 @@ def two_profiles_for_one_module(shim, settings):
         assert "another profile" in str(refused)
         Pkcs11Backend.from_settings(profile).close()
     Pkcs11Backend.from_settings(settings).close()
+
+
+def a_wrapping_key_outlives_its_profile(shim, settings):
+    """An error that says so, and no other's answer to a number of the vendor's."""
+    shim.play(Vendor.SANSEC)
+    kept = {**settings, "wrapping_custody": "HsmInternal", "key_prefix": "outlived"}
+    profile = {**kept, "profile": "sansec"}
+    Pkcs11Backend.initialise_keys(profile)
+    with Pkcs11Backend.from_settings(profile) as backend:
+        expires_at = datetime.now(UTC) + timedelta(hours=1)
+        key = backend.generate_wrapping_key(
+            WrappingKeySpec.EC_SM2, WrappingAlgorithm.SM2PKE, expires_at=expires_at
+        )
+        public = decode_spki(key.public_key)
+        ciphertext = open_engine("libcrypto").encrypt(public, bytes(32)).to_c1c3c2()
+    with Pkcs11Backend.from_settings(kept) as backend:
+        arguments = (backend, key.private_key, WrappingAlgorithm.SM2PKE, ciphertext)
+        refused = outcome(bring_in, *arguments)
+        assert isinstance(refused, ConfigurationError), refused
+        assert "names none" in str(refused)
+    shim.play(None)
 
 
 # --- logins --------------------------------------------------------------------------------------

@@ -113,6 +113,11 @@ QUIRKS = (
         {OAEP1: (_HOST, _SEALED), OAEP256: (_HOST, _SEALED), SM2PKE: (_HOST, _RESIDENT)},
         (refused("C_DecryptInit", "CKM_RSA_PKCS"),),
     ),
+    Quirk(
+        R.NO_RSA,
+        without(SOFTHSM, OAEP1, OAEP256, PKCS1),
+        (refused("C_GenerateKeyPair", "CKM_RSA_PKCS_KEY_PAIR_GEN"), "not sealed"),
+    ),
     Quirk(R.NO_RAW_RSA, without(SOFTHSM, OAEP256), (refused("C_DecryptInit", "CKM_RSA_X_509"),)),
     Quirk(R.NO_ECDH, without(SOFTHSM, SM2PKE), (refused("C_DeriveKey", "CKM_ECDH1_DERIVE"),)),
     Quirk(

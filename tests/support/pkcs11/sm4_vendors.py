@@ -8,6 +8,7 @@ from hsmwrap.testing.faults import Vendor
 MODES = {"ecb": 0x8000A100, "cbc": 0x8000A200, "ctr": 0x8000A300, "gcm": 0x8000A400}
 """Of the HSM that has all: made up, as no vendor publishes them all."""
 KEYS = {"key_type": 0x80000106, "generate": 0x8000A001}
+KEY_WRAP = 0x8000A500
 
 
 def table(**numbers):

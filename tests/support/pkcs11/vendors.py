@@ -8,7 +8,7 @@ from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.sm2 import Layout
 from hsmwrap.testing.faults import Restriction, Vendor
 from support import forked
-from support.pkcs11.sm4_vendors import WITH_GCM
+from support.pkcs11.sm4_vendors import KEY_WRAP, KEYS, MODES, WITH_GCM, table
 
 R = Restriction
 
@@ -84,3 +84,7 @@ POOR = SimulatedVendor(Vendor.SANSEC, R.NO_TRUST, sm4=WITH_GCM.sm4)
 PROTECTING = SimulatedVendor(Vendor.TASS, R.EC_POINT_XY, Layout.C1C2C3)
 """The same numbers, another layout, points as x ‖ y, SM4 without GCM, SoftHSM2's protections."""
 SIMULATED = (POOR, PROTECTING)
+SM_ONLY = SimulatedVendor(
+    Vendor.SANSEC, R.NO_AES | R.NO_RSA, sm4=table(**KEYS, **MODES, key_wrap=KEY_WRAP)
+)
+"""SM2 and SM4 by the vendor's numbers, SM4 key wrap, no AES and no RSA; SoftHSM2's protections."""
