@@ -59,7 +59,8 @@ def _sm2(profile: profiles.Profile) -> str:
 def _sm4(profile: profiles.Profile) -> str:
     if profile.sm4 is None:
         return "kept, not used"
-    return "GCM" if profile.sm4.gcm is not None else "CCM"
+    mode = "GCM" if profile.sm4.gcm is not None else "CCM"
+    return mode if profile.sm4.key_wrap is None else f"{mode}, seals keys"
 
 
 def _show(args: argparse.Namespace) -> int:

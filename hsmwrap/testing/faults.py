@@ -23,7 +23,8 @@ children of its host. It stays loaded: dlclose does not unload it.
 
 ``python -m hsmwrap.testing.faults build DIRECTORY`` builds it and prints the library's path;
 ``python -m hsmwrap.testing.faults play sansec DIRECTORY`` prints that of a module that plays a
-vendor's HSM in front of SoftHSM2, for ``HSMWRAP_PKCS11_MODULE``.
+vendor's HSM in front of SoftHSM2, for ``HSMWRAP_PKCS11_MODULE``; ``--restrict NO_AES`` leaves out
+what it does not have.
 """
 
 from __future__ import annotations
@@ -475,9 +476,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_argument("vendor", choices=["sansec", "tass"])
     command.add_argument("directory", type=Path)
+    names = [str(each.name) for each in Restriction]
+    command.add_argument("--restrict", metavar="RESTRICTION", nargs="+", default=[], choices=names)
     given = parser.parse_args(arguments)
     try:
-        library = _played(given.vendor, given.directory) if "vendor" in given else None
+        library = _played(given) if "vendor" in given else None
         library = library or build(given.directory)
     except (ShimBuildError, SoftHsmNotInstalledError) as error:
         sys.stderr.write(f"{error}\n")
@@ -486,10 +489,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _played(vendor: str, directory: Path) -> Path:
-    there = (directory / _CONTROL_NAME).exists()
-    shim = FaultControl(directory) if there else FaultShim(find_module(), directory)
-    shim.play(Vendor[vendor.upper()])
+def _played(given: argparse.Namespace) -> Path:
+    there = (given.directory / _CONTROL_NAME).exists()
+    shim = FaultControl(given.directory) if there else FaultShim(find_module(), given.directory)
+    shim.play(Vendor[given.vendor.upper()])
+    shim.restrict(*(Restriction[name] for name in given.restrict))
     return shim.path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.pkcs11.sm4_vendors import WITH_GCM
+from support.pkcs11.vendors import SM_ONLY
 
 from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.testing import faults
@@ -64,6 +65,23 @@ def test_every_row_on_the_token_that_is_left_as_it_was(demo, tmp_path):
         "RSAES_OAEP_SHA_256": "host",
         "SM2PKE": "host",
     }
+
+
+def test_an_hsm_with_sm2_and_sm4_alone(demo, tmp_path, capsys):
+    restricted = ["--restrict", "NO_AES", "NO_RSA"]
+    assert faults.main(["play", "sansec", str(tmp_path / "shim"), *restricted]) == 0
+    module = capsys.readouterr().out.strip()
+    profile = tmp_path / "sm.toml"
+    profile.write_text(f"{profiles.text_of('sansec')}\n{SM_ONLY.sm4}", "utf-8")
+    status, document = demo(
+        *("--served", "--profile", str(profile)), before=["env", f"HSMWRAP_PKCS11_MODULE={module}"]
+    )
+    assert (status, document["ok"]) == (0, True)
+    inside = [row for row in document["rows"] if row["allowed"] and row["backend"] == "pkcs11"]
+    assert {row["outcome"] for row in inside} == {"imported", "not served"}
+    for row in (row for row in inside if row["outcome"] == "imported"):
+        assert (row["wrapping_algorithm"], row["exposure"]) == ("SM2PKE", "in_hsm")
+        assert row["key_specs"] == {"Aliyun_SM4": "used"}
 
 
 def test_sm2_and_sm4_inside_an_hsm_of_a_vendor_that_is_played(demo, tmp_path, capsys):

@@ -8,7 +8,7 @@ from support.faults.shim import fault_shim
 from support.http.kms_over_http import running_kms
 from support.http.material_clients import openssl_sm2
 from support.http.sdk_clients import DEFAULT_SDKS, SDK_WARNINGS, SDKS
-from support.pkcs11.vendors import SIMULATED
+from support.pkcs11.vendors import SIMULATED, SM_ONLY
 
 from hsmwrap.backend import Exposure
 from hsmwrap.catalog import WrappingAlgorithm, WrappingKeySpec
@@ -18,10 +18,11 @@ from hsmwrap.registry import open_backend
 pytestmark = SDK_WARNINGS
 
 
-@pytest.mark.parametrize("simulated", SIMULATED, ids=str)
+@pytest.mark.parametrize("simulated", [*SIMULATED, SM_ONLY], ids=["sansec", "tass", "sm-only"])
 def test_an_sm4_key_by_sm2pke(simulated, softhsm, tmp_path):
     shim = fault_shim(softhsm.module, tmp_path / "shim")
-    settings = simulated.play(shim, tmp_path, softhsm, key_prefix=f"http-{simulated}")
+    prefix = f"http-{simulated}-{simulated.restrictions.value:x}"
+    settings = simulated.play(shim, tmp_path, softhsm, key_prefix=prefix)
     Pkcs11Backend.initialise_keys(settings)
     with (
         open_backend("pkcs11", settings) as backend,

@@ -189,6 +189,22 @@ def test_neither_backup_nor_clone_without_aes_and_rsa(play, softhsm, tmp_path, c
     assert len(Pkcs11Backend.list_keys(settings)) == 1
 
 
+def test_the_doctor_says_what_is_served_and_what_is_missing(play, tmp_path):
+    file = settings_file(play("examined"), tmp_path / "hsm.toml")
+    needed = ["--require", "EC_SM2:SM2PKE:in_hsm"]
+    arguments = ["doctor", "--settings", file, *needed, "--json"]
+    done = forked.run("support.pkcs11.keys_command", arguments=arguments)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert "key-encryption keys of SM4 trusted" in document["key_sets"][0]["detail"]
+    examined = document["examination"]
+    assert [each["wrapping_algorithm"] for each in examined["rows"] if each["served"]] == ["SM2PKE"]
+    assert [each["key_spec"] for each in examined["keys"]] == ["Aliyun_SM4"]
+    (failed,) = (each for each in examined["failed"] if each["step"] == "make an AES key")
+    assert "Aliyun_AES_256 keys are not imported" in failed["consequence"]
+    assert any("The HSM token has no AES" in each for each in examined["notes"])
+
+
 # --- RSA ------------------------------------------------------------------------------------------
 
 
