@@ -18,6 +18,7 @@ from support.pkcs11.attacker import force
 from support.pkcs11.holder import Holder, lent_session
 from support.pkcs11.sm4_vendors import KEY_WRAP, KEYS, MODES, table
 from support.pkcs11.sm_only import bring, issue, played, told
+from support.pkcs11.vendors import vendor_of
 
 from hsmwrap import registry
 from hsmwrap.backend import Custody, Exposure, HasKeySets, Outcome
@@ -26,11 +27,15 @@ from hsmwrap.errors import (
     InvalidKeyMaterial,
     UnsupportedOperation,
 )
+from hsmwrap.guard import plugin_ref
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.profiles import by_number
 from hsmwrap.pkcs11.binding.templates import for_unwrap, secret_key
 from hsmwrap.pkcs11.keysets.keys import Role
+from hsmwrap.pkcs11.settings import Pkcs11Settings
+from hsmwrap.pkcs11.wrapping.custody import intermediate, parse_ref
 from hsmwrap.pkcs11.wrapping.material import parse_key_ref
+from hsmwrap.sm2 import decode_spki, open_engine
 from hsmwrap.testing.clients import decrypt_message, encrypt_message
 
 SEALED, RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, Custody.HSM_INTERNAL
@@ -287,3 +292,38 @@ def test_a_key_encryption_key_wraps_and_unwraps_and_does_nothing_else(sealed, se
     assert naive.wrap_key(known_key(session, bytes(16)), mechanism=WRAP)
     with pytest.raises(refusal):
         naive.wrap_key(kek, mechanism=WRAP)
+
+
+def test_a_resident_key_unwraps_into_what_the_backend_makes_only(settings, session, trusted):
+    """Its unwrap template; the control is the key that the backend itself makes for a moment."""
+    vendor = vendor_of(settings)
+
+    def unwrapped(private, ciphertext, template):
+        return force(private).unwrap_key(
+            key_data=ciphertext.write(vendor.unwrap_layout),
+            mechanism=vendor.unwrap,
+            **for_unwrap(template),
+        )
+
+    with registry.open_backend("pkcs11", {**settings, "wrapping_custody": RESIDENT}) as opened:
+        key = issue(opened)
+        public = decode_spki(key.public_key)
+        ciphertext = open_engine("libcrypto").encrypt(public, MATERIAL[SM4])
+        named = {Attribute.ID: parse_ref(plugin_ref(key.private_key))[2]}
+        (private,) = session.get_objects(named)
+        (cipher,) = Pkcs11Settings.from_mapping(settings).sm4.ciphers
+        becomes = intermediate(trusted=trusted, cipher=cipher)
+        for deviation in (READABLE, {Attribute.WRAP: True}, {Attribute.KEY_TYPE: KeyType.AES}):
+            with pytest.raises(ck.PKCS11Error):
+                unwrapped(private, ciphertext, {**becomes, **deviation})
+        meanwhile = unwrapped(private, ciphertext, becomes)
+        with pytest.raises(ck.AttributeSensitive):
+            meanwhile[Attribute.VALUE]
+        own = wrapping_key(session)
+        if trusted:
+            with pytest.raises(ck.KeyNotWrappable):
+                own.wrap_key(meanwhile, mechanism=WRAP)
+        else:
+            assert own.wrap_key(meanwhile, mechanism=WRAP)
+        assert bring(opened, key).exposure is Exposure.IN_HSM
+        opened.discard_wrapping_key(key.private_key)
