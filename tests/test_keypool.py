@@ -180,6 +180,7 @@ def test_resident_pairs_outlive_the_key_set(backend, filled):
     filled.time.move(SECOND)
     assert filled.take(backend).public_key == b"public 0"
     assert filled.fact().discarded == 0
+    assert "current_key_set" not in backend.calls
 
 
 def test_sealed_pairs_are_kept_while_the_backend_cannot_say_its_key_set(sealed, filled_sealed):
