@@ -337,12 +337,7 @@ class _BarePostgresql(ForkAware):
 
     def run(self, statement: str, values: Mapping[str, Any]) -> Ran:
         dialect = self._engine.dialect
-        known = self._known.get(statement)
-        if known is None:
-            compiled = text(statement).compile(dialect=_NUMBERED)
-            sql = str(compiled).encode()
-            name = hashlib.sha256(sql).hexdigest()[:32].encode()
-            known = self._known[statement] = name, sql, compiled.positiontup or []
+        known = self.known(statement)
         try:
             taken = self._taken()
             try:
@@ -358,6 +353,16 @@ class _BarePostgresql(ForkAware):
         taken.idle_since = time.monotonic()
         self._idle.append(taken)
         return ran
+
+    def known(self, statement: str) -> tuple[bytes, bytes, list[str]]:
+        """A name for the statement, its text for libpq, and the order of its values."""
+        found = self._known.get(statement)
+        if found is None:
+            compiled = text(statement).compile(dialect=_NUMBERED)
+            sql = str(compiled).encode()
+            name = hashlib.sha256(sql).hexdigest()[:32].encode()
+            found = self._known[statement] = name, sql, compiled.positiontup or []
+        return found
 
     def close(self) -> None:
         """Close those that are idle."""
@@ -492,9 +497,12 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
         raise ConfigurationError("database_url is not an SQLAlchemy URL") from None
     if parsed.drivername in ("postgresql", "postgresql+psycopg"):
         parsed = parsed.set(drivername="postgresql+psycopg")
-        options: dict[str, Any] = {"pool_size": pool_size}
+        # psycopg numbers what it prepares for each connection: behind a connection pooler a number
+        # may be another client's statement. Seen with PgBouncer 1.18, pool_mode=transaction.
+        arguments: dict[str, Any] = {"prepare_threshold": None}
         if "connect_timeout" not in parsed.query:
-            options["connect_args"] = {"connect_timeout": _CONNECT_SECONDS}
+            arguments["connect_timeout"] = _CONNECT_SECONDS
+        options: dict[str, Any] = {"pool_size": pool_size, "connect_args": arguments}
     elif (
         parsed.drivername == "sqlite"
         and parsed.database not in (None, "", ":memory:")

@@ -12,8 +12,11 @@ from typing import Any
 from psycopg import Connection, OperationalError
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.errors import error_from_result
-from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus
 from psycopg.pq.abc import PGresult
+
+_NOT_OURS = frozenset({b"26000", b"42P05"})
+"""SQLSTATE of a prepared statement that is not there, and of one that is there already."""
 
 
 class Statements:
@@ -31,6 +34,7 @@ class Statements:
         connection.autocommit = True
         self._adapting = Transformer(connection)
         self._prepared: set[bytes] = set()
+        self._prepares = True
 
     def run(
         self, name: bytes, sql: bytes, order: Sequence[str], values: Mapping[str, Any]
@@ -38,7 +42,7 @@ class Statements:
         """Run a statement.
 
         Args:
-            name: What it is prepared under, where this connection prepares statements.
+            name: What it is prepared under.
             sql: With ``$1`` and so on.
             order: The names of these values.
             values: By name; the server infers their types.
@@ -52,20 +56,26 @@ class Statements:
         given = self._adapting.dump_sequence(
             [values[each] for each in order], [PyFormat.TEXT] * len(order)
         )
-        server = self.connection.pgconn
-        if self.connection.prepare_threshold is None:
-            result = server.exec_params(sql, given)
-        else:
-            if name not in self._prepared:
-                self._require(server.prepare(name, sql), ExecStatus.COMMAND_OK)
-                self._prepared.add(name)
-            result = server.exec_prepared(name, given)  # type: ignore[arg-type]  # NULL is right
-        self._require(result, ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK)
+        result = self._run_prepared(name, sql, given) if self._prepares else None
+        if result is None or result.error_field(DiagnosticField.SQLSTATE) in _NOT_OURS:
+            # A connection pooler gives each transaction another session. Nothing was run.
+            self._prepares = False
+            result = self.connection.pgconn.exec_params(sql, given)
+        self._require(result)
         self._adapting.set_pgresult(result)
         return result.command_tuples or 0, self._adapting.load_rows(0, result.ntuples, tuple)
 
-    def _require(self, result: PGresult, *wanted: ExecStatus) -> None:
-        if result.status in wanted:
+    def _run_prepared(self, name: bytes, sql: bytes, given: Sequence[Any]) -> PGresult:
+        server = self.connection.pgconn
+        if name not in self._prepared:
+            result = server.prepare(name, sql)
+            if result.status != ExecStatus.COMMAND_OK:
+                return result
+            self._prepared.add(name)
+        return server.exec_prepared(name, given)
+
+    def _require(self, result: PGresult) -> None:
+        if result.status in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
             return
         if self.connection.pgconn.status == ConnStatus.BAD:
             raise OperationalError(result.get_error_message())

@@ -320,23 +320,38 @@ class TestSingleStatements:
         assert [tuple(row) for row in found.rows] == [(1,)]
         database.close()
 
-    @pytest.mark.parametrize("threshold", [None, 5], ids=["never prepared", "prepared"])
-    def test_on_postgresql_each_value_has_its_type(self, postgres_url, threshold):
+    def test_on_postgresql_each_value_has_its_type(self, postgres_url):
         database = Database(postgres_url)
-        taken = database._bare._taken()
-        taken.connection.prepare_threshold = threshold
-        database._bare._idle.append(taken)
-        wanted = {"data": bytes(range(256)), "number": 2**62, "text": "ä'\\$1"}
+        wanted = {"data": bytes(range(256)), "text": "ä'\\$1"}
         asked = (
             "SELECT cast(:data AS bytea), cast(:number AS bigint), cast(:text AS text), :text || ''"
         )
-        own = "SELECT name FROM pg_prepared_statements"
-        for number in range(2):
+        for number in (0, 2**62):
             found = database.run(asked, wanted | {"number": number})
             assert found.rows == [(wanted["data"], number, wanted["text"], wanted["text"])]
-        names = [name for (name,) in database.run(own, {}).rows]
-        assert len(names) == (0 if threshold is None else 2)
-        assert list(database._bare._idle) == [taken]
+        names = database.run("SELECT name FROM pg_prepared_statements", {}).rows
+        assert len(names) == 2
+        database.close()
+
+    @pytest.mark.parametrize("there", [True, False], ids=["prepared there", "not there"])
+    def test_on_postgresql_a_session_may_be_another_each_time(self, postgres_url, there):
+        """As a connection pooler gives them (PgBouncer, pool_mode=transaction)."""
+        database = Database(postgres_url)
+        asked = "SELECT cast(:number AS bigint)"
+        if there:
+            taken = database._bare._taken()
+            name, sql, _ = database._bare.known(asked)
+            taken.connection.pgconn.prepare(name, sql)
+            database._bare._idle.append(taken)
+        else:
+            assert database.run(asked, {"number": 1}).rows == [(1,)]
+            database.run("DEALLOCATE ALL", {})
+        pid = database.run("SELECT pg_backend_pid()", {}).rows
+        for number in (2, 3):
+            assert database.run(asked, {"number": number}).rows == [(number,)]
+        assert database.run("SELECT pg_backend_pid()", {}).rows == pid
+        own = "SELECT 1 FROM pg_prepared_statements WHERE statement LIKE '%statement LIKE%'"
+        assert database.run(own, {}).rows == []  # and none is prepared any more
         database.close()
 
     def test_on_postgresql_a_connection_is_used_again_and_alone(self, postgres_url):
@@ -399,6 +414,17 @@ class TestSingleStatements:
         for end in (read, write):
             os.close(end)
         database.close()
+
+
+def test_transactions_on_postgresql_prepare_no_statement(postgres_url):
+    """psycopg numbers them, and behind a connection pooler a number is another client's."""
+    database = Database(postgres_url, pool_size=1)
+    for number in range(8):  # psycopg prepares what it runs a sixth time
+        with database.write() as transaction:
+            assert transaction.execute(text("SELECT :n + 1"), {"n": number}).scalar() == number + 1
+    with database.write() as transaction:
+        assert transaction.execute(text("SELECT name FROM pg_prepared_statements")).all() == []
+    database.close()
 
 
 class TestIdleConnectionsOfPostgresql:
