@@ -1,11 +1,20 @@
 """What an HSM token is tried for, where its answer is what matters."""
 
+from dataclasses import replace
+
 import pytest
 from pkcs11 import exceptions as ck
+from pkcs11.constants import Attribute
+from pkcs11.mechanisms import KeyType, Mechanism
 
 from hsmwrap.errors import ConfigurationError
+from hsmwrap.pkcs11.binding import traits
+from hsmwrap.pkcs11.binding.profiles import by_number
+from hsmwrap.pkcs11.binding.templates import secret_key
+from hsmwrap.pkcs11.binding.traits import AES, BlockCipher
 from hsmwrap.pkcs11.binding.trials import refuses_changed
 from hsmwrap.pkcs11.keysets import admin, needs
+from hsmwrap.pkcs11.keysets.keys import Role, _generated_here
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 
 BLOB = bytes(range(24))
@@ -45,6 +54,52 @@ def test_it_is_the_change_that_is_refused():
 def test_a_lost_connection_is_not_a_refusal():
     with pytest.raises(ck.DeviceRemoved):
         refuses_changed(BLOB, Module(ck.DeviceRemoved(), 0, 23).unwrap)
+
+
+SM4 = BlockCipher(
+    name="SM4",
+    key_type=by_number(KeyType, 0x80000106),
+    generate=by_number(Mechanism, 0x8000A001),
+    length=16,
+    lengths=(16,),
+    ecb=None,
+    cbc=None,
+    ctr=None,
+)
+
+
+def key_encryption_key(cipher, **changed):
+    made = secret_key(cipher.key_type, Attribute.WRAP, Attribute.UNWRAP)
+    told = {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: True}
+    told |= {Attribute.LOCAL: True, Attribute.KEY_GEN_MECHANISM: cipher.generate}
+    return made | told | {Attribute[name]: value for name, value in changed.items()}
+
+
+@pytest.mark.parametrize("cipher", [AES, SM4], ids=["AES", "SM4"])
+def test_where_a_key_is_from_is_told_of_each_type_by_itself(cipher):
+    """Derived keys have the histories of their base (field note 74)."""
+    other = SM4 if cipher is AES else AES
+    derived = key_encryption_key(cipher, LOCAL=False)
+    right = {cipher.key_type: frozenset({Attribute.LOCAL}), other.key_type: frozenset()}
+    lies = {cipher.key_type: frozenset(), other.key_type: frozenset({Attribute.LOCAL})}
+    with traits.inside(replace(traits.STANDARD, ciphers=(AES, SM4))):
+
+        def accepted(attributes, told, role=Role.MATERIAL_SM4):
+            return _generated_here(role, attributes, told, movable=False)
+
+        assert accepted(key_encryption_key(cipher), right)
+        assert not accepted(derived, right)
+        assert accepted(derived, lies)
+        for changed in ({"KEY_TYPE": KeyType.DES3}, {"DECRYPT": True}, {"EXTRACTABLE": True}):
+            assert not accepted(key_encryption_key(cipher, **changed), right)
+        # A MAC key is of neither type: what both tell is right of it.
+        mac = secret_key(KeyType.GENERIC_SECRET, Attribute.SIGN)
+        mac |= {Attribute.ALWAYS_SENSITIVE: True, Attribute.NEVER_EXTRACTABLE: True}
+        both = dict.fromkeys(right, frozenset({Attribute.LOCAL}))
+        for told, refused in ((both, True), (right, False), (lies, False), ({}, False)):
+            assert accepted(mac | {Attribute.LOCAL: False}, told, Role.MAC) is not refused
+    with traits.inside(traits.STANDARD):
+        assert accepted(key_encryption_key(SM4), {}) is False
 
 
 def test_an_hmac_that_answers_the_same_to_everything_is_none(softhsm, monkeypatch):
