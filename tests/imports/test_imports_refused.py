@@ -155,6 +155,9 @@ def test_a_level_without_a_backend_is_refused_and_never_served_by_another():
 def test_a_backend_that_may_not_serve_a_level_is_refused_for_it(backends):
     with pytest.raises(UnsupportedProtectionLevel, match="serves HSM, not SOFTWARE"):
         ImportService({SOFTWARE: backends("pkcs11")}, Deployment())
+
+
+def test_software_may_not_serve_level_hsm_unless_it_was_told_to():
     with open_software(serve_hsm_level=False) as plain, pytest.raises(UnsupportedProtectionLevel):
         ImportService({HSM: plain}, Deployment())
 

@@ -1,5 +1,7 @@
 """Permissions deny by default; access keys come from a private file."""
 
+from traceback import walk_tb
+
 import pytest
 from support.kms.fakes import ADMIN, AES_MATERIAL, Client
 
@@ -256,12 +258,20 @@ def test_the_first_unknown_entry_is_named():
         parse_access_keys({"zeta": 1, "access_key": [], "alpha": 2})
 
 
+def test_a_refusal_keeps_no_variables_that_hold_a_secret():
+    with pytest.raises(ConfigurationError) as caught:
+        parse_access_keys({"access_key": [{"id": "me", "secret": "of-mine", "allow": 7}]})
+    frames = [frame.f_code.co_filename for frame, _ in walk_tb(caught.value.__traceback__)]
+    assert parse_access_keys.__wrapped__.__code__.co_filename not in frames
+
+
 def test_access_key_file_that_is_missing(tmp_path):
     with pytest.raises(ConfigurationError):
         FileAccessKeys(tmp_path / "none")
 
 
 def test_id_that_is_too_long_for_a_row_is_refused():
+    assert MAX_ID_LENGTH == 128
     longest = "i" * MAX_ID_LENGTH
     entry = {"secret": "x", "allow": []}
     assert parse_access_keys({"access_key": [{"id": longest, **entry}]})[0].access_key_id == longest

@@ -5,10 +5,12 @@ from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
-from pkcs11.exceptions import PinIncorrect, SessionHandleInvalid
+from pkcs11.exceptions import DeviceError, PinIncorrect, SessionHandleInvalid
 from pkcs11.types import Object
 
-from hsmwrap.errors import PinError
+from hsmwrap.errors import HsmUnavailable, PinError
+from hsmwrap.pkcs11.sessions import recovery
+from hsmwrap.pkcs11.sessions.connecting import PAUSES
 from hsmwrap.pkcs11.sessions.pool import StalePool
 from hsmwrap.pkcs11.sessions.recovery import Attempts
 
@@ -107,6 +109,41 @@ def test_a_module_that_is_back_is_restarted_once():
     trying = attempts(connector, host, breaker)
     trying._restart(SimpleNamespace(generation=6, held="held", said="lost"))
     assert (restarted, told) == ([6], ["held"])
+
+
+def test_a_module_that_stays_lost_is_given_time_between_the_tries(monkeypatch):
+    paused, told, host = [], [], Host()
+    monkeypatch.setattr(recovery, "sleep_with_jitter", paused.append)
+    host.restart = lambda _seen, _wait: None
+
+    def connect(_module, _generation):
+        raise DeviceError
+
+    connector = SimpleNamespace(connect=connect, login=SimpleNamespace(in_doubt=False))
+    trying = attempts(connector, host, SimpleNamespace(is_current=lambda _held: True))
+    monkeypatch.setattr(trying, "_open_breaker", lambda held, _said: told.append(held))
+    with pytest.raises(HsmUnavailable):
+        trying._restart(SimpleNamespace(generation=6, held="held", said="lost"))
+    assert paused == list(PAUSES)
+    assert told == ["held"]
+
+
+@pytest.mark.parametrize(
+    ("said", "works"),
+    [
+        (None, True),
+        (DeviceError(), False),
+        (StalePool(), True),
+        (HsmUnavailable("another thread opens the breaker"), True),
+    ],
+)
+def test_whether_an_unknown_code_speaks_of_the_operation(said, works):
+    def connect(_module, _generation):
+        if said is not None:
+            raise said
+        return SimpleNamespace(pool=Pool())
+
+    assert attempts(SimpleNamespace(connect=connect))._still_works() is works
 
 
 def test_a_call_that_waited_while_the_module_was_restarted_begins_again():
