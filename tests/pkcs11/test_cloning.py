@@ -252,6 +252,7 @@ def test_a_file_of_something_else_is_refused(text):
         lambda each: each.update(number=0),
         lambda each: each.update(number=65_536),
         lambda each: each.update(made_by="a:b"),
+        lambda each: each.pop("cipher"),
         lambda each: each["proof"].pop("tag"),
         lambda each: each["proof"].update(sealed=None),
     ],
@@ -259,7 +260,7 @@ def test_a_file_of_something_else_is_refused(text):
 def test_an_incomplete_key_set_is_refused(change):
     keys = {str(role): "AA==" for role in ROLES}
     proof = {"sealed": "AA==", "tag": "AA=="}
-    each = {"number": 1, "made_by": "ab", "keys": keys, "proof": proof}
+    each = {"number": 1, "made_by": "ab", "cipher": "AES", "keys": keys, "proof": proof}
     document = {"format": "hsmwrap-key-sets/1", "transport_key": "00", "key_sets": [each]}
     WrappedSets.from_json(json.dumps(document))
     change(each)

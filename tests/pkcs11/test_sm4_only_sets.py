@@ -40,7 +40,9 @@ from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.profiles import by_number
 from hsmwrap.pkcs11.binding.templates import secret_key, stored
 from hsmwrap.pkcs11.keysets import needs
+from hsmwrap.pkcs11.keysets.cloning import WrappedSets
 from hsmwrap.pkcs11.keysets.keys import Role
+from hsmwrap.pkcs11.keysets.wrapped import Proof, WrappedSet
 from hsmwrap.pkcs11.wrapping import probe
 from hsmwrap.pkcs11.wrapping.material import parse_key_ref
 from hsmwrap.testing._conformance.base import tomorrow
@@ -167,6 +169,25 @@ def test_a_clone_takes_sm4_keys_along_where_there_is_rsa(softhsm, tmp_path):
     assert "of SM4 trusted" in command("clone", *to)
     used = {"settings": settings["target"], "key": key, "message": message}
     run("support.pkcs11.sm_only", **used)
+
+    by_aes = {n: v for n, v in settings["target"].items() if n != "profile_file"}
+    shim.play(None)
+    shim.restrict()
+    files["aes"] = settings_file({**by_aes, "key_prefix": "by-aes"}, tmp_path / "aes.toml")
+    so_pin = f"{tmp_path}/target-so.pin"
+    given = ["--settings", files["aes"], "--so-pin-file", so_pin, "--out", f"{tmp_path}/transport"]
+    transport = json.loads(
+        run("support.pkcs11.keys_command", arguments=["keys", "transport-key", *given, "--json"])
+    )
+    exported = WrappedSet(1, "word", "SM4", {Role.MAC: b"m"}, Proof(b"", bytes(32)))
+    file = WrappedSets(transport["fingerprint"], (exported,))
+    (tmp_path / "sets").write_text(file.to_json())
+    given[-2:] = ["--file", f"{tmp_path}/sets", "--fingerprint", file.fingerprint]
+    arguments = ["keys", "import", *given]
+    done = forked.run(
+        "support.pkcs11.keys_command", tokens["source"].environment, arguments=arguments
+    )
+    assert "key set 1 seals by SM4 keys, and this HSM token by AES keys" in done.stderr
 
 
 @pytest.mark.parametrize(

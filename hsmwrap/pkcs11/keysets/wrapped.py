@@ -26,7 +26,7 @@ from pkcs11.mechanisms import Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.backend import KeySetInfo
-from hsmwrap.errors import ConfigurationError, HsmError, PinError
+from hsmwrap.errors import ConfigurationError, HsmError, PinError, UnsupportedOperation
 from hsmwrap.pkcs11.binding import objects, traits
 from hsmwrap.pkcs11.binding.client_errors import map_damage, read, read_if_known
 from hsmwrap.pkcs11.binding.templates import NestedTemplate, Template
@@ -103,12 +103,14 @@ class WrappedSet:
     Attributes:
         number: Its number, which references to sealed keys carry.
         made_by: The word in the ids of its keys, by which a copy is told from another set.
+        cipher: Name of the one whose keys its key-encryption keys are.
         keys: The wrapped keys by role.
         proof: What the set has to open where it arrives.
     """
 
     number: int
     made_by: str
+    cipher: str
     keys: Mapping[Role, bytes]
     proof: Proof
 
@@ -117,6 +119,7 @@ class WrappedSet:
         return {
             "number": self.number,
             "made_by": self.made_by,
+            "cipher": self.cipher,
             "keys": {role: text(blob) for role, blob in sorted(self.keys.items())},
             "proof": {"sealed": text(self.proof.sealed), "tag": text(self.proof.tag)},
         }
@@ -133,7 +136,7 @@ class WrappedSet:
         if Role.MAC not in keys or not 0 < number <= HIGHEST_NUMBER or not made_by.isalnum():
             raise ValueError
         proof = Proof(*(binary(document["proof"][each]) for each in ("sealed", "tag")))
-        return cls(number, made_by, keys, proof)
+        return cls(number, made_by, str(document["cipher"]), keys, proof)
 
 
 def wrap_sets(
@@ -142,6 +145,7 @@ def wrap_sets(
     """Wrap every movable key set, oldest first.
 
     Raises:
+        UnsupportedOperation: One is of another cipher than what the token seals by now.
         ConfigurationError: There is none.
         PinError, ServiceUnavailable, HsmError: As for :func:`~.admin.initialise`.
     """
@@ -154,6 +158,8 @@ def wrap_sets(
 
     def prove(pooled: PooledSession) -> tuple[Needs, list[Proof]]:
         needs = needs_of(pooled.session, settings.vendor)
+        for each in movable:
+            _require_cipher(each.number, each.cipher.name, needs)
         return needs, [_prove(pooled, keys, each, needs) for each in movable]
 
     with connected(settings) as connection:
@@ -177,6 +183,7 @@ def take_in(
         All its key sets.
 
     Raises:
+        UnsupportedOperation: The token seals by another cipher than a set. Nothing was made.
         ConfigurationError: It has another key set of the same number. Nothing was made.
         HsmError: A key does not unwrap, or does not open what the set sealed before; nothing is
             kept of its set.
@@ -187,6 +194,7 @@ def take_in(
     def look(pooled: PooledSession) -> tuple[list[WrappedSet], Needs]:
         missing, needs = _missing(pooled, keys, sets), needs_of(pooled.session, settings.vendor)
         for each in sets:
+            _require_cipher(each.number, each.cipher, needs)
             # Ids prove nothing: a set may have been planted in the place of one to come.
             if each not in missing and not _is_proven(pooled, keys, each, needs):
                 raise _another(each.number)
@@ -238,7 +246,20 @@ def _wrapped(
             )
         )
         made_by = bytes(read(trusted[0], Attribute.ID)).decode().rpartition(":")[2]
-    return WrappedSet(key_set.number, made_by, blobs, proof)
+    return WrappedSet(key_set.number, made_by, key_set.cipher.name, blobs, proof)
+
+
+def _require_cipher(number: int, cipher: str, needs: Needs) -> None:
+    """Refuse a set that this HSM token does not seal by: AES and a vendor's SM4 do not mix.
+
+    Raises:
+        UnsupportedOperation: Its key-encryption keys are of another cipher.
+    """
+    if cipher != needs.cipher.name:
+        raise UnsupportedOperation(
+            f"key set {number} seals by {cipher} keys, and this HSM token by {needs.cipher.name} "
+            "keys: the set cannot leave it, nor come to it"
+        )
 
 
 def _unwrap(
