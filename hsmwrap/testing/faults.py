@@ -128,6 +128,8 @@ class Restriction(Flag):
     """Neither keys of type CKK_AES nor a mechanism of AES."""
     NO_RSA = auto()
     """No mechanism of RSA."""
+    TRUSTED_ASKS_FOR_LOGIN = auto()
+    """A key with TRUSTED is USER_NOT_LOGGED_IN, by which the officer's login is meant."""
 
 
 class Vendor(IntEnum):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.services.nss import LABEL, find_module, make_nss
+from support.services.nss import make_nss
 
 from hsmwrap import registry
 from hsmwrap.backend import Exposure, FailedTrial
@@ -196,9 +196,10 @@ def test_a_doctor_that_is_terminated_leaves_nothing(softhsm):
 # --- NSS -----------------------------------------------------------------------------------------
 
 
-def run_in_a_process(*arguments):
+def run_in_a_process(*arguments, **environment):
     done = subprocess.run(
         [sys.executable, "-m", "hsmwrap.cli", "doctor", "--json", *arguments],
+        env=os.environ | environment,
         capture_output=True,
         check=False,
         timeout=120,
@@ -223,17 +224,16 @@ def test_on_nss(tmp_path):
 
 
 @pytest.mark.slow
-def test_why_it_cannot_run_is_in_the_report(tmp_path):
-    if find_module() is None:
-        pytest.skip("capability: no NSS")
+def test_why_it_cannot_run_is_in_the_report(softhsm, tmp_path):
     pin = tmp_path / "pin"
     pin.write_text(NO_PIN)
     pin.chmod(0o400)
     status, document = run_in_a_process(
-        "--module", find_module(), "--token-label", LABEL, "--pin-file", str(pin)
+        *("--module", str(softhsm.module), "--token-label", "any", "--pin-file", str(pin)),
+        SOFTHSM2_CONF="/nonexistent",
     )
     assert status == 2
-    assert "C_Initialize answered CKR_ARGUMENTS_BAD (0x7)" in document["verdict"]["cannot_run"]
+    assert "C_Initialize answered CKR_GENERAL_ERROR (0x5)" in document["verdict"]["cannot_run"]
     assert NO_PIN not in json.dumps(document)
 
 

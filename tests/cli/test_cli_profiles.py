@@ -213,6 +213,7 @@ def test_one_profile_at_a_time(own):
     [
         (("SoftHSM project", "SoftHSM v2", "Implementation of PKCS11"), ("softhsm2",)),
         (("IBM Corp.", "IBM SoftTok", ""), ("opencryptoki",)),
+        (("IBM", "Soft", "openCryptoki"), ("opencryptoki",)),
         (("IBM Corp.", "IBM EP11Tok", ""), ()),
         (("unknown", "", ""), ()),
     ],

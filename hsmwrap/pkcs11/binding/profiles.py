@@ -145,15 +145,30 @@ def _numbers(what: str, known: Mapping[str, int], value: Any) -> frozenset[int]:
 # --- what there is
 
 
+def _starts(value: Any) -> tuple[str, ...]:
+    given = [value] if isinstance(value, str) else typed(value, list, tuple)
+    if not given:
+        raise ValueError
+    return tuple(map(TEXT.read, given))
+
+
+_STARTS = Kind("text that is not empty, or a list of such texts", _starts)
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleNames(Settings):
-    """``[module]``: how a module of the family calls itself, each the start of the text."""
+    """``[module]``: how a module of the family calls itself, each the start of the text.
+
+    Versions may differ in that; hence a list is one start or another.
+    """
 
     component: ClassVar[str] = "profile: module"
 
-    manufacturer: str | None = setting(TEXT, "Manufacturer of the HSM token (C_GetTokenInfo).")
-    model: str | None = setting(TEXT, "Model of the HSM token (C_GetTokenInfo).")
-    library: str | None = setting(TEXT, "Description of the module (C_GetInfo).")
+    manufacturer: tuple[str, ...] | None = setting(
+        _STARTS, "Manufacturer of the HSM token (C_GetTokenInfo)."
+    )
+    model: tuple[str, ...] | None = setting(_STARTS, "Model of the HSM token (C_GetTokenInfo).")
+    library: tuple[str, ...] | None = setting(_STARTS, "Description of the module (C_GetInfo).")
 
     def fit(self, manufacturer: str, model: str, library: str) -> bool:
         """Whether each name that is given begins what the module says; False if none is."""

@@ -10,13 +10,18 @@ where a token is right about them. NSS is not (field note 47). So it is tried.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
-from pkcs11.exceptions import MechanismInvalid, PKCS11Error
+from pkcs11.exceptions import (
+    AttributeReadOnly,
+    MechanismInvalid,
+    PKCS11Error,
+    UserNotLoggedIn,
+)
 from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
 
@@ -114,7 +119,8 @@ def user_makes_trusted(session: Session) -> bool | None:
     None if not one without, or if the profile forbids to ask.
 
     Makes session objects, and destroys them; by their label, as SoftHSM leaves the one that it
-    refuses, without the attribute (field note 84).
+    refuses, without the attribute (field note 84). opencryptoki 3.23 refuses with
+    USER_NOT_LOGGED_IN (field note 106).
 
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
@@ -130,14 +136,22 @@ def user_makes_trusted(session: Session) -> bool | None:
             )
             public = {Attribute.PRIVATE: False}
             made |= unless_refused(partial(generate, more=public)) is not None
-            asked = {**public, Attribute.TRUSTED: True}
-            trusted = unless_refused(partial(generate, more=asked))
+            trusted = unless_refused(partial(_generate_trusted, generate))
             if trusted is not None and read_if_known(trusted, Attribute.TRUSTED):
                 return True
         return False if made else None
     finally:
         for key in list(find_objects(session, {Attribute.LABEL: label, Attribute.TOKEN: False})):
             _discard(key)
+
+
+def _generate_trusted(generate: Callable[..., Any]) -> Any:
+    try:
+        return generate(more={Attribute.PRIVATE: False, Attribute.TRUSTED: True})
+    except UserNotLoggedIn as error:
+        # The security officer's login is meant, or the user's; without that, this fails as well.
+        generate(more={Attribute.PRIVATE: True})
+        raise AttributeReadOnly(str(error)) from None
 
 
 def _said(key: Any, cipher: BlockCipher) -> frozenset[Attribute]:

@@ -116,6 +116,8 @@ static CK_RV refused_template(uint64_t set, const struct maker *maker, const wor
     for (CK_ULONG i = 0; (set & NO_TRUST) && list && i < count; i++)
         if (is_of_trust(list[i].type))
             return CKR_ATTRIBUTE_TYPE_INVALID;
+    if ((set & TRUSTED_ASKS_FOR_LOGIN) && says(list, count, CKA_TRUSTED, true))
+        return CKR_USER_NOT_LOGGED_IN;
     if ((set & NO_SESSION_OBJECTS) && maker->id != FN_C_CopyObject
         && !says(list, count, CKA_TOKEN, true))
         return CKR_ATTRIBUTE_VALUE_INVALID;

@@ -41,7 +41,8 @@
     X(WRAP_WITH_TRUSTED_IGNORED)    \
     X(NO_TRUST)                     \
     X(NO_AES)                       \
-    X(NO_RSA)
+    X(NO_RSA)                       \
+    X(TRUSTED_ASKS_FOR_LOGIN)
 
 #define RESTRICTION_NUMBER(name) NUMBER_##name,
 enum { RESTRICTIONS(RESTRICTION_NUMBER) RESTRICTION_COUNT };

@@ -162,13 +162,13 @@ def other_faults_of_the_client_close_no_session_either(shim, settings):
 def a_token_that_takes_no_plaintext_keys_makes_the_stand_in_itself(shim, settings):
     """As certified HSMs do; the client's fault stays the client's."""
     shim.fail("C_CreateObject", CKR.FUNCTION_NOT_SUPPORTED, always=True)
-    desk = Desk(shim, settings)
+    desk = Desk(shim, settings, OAEP1)  # no padding of PKCS#1 v1.5 is wrong with OpenSSL 3.2
     calls = desk.calls(bytes(255) + b"\3")
     assert (calls["C_CreateObject"], calls["C_GenerateKey"]) == (0, 2)
 
 
 def a_stand_in_that_cannot_be_made_is_the_hsm_s_fault(shim, settings):
-    desk = Desk(shim, settings)
+    desk = Desk(shim, settings, OAEP1)
     before = shim.counters()
     for code, error in (
         (CKR.DEVICE_MEMORY, "HsmResourceExhausted"),

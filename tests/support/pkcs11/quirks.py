@@ -143,6 +143,7 @@ QUIRKS = (
     Quirk(R.MODIFIABLE_IGNORED),
     Quirk(R.WRAP_WITH_TRUSTED_IGNORED),
     Quirk(R.NO_TRUST, says=("CKA_ALLOWED_MECHANISMS is not honoured",)),
+    Quirk(R.TRUSTED_ASKS_FOR_LOGIN),
 )
 
 NETWORK_HSM = Quirk(

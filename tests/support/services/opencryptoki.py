@@ -9,6 +9,7 @@ named after the token, whose name is random.
 import ctypes
 import grp
 import os
+import pwd
 import secrets
 import shutil
 import subprocess
@@ -78,10 +79,7 @@ def opencryptoki(directory: Path, *, daemon_runs=True):
         if not daemon_runs:
             yield token
             return
-        daemon = subprocess.Popen(
-            [_DAEMON, "-f"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        daemon = _start_daemon()
         try:
             _initialise(daemon)
             yield token
@@ -90,6 +88,20 @@ def opencryptoki(directory: Path, *, daemon_runs=True):
             daemon.wait()
             for segment in Path("/dev/shm").glob(f"*opencryptoki.{name}*"):
                 segment.unlink()
+
+
+def _start_daemon():
+    """As the user that its package makes: 3.23 becomes that by itself, but then forgets ``-f``."""
+    try:
+        user = {"user": pwd.getpwnam("pkcsslotd").pw_uid}
+    except KeyError:  # 3.8 runs as root
+        user = {}
+    else:
+        user |= {"group": _GROUP, "extra_groups": []}
+    return subprocess.Popen(
+        [_DAEMON, "-f"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, **user,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -127,7 +139,7 @@ def _lay_out(directory):
         (root / inside).mkdir(parents=True, exist_ok=True)
         for each in [root, *root.rglob("*")]:
             os.chown(each, 0, grp.getgrnam(_GROUP).gr_gid)
-            each.chmod(0o770)
+            each.chmod(0o770 if each.is_dir() else 0o640)  # as 3.23 demands of strength.conf
         subprocess.run(["mount", "--bind", root, path], check=True)
     Path("/etc/opencryptoki/opencryptoki.conf").write_text(
         f"version opencryptoki-3.1\nslot 0\n{{\nstdll = libpkcs11_sw.so\ntokname = {name}\n}}\n"
