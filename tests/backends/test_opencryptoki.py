@@ -1,6 +1,6 @@
 """opencryptoki's soft token under the conformance kit: it ignores what keeps keys from being read.
 
-Its C_UnwrapKey makes every key readable, whatever the template says (field notes 82 and 106);
+Its C_UnwrapKey makes every key readable, whatever the template says (field notes 82 and 105);
 C_CopyObject heeds one. It has no AES key wrap and no curve of SM2; 3.8.1 (Debian 12) no AES-GCM.
 """
 

@@ -134,7 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(failure)
     line = json.dumps(asdict(outcome)) if options.json else outcome.summary()
     sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
     return 1 if outcome.failures else 0
 
 
@@ -146,4 +145,5 @@ def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
 
 if __name__ == "__main__":
     code = main()
+    sys.stdout.flush()
     os._exit(code)  # a thread that is stuck in the module must not keep the process

@@ -120,7 +120,7 @@ def user_makes_trusted(session: Session) -> bool | None:
 
     Makes session objects, and destroys them; by their label, as SoftHSM leaves the one that it
     refuses, without the attribute (field note 84). opencryptoki 3.23 refuses with
-    USER_NOT_LOGGED_IN (field note 106).
+    USER_NOT_LOGGED_IN (field note 105).
 
     Raises:
         PKCS11Error: A return code that says something about the connection, not the token.
