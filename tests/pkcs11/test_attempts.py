@@ -2,13 +2,15 @@
 
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from pkcs11.exceptions import DeviceError, PinIncorrect, SessionHandleInvalid
+from pkcs11.exceptions import DeviceError, PinIncorrect, SessionHandleInvalid, UserNotLoggedIn
 from pkcs11.types import Object
 
-from hsmwrap.errors import HsmUnavailable, PinError
+from hsmwrap.errors import HsmUnavailable, InvalidKeyMaterial, PinError
+from hsmwrap.pkcs11.binding.returncodes import Remedy
 from hsmwrap.pkcs11.sessions import recovery
 from hsmwrap.pkcs11.sessions.connecting import PAUSES
 from hsmwrap.pkcs11.sessions.pool import StalePool
@@ -72,6 +74,24 @@ def test_an_object_without_methods_is_a_session_that_failed():
         Attempts._lend(pool, raising(AttributeError("encrypt", obj=Object.__new__(Object))), 0.0)
     assert pool.session.tainted
     assert pool.released == [pool.session]
+
+
+def test_a_session_without_its_login_is_not_used_again_after_a_clients_fault():
+    pool = Pool()
+    pool.session.require_login = partial(raising(UserNotLoggedIn()), pool.session)
+    with pytest.raises(UserNotLoggedIn):
+        Attempts._lend(pool, raising(InvalidKeyMaterial()), 0.0)
+    assert pool.session.tainted
+
+
+@pytest.mark.parametrize("was_tainted", [True, False])
+def test_a_clients_fault_says_nothing_of_its_session(was_tainted):
+    pool = Pool()
+    pool.session.require_login = lambda: None
+    pool.session.tainted = was_tainted
+    with pytest.raises(InvalidKeyMaterial):
+        Attempts._lend(pool, raising(InvalidKeyMaterial()), 0.0)
+    assert pool.session.tainted is was_tainted
 
 
 def test_a_session_whose_operation_succeeds_stays_good():
@@ -144,6 +164,19 @@ def test_whether_an_unknown_code_speaks_of_the_operation(said, works):
         return SimpleNamespace(pool=Pool())
 
     assert attempts(SimpleNamespace(connect=connect))._still_works() is works
+
+
+@pytest.mark.parametrize("remedy", [Remedy.STOP, Remedy.FEWER_SESSIONS, Remedy.REAP])
+def test_only_one_remedy_stops_the_login(remedy):
+    stopped, undecided = [], []
+    connector = SimpleNamespace(login=SimpleNamespace(stop=stopped.append))
+    trying = attempts(connector, breaker=SimpleNamespace(undecided=undecided.append))
+    failure = SimpleNamespace(
+        recovery=SimpleNamespace(remedy=remedy, retry=False), name="CKR_X", said="said", held="held"
+    )
+    assert trying.recover(failure) is False
+    assert stopped == (["said"] if remedy is Remedy.STOP else [])
+    assert undecided == ["held"]
 
 
 def test_a_call_that_waited_while_the_module_was_restarted_begins_again():
