@@ -15,7 +15,7 @@ p11-kit              | file    /usr/libexec/p11-kit/p11-kit-server | test       
 p11-kit-modules      | file    /usr/lib/*/pkcs11/p11-kit-client.so | test                  | the client of that token
 opencryptoki         | command pkcsslotd                           | test                  | a token that ignores templates
 opensc-pkcs11        | file    /usr/lib/*/pkcs11-spy.so            | test                  | shows what a module is asked for
-libtpm2-pkcs11-1     | file    /usr/lib/*/libtpm2_pkcs11.so.1      | test                  | a token that cannot serve
+libtpm2-pkcs11-1     | file    /usr/lib/*/pkcs11/libtpm2_pkcs11.so | test                  | a token that cannot serve
 libtpm2-pkcs11-tools | command tpm2_ptool                          | test                  | makes that token
 libtss2-tcti-swtpm0  | file    /usr/lib/*/libtss2-tcti-swtpm.so.0  | test                  | its way to the TPM
 swtpm                | command swtpm                               | test                  | the TPM, in software
