@@ -97,6 +97,10 @@ class _Wrong(Exception):
     """The HSM token answered, but not what it had to."""
 
 
+class _Asked(Exception):
+    """Handled while trials run."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Try:
     """One way of importing, to be tried."""
@@ -129,9 +133,13 @@ def probe(
     """
     trials = Probe(pooled, keys, settings, gcm, vendor)
     try:
-        return trials.run()
-    finally:
-        trials.clean_up()
+        # Else what the caller handles would be the context of errors, and taken for an answer.
+        raise _Asked  # noqa: TRY301  # handled at once
+    except _Asked:
+        try:
+            return trials.run()
+        finally:
+            trials.clean_up()
 
 
 class Probe:
@@ -587,7 +595,7 @@ class Probe:
                 with store.opened(self._pooled, ref) as key:
                     self._use(key, key_spec, material)
         except HsmwrapError as error:
-            # As the cause: generators that it passes replace its context by what a caller handles.
+            # As the cause: generators that it passes may replace its context.
             raise error from error.__context__
         finally:
             if pending.may_exist:
@@ -843,8 +851,10 @@ def failed_trial(step: str, error: Exception, consequence: str = "") -> FailedTr
 
 def _answer_behind(error: Exception) -> BaseException:
     """The HSM token's answer, also where it was mapped to a client's error."""
-    behind = error.__cause__ or error.__context__
-    return behind if isinstance(error, HsmwrapError) and isinstance(behind, PKCS11Error) else error
+    behind: BaseException | None = error
+    while isinstance(behind, HsmwrapError):  # one hides another where a stand-in failed too
+        behind = behind.__cause__ or behind.__context__
+    return behind if isinstance(behind, PKCS11Error) else error
 
 
 def _speaks_of_the_connection(error: Exception) -> bool:
