@@ -186,8 +186,8 @@ def test_two_processes_never_give_the_same_pair(settings, backend, pool, count_o
         assert (one.wait(60), two.wait(60)) == (0, 0)
     pool.close()
     # What was given out; no process left a pooled pair.
-    # Asked in a child, which reads the token anew: SoftHSM may not see at once in one process what
-    # others have made.
+    # Asked in a child, which reads the token anew: this process has written, and overlooks what
+    # others made before that (field note 93).
     assert Child(lambda: ReapsWrappingKeys.of(backend).reap(_now()).examined).result() == 30
 
 
