@@ -109,7 +109,7 @@ def _key_stream(ecb: Blocks, nonce: bytes, length: int) -> tuple[bytes, bytes]:
 
 def _authenticate(cbc: Blocks, nonce: bytes, payload: bytes, associated: bytes) -> bytes:
     """CBC-MAC of the formatted input (A.2), which says its lengths: none is a prefix of another."""
-    flags = (_ASSOCIATED if associated else 0) | (TAG_LENGTH - 2) // 2 << 3 | _LENGTH_BYTES - 1
+    flags = (_ASSOCIATED if associated else 0) + (TAG_LENGTH // 2 - 1) * 8 + _LENGTH_BYTES - 1
     formatted = bytes([flags]) + nonce + len(payload).to_bytes(_LENGTH_BYTES)
     if associated:
         size = len(associated)

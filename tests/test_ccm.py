@@ -66,6 +66,36 @@ def test_every_change_is_one_error():
         ccm.decrypt(*SM4, message, b"another")
 
 
+def test_what_is_too_short_reaches_no_key():
+    shortest = ccm.encrypt(*SM4, b"", b"context")
+    assert ccm.decrypt(*SM4, shortest, b"context") == b""
+    for length in range(len(shortest)):
+        with pytest.raises(InvalidCiphertext):
+            ccm.decrypt(pytest.fail, pytest.fail, shortest[:length], b"context")
+
+
+@pytest.mark.parametrize(("length", "blocks"), [(0, 1), (1, 2), (16, 2), (17, 3)])
+def test_the_key_is_asked_for_no_more_blocks_than_the_message_has(length, blocks):
+    asked = []
+
+    def ecb(data):
+        asked.append(len(data))
+        return SM4[0](data)
+
+    ccm.encrypt(ecb, SM4[1], bytes(length), b"")
+    assert asked == [16 * blocks]
+
+
+def test_the_longest_message_has_as_many_bytes_as_three_bytes_count():
+    def zeros(data):
+        return bytes(len(data))
+
+    longest = bytes(2**24 - 1)
+    sealed = ccm.seal(zeros, zeros, NONCE, longest, b"")
+    assert len(sealed) == 2**24 - 1 + 16
+    assert ccm.unseal(zeros, zeros, NONCE, sealed, b"") == longest
+
+
 def test_what_is_too_long_for_its_length_is_refused():
     with pytest.raises(InvalidParameter, match="16777215"):
         ccm.encrypt(*SM4, bytes(2**24), b"")

@@ -209,9 +209,10 @@ class WrappingKeyStore:
             raise InvalidImportToken("the wrapping key of this import token is gone")
         # Two may be one (see hsmwrap.pkcs11.wrapping.material). A planted one opens nothing that
         # was encrypted under the public key that the client got: it denies, as destroying would.
-        if len(found) == 1:
-            pooled.keep_handle(object_id, found[0], epoch)
-        return found[0]
+        first, *others = found
+        if not others:
+            pooled.keep_handle(object_id, first, epoch)
+        return first
 
 
 def unwrap_another(pooled: PooledSession, keys: KeySets, features: TokenFeatures) -> None:
