@@ -15,7 +15,13 @@ from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.testing.conformance import BackendConformance
 
 # Such a token does not keep the holder of the PIN from reading keys, and the report says so.
-READABLE = R.NO_HARDENING | R.NO_TRUST | R.UNWRAP_TEMPLATE_IGNORED | R.ALLOWED_MECHANISMS_IGNORED
+READABLE = (
+    R.NO_HARDENING
+    | R.NO_TRUST
+    | R.UNWRAP_TEMPLATE_IGNORED
+    | R.UNWRAP_IGNORES_PROTECTION
+    | R.ALLOWED_MECHANISMS_IGNORED
+)
 # The holder of the PIN works with sessions, session objects and a known key of their own.
 NO_HOLDER = (
     READABLE | R.NO_SESSION_OBJECTS | R.NO_SECRET_KEY_CREATION | R.ONE_SESSION | R.LOGIN_PER_SESSION
