@@ -36,6 +36,7 @@ from hsmwrap.errors import (
     CombinationRefused,
     ConfigurationError,
     HsmUnavailable,
+    HsmwrapError,
     InvalidImportToken,
     InvalidParameter,
     MissingParameter,
@@ -140,6 +141,22 @@ def test_each_level_has_its_own_backend():
         assert backend.calls == ["generate_wrapping_key", "mac", "verify_mac", "unwrap_material"]
         backend.calls.clear()
     assert [backend.calls for backend in both.values()] == [[], []]
+
+
+def test_a_former_backend_that_may_not_serve_the_level_any_more_is_not_asked():
+    former, current = Scripted(name="old"), Scripted(name="new")
+    cmk = Cmk("k", AES, HSM)
+    parameters = ImportService({HSM: former}, Deployment()).get_parameters_for_import(
+        cmk, "RSA_2048", OAEP1
+    )
+    service = ImportService({HSM: current}, Deployment(), former_backends=[former])
+    good = wrap(parameters, MATERIAL[AES])
+    assert service.backend_for_import(cmk, parameters.import_token).name == "old"
+    former.calls.clear()
+    former.changing["capabilities"] = changed(protection_levels=frozenset({SOFTWARE}))
+    with pytest.raises(HsmwrapError):
+        service.import_key_material(cmk, good, parameters.import_token)
+    assert former.calls == []
 
 
 def test_a_level_without_a_backend_is_refused_and_never_served_by_another():
