@@ -226,9 +226,13 @@ class _Trials:
             control = "The HSM token has no key-encryption key to try it on."
             return _told(attribute, Outcome.NOT_PROVABLE, control)
         # It differs from the control in more than the attribute: what it is for has to work.
-        if not unless_refused(partial(self._is_unwrapped, {}, own.key)):
+        unwrapped = own.private and unless_refused(partial(self._unwrapped, own.key, own, {}))
+        if not unwrapped:
             control = "Nothing shows it: no private key was wrapped and unwrapped as intended."
             return _told(attribute, Outcome.NOT_PROVABLE, control)
+        if attribute is Attribute.UNWRAP_TEMPLATE and (weak := _weakened(unwrapped, own.becomes)):
+            control = f"What is unwrapped as intended is made without it: {_list(weak)}."
+            return _told(attribute, Outcome.NOT_HONOURED, control)
         return self._judged(attribute, attacks, lambda: own.key, lambda: bare_kek)
 
     def _trusted(self) -> Protection:
@@ -309,12 +313,28 @@ class _Trials:
     def _is_unwrapped(self, deviation: Template, kek: Any) -> bool:
         if self._own is None or self._own.private is None:
             return False
-        blob = kek.wrap_key(self._own.private, mechanism=self._mechanism)
-        becomes = self._fit({**self._own.becomes, **deviation})
-        key = self._keep(
+        key = self._unwrapped(kek, self._own, deviation)
+        return all(key[attribute] == value for attribute, value in deviation.items())
+
+    def _unwrapped(self, kek: Any, own: OwnKey, deviation: Template) -> Any:
+        """The private key, wrapped and unwrapped."""
+        blob = kek.wrap_key(own.private, mechanism=self._mechanism)
+        becomes = self._fit({**own.becomes, **deviation})
+        return self._keep(
             kek.unwrap_key(key_data=blob, mechanism=self._mechanism, **for_unwrap(becomes))
         )
-        return all(key[attribute] == value for attribute, value in deviation.items())
+
+
+def _weakened(key: Any, becomes: Template) -> list[str]:
+    """Which protections a key lacks that was unwrapped as intended.
+
+    A token may compare the templates and make the key otherwise (field note 105).
+    """
+    return [
+        f"CKA_{attribute.name}"
+        for attribute in _READABLE
+        if attribute in becomes and unless_refused(lambda: key[attribute] != becomes[attribute])  # noqa: B023
+    ]
 
 
 def _wraps(kek: Any, key: Any, ways: Iterable[tuple[Mechanism, bytes | None]]) -> bool:
