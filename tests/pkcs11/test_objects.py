@@ -20,8 +20,8 @@ READABLE = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
 MAKERS = {"unwrap_key", "generate_key", "generate_keypair", "create_object", "copy"}
 # Keys for trials, which are destroyed at once, and the public half of a transport key.
 TRIALS = {
-    *("cloning.py", "hardening.py", "movability.py", "needs.py", "origin.py"),
-    *("probe.py", "protections.py"),
+    *("cloning.py", "movability.py", "needs.py", "origin.py"),
+    *("probe.py", "protections.py", "trials.py"),
 }
 
 

@@ -13,7 +13,7 @@ from hsmwrap.pkcs11.binding.profiles import by_number
 from hsmwrap.pkcs11.binding.templates import secret_key
 from hsmwrap.pkcs11.binding.traits import AES, BlockCipher
 from hsmwrap.pkcs11.binding.trials import refuses_changed
-from hsmwrap.pkcs11.keysets import admin, needs
+from hsmwrap.pkcs11.keysets import admin, hardening, needs, origin
 from hsmwrap.pkcs11.keysets.keys import Role, _generated_here
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 
@@ -54,6 +54,31 @@ def test_it_is_the_change_that_is_refused():
 def test_a_lost_connection_is_not_a_refusal():
     with pytest.raises(ck.DeviceRemoved):
         refuses_changed(BLOB, Module(ck.DeviceRemoved(), 0, 23).unwrap)
+
+
+class Asked:
+    """A session of a module that takes any key, and notes what it is asked to generate."""
+
+    def __init__(self):
+        self.mechanisms = []
+
+    def generate_key(self, _key_type, _bits, *, mechanism, **_named):
+        self.mechanisms.append(mechanism)
+        raise ck.FunctionNotSupported
+
+
+@pytest.mark.parametrize("forbidden", [True, False])
+def test_a_trial_asks_for_no_key_that_the_profile_forbids(forbidden):
+    """Such a module may hang or crash."""
+    session, never = Asked(), frozenset({Mechanism.AES_KEY_GEN} if forbidden else {})
+    answer = ck.MechanismInvalid if forbidden else ck.FunctionNotSupported
+    with traits.inside(replace(traits.STANDARD, never_mechanisms=never)):
+        assert origin.told_by(session) == {}
+        with pytest.raises(answer):
+            hardening.refused_by(session, AES)
+        with pytest.raises(answer):
+            needs._Trials(session)._key(AES)
+    assert set(session.mechanisms) == ({Mechanism.AES_KEY_GEN} - never)
 
 
 SM4 = BlockCipher(

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from pkcs11.constants import Attribute, MechanismFlag
 from pkcs11.exceptions import PKCS11Error
+from pkcs11.mechanisms import Mechanism
+from pkcs11.types import Session
 
+from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
+from hsmwrap.pkcs11.binding.templates import Template
 
 _T = TypeVar("_T")
 
@@ -27,6 +32,37 @@ def unless_refused(attempt: Callable[[], _T]) -> _T | None:
             if recovery_of(error) is not None:
                 raise
     return None
+
+
+def generate_trial_key(
+    session: Session,
+    template: Template,
+    length: int,
+    mechanism: Mechanism,
+    *,
+    uses: MechanismFlag = MechanismFlag(0),  # noqa: B008  # it does not change
+) -> Any:
+    """Generate a secret key for a trial: unlike :mod:`.objects` does, it is not read back.
+
+    Args:
+        session: The session.
+        template: With the key's type; without CKA_TOKEN it is a session object.
+        length: In bytes.
+        mechanism: Of key generation.
+        uses: Besides those of the template.
+
+    Raises:
+        PKCS11Error: The HSM token refuses, or the profile forbids to ask.
+    """
+    traits.require_sent(mechanism, template)
+    return session.generate_key(
+        template[Attribute.KEY_TYPE],
+        8 * length,
+        mechanism=mechanism,
+        store=template.get(Attribute.TOKEN, False),
+        capabilities=uses,
+        template=template,
+    )
 
 
 def refuses_changed(blob: bytes, unwrap: Callable[[bytes], Any]) -> bool:

@@ -26,6 +26,7 @@ from hsmwrap.pkcs11.binding.templates import (
     secret_key,
 )
 from hsmwrap.pkcs11.binding.traits import BlockCipher
+from hsmwrap.pkcs11.binding.trials import generate_trial_key
 
 NOTHING: frozenset[Attribute] = frozenset()
 OF_UNWRAPPED_KEYS = frozenset({Attribute.COPYABLE, Attribute.MODIFIABLE})
@@ -67,17 +68,17 @@ def _refuses(session: Session, cipher: BlockCipher, template: Template) -> bool:
 
 
 def _make_and_destroy(session: Session, cipher: BlockCipher, template: Template) -> None:
-    traits.require_sent(None, template)
     # Public, so that the security officer can make it too; with an id, as NSS replaces a key by
     # another of its id (field note 46).
-    session.generate_key(
-        cipher.key_type,
-        8 * cipher.length,
-        mechanism=cipher.generate,
-        id=secrets.token_bytes(16),
-        store=True,
-        capabilities=MechanismFlag.WRAP | MechanismFlag.UNWRAP,
-        template={Attribute.KEY_TYPE: cipher.key_type, Attribute.PRIVATE: False, **template},
+    public: Template = {
+        Attribute.KEY_TYPE: cipher.key_type,
+        Attribute.ID: secrets.token_bytes(16),
+        Attribute.TOKEN: True,
+        Attribute.PRIVATE: False,
+    }
+    uses = MechanismFlag.WRAP | MechanismFlag.UNWRAP
+    generate_trial_key(
+        session, public | template, cipher.length, cipher.generate, uses=uses
     ).destroy()
 
 

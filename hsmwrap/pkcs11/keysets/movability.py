@@ -20,10 +20,9 @@ from pkcs11.constants import Attribute, MechanismFlag
 from pkcs11.mechanisms import Mechanism
 from pkcs11.types import Session
 
-from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.templates import NestedTemplate, Template, for_unwrap, secret_key
 from hsmwrap.pkcs11.binding.traits import BlockCipher
-from hsmwrap.pkcs11.binding.trials import unless_refused
+from hsmwrap.pkcs11.binding.trials import generate_trial_key, unless_refused
 
 ONLY_UNDER_TRUSTED: Template = {Attribute.EXTRACTABLE: True, Attribute.WRAP_WITH_TRUSTED: True}
 """What a movable key has in place of CKA_EXTRACTABLE = false."""
@@ -103,14 +102,9 @@ class _Trial:
             Attribute.EXTRACTABLE: False,
             **more,
         }
-        traits.require_sent(None, template)
-        key = self._session.generate_key(
-            self._cipher.key_type,
-            8 * self._cipher.length,
-            mechanism=self._cipher.generate,
-            store=False,
-            capabilities=capabilities,
-            template=template,
+        cipher = self._cipher
+        key = generate_trial_key(
+            self._session, template, cipher.length, cipher.generate, uses=capabilities
         )
         self._made.append(key)
         return key

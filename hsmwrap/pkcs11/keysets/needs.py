@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from pkcs11.constants import Attribute, MechanismFlag
+from pkcs11.constants import Attribute
 from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.types import Session
@@ -28,7 +28,7 @@ from hsmwrap.pkcs11.binding.templates import (
     secret_key,
 )
 from hsmwrap.pkcs11.binding.traits import AES, BlockCipher
-from hsmwrap.pkcs11.binding.trials import refuses_changed
+from hsmwrap.pkcs11.binding.trials import generate_trial_key, refuses_changed
 from hsmwrap.pkcs11.keysets.keys import ROLES, Needs, Role
 from hsmwrap.sm2 import OID_DER
 
@@ -122,16 +122,8 @@ class _Trials:
         return key
 
     def _generate(self, template: Template, mechanism: Mechanism, length: int = _BYTES) -> Any:
-        template = {**template, Attribute.TOKEN: self._stored}
-        key = self._session.generate_key(
-            template[Attribute.KEY_TYPE],
-            8 * length,
-            store=self._stored,
-            capabilities=MechanismFlag(0),
-            mechanism=mechanism,
-            template={a: v for a, v in template.items() if a not in _CLOSING},
-        )
-        return self._keep(key)
+        placed = self._loose(template) | {Attribute.TOKEN: self._stored}
+        return self._keep(generate_trial_key(self._session, placed, length, mechanism))
 
     def _key(self, cipher: BlockCipher, *uses: Attribute) -> Any:
         template = secret_key(cipher.key_type, *uses or (Attribute.ENCRYPT,), extractable=True)

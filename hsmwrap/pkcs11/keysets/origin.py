@@ -28,8 +28,9 @@ from pkcs11.types import Session
 from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.client_errors import read_if_known
 from hsmwrap.pkcs11.binding.returncodes import recovery_of
+from hsmwrap.pkcs11.binding.templates import Template
 from hsmwrap.pkcs11.binding.traits import BlockCipher
-from hsmwrap.pkcs11.binding.trials import unless_refused
+from hsmwrap.pkcs11.binding.trials import generate_trial_key, unless_refused
 from hsmwrap.pkcs11.sessions.session import find_objects
 
 Told = Mapping[int, frozenset[Attribute]]
@@ -77,9 +78,9 @@ def _told_of(session: Session, cipher: BlockCipher) -> frozenset[Attribute] | No
     uses = MechanismFlag.ENCRYPT | MechanismFlag.WRAP | MechanismFlag.UNWRAP
     generate = partial(_generate, session, cipher)
     known = _DERIVATIONS.get(cipher.key_type, ())
-    base = known and unless_refused(partial(generate, capabilities=uses | MechanismFlag.DERIVE))
+    base = known and unless_refused(partial(generate, uses | MechanismFlag.DERIVE))
     derivations = known if base else ()
-    base = base or unless_refused(partial(generate, capabilities=uses))
+    base = base or unless_refused(partial(generate, uses))
     if base is None:
         return None
     ways = [partial(_create, session, cipher), partial(_unwrap, session, cipher, base)]
@@ -98,21 +99,6 @@ def _told_of(session: Session, cipher: BlockCipher) -> frozenset[Attribute] | No
     return told
 
 
-def _generate(
-    session: Session,
-    cipher: BlockCipher,
-    more: Mapping[Attribute, Any] | None = None,
-    **named: Any,
-) -> Any:
-    return session.generate_key(
-        cipher.key_type,
-        8 * cipher.length,
-        mechanism=cipher.generate,
-        template={Attribute.KEY_TYPE: cipher.key_type, **(more or {})},
-        **named,
-    )
-
-
 def user_makes_trusted(session: Session) -> bool | None:
     """Whether the holder of the user PIN can make a key with CKA_TRUSTED.
 
@@ -128,15 +114,15 @@ def user_makes_trusted(session: Session) -> bool | None:
     if Attribute.TRUSTED in traits.here().never_attributes:
         return None
     label = f"trust:{secrets.token_hex(8)}"
+    named = {Attribute.LABEL: label}
     made = False
     try:
         for cipher in traits.here().ciphers:
-            generate = partial(
-                _generate, session, cipher, label=label, capabilities=MechanismFlag.WRAP
+            generate = partial(_generate, session, cipher, MechanismFlag.WRAP)
+            made |= (
+                unless_refused(partial(generate, {**named, Attribute.PRIVATE: False})) is not None
             )
-            public = {Attribute.PRIVATE: False}
-            made |= unless_refused(partial(generate, more=public)) is not None
-            trusted = unless_refused(partial(_generate_trusted, generate))
+            trusted = unless_refused(partial(_generate_trusted, generate, named))
             if trusted is not None and read_if_known(trusted, Attribute.TRUSTED):
                 return True
         return False if made else None
@@ -145,12 +131,19 @@ def user_makes_trusted(session: Session) -> bool | None:
             _discard(key)
 
 
-def _generate_trusted(generate: Callable[..., Any]) -> Any:
+def _generate(
+    session: Session, cipher: BlockCipher, uses: MechanismFlag, more: Template | None = None
+) -> Any:
+    template = {Attribute.KEY_TYPE: cipher.key_type, **(more or {})}
+    return generate_trial_key(session, template, cipher.length, cipher.generate, uses=uses)
+
+
+def _generate_trusted(generate: Callable[[Template], Any], named: Template) -> Any:
     try:
-        return generate(more={Attribute.PRIVATE: False, Attribute.TRUSTED: True})
+        return generate({**named, Attribute.PRIVATE: False, Attribute.TRUSTED: True})
     except UserNotLoggedIn as error:
         # The security officer's login is meant, or the user's; without that, this fails as well.
-        generate(more={Attribute.PRIVATE: True})
+        generate({**named, Attribute.PRIVATE: True})
         raise AttributeReadOnly(str(error)) from None
 
 

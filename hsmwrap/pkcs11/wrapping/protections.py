@@ -14,12 +14,11 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from pkcs11.constants import Attribute, MechanismFlag
+from pkcs11.constants import Attribute
 from pkcs11.mechanisms import Mechanism
 from pkcs11.types import Session
 
 from hsmwrap.backend import Outcome, Protection
-from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.templates import (
     Template,
     for_unwrap,
@@ -27,7 +26,7 @@ from hsmwrap.pkcs11.binding.templates import (
     without,
 )
 from hsmwrap.pkcs11.binding.traits import BlockCipher
-from hsmwrap.pkcs11.binding.trials import unless_refused
+from hsmwrap.pkcs11.binding.trials import generate_trial_key, unless_refused
 
 _READABLE: Template = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
 _EXTRACTABLE: Template = {Attribute.EXTRACTABLE: True}
@@ -260,36 +259,20 @@ class _Trials:
         return key
 
     def _generate(self, template: Template) -> Any:
-        traits.require_sent(None, template)
+        cipher = self._cipher
         return self._keep(
-            self._session.generate_key(
-                self._cipher.key_type,
-                8 * self._cipher.length,
-                mechanism=self._cipher.generate,
-                store=template[Attribute.TOKEN],
-                capabilities=MechanismFlag(0),
-                template=template,
-            )
+            generate_trial_key(self._session, template, cipher.length, cipher.generate)
         )
 
     def _is_wrapped(self, kek: Any, key: Any) -> bool:
-        return kek is not None and any(
-            unless_refused(
-                partial(kek.wrap_key, key, mechanism=mechanism, mechanism_param=parameter)
-            )
-            for mechanism, parameter in ((self._mechanism, None), *self._cipher.weak_wraps)
-        )
+        ways = ((self._mechanism, None), *self._cipher.weak_wraps)
+        return kek is not None and _wraps(kek, key, ways)
 
     def _wraps_otherwise(self, kek: Any) -> bool:
         # Of the kind that the key-encryption key is for: a movable set's wrap no other.
         private = self._own and self._own.private
         key = private or self._generate(self._template() | _EXTRACTABLE)
-        return any(
-            unless_refused(
-                partial(kek.wrap_key, key, mechanism=mechanism, mechanism_param=parameter)
-            )
-            for mechanism, parameter in self._cipher.weak_wraps
-        )
+        return _wraps(kek, key, self._cipher.weak_wraps)
 
     def _is_copied(self, changes: Template, key: Any) -> bool:
         copy = self._keep(key.copy({Attribute.TOKEN: key[Attribute.TOKEN], **changes}))
