@@ -3,13 +3,12 @@
 import pytest
 from support.backends.kept_open import KeptOpen
 from support.faults.shim import fault_shim
-from support.pkcs11.vendors import POOR, PROTECTING, SM_ONLY, by_officer
-
-from hsmwrap.pkcs11 import Pkcs11Backend
+from support.pkcs11.vendors import POOR, PROTECTING, SM_ONLY, by_officer, with_keys
 
 
 class _Vendor(KeptOpen):
     simulated = None
+    trusted = False
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -17,8 +16,7 @@ class _Vendor(KeptOpen):
         directory = tmp_path_factory.mktemp("vendor")
         shim = fault_shim(softhsm.module, directory / "shim")
         settings = cls.simulated.play(shim, directory, softhsm, key_prefix=cls.__name__)
-        Pkcs11Backend.initialise_keys(settings)
-        return settings
+        return with_keys(settings, softhsm, trusted=cls.trusted)
 
 
 class TestPoor(_Vendor):
@@ -37,15 +35,7 @@ class TestSmOnly(_Vendor):
     """Key sets are trusted, so that keys move from one to the next."""
 
     simulated = SM_ONLY
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def settings(cls, softhsm, tmp_path_factory):
-        directory = tmp_path_factory.mktemp("vendor")
-        shim = fault_shim(softhsm.module, directory / "shim")
-        settings = cls.simulated.play(shim, directory, softhsm, key_prefix=cls.__name__)
-        by_officer("initialise", settings, softhsm)
-        return settings
+    trusted = True
 
     @pytest.fixture
     def rotate_keys(self, softhsm, settings):

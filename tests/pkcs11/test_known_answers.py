@@ -20,7 +20,6 @@ from support.importing import (
     each_key_spec,
     open_pkcs11,
 )
-from support.pkcs11.holder import lent_session
 from support.vectors import wycheproof
 
 from hsmwrap.errors import InvalidKeyMaterial
@@ -63,13 +62,6 @@ def backend(softhsm):
     with open_pkcs11(softhsm, "known") as opened:
         opened.capabilities()
         yield opened
-
-
-@pytest.fixture
-def session(backend):
-    """A session; its objects go with it."""
-    with lent_session(backend) as lent:
-        yield lent
 
 
 # --- SM2 by ECDH: GM/T 0003.5 -------------------------------------------------------------------

@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-from support.faults.shim import fault_shim
 from support.importing import AES, MATERIAL, OAEP1, SM2PKE, spec_of
 
 from hsmwrap import registry
@@ -21,11 +20,6 @@ from hsmwrap.testing.clients import openssl_encrypt
 
 SEARCH = "C_FindObjectsInit"
 EVERYTHING_STAYS = {"wrapping_custody": "HsmInternal", "material_custody": "HsmInternal"}
-
-
-@pytest.fixture(scope="module")
-def shim(softhsm, tmp_path_factory):
-    return fault_shim(softhsm.module, tmp_path_factory.mktemp("known"))
 
 
 def open_backend(softhsm, shim, **more):

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from support.faults.shim import fault_shim
 from support.importing import AES, MATERIAL, OAEP1, spec_of
 
 from hsmwrap import registry
@@ -33,11 +32,6 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(opened, "time", clock)
     return clock
-
-
-@pytest.fixture(scope="module")
-def shim(softhsm, tmp_path_factory):
-    return fault_shim(softhsm.module, tmp_path_factory.mktemp("opened"))
 
 
 def open_backend(softhsm, shim, prefix="opened", **more):

@@ -2,7 +2,7 @@
 
 import pytest
 from pkcs11.exceptions import DeviceError
-from support.faults.shim import fault_shim, nothing_left
+from support.faults.shim import nothing_left
 from support.importing import AES, MATERIAL, OAEP1, SM4, spec_of
 from support.pkcs11.quirks import CARD, NETWORK_HSM, ONE_SESSION_CARD, QUIRKS, Quirk, R
 from support.pkcs11.vendors import SM_ONLY
@@ -16,11 +16,6 @@ from hsmwrap.errors import InvalidKeyMaterial
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.testing._conformance.base import tomorrow
 from hsmwrap.testing.clients import openssl_encrypt, pyca_encrypt
-
-
-@pytest.fixture(scope="module")
-def shim(softhsm, tmp_path_factory):
-    return fault_shim(softhsm.module, tmp_path_factory.mktemp("quirks"))
 
 
 @pytest.fixture

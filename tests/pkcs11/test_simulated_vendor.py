@@ -12,11 +12,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pkcs11 import exceptions as ck
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import KDF, KeyType, Mechanism
-from support.faults.shim import fault_shim, nothing_left
+from support.faults.shim import nothing_left
 from support.importing import AES, MATERIAL, RSA_ALGORITHMS, SM2PKE, SM4, flip
 from support.pkcs11.attacker import force
-from support.pkcs11.holder import Holder, lent_session
-from support.pkcs11.vendors import POOR, PROTECTING, SIMULATED, by_officer, vendor_of
+from support.pkcs11.holder import Holder
+from support.pkcs11.vendors import POOR, PROTECTING, SIMULATED, vendor_of, with_keys
 
 from hsmwrap import registry
 from hsmwrap.backend import Custody, Exposure
@@ -38,11 +38,6 @@ READABLE = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
 NOT_PERMITTED = "0x68"
 
 
-@pytest.fixture(scope="module")
-def shim(softhsm, tmp_path_factory):
-    return fault_shim(softhsm.module, tmp_path_factory.mktemp("vendor"))
-
-
 @pytest.fixture(scope="module", params=SIMULATED, ids=str)
 def simulated(request):
     return request.param
@@ -52,12 +47,7 @@ def simulated(request):
 def settings(simulated, shim, softhsm, tmp_path_factory):
     directory = tmp_path_factory.mktemp("profile")
     played = simulated.play(shim, directory, softhsm, key_prefix=f"sim-{simulated}")
-    if not Pkcs11Backend.list_keys(played):
-        if simulated.trusts:
-            by_officer("initialise", played, softhsm)
-        else:
-            Pkcs11Backend.initialise_keys(played)
-    return played
+    return with_keys(played, softhsm, trusted=simulated.trusts)
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +55,6 @@ def backend(settings, shim):
     with nothing_left(shim), registry.open_backend("pkcs11", settings) as opened:
         opened.capabilities()
         yield opened
-
-
-@pytest.fixture
-def session(backend):
-    """A session of the holder of the PIN; its objects go with it."""
-    with lent_session(backend) as lent:
-        yield lent
 
 
 def row_of(report, algorithm=SM2PKE):

@@ -11,13 +11,14 @@ from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_wrap_w
 from pkcs11 import exceptions as ck
 from pkcs11.constants import Attribute, MechanismFlag
 from pkcs11.mechanisms import KeyType, Mechanism
-from support.faults.shim import fault_shim, nothing_left
+from support.faults.shim import nothing_left
 from support.importing import AES, MATERIAL, RSA_ALGORITHMS, SM2PKE, SM4, flip
 from support.pkcs11 import sm4_key_wrap
 from support.pkcs11.attacker import force
-from support.pkcs11.holder import Holder, lent_session
-from support.pkcs11.sm4_vendors import KEY_WRAP, KEYS, MODES, table
-from support.pkcs11.sm_only import bring, issue, played, told
+from support.pkcs11.holder import Holder
+from support.pkcs11.sm4_importing import told
+from support.pkcs11.sm4_vendors import KEY_WRAP, KEYS, MODES
+from support.pkcs11.sm_only import bring, issue, played
 from support.pkcs11.vendors import vendor_of
 
 from hsmwrap import registry
@@ -44,12 +45,6 @@ SM4_TYPE = by_number(KeyType, KEYS["key_type"])
 GENERATE = by_number(Mechanism, KEYS["generate"])
 WRAP = by_number(Mechanism, KEY_WRAP)
 NOT_PERMITTED = "0x68"
-WITHOUT_WRAP = table(**KEYS, **MODES)
-
-
-@pytest.fixture(scope="module")
-def shim(softhsm, tmp_path_factory):
-    return fault_shim(softhsm.module, tmp_path_factory.mktemp("sm4-only"))
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["trusted", "untrusted"])
@@ -68,13 +63,6 @@ def backend(settings, shim):
     with nothing_left(shim), registry.open_backend("pkcs11", settings) as opened:
         opened.capabilities()
         yield opened
-
-
-@pytest.fixture
-def session(backend):
-    """A session of the holder of the PIN; its objects go with it."""
-    with lent_session(backend) as lent:
-        yield lent
 
 
 # --- what is served -------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ from support.importing import (
     flip,
 )
 from support.pkcs11.holder import lent_session
+from support.pkcs11.sm4_importing import told
 from support.pkcs11.sm4_vendors import KEY_WRAP, KEYS, MODES, table
-from support.pkcs11.sm_only import WITH_AES, WITH_RSA, bring, issue, played, told
+from support.pkcs11.sm_only import WITH_AES, WITH_RSA, bring, issue, played
 from support.pkcs11.vendors import by_officer
 
 from hsmwrap import registry
@@ -52,11 +53,6 @@ from hsmwrap.testing.softhsm import SoftHsm
 SEALED, RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, Custody.HSM_INTERNAL
 SM4_TYPE = by_number(KeyType, KEYS["key_type"])
 WITHOUT_WRAP = table(**KEYS, **MODES)
-
-
-@pytest.fixture(scope="module")
-def shim(softhsm, tmp_path_factory):
-    return fault_shim(softhsm.module, tmp_path_factory.mktemp("sm4-only"))
 
 
 @pytest.fixture(scope="module")

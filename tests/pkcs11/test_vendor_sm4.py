@@ -10,13 +10,12 @@ import pytest
 from pkcs11 import exceptions as ck
 from pkcs11.constants import Attribute, MechanismFlag
 from pkcs11.mechanisms import KeyType, Mechanism
-from support.faults.shim import fault_shim, nothing_left
+from support.faults.shim import nothing_left
 from support.importing import SM4, flip
 from support.pkcs11.attacker import force
-from support.pkcs11.holder import Holder, lent_session
+from support.pkcs11.holder import Holder
 from support.pkcs11.sm4_importing import bring, issue, told
 from support.pkcs11.sm4_vendors import WITH_GCM, WITHOUT_GCM
-from support.pkcs11.vendors import by_officer
 
 from hsmwrap import registry
 from hsmwrap.backend import Custody, Exposure
@@ -35,32 +34,6 @@ from hsmwrap.testing.clients import decrypt_message, encrypt_message
 SEALED, RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, Custody.HSM_INTERNAL
 KWP = Mechanism.AES_KEY_WRAP_PAD
 READABLE = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
-WRONG = 0x8000AFFF
-"""A number that no module knows."""
-
-
-@pytest.fixture(scope="module")
-def shim(softhsm, tmp_path_factory):
-    return fault_shim(softhsm.module, tmp_path_factory.mktemp("sm4"))
-
-
-@pytest.fixture(scope="module", params=[WITH_GCM, WITHOUT_GCM], ids=str)
-def vendor(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def play(vendor, shim, softhsm, tmp_path_factory):
-    """Settings for the HSM that is played, with a key set under a prefix that is given."""
-    directory = tmp_path_factory.mktemp("profile")
-
-    def played(prefix, **more):
-        settings = vendor.play(shim, directory, softhsm, key_prefix=f"{prefix}-{vendor}", **more)
-        if not Pkcs11Backend.list_keys(settings):
-            by_officer("initialise", settings, softhsm)
-        return settings
-
-    return played
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +51,6 @@ def backend(settings, shim):
 @pytest.fixture(scope="module")
 def wrapping_key(backend):
     return issue(backend)
-
-
-@pytest.fixture
-def session(backend):
-    """A session of the holder of the PIN; its objects go with it."""
-    with lent_session(backend) as lent:
-        yield lent
 
 
 # --- what the module that is played does ----------------------------------------------------------

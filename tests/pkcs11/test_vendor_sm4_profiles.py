@@ -4,51 +4,20 @@ A module has one profile in a process, so no backend stays open here.
 """
 
 import pytest
-from pkcs11.constants import Attribute
-from pkcs11.mechanisms import Mechanism
-from support.faults.shim import fault_shim
 from support.importing import AES, MATERIAL, SM4
 from support.pkcs11.sm4_importing import bring, issue, report_of, told
-from support.pkcs11.sm4_vendors import KEYS, MODES, WITH_GCM, WITHOUT_GCM, table
+from support.pkcs11.sm4_vendors import KEYS, MODES, WITH_GCM, table
 from support.pkcs11.vendors import by_officer
 
 from hsmwrap import registry
-from hsmwrap.backend import Custody, ReSealsKeys
+from hsmwrap.backend import ReSealsKeys
 from hsmwrap.checkvalue import check_value
 from hsmwrap.errors import UnsupportedOperation
-from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.wrapping.material import parse_key_ref
 from hsmwrap.testing.clients import decrypt_message
 
-SEALED, RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, Custody.HSM_INTERNAL
-KWP = Mechanism.AES_KEY_WRAP_PAD
-READABLE = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
 WRONG = 0x8000AFFF
 """A number that no module knows."""
-
-
-@pytest.fixture(scope="module")
-def shim(softhsm, tmp_path_factory):
-    return fault_shim(softhsm.module, tmp_path_factory.mktemp("sm4"))
-
-
-@pytest.fixture(scope="module", params=[WITH_GCM, WITHOUT_GCM], ids=str)
-def vendor(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def play(vendor, shim, softhsm, tmp_path_factory):
-    """Settings for the HSM that is played, with a key set under a prefix that is given."""
-    directory = tmp_path_factory.mktemp("profile")
-
-    def played(prefix, **more):
-        settings = vendor.play(shim, directory, softhsm, key_prefix=f"{prefix}-{vendor}", **more)
-        if not Pkcs11Backend.list_keys(settings):
-            by_officer("initialise", settings, softhsm)
-        return settings
-
-    return played
 
 
 def test_keys_that_were_only_kept_are_usable_once_they_moved(play, softhsm):

@@ -8,12 +8,11 @@ from dataclasses import replace
 
 from hsmwrap.backend import KeyRef
 from hsmwrap.catalog import WrappingKeySpec
-from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.registry import open_backend
 from hsmwrap.sm2 import decode_spki, open_engine
 from hsmwrap.testing._conformance.base import tomorrow
 from support.importing import MATERIAL, SM2PKE, SM4
-from support.pkcs11.vendors import SM_ONLY, R, by_officer
+from support.pkcs11.vendors import SM_ONLY, R, with_keys
 
 WITH_RSA = replace(SM_ONLY, restrictions=R.NO_AES)
 WITH_AES = replace(SM_ONLY, restrictions=R(0))
@@ -23,12 +22,7 @@ def played(shim, directory, softhsm, prefix, sm4=None, *, trusted=True, hsm=SM_O
     """Settings for the HSM, with a key set; ``sm4``: another such table of the profile."""
     simulated = hsm if sm4 is None else replace(hsm, sm4=sm4)
     settings = simulated.play(shim, directory, softhsm, key_prefix=f"sm-{prefix}")
-    if not Pkcs11Backend.list_keys(settings):
-        if trusted:
-            by_officer("initialise", settings, softhsm)
-        else:
-            Pkcs11Backend.initialise_keys(settings)
-    return settings
+    return with_keys(settings, softhsm, trusted=trusted)
 
 
 def issue(backend):
@@ -40,10 +34,6 @@ def bring(backend, key, material=MATERIAL[SM4], key_spec=SM4, **more):
     public = decode_spki(key.public_key)
     ciphertext = open_engine("libcrypto").encrypt(public, material).to_c1c3c2()
     return backend.unwrap_material(key.private_key, SM2PKE, ciphertext, key_spec=key_spec, **more)
-
-
-def told(report):
-    return " ".join([*report.notes, *(f"{t.step}: {t.consequence}" for t in report.failed)])
 
 
 def perform(settings, key=None, message=None):

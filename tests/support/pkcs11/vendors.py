@@ -70,6 +70,16 @@ def by_officer(action, settings, softhsm):
     assert not done.returncode, done.stderr
 
 
+def with_keys(settings, softhsm, *, trusted=True):
+    """The settings, once the HSM has a key set: trusted, or without trust."""
+    if not Pkcs11Backend.list_keys(settings):
+        if trusted:
+            by_officer("initialise", settings, softhsm)
+        else:
+            Pkcs11Backend.initialise_keys(settings)
+    return settings
+
+
 def perform(action, settings, so_pin_file):
     getattr(Pkcs11Backend, f"{action}_keys")(settings, so_pin_file=so_pin_file)
 
