@@ -22,6 +22,7 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import timedelta
 from enum import IntEnum, StrEnum
@@ -118,10 +119,8 @@ class Settings:
                 object.__setattr__(self, each.name, each.metadata["kind"].read(value))
             except ValueError:
                 kind = each.metadata["kind"]
-                near = did_you_mean([value] if isinstance(value, str) else [], kind.names)
                 raise ConfigurationError(
-                    f"{self.component}: {each.name}: takes {kind.takes}; {near}"
-                    f"this {type(value).__name__} does not fit"
+                    f"{self.component}: {each.name}: takes {kind.takes}; {_advice(kind, value)}"
                 ) from None
 
 
@@ -156,8 +155,32 @@ def unknown_setting(
 
 def did_you_mean(unknown: Iterable[str], known: Sequence[str]) -> str:
     """A question that names the nearest known names; empty where none is near."""
-    near = [match for name in unknown for match in difflib.get_close_matches(name, known, 1)]
+    by_small = {name.casefold(): name for name in known}
+    near = [
+        by_small[match]
+        for name in unknown
+        for match in difflib.get_close_matches(name.casefold(), by_small, 1)
+    ]
     return f"did you mean {', '.join(near)}? " if near else ""
+
+
+_CALLED = {str: "text", bool: "boolean", int: "number", float: "number", dict: "table"}
+
+
+def _advice(kind: Kind, value: Any) -> str:
+    """How the same value has to be written, if that is what is wrong with it; else what is near."""
+    others: list[tuple[str, Callable[[], Any]]] = [("in [ ]", lambda: [value])]
+    if isinstance(value, str):
+        others.append(("without quotes", lambda: tomllib.loads(f"it = {value}")["it"]))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        others.append(("in quotes", lambda: str(value)))
+    for how, other in others:
+        with suppress(ValueError, ConfigurationError):  # TOMLDecodeError is a ValueError
+            kind.read(other())
+            return f"write it {how}"
+    given = value if isinstance(value, list) else [value]
+    near = did_you_mean([name for name in given if isinstance(name, str)], kind.names)
+    return f"{near}this {_CALLED.get(type(value), type(value).__name__)} does not fit"
 
 
 def as_toml(value: Any) -> str:
@@ -217,6 +240,15 @@ def choice(members: Iterable[StrEnum | str]) -> Kind:
         return by_name[value]
 
     return Kind(f"one of {', '.join(by_name)}", read, tuple(by_name))
+
+
+def several(kind: Kind, what: str) -> Kind:
+    """A list of these, as a tuple; not a text."""
+    return Kind(
+        f"a list of {what}",
+        lambda value: tuple(kind.read(each) for each in typed(value, list, tuple)),
+        kind.names,
+    )
 
 
 def typed(value: Any, *types: type) -> Any:

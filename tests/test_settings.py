@@ -18,9 +18,11 @@ from hsmwrap.settings import (
     TEXT,
     Settings,
     choice,
+    did_you_mean,
     integer,
     seconds,
     setting,
+    several,
 )
 from hsmwrap.software.settings import SoftwareSettings
 
@@ -40,6 +42,7 @@ class Acme(Settings):
     sessions: int = setting(integer(1, 64), "Sessions.", 8)
     colour: Colour = setting(choice(Colour), "Colour.", Colour.RED)
     wait: float = setting(seconds(), "Wait.", 1)
+    colours: tuple[Colour, ...] = setting(several(choice(Colour), "red and blue"), "Colours.", ())
     password: str | None = setting(TEXT, "Password.", show=False)
 
 
@@ -73,9 +76,20 @@ def test_a_value_may_be_kept_out_of_the_repr():
         ({"key_file": None}, "acme: key_file: takes text that is not empty; this NoneType"),
         ({"key_file": "k", "sessions": SECRET}, "acme: sessions: takes a whole number, 1 to 64"),
         ({"key_file": "k", "sessions": None}, "this NoneType does not fit"),
-        ({"key_file": "k", "colour": SECRET}, "acme: colour: takes one of red, blue; this str"),
-        ({"key_file": "k", "colour": "bleu"}, "one of red, blue; did you mean blue? this str"),
-        ({"key_file": "k", "colour": 1}, "acme: colour: takes one of red, blue; this int"),
+        ({"key_file": "k", "colour": SECRET}, "acme: colour: takes one of red, blue; this text"),
+        ({"key_file": "k", "colour": "bleu"}, "one of red, blue; did you mean blue? this text"),
+        ({"key_file": "k", "colour": "BLUE"}, "one of red, blue; did you mean blue? this text"),
+        ({"key_file": "k", "colour": 1}, "acme: colour: takes one of red, blue; this number"),
+        ({"key_file": "k", "colour": True}, "acme: colour: takes one of red, blue; this boolean"),
+        ({"KEY_FILE": "k"}, "unknown setting KEY_FILE; did you mean key_file? There are"),
+        ({"key_file": "k", "sessions": "8"}, "takes a whole number, 1 to 64; write it without qu"),
+        ({"key_file": "k", "sessions": "65"}, "takes a whole number, 1 to 64; this text does not"),
+        ({"key_file": "k", "sessions": "8\nkey = 1"}, "write it without quotes"),
+        ({"key_file": "k", "sessions": "8 8"}, "takes a whole number, 1 to 64; this text does not"),
+        ({"key_file": 7}, "acme: key_file: takes text that is not empty; write it in quotes"),
+        ({"key_file": True}, "acme: key_file: takes text that is not empty; this boolean does not"),
+        ({"key_file": "k", "colours": "red"}, "takes a list of red and blue; write it in [ ]"),
+        ({"key_file": "k", "colours": ["re"]}, "did you mean red? this list does not fit"),
     ],
 )
 def test_refusals(given, text):
@@ -117,3 +131,14 @@ def test_our_tables_explain_each_setting(settings):
     assert f"did you mean {table[-1].name}?" in refusal(
         settings.from_mapping, {table[-1].name + "x": 1}
     )
+
+
+def test_names_are_near_in_capitals_too():
+    assert did_you_mean(["der", "C1C3C2_bare"], ["DER", "C1C3C2_BARE"]) == (
+        "did you mean DER, C1C3C2_BARE? "
+    )
+
+
+def test_a_wrong_name_in_a_list_of_layouts():
+    text = refusal(SoftwareSettings.from_mapping, {"sm2_layouts": "DRE"})
+    assert "sm2_layouts: takes a list of C1C3C2, " in text

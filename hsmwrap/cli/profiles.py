@@ -53,7 +53,9 @@ def _list(args: argparse.Namespace) -> int:
 def _sm2(profile: profiles.Profile) -> str:
     if profile.sm2 is None:
         return "as the standard has it"
-    return "decrypts" if profile.sm2.decrypt is not None else "ECDH with its own key type"
+    does = ["unwraps"] if profile.sm2.unwrap is not None else []
+    ecdh = "ECDH with its own key type" if profile.sm2.key_type is not None else "ECDH"
+    return " and ".join([*does, ecdh if profile.sm2.decrypt is None else "decrypts"])
 
 
 def _sm4(profile: profiles.Profile) -> str:

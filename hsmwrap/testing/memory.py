@@ -64,7 +64,7 @@ from hsmwrap.errors import (
     InvalidMac,
     KeyNotFound,
 )
-from hsmwrap.settings import NAME, TEXT, Kind, Settings, choice, setting, typed
+from hsmwrap.settings import NAME, TEXT, Kind, Settings, choice, setting, several, typed
 from hsmwrap.sm2.engine import open_engine
 from hsmwrap.sm2.formats import DEFAULT_LAYOUTS, LAYOUTS, Layout
 from hsmwrap.software import cipher
@@ -85,11 +85,7 @@ Store = MutableMapping[str, bytes]
 
 
 def _some_of(members: type[_E]) -> Kind:
-    one = choice(members)
-    return Kind(
-        f"a list of {', '.join(members)}",
-        lambda value: tuple(one.read(each) for each in typed(value, list, tuple)),
-    )
+    return several(choice(members), ", ".join(members))
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,9 @@ def test_the_list_says_what_was_tried(run_json):
     }
     unproven = {name for name, row in rows.items() if "not run on hardware" in row["tried"]}
     assert unproven == {"luna", "sansec", "tass", "ibm-ep11"}
-    assert rows["sansec"]["sm2"] == "decrypts"
+    assert rows["sansec"]["sm2"] == "unwraps and decrypts"
+    assert rows["ibm-ep11"]["sm2"] == "decrypts"
+    assert rows["luna"]["sm2"] == "ECDH with its own key type"
     assert {rows[name]["sm4"] for name in ("generic", "sansec")} == {"kept, not used"}
     assert rows["tass"]["sm4"] == "CCM"
 
@@ -178,6 +180,51 @@ def test_a_known_number_is_the_mechanism_of_that_name(own):
         (f"{HEAD}[sm4]\nkey_type = 1\necb = 2\n", r"sm4: give gcm, or cbc and one of ecb"),
         (f"{HEAD}[sm4]\nkey_type = 1\ncbc = 2\n", r"sm4: give gcm, or cbc and one of ecb"),
         (f"{HEAD}[sm4]\nkey_type = 1\ngcm = 'GCM'\n", r"gcm: takes a mechanism .* as a number"),
+        (f"{HEAD}[SM2]\n", r"unknown setting SM2; did you mean sm2\?"),
+        (f"{HEAD}[sm2]\ndecrypt = '0x80008200'\n", r"0x80000001; write it without quotes"),
+        (f"{HEAD}[sm2]\ndecrypt = 1\nciphertext = 'der'\n", r"did you mean DER\?"),
+        (f"{HEAD}[asked]\noaep_hashes = ['SHA1']\n", r"did you mean SHA-1\?"),
+        (f"{HEAD}[asked]\nkey_wraps = 0x210A\n", r"by number; write it in \[ \]"),
+        (f"{HEAD}[module]\nmodel = 7\n", r"list of such texts; write it in quotes"),
+        # in the wrong table
+        (f"model = 'HSM'\n{HEAD}", r"model; did you mean module\? One is in the table \[module\]"),
+        (f"{HEAD}[sm2]\ngcm = 1\n", r"sm2: unknown setting gcm; One is in the table \[sm4\]"),
+        (
+            f"{HEAD}[login]\nsessions = 1\n",
+            r"did you mean per_session\? One is in the table \[settings",
+        ),
+        (f"{HEAD}[sm2]\nquirks = []\n", r"sm2: unknown setting quirks; One is in no table, at th"),
+        (f"{HEAD}[never]\nkey_type = 1\n", r"key_type; One is in the table \[sm2\] or \[sm4\]"),
+        (f"{HEAD}[settings]\nmodel = 1\n", r"settings: unknown setting model; One is in the tab"),
+        # without the mechanism that takes it
+        (f"{HEAD}[sm2]\nciphertext = 'DER'\n", r"ciphertext: give decrypt or unwrap as well"),
+        (
+            f"{HEAD}[sm2]\ndecrypt = 1\nunwrap_parameter = '00'\n",
+            r"_parameter: give unwrap as well",
+        ),
+        (f"{HEAD}[sm2]\ndecrypt = 1\nunwrap_ciphertext = 'DER'\n", r"ciphertext: give unwrap as w"),
+        # one number for two things
+        (
+            f"{HEAD}[sm4]\nkey_type = 1\necb = 2\ncbc = 2\n",
+            r"profile: sm4.ecb and sm4.cbc are both 0x2; one of them is wrong",
+        ),
+        (f"{HEAD}[sm2]\ngenerate = 1\nunwrap = 1\n", r"sm2.generate and sm2.unwrap are both 0x1"),
+        (
+            f"{HEAD}[sm2]\ndecrypt = 3\n[sm4]\nkey_type = 1\ngcm = 3\n",
+            r"sm2.decrypt and sm4.gcm are both 0x3",
+        ),
+        (
+            f"{HEAD}[sm2]\nkey_type = 4\n[sm4]\nkey_type = 4\ngcm = 3\n",
+            r"sm2.key_type and sm4.key_type are both 0x4",
+        ),
+        (
+            f"{HEAD}[sm2]\ndecrypt = 0x80008200\n[never]\nmechanisms = [0x80008200]\n",
+            r"never: mechanisms: 0x80008200 is sm2.decrypt; leave one of them out",
+        ),
+        (
+            f"{HEAD}[return_codes]\n0x80000123 = 'restart'\n2147483939 = 'stop'\n",
+            r"return_codes: 2147483939 is there twice",
+        ),
     ],
 )
 def test_a_file_that_is_wrong_is_refused(own, capsys, text, says):
@@ -186,6 +233,25 @@ def test_a_file_that_is_wrong_is_refused(own, capsys, text, says):
         settings(profile_file=file)
     assert main(["profiles", "check", file]) == 2
     assert re.search(says, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        "[sm2]\ndecrypt = 3\nunwrap = 3\nciphertext = 'DER'",
+        "[sm2]\nunwrap = 3\nunwrap_parameter = '00'\nciphertext = 'DER'",
+        "[sm2]\nkey_type = 3\ndecrypt = 3",  # a key type and a mechanism
+        "[sm4]\nkey_type = 3\ngenerate = 1\ngcm = 2\nkey_wrap = 0x210A",
+        "[never]\nmechanisms = ['CKM_AES_KEY_WRAP_KWP']",
+    ],
+)
+def test_what_only_looks_like_a_mistake_is_taken(own, numbers):
+    assert main(["profiles", "check", own(f"{HEAD}{numbers}\n")]) == 0
+
+
+def test_the_name_of_a_profile_is_not_a_file(capsys):
+    assert main(["profiles", "check", "tass"]) == 2
+    assert "this profile comes with hsmwrap, and the setting profile" in capsys.readouterr().err
 
 
 def test_a_setting_of_the_profile_is_checked_like_any_other(own):

@@ -17,7 +17,7 @@ from hsmwrap.pkcs11.wrapping.material import parse_key_ref
 from hsmwrap.testing.clients import decrypt_message
 
 WRONG = 0x8000AFFF
-"""A number that no module knows."""
+"""A number that no module knows, as the next one."""
 
 
 def test_keys_that_were_only_kept_are_usable_once_they_moved(play, softhsm):
@@ -76,7 +76,7 @@ def test_where_gcm_does_not_work_ccm_is_used(play, changed):
     [
         {"gcm": MODES["ctr"]},
         {"ecb": MODES["cbc"], "cbc": MODES["ecb"]},
-        {"cbc": WRONG, "ecb": WRONG},
+        {"cbc": WRONG, "ecb": WRONG + 1},
     ],
 )
 def test_a_number_that_is_another_s_is_not_believed(play, wrong):

@@ -11,11 +11,12 @@ is asked must not be asked. The form of EC points is read from the point.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cache
 from importlib import resources
+from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
@@ -45,6 +46,7 @@ from hsmwrap.settings import (
     did_you_mean,
     integer,
     setting,
+    several,
     typed,
     unknown_setting,
 )
@@ -95,6 +97,8 @@ def _return_codes(value: Any) -> Mapping[int, Recovery]:
             rows[text] = remedy
             continue
         code = _code(text)
+        if code in rows:
+            raise ConfigurationError(f"profile: return_codes: {text} is there twice; keep one")
         if remedy not in _REMEDIES:
             near = did_you_mean([str(remedy)], list(_REMEDIES))
             raise ConfigurationError(
@@ -116,7 +120,7 @@ def _code(text: str) -> int:
     if code in list(CKR):
         raise ConfigurationError(
             f"profile: return_codes: {text} is CKR_{CKR(code).name} of the standard, whose remedy "
-            "is known"
+            "is known; leave it out"
         )
     return int(code)
 
@@ -197,14 +201,6 @@ def by_number(kind: type[_E], value: int) -> _E:
     return made
 
 
-def _several(kind: Kind, what: str) -> Kind:
-    """A list of these; not a text."""
-    return Kind(
-        f"a list of {what}",
-        lambda value: tuple(kind.read(each) for each in typed(value, list, tuple)),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class VendorSm2(Settings):
     """``[sm2]``: a vendor's SM2."""
@@ -233,6 +229,25 @@ class VendorSm2(Settings):
     unwrap_ciphertext: Layout | None = setting(
         choice(Layout), "What that mechanism takes; without it the same as that of C_Decrypt."
     )
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigurationError: A value is wrong, or belongs to a mechanism that is not given.
+        """
+        Settings.__post_init__(self)
+        alone = {
+            "unwrap_parameter": self.unwrap is None and self.unwrap_parameter is not None,
+            "unwrap_ciphertext": self.unwrap is None and self.unwrap_ciphertext is not None,
+            "ciphertext": (self.unwrap or self.decrypt) is None
+            and self.ciphertext is not Layout.C1C3C2,
+        }
+        for name in (name for name, wrong in alone.items() if wrong):
+            needs = "decrypt or unwrap" if name == "ciphertext" else "unwrap"
+            raise ConfigurationError(
+                f"profile: sm2: {name}: give {needs} as well; no mechanism takes it"
+            )
 
     @property
     def unwrap_layout(self) -> Layout:
@@ -339,22 +354,22 @@ class Asked(Settings):
     component: ClassVar[str] = "profile: asked"
 
     key_wraps: tuple[Mechanism, ...] = setting(
-        _several(_number(Mechanism, "a mechanism"), "mechanisms by number"),
+        several(_number(Mechanism, "a mechanism"), "mechanisms by number"),
         "Mechanisms of AES key wrap with padding, the first that works is used; [] for none.",
         AES.key_wraps,
     )
     mac_key_types: tuple[KeyType, ...] = setting(
-        _several(_number(KeyType, "a key type"), "key types by number"),
+        several(_number(KeyType, "a key type"), "key types by number"),
         "Types of keys for CKM_SHA256_HMAC, the first that works is used.",
         STANDARD.mac_key_types,
     )
     oaep_hashes: tuple[OaepHash, ...] = setting(
-        _several(choice(OaepHash), " and ".join(OaepHash)),
+        several(choice(OaepHash), " and ".join(OaepHash)),
         "With which the module's own OAEP is tried; with another it is decoded in the host.",
         tuple(OaepHash),
     )
     oaep_sources: tuple[int, ...] = setting(
-        _several(integer(NO_SOURCE, DATA_SPECIFIED), "0 and 1"),
+        several(integer(NO_SOURCE, DATA_SPECIFIED), "0 and 1"),
         "Source field of OAEP parameters, the first that works is used.",
         STANDARD.oaep_sources,
     )
@@ -416,10 +431,38 @@ class Profile(Settings):
         Kind("a table", lambda value: _table(Never, value)), "What is not.", Never()
     )
     quirks: tuple[str, ...] = setting(
-        _several(TEXT, "texts"),
+        several(TEXT, "texts"),
         "What else is known of it, in words.",
         (),
     )
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigurationError: A value is wrong, or a number is given for two things.
+        """
+        Settings.__post_init__(self)
+        numbers = {f"{of}.{name}": n for of, name, n in self._numbers() if name != "key_type"}
+        types = {f"{of}.{name}": n for of, name, n in self._numbers() if name == "key_type"}
+        for one, other in (*combinations(numbers, 2), *combinations(types, 2)):
+            number = (numbers | types)[one]
+            if number == (numbers | types)[other] and {one, other} != _MAY_BE_ONE:
+                raise ConfigurationError(
+                    f"profile: {one} and {other} are both {number:#x}; one of them is wrong"
+                )
+        for name in (name for name, n in numbers.items() if n in self.never.mechanisms):
+            raise ConfigurationError(
+                f"profile: never: mechanisms: {numbers[name]:#x} is {name}; leave one of them out"
+            )
+
+    def _numbers(self) -> Iterator[tuple[str, str, int]]:
+        """The vendor's numbers: table, name, number."""
+        for table, of in (("sm2", self.sm2), ("sm4", self.sm4)):
+            for each in fields(of) if of is not None else ():
+                number = getattr(of, each.name)
+                if isinstance(number, KeyType | Mechanism):
+                    yield table, each.name, int(number)
 
     @property
     def traits(self) -> Traits:
@@ -449,7 +492,9 @@ class Profile(Settings):
             ConfigurationError: It is not TOML, or not a profile; the text says what is wrong where.
         """
         try:
-            return cls.from_mapping(tomllib.loads(text))
+            given = tomllib.loads(text)
+            _check_places(given)
+            return cls.from_mapping(given)
         except tomllib.TOMLDecodeError as error:
             raise ConfigurationError(f"profile {name}: not TOML: {error}") from None
         except ConfigurationError as error:
@@ -461,6 +506,28 @@ PARTS: Mapping[str, type[Settings]] = MappingProxyType(
     | {"asked": Asked, "never": Never}
 )
 """The tables of a profile, by name."""
+
+
+_MAY_BE_ONE = {"sm2.decrypt", "sm2.unwrap"}
+"""The mechanisms of a vendor that may have one number."""
+
+
+def _check_places(given: Mapping[str, Any]) -> None:
+    """Say where a key is known that stands in another table.
+
+    Raises:
+        ConfigurationError: One does.
+    """
+    known = {name: {row.name for row in part.table()} for name, part in PARTS.items()}
+    known = {"": {row.name for row in Profile.table()}, **known, "settings": {*_SETTINGS}}
+    tables = {"": given, **{name: given[name] for name in known if name in given}}
+    for table, keys in tables.items():
+        for key in sorted(keys.keys() - known[table]) if isinstance(keys, dict) else ():
+            if right := [f"[{name}]" if name else "" for name in known if key in known[name]]:
+                place = f"the table {' or '.join(right)}" if right[0] else "no table, at the top"
+                where = f"profile: {table}: " if table else "profile: "
+                near = did_you_mean([key], sorted(known[table]))
+                raise ConfigurationError(f"{where}unknown setting {key}; {near}One is in {place}")
 
 
 def names() -> tuple[str, ...]:
@@ -503,7 +570,9 @@ def load_file(path: str) -> Profile:
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        why = str(error.strerror) if isinstance(error, OSError) else "not UTF-8"
+        if path in names():
+            why += "; this profile comes with hsmwrap, and the setting profile names it"
         raise ConfigurationError(f"profile_file {path}: {why}") from None
     return Profile.read(path, text)
 
