@@ -199,7 +199,7 @@ class TestSettings:
             ({"initial_backoff": 31}, "initial_backoff exceeds max_backoff"),
             ({"module": ""}, "module: takes text"),
             ({"module": "a\0b"}, "module: takes text"),
-            ({"token_label": 4711}, "token_label: takes text.*int"),
+            ({"token_label": 4711}, "token_label: takes text.*write it in quotes"),
             ({"slot_id": "7"}, "slot_id: takes a slot number"),
             ({"slot_id": True}, "slot_id: takes a slot number"),
             ({"slot_id": -1}, "slot_id: takes a slot number"),

@@ -53,6 +53,7 @@ from hsmwrap.testing.softhsm import SoftHsm
 SEALED, RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, Custody.HSM_INTERNAL
 SM4_TYPE = by_number(KeyType, KEYS["key_type"])
 WITHOUT_WRAP = table(**KEYS, **MODES)
+WITHOUT_CBC = {name: number for name, number in MODES.items() if name != "cbc"}
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +272,7 @@ def test_an_hsm_that_takes_sm4_keys_of_any_length_unwraps_none_by_rsa(play, monk
     [
         (WITHOUT_WRAP, "no working SM4 key wrap"),
         (table(**KEYS, **MODES, key_wrap=0x8000AFFF), "no working SM4 key wrap"),
-        (table(**KEYS, **MODES, key_wrap=MODES["cbc"]), "no working SM4 key wrap"),
+        (table(**KEYS, **WITHOUT_CBC, key_wrap=MODES["cbc"]), "no working SM4 key wrap"),
     ],
 )
 def test_without_key_wrap_keys_are_objects(play, sm4, says):
