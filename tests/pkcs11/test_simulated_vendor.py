@@ -26,12 +26,15 @@ from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
 from hsmwrap.guard import plugin_ref
 from hsmwrap.pkcs11 import Pkcs11Backend
 from hsmwrap.pkcs11.binding.templates import for_unwrap, private_key, secret_key
+from hsmwrap.pkcs11.keysets import admin
 from hsmwrap.pkcs11.keysets.keys import Role
+from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.wrapping import probe as probe_module
 from hsmwrap.pkcs11.wrapping import sm2
 from hsmwrap.pkcs11.wrapping.custody import intermediate, parse_ref
 from hsmwrap.sm2 import OID_DER, Layout, Sm2Ciphertext, decode_spki, known_answer, open_engine
 from hsmwrap.testing._conformance.base import tomorrow
+from hsmwrap.testing.faults import Restriction
 
 SEALED, RESIDENT = Custody.HSM_ENCRYPTED_DATABASE, Custody.HSM_INTERNAL
 READABLE = {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
@@ -175,32 +178,62 @@ def report_with(settings, profile_file):
         return opened.capabilities()
 
 
+def takes(simulated):
+    return simulated.layout or Layout.C1C3C2
+
+
+@pytest.mark.parametrize("layout", Layout)
 def test_a_profile_of_the_same_numbers_for_another_layout_serves_nothing(
-    settings, simulated, tmp_path
+    settings, simulated, tmp_path, shim, layout
 ):
-    wrong = Layout.C1C2C3 if simulated is POOR else Layout.C1C3C2
-    report = report_with(settings, simulated.profile_file(tmp_path, ciphertext=wrong))
+    before = shim.counters().held
+    report = report_with(settings, simulated.profile_file(tmp_path, ciphertext=layout))
+    assert shim.counters().held == before
+    if layout is takes(simulated):
+        assert row_of(report).exposure is Exposure.IN_HSM
+        return
     assert row_of(report) is None
     (missing,) = (each for each in report.missing if each.algorithm is SM2PKE)
     for answer in ("C_UnwrapKey(CKM_VENDOR_0x80008200)", "C_Decrypt(CKM_VENDOR_0x80008200)"):
-        assert answer in missing.reason
+        assert missing.reason.count(answer) == 1
+    assert missing.reason.count(f"With {takes(simulated)} it works: ciphertext") == 1
+    forms = [each.step.partition(" (")[2] for each in missing.tried]
+    assert forms == [f"{custody}, ciphertext as {layout})" for custody in (SEALED, RESIDENT)] * 2
+    assert "serves no SM2 as the profile has it" in " ".join(report.notes)
+
+
+def test_what_is_tried_with_other_layouts_leaves_nothing(settings, simulated, tmp_path, shim):
+    """Also where every key is a token object."""
+    wrong = simulated.profile_file(tmp_path, ciphertext=Layout.C1C3C2_BARE)
+    own = {**settings, "key_prefix": f"token-objects-{simulated}"}
+    shim.restrict(simulated.restrictions | Restriction.NO_SESSION_OBJECTS)
+    try:
+        Pkcs11Backend.initialise_keys(own)
+        before = shim.counters().held
+        report = report_with(own, wrong)
+        assert shim.counters().held == before
+    finally:
+        admin.destroy_all(Pkcs11Settings.from_mapping(own))
+        shim.restrict(simulated.restrictions)
+    assert f"With {takes(simulated)} it works" in str(report.missing)
 
 
 @pytest.mark.parametrize(
-    ("change", "answer"),
+    ("change", "answer", "helps"),
     [
-        ({"unwrap_ciphertext": "DER"}, "CKR_WRAPPED_KEY_INVALID"),
-        ({"unwrap_parameter": "00"}, "CKR_MECHANISM_PARAM_INVALID"),
+        ({"unwrap_ciphertext": "DER"}, "CKR_WRAPPED_KEY_INVALID", True),
+        ({"unwrap_parameter": "00"}, "CKR_MECHANISM_PARAM_INVALID", False),
     ],
 )
 def test_where_unwrapping_does_not_work_the_host_decrypts(
-    settings, simulated, tmp_path, change, answer
+    settings, simulated, tmp_path, change, answer, *, helps
 ):
     change = {**({"ciphertext": simulated.layout} if simulated.layout else {}), **change}
     report = report_with(settings, simulated.profile_file(tmp_path, **change))
     row = row_of(report)
     assert (row.exposure, row.custody) == (Exposure.HOST, SEALED)
-    assert f"C_UnwrapKey(CKM_VENDOR_0x80008200) answered {answer}" in row.reason
+    assert row.reason.count(f"C_UnwrapKey(CKM_VENDOR_0x80008200) answered {answer}") == 1
+    assert (f"With {takes(simulated)} it works: ciphertext (unwrap" in row.reason) == helps
 
 
 def test_an_hsm_that_does_not_compare_c3_is_not_used(settings, monkeypatch):

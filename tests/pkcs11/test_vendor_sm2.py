@@ -12,7 +12,7 @@ from support.pkcs11.vendor_token import VendorToken, packed
 
 from hsmwrap.backend import Custody
 from hsmwrap.catalog import WrappingAlgorithm
-from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
+from hsmwrap.errors import HsmError, InvalidImportToken, InvalidKeyMaterial
 from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.pkcs11.binding.templates import USES
 from hsmwrap.pkcs11.keysets.keys import UNWRAPPED, KeySets, Role, unwrapped_template
@@ -178,3 +178,12 @@ def test_the_probe_finds_out_that_a_key_set_was_made_without_the_profile(vendor)
     store = WrappingKeyStore(KeySets("p", vendor=vendor), "p", TokenFeatures())
     with pytest.raises((InvalidImportToken, TemplateInconsistent)):
         imported(token, store, vendor, Custody.HSM_ENCRYPTED_DATABASE)
+
+
+def test_a_point_of_an_unknown_form_is_told():
+    class Compressed:
+        def __getitem__(self, attribute):
+            return b"\x04\x21\x02" + bytes(32)
+
+    with pytest.raises(HsmError, match=r"it has 35 bytes, 04 21 02 00 …; read are x and y by"):
+        sm2.public_key_der(Compressed())

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import product
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -80,7 +79,7 @@ from hsmwrap.pkcs11.wrapping.use import (
     MessageCipher,
     sm4_ciphers,
 )
-from hsmwrap.sm2 import Sm2Ciphertext, decode_spki, sm2_kdf, sm3
+from hsmwrap.sm2 import Layout, Sm2Ciphertext, decode_spki, sm2_kdf, sm3
 from hsmwrap.sm2.curve import GX, GY
 from hsmwrap.sm2.kdf import xor
 
@@ -505,9 +504,10 @@ class Probe:
         path: ImportPath,
         attempt: Callable[[], Row],
         tried: list[FailedTrial],
+        form: str = "",
     ) -> bool:
         """Whether an import works; then it is a row, else told in ``tried``."""
-        step = f"import by {algorithm}: {path.description}"
+        step = f"import by {algorithm}: {path.description}{form}"
         row = self._try(attempt, lambda error: tried.append(failed_trial(step, error)))
         if row is not None:
             self._found(rows=MappingProxyType({**self.features.rows, algorithm: row}))
@@ -677,10 +677,53 @@ class Probe:
         if self._vendor is not None and self._vendor.unwrap is not None:
             paths.insert(0, ImportPath.VENDOR_UNWRAP)
         tried: list[FailedTrial] = []
-        for path, custody in product(paths, self.custodies()):
-            if self._row(algorithm, path, partial(self._sm2_import, path, custody), tried):
+        custodies = self.custodies()
+        for path in paths:
+            answers: list[FailedTrial] = []
+            for custody in custodies:
+                attempt = partial(self._sm2_import, path, custody)
+                form = f" ({custody}, {self._sm2_form(path)})"
+                if self._row(algorithm, path, attempt, answers, form):
+                    break
+            served = algorithm in self.features.rows
+            remedy = "" if served or not custodies else self._other_layout(path, custodies[-1])
+            tried += [replace(each, consequence=remedy) for each in answers]
+            if served:
                 break
         self._told(algorithm, tried)
+
+    def _sm2_form(self, path: ImportPath) -> str:
+        """What the HSM token is given, in words."""
+        layout = self._layout(path)
+        return "C1 as 04 x y" if layout is None else f"ciphertext as {layout}"
+
+    def _layout(self, path: ImportPath) -> Layout | None:
+        if self._vendor is None or path is ImportPath.DERIVE:
+            return None
+        unwraps = path is ImportPath.VENDOR_UNWRAP
+        return self._vendor.unwrap_layout if unwraps else self._vendor.ciphertext
+
+    def _other_layout(self, path: ImportPath, custody: Custody) -> str:
+        """What the profile has to say where the vendor's mechanism takes another layout.
+
+        Told and not used: it is the profile that says what a mechanism takes.
+        """
+        given = self._layout(path)
+        if self._vendor is None or given is None:
+            return ""
+        for layout in (each for each in Layout if each is not given):
+            vendor = replace(self._vendor, ciphertext=layout, unwrap_ciphertext=None)
+            # Trials of their own, as what is found by them is not so with the settings that are.
+            other = Probe(self._pooled, self._keys, self._settings, self._gcm, vendor)
+            other.features, other._number = self.features, self._number
+            works = other._works(partial(other._sm2_import, path, custody))
+            self._made += other._made
+            if works:
+                return (
+                    f"With {layout} it works: ciphertext (unwrap_ciphertext) under [sm2] of the "
+                    "profile."
+                )
+        return ""
 
     def _sm2_import(self, path: ImportPath, custody: Custody) -> Row:
         row = Row(path, custody)

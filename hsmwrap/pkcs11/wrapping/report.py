@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pkcs11.constants import Attribute
 from pkcs11.mechanisms import KeyType
@@ -76,22 +76,26 @@ def _why_host(algorithm: WrappingAlgorithm, tried: tuple[FailedTrial, ...]) -> s
     steps = [t for t in tried if ImportPath.UNWRAP.description in t.step]
     if algorithm is WrappingAlgorithm.SM2PKE and not steps:
         return "PKCS#11 has no unwrapping by SM2PKE: its decryption ends in the host."
-    unwrapping = "; ".join(_what(t) for t in steps) or "it was not tried"
-    return f"The HSM token does not unwrap by {algorithm}: {unwrapping}."
+    return f"The HSM token does not unwrap by {algorithm}: {_answers(steps) or 'it was not tried.'}"
 
 
 def _missing(settings: Pkcs11Settings, features: TokenFeatures) -> Iterator[MissingCapability]:
     for spec, algorithm in _PAIRS:
         tried = features.tried.get(algorithm, ())
         if algorithm not in features.rows:
-            steps = "; ".join(f"{t.step}: {_what(t)}" for t in tried)
-            reason = (
-                f"Every way failed: {steps}." if steps else "The HSM token has no way to do it."
-            )
+            steps = _answers(tried)
+            reason = f"Every way failed: {steps}" if steps else "The HSM token has no way to do it."
             yield MissingCapability(spec, algorithm, reason, tried)
         elif _refused(settings, features, algorithm):
             reason = "require_implicit_rejection: the HSM token answers an error (tried)."
             yield MissingCapability(spec, algorithm, reason, tried)
+
+
+def _answers(trials: Sequence[FailedTrial]) -> str:
+    """Sentences: what the HSM token answered, and what helps."""
+    answers = "; ".join(dict.fromkeys(map(_what, trials)))
+    remedies = dict.fromkeys(filter(None, (each.consequence for each in trials)))
+    return " ".join([f"{answers}.", *remedies]) if answers else ""
 
 
 def _what(trial: FailedTrial) -> str:
@@ -163,7 +167,11 @@ def _notes(
         )
     yield from _cipher_notes(features)
     if WrappingAlgorithm.SM2PKE not in features.rows:
-        yield "The HSM token serves no SM2: no key pairs on its curve, or no ECDH with them."
+        yield (
+            "The HSM token serves no SM2: no key pairs on its curve, or no ECDH with them."
+            if settings.vendor is None
+            else "The HSM token serves no SM2 as the profile has it under [sm2]."
+        )
     yield from _sm4_notes(settings, features)
 
 

@@ -32,6 +32,7 @@ _POINT_HEADS = {
     64: b"",  # x and y
 }
 """What comes before x and y in CKA_EC_POINT, by its length: each of these occurs."""
+_HEAD_BYTES = 4
 
 
 def generate(
@@ -66,7 +67,11 @@ def public_key_der(public: Any) -> bytes:
     try:
         decode_point(point)
     except ValueError:
-        raise HsmError("the HSM token's CKA_EC_POINT is not an uncompressed SM2 point") from None
+        raise HsmError(
+            "the HSM token's CKA_EC_POINT is not an uncompressed SM2 point: it has "
+            f"{len(told)} bytes, {told[:_HEAD_BYTES].hex(' ')} …; read are x and y by themselves, "
+            "after 04, and both in an OCTET STRING or BIT STRING"
+        ) from None
     return encode_spki(point)
 
 
