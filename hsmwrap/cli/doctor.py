@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         "module": {},
         "token": {},
         "profile": {},
+        "mechanisms": [],
         "key_sets": [],
         "objects": {"before": None, "after": None, "left": []},
         "examination": {},
@@ -135,6 +136,7 @@ def _examine(args: argparse.Namespace, settings: Mapping[str, Any], document: Do
     say(f"asking {checked.module} what it is")
     identity = inspection.identify(checked)
     document["module"], document["token"] = identity.module, identity.token
+    document["mechanisms"] = identity.mechanisms
     fitting = ", ".join(identity.profiles) or "none of `hsmwrap profiles list`"
     document["profile"] = {
         "used": checked.profile or checked.profile_file or "none",

@@ -108,6 +108,9 @@ def _sections(document: Document) -> Iterator[tuple[str, _Table | list[str]]]:
     for name, title in titles.items():
         if document[name]:
             yield title, _facts(document[name])
+    if document["mechanisms"]:
+        columns = ("mechanism", "listed", "for", "in the profile")
+        yield "Mechanisms of the vendor's own", (columns, map(_mechanism, document["mechanisms"]))
     if document["key_sets"]:
         sets = [(s["key_set"], _yes(s["current"]), s["detail"]) for s in document["key_sets"]]
         yield "Key sets", (("key set", "current", "detail"), sets)
@@ -226,6 +229,11 @@ def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {each}" for name, each in value.items()) or "-"
     return str(value) or "-"
+
+
+def _mechanism(each: Document) -> list[str]:
+    names = (each["mechanism"], each["listed"], each["for"], each["profile"])
+    return [*map(_value, names)]
 
 
 def _tried(trial: Document) -> str:

@@ -14,10 +14,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.mechanisms import Mechanism
 
 from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.pkcs11.keysets import admin
-from hsmwrap.pkcs11.sessions.identity import describe_module, describe_token
+from hsmwrap.pkcs11.sessions.identity import (
+    VENDOR_DEFINED,
+    describe_module,
+    describe_token,
+    vendor_mechanisms,
+)
 from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.pkcs11.token.pin import PinSource
@@ -36,10 +42,13 @@ class Identity:
     Attributes:
         module: Path, manufacturer, description, version, Cryptoki version, whether it locks.
         token: Label, serial number, manufacturer, model, versions, slot, flags.
+        mechanisms: Those of the vendor's own, and of the profile: number, what the module says
+            that it is for, what the profile calls it.
     """
 
     module: dict[str, Any]
     token: dict[str, Any]
+    mechanisms: list[dict[str, Any]]
 
     @property
     def profiles(self) -> tuple[str, ...]:
@@ -55,7 +64,24 @@ def identify(settings: Pkcs11Settings) -> Identity:
         As :func:`admin.connected`.
     """
     with admin.connected(settings) as connection:
-        return Identity(describe_module(settings), describe_token(connection))
+        mechanisms = _mechanisms(settings, vendor_mechanisms(connection))
+        return Identity(describe_module(settings), describe_token(connection), mechanisms)
+
+
+def _mechanisms(settings: Pkcs11Settings, said: dict[int, list[str]]) -> list[dict[str, Any]]:
+    of_profile: dict[int, list[str]] = {}
+    for name, number in profiles.vendor_numbers(settings.vendor, settings.sm4).items():
+        if isinstance(number, Mechanism) and number >= VENDOR_DEFINED:
+            of_profile.setdefault(int(number), []).append(name)
+    return [
+        {
+            "mechanism": f"{number:#x}",
+            "listed": number in said,
+            "for": said.get(number, []),
+            "profile": of_profile.get(number, []),
+        }
+        for number in sorted({*said, *of_profile})
+    ]
 
 
 def token_objects(settings: Pkcs11Settings) -> Objects:

@@ -131,7 +131,9 @@ class Pkcs11Settings(Settings):
         SWITCH, "Use only key sets that the security officer made trusted.", default=False
     )
     profile: str | None = setting(
-        NAME, "Vendor profile; `hsmwrap profiles list` has those that there are."
+        NAME,
+        "Vendor profile; `hsmwrap profiles list` has those that there are. All backends of a "
+        "process on one module need the same, `[sm4]` included.",
     )
     profile_file: str | None = setting(TEXT, "File with a vendor profile of your own (TOML).")
     name: str = setting(NAME, "Name of the backend in import tokens and key references.", "pkcs11")

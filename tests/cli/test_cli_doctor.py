@@ -30,6 +30,7 @@ KEYS = {
     "module",
     "token",
     "profile",
+    "mechanisms",
     "key_sets",
     "objects",
     "examination",

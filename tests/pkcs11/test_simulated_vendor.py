@@ -4,7 +4,10 @@ The known answer is the example of GM/T 0003.5; every attack has a control on a 
 attacker made.
 """
 
+import json
 import secrets
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -22,9 +25,11 @@ from hsmwrap import registry
 from hsmwrap.backend import Custody, Exposure
 from hsmwrap.catalog import WrappingKeySpec
 from hsmwrap.checkvalue import check_value
+from hsmwrap.ckr import CKR
 from hsmwrap.errors import InvalidImportToken, InvalidKeyMaterial
 from hsmwrap.guard import plugin_ref
-from hsmwrap.pkcs11 import Pkcs11Backend
+from hsmwrap.pkcs11 import Pkcs11Backend, inspection
+from hsmwrap.pkcs11.binding import profiles
 from hsmwrap.pkcs11.binding.templates import for_unwrap, private_key, secret_key
 from hsmwrap.pkcs11.keysets import admin
 from hsmwrap.pkcs11.keysets.keys import Role
@@ -234,6 +239,55 @@ def test_where_unwrapping_does_not_work_the_host_decrypts(
     assert (row.exposure, row.custody) == (Exposure.HOST, SEALED)
     assert row.reason.count(f"C_UnwrapKey(CKM_VENDOR_0x80008200) answered {answer}") == 1
     assert (f"With {takes(simulated)} it works: ciphertext (unwrap" in row.reason) == helps
+
+
+def by_number(mechanisms):
+    return {each["mechanism"]: each for each in mechanisms}
+
+
+IDENTIFY = """
+import json, sys
+from hsmwrap.pkcs11 import inspection
+from hsmwrap.pkcs11.settings import Pkcs11Settings
+settings = Pkcs11Settings.from_mapping(json.loads(sys.argv[1]))
+print(json.dumps(inspection.identify(settings).mechanisms))
+"""
+"""In a process of its own, as a module has one profile in a process."""
+
+
+def test_the_vendor_s_mechanisms_are_listed_beside_those_of_the_profile(settings, simulated):
+    told = by_number(inspection.identify(Pkcs11Settings.from_mapping(settings)).mechanisms)
+    assert told["0x80008200"] == {
+        "mechanism": "0x80008200",
+        "listed": True,
+        "for": ["DECRYPT", "UNWRAP"],
+        "profile": ["sm2.decrypt", "sm2.unwrap"],
+    }
+    assert all(each["listed"] for each in told.values())
+    assert told.get("0x80008201", {"profile": None})["profile"] == (
+        [] if simulated is POOR else None
+    )
+
+
+def test_a_number_that_the_module_does_not_list_is_seen(settings, tmp_path, shim):
+    """And neither one that is never asked for, nor a module that says no more, stops anything."""
+    text = profiles.text_of("tass").replace("0x80008200", "0x80008210")
+    (file := tmp_path / "wrong.toml").write_text(f"{text}[never]\nmechanisms = [0x80008200]\n")
+    before = shim.counters()
+    own = {name: value for name, value in settings.items() if not name.startswith("profile")}
+    command = [sys.executable, "-c", IDENTIFY, json.dumps({**own, "profile_file": str(file)})]
+    told = by_number(json.loads(subprocess.check_output(command)))
+    asked = shim.counters().calls_since(before)["C_GetMechanismInfo"]
+    assert asked == len([each for each in told.values() if each["listed"]]) - 1
+    assert not told["0x80008210"]["listed"]
+    assert told["0x80008210"]["profile"] == ["sm2.decrypt", "sm2.unwrap"]
+    assert (told["0x80008200"]["listed"], told["0x80008200"]["for"]) == (True, [])
+    shim.fail("C_GetMechanismInfo", CKR.FUNCTION_NOT_SUPPORTED, always=True)
+    try:
+        told = inspection.identify(Pkcs11Settings.from_mapping(settings)).mechanisms
+        assert [each["for"] for each in told] == [[]] * len(told)
+    finally:
+        shim.clear()
 
 
 def test_an_hsm_that_does_not_compare_c3_is_not_used(settings, monkeypatch):

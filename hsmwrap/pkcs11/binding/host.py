@@ -98,7 +98,8 @@ class ModuleHost(ForkAware):
             if module_traits is not None:
                 if host._users and host._traits not in (None, module_traits):
                     raise ConfigurationError(
-                        f"profile: this process uses {path} by another profile; a module has one"
+                        f"profile: another backend of this process uses {path} by another profile; "
+                        "give both the same one, or each a process of its own"
                     )
                 host._traits = module_traits
             host._users += 1

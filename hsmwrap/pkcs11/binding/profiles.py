@@ -11,7 +11,7 @@ is asked must not be asked. The form of EC points is read from the point.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cache
@@ -443,26 +443,18 @@ class Profile(Settings):
             ConfigurationError: A value is wrong, or a number is given for two things.
         """
         Settings.__post_init__(self)
-        numbers = {f"{of}.{name}": n for of, name, n in self._numbers() if name != "key_type"}
-        types = {f"{of}.{name}": n for of, name, n in self._numbers() if name == "key_type"}
-        for one, other in (*combinations(numbers, 2), *combinations(types, 2)):
-            number = (numbers | types)[one]
-            if number == (numbers | types)[other] and {one, other} != _MAY_BE_ONE:
+        numbers = vendor_numbers(self.sm2, self.sm4)
+        for one, other in combinations(numbers, 2):
+            same = type(numbers[one]) is type(numbers[other]) and numbers[one] == numbers[other]
+            if same and {one, other} != _MAY_BE_ONE:
                 raise ConfigurationError(
-                    f"profile: {one} and {other} are both {number:#x}; one of them is wrong"
+                    f"profile: {one} and {other} are both {numbers[one]:#x}; one of them is wrong"
                 )
-        for name in (name for name, n in numbers.items() if n in self.never.mechanisms):
-            raise ConfigurationError(
-                f"profile: never: mechanisms: {numbers[name]:#x} is {name}; leave one of them out"
-            )
-
-    def _numbers(self) -> Iterator[tuple[str, str, int]]:
-        """The vendor's numbers: table, name, number."""
-        for table, of in (("sm2", self.sm2), ("sm4", self.sm4)):
-            for each in fields(of) if of is not None else ():
-                number = getattr(of, each.name)
-                if isinstance(number, KeyType | Mechanism):
-                    yield table, each.name, int(number)
+        for name, number in numbers.items():
+            if isinstance(number, Mechanism) and number in self.never.mechanisms:
+                raise ConfigurationError(
+                    f"profile: never: mechanisms: {number:#x} is {name}; leave one of them out"
+                )
 
     @property
     def traits(self) -> Traits:
@@ -506,6 +498,16 @@ PARTS: Mapping[str, type[Settings]] = MappingProxyType(
     | {"asked": Asked, "never": Never}
 )
 """The tables of a profile, by name."""
+
+
+def vendor_numbers(sm2: VendorSm2 | None, sm4: VendorSm4 | None) -> dict[str, KeyType | Mechanism]:
+    """The vendor's numbers, by table and name: ``sm2.decrypt``."""
+    return {
+        f"{table}.{each.name}": number
+        for table, of in (("sm2", sm2), ("sm4", sm4))
+        for each in (fields(of) if of is not None else ())
+        if isinstance(number := getattr(of, each.name), KeyType | Mechanism)
+    }
 
 
 _MAY_BE_ONE = {"sm2.decrypt", "sm2.unwrap"}

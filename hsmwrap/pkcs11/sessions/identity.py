@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from pkcs11.constants import TokenFlag
+from pkcs11.constants import MechanismFlag, TokenFlag
+from pkcs11.exceptions import PKCS11Error
 
+from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.host import ModuleHost
+from hsmwrap.pkcs11.binding.returncodes import recovery_of
 from hsmwrap.pkcs11.sessions.connection import Connection
 from hsmwrap.pkcs11.sessions.session import PooledSession
 from hsmwrap.pkcs11.settings import Pkcs11Settings
+
+VENDOR_DEFINED = 0x80000000
+"""CKM_VENDOR_DEFINED: numbers from here on are a vendor's."""
 
 
 def describe_module(settings: Pkcs11Settings) -> dict[str, Any]:
@@ -48,6 +54,31 @@ def _token(pooled: PooledSession) -> dict[str, Any]:
         "slot_description": _plain(slot.slot_description),
         "flags": [flag.name for flag in TokenFlag if token.flags & flag],
     }
+
+
+def vendor_mechanisms(connection: Connection) -> dict[int, list[str]]:
+    """The mechanisms with a number of the vendor's, and what the module says that each is for.
+
+    A module says what it likes there (field note 8): what works is tried.
+    """
+    return connection.run(_vendor_mechanisms)
+
+
+def _vendor_mechanisms(pooled: PooledSession) -> dict[int, list[str]]:
+    slot, never = pooled.session.token.slot, traits.here().never_mechanisms
+    said: dict[int, list[str]] = {}
+    for each in sorted(each for each in slot.get_mechanisms() if each >= VENDOR_DEFINED):
+        said[int(each)] = []
+        if each in never:
+            continue
+        try:
+            flags = slot.get_mechanism_info(each).flags
+        except PKCS11Error as error:
+            if recovery_of(error) is not None:
+                raise
+            continue  # it is listed all the same
+        said[int(each)] = [str(flag.name) for flag in MechanismFlag if flags & flag]
+    return said
 
 
 def _version(version: tuple[int, int]) -> str:
