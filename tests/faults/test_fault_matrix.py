@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -22,46 +21,26 @@ OPERATIONS = (
     *("vendor_issue_sm2", "vendor_import_sm2"),
     *("capabilities", "keys_init", "keys_rotate", "keys_retire", "keys_backup", "keys_restore"),
 )
-# Operations whose cases take long: their codes are shared among so many processes.
-PARTS = {"capabilities": 2, "keys_init": 3, "keys_rotate": 3, "keys_retire": 3}
 STARTING = {"open_again", *(name for name in OPERATIONS if name.startswith("keys_"))}
 ERRORS = {row.error.__name__ for row in RECOVERY.values()}
 # An empty HSM list at start-up is a wrong setting; there is nothing yet to come back.
 ERRORS_AT_START = ERRORS | {"TokenSelectionError"}
 
 
-@dataclass(frozen=True)
-class Share:
-    """One operation and some of the codes: what one process works on."""
-
-    operation: str
-    part: int
-
-    @property
-    def codes(self):
-        return [code.name for code in RECOVERY][self.part :: PARTS.get(self.operation, 1)]
-
-    def __str__(self):
-        return f"{self.operation}-{self.part}" if self.operation in PARTS else self.operation
-
-
-SHARES = [Share(name, part) for name in OPERATIONS for part in range(PARTS.get(name, 1))]
-
-
-@pytest.fixture(params=SHARES, ids=str, scope="module")
+@pytest.fixture(params=OPERATIONS, scope="module")
 def lines(request, tmp_path_factory):
-    """What the process of a share printed."""
-    share = request.param
-    text = once(tmp_path_factory, f"matrix-{share}", partial(run, share))
+    """What the process of an operation printed."""
+    operation = request.param
+    text = once(tmp_path_factory, f"matrix-{operation}", partial(run, operation))
     return [json.loads(line) for line in text.splitlines()]
 
 
-def run(share, directory):
+def run(operation, directory):
     token = make_softhsm(directory / "token")
     settings = token.settings("faults", initial_backoff=0.0, max_backoff=0.0, session_wait=5.0)
     arguments = [directory / "shim", json.dumps(settings), token.environment["HSMWRAP_SO_PIN_FILE"]]
     done = subprocess.run(
-        [sys.executable, "-m", matrix_worker.__name__, *arguments, share.operation, *share.codes],
+        [sys.executable, "-m", matrix_worker.__name__, *arguments, operation],
         env=os.environ | token.environment,
         capture_output=True,
         text=True,
@@ -73,10 +52,10 @@ def run(share, directory):
 
 @pytest.fixture
 def cases(lines, request):
-    """The cases of one share in which the fault was met."""
-    share = request.node.callspec.params["lines"]
-    hit = [case | {"operation": share.operation} for case in lines[:-1] if case["hit"]]
-    assert {case["code"] for case in hit} == set(share.codes)
+    """The cases of one operation in which the fault was met; each code was."""
+    operation = request.node.callspec.params["lines"]
+    hit = [case | {"operation": operation} for case in lines[:-1] if case["hit"]]
+    assert {case["code"] for case in hit} == {code.name for code in RECOVERY}
     return hit
 
 
@@ -107,12 +86,6 @@ def test_the_module_is_never_misused(cases):
 
 def test_a_closed_backend_holds_no_session_and_no_session_object(lines):
     assert lines[-1]["held_after_close"][:2] == [0, 0]
-
-
-def test_all_codes_are_shared_out():
-    for operation in OPERATIONS:
-        codes = [code for share in SHARES if share.operation == operation for code in share.codes]
-        assert sorted(codes) == sorted(code.name for code in RECOVERY)
 
 
 def test_every_error_of_the_table_is_one_of_ours():

@@ -7,7 +7,7 @@ import sys
 
 from support.services.softhsm import make_softhsm
 
-SOAK = ["-m", "soak", "moves", "--keys", "30", "--lifetime", "0", "--pause", "0.03"]
+SOAK = ["-m", "soak", "moves", "--keys", "30", "--lifetime", "0", "--pause", "0.1"]
 
 
 def test_no_call_fails_and_no_key_is_left_behind(tmp_path):
