@@ -932,6 +932,7 @@ class HsmDescription:
         firmware_version: As above.
         library: Manufacturer and description of the library that it is called by.
         library_version: As above.
+        profile: What of its vendor's own it was driven by, where settings choose that.
     """
 
     manufacturer: str = ""
@@ -940,6 +941,7 @@ class HsmDescription:
     firmware_version: str = ""
     library: str = ""
     library_version: str = ""
+    profile: str = ""
 
 
 MESSAGE_VERSION = 1

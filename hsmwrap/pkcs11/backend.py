@@ -564,6 +564,7 @@ class Pkcs11Backend(
             firmware_version=token["firmware_version"],
             library=f"{module['manufacturer']} {module['description']}".strip(),
             library_version=module["version"],
+            profile=self._settings.profile_told,
         )
 
     def health(self) -> Health:

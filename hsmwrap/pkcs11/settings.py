@@ -51,6 +51,7 @@ class Pkcs11Settings(Settings):
         pin: The one PIN source, from the URI or the ``pin_`` settings; None where none is given.
         vendor: The vendor's SM2, from the profile.
         sm4: The vendor's SM4, from the profile.
+        profile_told: Name of the profile, or the summary of the file; empty without either.
         traits: What the profile says of the module's calls.
     """
 
@@ -145,6 +146,7 @@ class Pkcs11Settings(Settings):
     pin: PinSource | None = field(init=False)
     vendor: VendorSm2 | None = field(init=False)
     sm4: VendorSm4 | None = field(init=False)
+    profile_told: str = field(init=False)
     traits: Traits = field(init=False)
 
     @property
@@ -187,6 +189,7 @@ class Pkcs11Settings(Settings):
             "vendor": chosen.sm2 if chosen is not None else None,
             "traits": chosen.traits if chosen is not None else STANDARD,
             "sm4": chosen.sm4 if chosen is not None else None,
+            "profile_told": self.profile or (chosen and f"file: {chosen.summary}") or "",
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)

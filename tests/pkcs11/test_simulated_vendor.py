@@ -22,7 +22,7 @@ from support.pkcs11.holder import Holder
 from support.pkcs11.vendors import POOR, PROTECTING, SIMULATED, vendor_of, with_keys
 
 from hsmwrap import registry
-from hsmwrap.backend import Custody, Exposure
+from hsmwrap.backend import Custody, DescribesHsm, Exposure
 from hsmwrap.catalog import WrappingKeySpec
 from hsmwrap.checkvalue import check_value
 from hsmwrap.ckr import CKR
@@ -267,6 +267,16 @@ def test_the_vendor_s_mechanisms_are_listed_beside_those_of_the_profile(settings
     assert told.get("0x80008201", {"profile": None})["profile"] == (
         [] if simulated is POOR else None
     )
+
+
+def test_a_published_report_says_by_which_profile(backend, simulated, settings):
+    """And no path of a file of one's own: its summary."""
+    summary = profiles.load(simulated.profile).summary
+    assert DescribesHsm.of(backend).describe_hsm().profile == f"file: {summary}"
+    own = {name: value for name, value in settings.items() if not name.startswith("profile")}
+    named = Pkcs11Settings.from_mapping({**own, "profile": simulated.profile})
+    assert named.profile_told == simulated.profile
+    assert not Pkcs11Settings.from_mapping(own).profile_told
 
 
 def test_a_number_that_the_module_does_not_list_is_seen(settings, tmp_path, shim):
