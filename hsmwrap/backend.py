@@ -728,6 +728,10 @@ class Capabilities:
         return next((k for k in self.keys if k.key_spec == key_spec), None)
 
 
+MAX_REFERENCE_LENGTH = 3678
+"""Most bytes of the data of a :class:`PrivateKeyRef`."""
+
+
 @dataclass(frozen=True, slots=True)
 class PrivateKeyRef:
     """A private wrapping key, as an import token carries it.

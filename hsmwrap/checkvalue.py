@@ -23,6 +23,8 @@ METHOD_AES_ECB = 1
 METHOD_SM4_ECB = 2
 """SM4 of it, where the HSM has no AES."""
 METHODS = (METHOD_AES_ECB, METHOD_SM4_ECB)
+OWN_METHODS = 128
+"""From here on: methods of plug-ins."""
 """Those of :func:`check_value`."""
 
 # The key is also used for GCM with 12-byte nonces. GCM encrypts nonce ‖ counter with a counter of 1

@@ -18,9 +18,9 @@ import hmac
 import logging
 import secrets
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, get_args, get_origin, get_
 
 from hsmwrap.backend import (
     CHECK_VALUE_LENGTH,
+    MAX_REFERENCE_LENGTH,
     MESSAGE_VERSION,
     MESSAGE_VERSION_CCM,
     NONCE_LENGTH,
@@ -48,6 +49,7 @@ from hsmwrap.backend import (
     WrappingKey,
 )
 from hsmwrap.catalog import KeySpec, WrappingAlgorithm, WrappingKeySpec
+from hsmwrap.checkvalue import METHODS, OWN_METHODS
 from hsmwrap.composition import Composition, Declared
 from hsmwrap.errors import (
     BackendLoadError,
@@ -130,6 +132,7 @@ class GuardedBackend(Composition, Guarded):
         self._plugin = plugin or self._name
         self._gate = Gate(f"{self._name} backend")
         self._unclosed = [backend]
+        self._looked_at: Capabilities | None = None
 
     def __repr__(self) -> str:
         return f"<guarded {self._backend!r} {self._gate}>"
@@ -173,7 +176,15 @@ class GuardedBackend(Composition, Guarded):
     def _report(self) -> Capabilities:
         report = checked(self._plugin, Backend.capabilities, self._backend.capabilities)
         if report.backend != self._name:
-            raise self._broken(Backend.capabilities, f"speaks of a backend {report.backend[:32]!r}")
+            raise self._broken(
+                Backend.capabilities,
+                f"speaks of a backend {str(report.backend)[:32]!r}; the class's name is "
+                f"{self._name!r}",
+            )
+        if report is not self._looked_at:  # most plug-ins keep theirs
+            if misfit := _misfit(report, Capabilities, ""):
+                raise self._broken(Backend.capabilities, f"returned a report in which {misfit}")
+            self._looked_at = report
         return report
 
     def _require_usable(self, key: KeyRef) -> None:
@@ -210,7 +221,7 @@ class GuardedBackend(Composition, Guarded):
                 algorithm,
                 expires_at=expires_at,
             )
-            if wrong := _wrong_with_pair(key, capability):
+            if wrong := next(_wrong_with_pair(key, capability), None):
                 self._undo(Backend.discard_wrapping_key, key.private_key, "discard a wrapping key")
                 raise self._broken(declared, f"{wrong}; the key pair was discarded")
             return replace(key, private_key=bound(key.private_key, algorithm))
@@ -305,6 +316,12 @@ class GuardedBackend(Composition, Guarded):
         if len(imported.check_value) != CHECK_VALUE_LENGTH:
             length = len(imported.check_value)
             return f"made a check value of {length} bytes; {CHECK_VALUE_LENGTH} are due"
+        if (method := imported.check_value[0]) not in METHODS and method < OWN_METHODS:
+            known = ", ".join(map(str, METHODS))
+            return (
+                f"made a check value of method {method}; there are {known}, and {OWN_METHODS} to "
+                "255 for a plug-in's own"
+            )
         return None
 
     def _undo(self, declared: Declared[[_T], None], made: _T, what: str) -> None:
@@ -476,6 +493,25 @@ def _returns(declared: Callable[..., object]) -> tuple[type, ...]:
     return tuple(get_origin(each) or each for each in alternatives)
 
 
+def _misfit(value: object, hint: Any, what: str) -> str | None:
+    """Where a value has another type than is declared, as a phrase; None where it has not."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind is UnionType:
+        misfits = [_misfit(value, each, what) for each in inner]
+        return None if None in misfits else misfits[0]
+    if not isinstance(value, kind):
+        return f"{what} is {type(value).__name__} where {kind.__name__} is due"
+    parts: Iterator[tuple[object, Any, str]] = iter(())
+    if isinstance(value, tuple | frozenset):
+        parts = ((each, inner[0], f"{what}[]") for each in value)
+    elif is_dataclass(value):
+        hints = get_type_hints(type(value))
+        parts = (
+            (getattr(value, name), hints[name], f"{what}.{name}".lstrip(".")) for name in hints
+        )
+    return next(filter(None, (_misfit(*part) for part in parts)), None)
+
+
 def _broken(plugin: str, declared: Callable[..., object], how: str) -> HsmError:
     return HsmError(f"backend plug-in {plugin}: {declared.__name__} {how}")
 
@@ -492,22 +528,26 @@ def _is_mac(mac: Mac) -> bool:
     return _is_id(mac.key_set) and _are_bytes(mac.tag) and len(mac.tag) == MAC_LENGTH
 
 
-def _wrong_with_pair(key: WrappingKey, asked: WrappingCapability) -> str | None:
+def _wrong_with_pair(key: WrappingKey, asked: WrappingCapability) -> Iterator[str]:
     ref = key.private_key
     if (key.spec, key.algorithm) != (asked.spec, asked.algorithm):
-        return (
+        yield (
             f"made a wrapping key pair for {key.algorithm} with {key.spec} where {asked.algorithm} "
             f"with {asked.spec} was asked for"
         )
     if ref.custody != asked.custody:
-        return f"made a private key of {ref.custody}; its capabilities promise {asked.custody}"
+        yield f"made a private key of {ref.custody}; its capabilities promise {asked.custody}"
     if not _are_bytes(ref.data, key.public_key):
-        return "made a wrapping key pair whose public key or reference are not bytes"
+        yield "made a wrapping key pair whose public key or reference are not bytes"
+    if len(ref.data) > MAX_REFERENCE_LENGTH:
+        yield (
+            f"made a private key reference of {len(ref.data)} bytes; an import token has room for "
+            f"{MAX_REFERENCE_LENGTH}"
+        )
     if len(key.public_key) != _SPKI_LENGTH[key.spec]:
-        return f"made a public key that is not a SubjectPublicKeyInfo of {key.spec}"
+        yield f"made a public key that is not a SubjectPublicKeyInfo of {key.spec}"
     if key.key_set is not None and not _is_id(key.key_set):
-        return "named a key set by what is not 1 to 32 ASCII characters"
-    return None
+        yield "named a key set by what is not 1 to 32 ASCII characters"
 
 
 def plugin_ref(ref: PrivateKeyRef) -> PrivateKeyRef:

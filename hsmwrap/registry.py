@@ -7,7 +7,7 @@ loading imports the one plug-in that was asked for, so a broken one harms only i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -298,4 +298,26 @@ def _accept(entry: BackendEntry, candidate: object) -> type[Backend]:
     if inspect.isabstract(candidate):
         missing = ", ".join(sorted(candidate.__abstractmethods__))
         raise BackendLoadError(f"backend plug-in {entry} does not implement {missing}")
+    for name, why in _other_signatures(candidate):
+        raise BackendLoadError(
+            f"backend plug-in {entry}: {name} does not take what the contract passes: {why}"
+        )
     return candidate
+
+
+def _other_signatures(candidate: type[Backend]) -> Iterator[tuple[str, str]]:
+    """The methods that cannot be called as the contract declares them, and why."""
+    contract = [base for base in candidate.__mro__ if base.__module__ == Backend.__module__]
+    names = dict.fromkeys(
+        (name, base) for base in contract for name in vars(base) if not name.startswith("_")
+    )
+    for name, base in names:
+        declared, own = (inspect.getattr_static(each, name) for each in (base, candidate))
+        if not inspect.isfunction(declared) or not inspect.isfunction(own):
+            continue
+        passed = inspect.signature(declared).parameters.values()
+        named = {each.name: None for each in passed if each.kind is each.KEYWORD_ONLY}
+        try:
+            inspect.signature(own).bind(*[None] * (len(passed) - len(named)), **named)
+        except TypeError as error:
+            yield name, str(error)

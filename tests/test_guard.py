@@ -1,6 +1,7 @@
 """The guard: what a plug-in breaks is named, undone where something was made, and hides nothing."""
 
 import pickle
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,9 +12,12 @@ from support.backends.scripted import INTERNAL, Scripted, changed
 from support.frames import assert_no_secret, frames_of
 from support.importing import AES, OAEP1, OAEP256, PKCS1, SM2PKE, SM4, spec_of
 
+from hsmwrap import guard
 from hsmwrap.backend import (
+    MAX_REFERENCE_LENGTH,
     Custody,
     Exposure,
+    FailedTrial,
     HasKeySets,
     ListsKeySets,
     Mac,
@@ -393,8 +397,76 @@ def test_a_mac_that_is_not_in_the_format_is_an_error(case, differs):
 
 def test_a_report_of_another_backend_is_an_error(case):
     case.script.changing["capabilities"] = changed(backend="other")
-    with pytest.raises(HsmError, match="acme: capabilities speaks of a backend 'other'"):
+    with pytest.raises(HsmError, match="a backend 'other'; the class's name is 'memory'"):
         case.backend.encrypt(case.key, b"message")
+
+
+@pytest.mark.parametrize(
+    ("differs", "says"),
+    [
+        ({"protection_levels": ["HSM"]}, "protection_levels is list where frozenset"),
+        ({"protection_levels": frozenset({"HSM"})}, "protection_levels[] is str where Protec"),
+        ({"keys": []}, "keys is list where tuple is due"),
+        ({"notes": ("one", 2)}, "notes[] is int where str is due"),
+        ({"production": None}, "production is NoneType where bool is due"),
+        ({"failed": (FailedTrial("step", code="7"),)}, "failed[].code is str where int is due"),
+    ],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
+)
+def test_a_report_of_other_types_is_an_error_that_says_where(case, differs, says):
+    case.script.changing["capabilities"] = changed(**differs)
+    with pytest.raises(
+        HsmError, match=re.escape(f"capabilities returned a report in which {says}")
+    ):
+        case.backend.encrypt(case.key, b"message")
+
+
+def test_a_report_with_names_for_members_says_which(case):
+    case.script.changing["capabilities"] = lambda report: replace(
+        report, keys=(replace(report.keys[0], key_spec="Aliyun_AES_256"),)
+    )
+    with pytest.raises(HsmError, match=r"keys\[\].key_spec is str where KeySpec is due"):
+        case.backend.encrypt(case.key, b"message")
+
+
+def test_a_report_that_is_kept_is_looked_at_once(case, monkeypatch):
+    looked = []
+    misfit = guard._misfit
+    monkeypatch.setattr(guard, "_misfit", lambda *rest: looked.append(rest) or misfit(*rest))
+    kept = case.backend.capabilities()
+    assert looked
+    case.script.changing["capabilities"] = lambda _other: kept
+    looked.clear()
+    case.backend.capabilities()
+    assert not looked
+
+
+@pytest.mark.parametrize(
+    ("method", "fits"), [(0, False), (1, True), (2, True), (3, False), (127, False), (128, True)]
+)
+def test_a_check_value_names_a_method_that_there_is(case, method, fits):
+    def answer(imported):
+        return replace(imported, check_value=bytes([method]) + imported.check_value[1:])
+
+    case.script.changing["unwrap_material"] = answer
+    if fits:
+        assert case.bring().check_value[0] == method
+        return
+    with pytest.raises(HsmError, match=f"value of method {method}; there are 1, 2, and 128 to 255"):
+        case.bring()
+    assert dict(case.script.store) == case.before  # the key was destroyed
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_reference_fits_import_tokens(case, more):
+    case.script.changing["generate_wrapping_key"] = lambda pair: replace(
+        pair, private_key=replace(pair.private_key, data=bytes(MAX_REFERENCE_LENGTH + more))
+    )
+    if not more:
+        assert len(case.generate().private_key.data) == MAX_REFERENCE_LENGTH + 1
+        return
+    with pytest.raises(HsmError, match=r"reference of 3679 bytes; .* has room for 3678"):
+        case.generate()
 
 
 # --- around it ----------------------------------------------------------------------------------

@@ -117,6 +117,18 @@ BROKEN = {
         "declares contract version 3; this hsmwrap has contract version 2",
     ),
     "unfinished": (WHOLE.replace("mac = verify_mac =", ""), "does not implement mac, verify_mac"),
+    "narrow": (
+        WHOLE + "\n        def mac(self): ...\n",
+        "mac does not take what the contract passes: too many positional arguments",
+    ),
+    "otherwise": (
+        WHOLE + "\n        def generate_wrapping_key(self, spec, algorithm, *, expires): ...\n",
+        "generate_wrapping_key does not take what the contract passes: missing a required argument",
+    ),
+    "older": (
+        WHOLE + "\n        def unwrap_material(self, key, algorithm, data, *, key_spec): ...\n",
+        "got an unexpected keyword argument 'expected_check_value'",
+    ),
 }
 
 
@@ -129,6 +141,32 @@ def test_a_broken_plugin_is_refused_by_name(site, name):
     assert repr(name) in str(caught.value)
     assert f"dist-{name} 1.0" in str(caught.value)
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "def mac(self, anything, and_more=None): ...",
+        "def mac(*all_of_it): ...",
+        "@staticmethod\n        def mac(data): ...",
+        "def destroy_key(self, k): ...",
+    ],
+)
+def test_what_can_be_called_as_declared_is_accepted(site, method):
+    site.plugin("acme", f"{WHOLE}\n        {method}\n")
+    registry.load("acme")
+
+
+def test_an_ability_is_called_as_declared_too(site):
+    site.plugin(
+        "acme",
+        WHOLE.replace("Backend)", "Backend, CountsObjects)").replace(
+            "import Backend", "import Backend, CountsObjects"
+        )
+        + "\n        def count_objects(self, more): ...\n",
+    )
+    with pytest.raises(BackendLoadError, match=r"count_objects does not take .*'more'"):
+        registry.load("acme")
 
 
 def test_a_value_that_is_no_object_reference_is_refused_by_name(site):

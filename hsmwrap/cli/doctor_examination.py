@@ -194,7 +194,11 @@ def _row(
         missing = next(
             (m for m in capabilities.missing if (m.spec, m.algorithm) == (spec, algorithm)), None
         )
-        reason = missing.reason if missing else "The backend does not report it, and not why."
+        reason = (
+            missing.reason
+            if missing
+            else "Neither wrapping nor missing of its capabilities has this pair."
+        )
         return Row(spec, algorithm, None, reason, missing.tried if missing else ())
     row = Row(spec, algorithm, capability, capability.reason, capability.tried)
     say(f"importing by {spec} {algorithm}")
