@@ -25,19 +25,7 @@ def device(sdf_library, tmp_path_factory):
 def sdf_settings(device, tmp_path, monkeypatch):
     """Settings on the device, with a key set and an empty file of leases."""
     monkeypatch.setenv("SDF_SIMULATOR", str(device.directory))
-    state, password = tmp_path / "state", tmp_path / "password"
-    state.mkdir(mode=0o700)
-    password.write_bytes(simulated.PASSWORD + b"\n")
-    password.chmod(0o400)
-    made = {
-        "library": device.library,
-        "password_file": str(password),
-        "state_directory": str(state),
-        "pool": [f"{simulated.FIRST}-{simulated.FIRST + simulated.PAIRS - 1}"],
-        "storage_index": simulated.STORAGE,
-        "kek_index": simulated.KEK,
-        "reuse_pairs": True,
-    }
+    made = simulated.settings_in(tmp_path, device)
     SdfBackend.initialise_keys(made)
     return made
 

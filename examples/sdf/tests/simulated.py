@@ -1,7 +1,13 @@
-"""The simulated device of the tests: its library, built by gcc, and directories as devices."""
+"""The simulated device of the tests: its library, built by gcc, and directories as devices.
+
+``python simulated.py DIRECTORY`` sets one up, to try the plug-in by hand, with settings for it.
+"""
 
 import ctypes
+import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[1] / "simulator"
@@ -51,3 +57,37 @@ class Device:
     @property
     def sessions(self):
         return self._functions.SIM_Sessions()
+
+
+def settings_in(directory, device):
+    """Settings for the device, with their files in an empty directory."""
+    state, password = directory / "state", directory / "password"
+    state.mkdir(mode=0o700)
+    password.write_bytes(PASSWORD + b"\n")
+    password.chmod(0o400)
+    return {
+        "library": device.library,
+        "password_file": str(password),
+        "state_directory": str(state),
+        "pool": [f"{FIRST}-{FIRST + PAIRS - 1}"],
+        "storage_index": STORAGE,
+        "kek_index": KEK,
+        "reuse_pairs": True,
+    }
+
+
+def as_toml(settings):
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+
+
+def main():
+    directory = Path(sys.argv[1]).absolute()
+    directory.mkdir(parents=True)
+    os.environ["SDF_SIMULATOR"] = str(directory / "device")
+    device = Device(build(directory), directory / "device")
+    (directory / "sdf.toml").write_text(as_toml(settings_in(directory, device)))
+    print(f"export SDF_SIMULATOR={directory / 'device'}")
+
+
+if __name__ == "__main__":
+    main()

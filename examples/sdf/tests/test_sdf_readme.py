@@ -1,11 +1,15 @@
 """README.md says what is true: its settings are read, and its commands do what it says."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import simulated
 
 from hsmwrap.cli import main
 from hsmwrap_sdf.binding import _FUNCTIONS
@@ -31,9 +35,7 @@ def test_the_header_declares_what_is_called_and_nothing_else():
 def test_keys_init_doctor_and_demo_run_as_it_says(sdf_settings, tmp_path, capsys):
     (tmp_path / "state" / "key-set-1.json").unlink()
     file = tmp_path / "sdf.toml"
-    file.write_text(
-        "".join(f"{name} = {json.dumps(each)}\n" for name, each in sdf_settings.items())
-    )
+    file.write_text(simulated.as_toml(sdf_settings))
     options = ["--backend", "sdf", "--settings", str(file)]
     assert main(["keys", "init", *options]) == 0
     assert "storage pair 1, key-encryption key 1" in capsys.readouterr().out
@@ -51,6 +53,20 @@ def test_keys_init_doctor_and_demo_run_as_it_says(sdf_settings, tmp_path, capsys
     assert [(row["wrapping_algorithm"], row["exposure"], row["key_specs"]) for row in imported] == [
         ("SM2PKE", "in_hsm", {"Aliyun_SM4": "used"})
     ] * 2
+
+
+def test_without_a_device_it_runs_as_it_says(tmp_path):
+    (commands,) = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run(
+        ["bash", "-eu", "-c", commands.replace("build/sdf", str(tmp_path / "sdf"))],
+        cwd=ROOT.parents[1],
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"EC_SM2 +SM2PKE +in_hsm ", done.stdout)
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(SDF_\w+)`", README))))
