@@ -6,6 +6,7 @@ What is still arriving holds no thread: only a complete request is handed on.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import TYPE_CHECKING, cast
@@ -14,8 +15,9 @@ from hsmwrap.errors import HsmwrapError
 from hsmwrap.http import deadline
 from hsmwrap.http.answer import Answer
 from hsmwrap.http.errors import RequestTimeout, TooManyConnections
-from hsmwrap.http.parsing import Phase, RequestParser
-from hsmwrap.http.wsgi import Peers, failure
+from hsmwrap.http.parsing import Phase, Request, RequestParser
+from hsmwrap.http.turn import Turn
+from hsmwrap.http.wsgi import Peers, call, environ, failure
 
 if TYPE_CHECKING:
     from hsmwrap.http.gateway import Gateway, Site
@@ -31,6 +33,8 @@ class _State(Enum):
     """Idle, or a request is arriving; within a deadline."""
     SERVING = auto()
     """A complete request waits for a thread or has one."""
+    LENT = auto()
+    """A thread has the whole connection; nothing is read or written here."""
     ANSWERING = auto()
     """The client takes an answer; within a deadline."""
     ENDING = auto()
@@ -49,7 +53,12 @@ class Connection(asyncio.Protocol):
     opening: Opening
 
     def __init__(
-        self, gateway: Gateway, site: Site, client: tuple[str, int], address_key: str
+        self,
+        gateway: Gateway,
+        site: Site,
+        client: tuple[str, int],
+        address_key: str,
+        own: socket.socket | None = None,
     ) -> None:
         """Take what is known of a client before it sends anything.
 
@@ -58,11 +67,13 @@ class Connection(asyncio.Protocol):
             site: What is served here.
             client: Address and port.
             address_key: See the class.
+            own: The connection itself, where a thread may read and write it; None: with TLS.
         """
         self.address_key = address_key
         self._gateway = gateway
         self._site = site
         self._client = client
+        self._own = own
         self._parser = RequestParser(site.max_body, site.read_body)
         self._state = _State.WAITING
         self._timer: asyncio.TimerHandle | None = None
@@ -183,7 +194,42 @@ class Connection(asyncio.Protocol):
         request = self._parser.requests.popleft()
         self._keep_alive = request.keep_alive
         self._gateway.connections.serve(self)
-        self._gateway.call(self._site, request, self._peers, self._done)
+        alone = self._gateway.is_idle and not self._parser.requests
+        if self._own is not None and alone and self._may_lend(request):
+            self._lend(self._own, request)
+        else:
+            self._gateway.call(self._site, request, self._peers, self._done)
+
+    # --- lent to a thread
+
+    def _may_lend(self, request: Request) -> bool:
+        """Whether a thread may answer this request and go on with the connection."""
+        return self._gateway.runs_in_thread(self._site, request)
+
+    def _lend(self, own: socket.socket, request: Request) -> None:
+        self._transport.pause_reading()
+        self._state = _State.LENT
+        turn = Turn(
+            own,
+            self._parser,
+            lambda request: call(self._site.app, environ(request, self._peers)),
+            self._may_lend,
+            lambda: not (self._stopping or self._gateway.last_requests),
+        )
+        self._gateway.lend(
+            lambda is_alone: turn.run(request, is_alone), lambda error: self._take_back(turn, error)
+        )
+
+    def _take_back(self, turn: Turn, error: Answer | None) -> None:
+        """The thread is done with the connection; ``error``: it failed."""
+        self._gateway.served += turn.served - 1  # the first was counted when it was handed over
+        self._keep_alive = turn.keep_alive and (error is None or turn.answering)
+        if self._state is not _State.LENT:
+            return
+        if error is not None and turn.answering:
+            self._send(error)
+        else:
+            self._write(turn.unsent)
 
     def _done(self, answer: Answer) -> None:
         if self._state is _State.SERVING:
@@ -196,10 +242,14 @@ class Connection(asyncio.Protocol):
 
     def _send(self, answer: Answer) -> None:
         self._end_timer()
-        self._gateway.connections.wait(self)
         self._keep_alive &= not (self._stopping or self._gateway.last_requests)
+        self._write(answer.encoded(keep_alive=self._keep_alive))
+
+    def _write(self, answer: bytes) -> None:
+        self._gateway.connections.wait(self)
         self._state = _State.SERVING
-        self._transport.write(answer.encoded(keep_alive=self._keep_alive))
+        if answer:
+            self._transport.write(answer)
         if self._state is _State.SERVING:  # write() may have called pause_writing
             self._answered()
 
@@ -214,7 +264,9 @@ class Connection(asyncio.Protocol):
             early, self._early = self._early, b""
             self._parser.feed(early)
         self._advance()
-        if not self._transport.is_closing():
+        if self._state is _State.WAITING and self._stopping:  # said while a thread had it
+            self.stop()
+        if self._state is not _State.LENT and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def _close(self) -> None:

@@ -238,7 +238,7 @@ class Gateway:
             def done(answer: Answer) -> None:
                 answered(replace(answer, body=b""))
 
-        place = site.places.get(request.path, site.otherwise)
+        place = _place(site, request)
         if place is Place.LOOP:
             done(call(site.app, environ(request, peers)))
             return
@@ -263,6 +263,27 @@ class Gateway:
         if reserved:
             late = self.loop.call_later(deadline.PAGE_SECONDS, expire)
         threads.run(partial(call, site.app, environ(request, peers)), finish if reserved else done)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no thread has a request, and none waits for one."""
+        return self._threads.running == 0
+
+    @staticmethod
+    def runs_in_thread(site: Site, request: Request) -> bool:
+        """Whether this is a request for one of the threads, and its answer goes out as it is."""
+        return _place(site, request) is Place.THREAD and request.method != "HEAD"
+
+    def lend(
+        self, work: Callable[[Callable[[], bool]], None], done: Callable[[Answer | None], None]
+    ) -> None:
+        """Have a thread do this for a connection, while :attr:`is_idle`.
+
+        ``work`` gets what tells whether it is still the only one; ``done`` gets the answer of an
+        error.
+        """
+        self.served += 1
+        self._threads.run(partial(work, lambda: self._threads.running == 1), done)
 
     # --- accepting
 
@@ -292,7 +313,8 @@ class Gateway:
 
     def _open(self, client: socket.socket, address: object, site: Site, tls: Tls | None) -> None:
         host, port = address[:2] if isinstance(address, tuple) else ("", 0)
-        connection = Connection(self, site, (host, port), address_key(host))
+        own = client if tls is None else None
+        connection = Connection(self, site, (host, port), address_key(host), own)
         if not self.connections.make_room(connection.address_key):
             client.close()
             return
@@ -327,6 +349,10 @@ def address_key(host: str) -> str:
     if address.ipv4_mapped:
         return str(address.ipv4_mapped)
     return str(ipaddress.ip_network((address, 64), strict=False))
+
+
+def _place(site: Site, request: Request) -> Place:
+    return site.places.get(request.path, site.otherwise)
 
 
 def _ignore(_answer: Answer) -> None:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from hsmwrap.http.answer import Answer
 from hsmwrap.http.wsgi import failure
@@ -24,8 +25,9 @@ PERIOD_SECONDS = 0.05
 SATURATED = 0.95
 """Share of one processor from which on calls are said to compute: the GIL gives them no more."""
 
-_Call = tuple[Callable[[], Answer], Callable[[Answer], None]]
-"""What a thread does, and what is done with its answer."""
+_T = TypeVar("_T")
+_Call = tuple[Callable[[], Any], Callable[[Any], None]]
+"""What a thread does, and what is done with what it returns."""
 
 
 class Concurrency:
@@ -84,7 +86,7 @@ class Threads:
         self._concurrency = Concurrency(threads)
         self._threads: list[threading.Thread] = []
         self._todo: SimpleQueue[_Call | None] = SimpleQueue()
-        self._ended: deque[tuple[Callable[[Answer], None], Answer]] = deque()
+        self._ended: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._waking = self._closed = False
         # Threads beyond the limit are parked; the others wait for a call or run one.
         self._awake = 0
@@ -93,8 +95,16 @@ class Threads:
         self._clock: _ProcessorTime | None = None
         self._watched_since: float | None = None
 
-    def run(self, work: Callable[[], Answer], done: Callable[[Answer], None]) -> None:
-        """Have a thread call ``work``, and the loop ``done`` with its answer."""
+    @property
+    def running(self) -> int:
+        """How many calls run or wait. Also for other threads."""
+        return self._calls - self.free
+
+    def run(self, work: Callable[[], _T], done: Callable[[_T | Answer], None]) -> None:
+        """Have a thread call ``work``, and the loop ``done`` with what it returns.
+
+        If it raises, ``done`` gets the answer of that error.
+        """
         self.free -= 1
         self._todo.put((work, done))
         self._wake_threads()
@@ -112,7 +122,7 @@ class Threads:
 
     def _wake_threads(self) -> None:
         """Have as many threads awake as calls may run now."""
-        wanted = min(self._concurrency.limit, self._calls - self.free)
+        wanted = min(self._concurrency.limit, self.running)
         with self._counting:
             more = max(0, wanted - self._awake)
             parked = min(more, len(self._threads) - self._awake)
