@@ -77,7 +77,7 @@ def as_text(document: Document) -> str:
 
 def as_markdown(document: Document) -> str:
     """The report in Markdown, for a ticket."""
-    return _render(document, "## {}", tables.markdown, lambda line: f"- {line}")
+    return _render(document, "## {}", tables.markdown, _listed)
 
 
 def _render(
@@ -96,8 +96,15 @@ def _render(
     return "\n\n".join(parts)
 
 
-def _filled(line: str) -> str:
-    return textwrap.fill(f"- {line}", _WIDTH, subsequent_indent="  ")
+def _filled(text: str) -> str:
+    first, *more = map(str.strip, text.split("\n"))
+    lines = [textwrap.fill(f"- {first}", _WIDTH, subsequent_indent="  ")]
+    lines += (textwrap.fill(f"  - {line}", _WIDTH, subsequent_indent="    ") for line in more)
+    return "\n".join(lines)
+
+
+def _listed(text: str) -> str:
+    return "- " + "\n  - ".join(map(str.strip, text.split("\n")))
 
 
 def _sections(document: Document) -> Iterator[tuple[str, _Table | list[str]]]:

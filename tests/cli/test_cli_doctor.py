@@ -194,6 +194,19 @@ def test_a_doctor_that_is_terminated_leaves_nothing(softhsm):
     assert inspection.token_objects(checked) == before
 
 
+@pytest.mark.parametrize("form", [[], ["--markdown"]])
+def test_an_error_of_several_lines_keeps_them(softhsm, capsys, form):
+    """As the list of HSM tokens where none is the one that is meant."""
+    settings = {**softhsm.settings("doctor"), "token_label": "none of this name"}
+    assert main(["doctor", *form, *options(settings)]) == 2
+    _, _, said = capsys.readouterr().out.partition("CANNOT RUN: ")
+    first, *tokens = said.partition("\n\n")[0].splitlines()
+    assert "match" in " ".join([first, tokens[0]])
+    label = softhsm.environment["HSMWRAP_TOKEN_LABEL"]
+    assert [each for each in tokens if each.startswith(f"  - label '{label}', serial ")]
+    assert [each for each in tokens if each.startswith("  - set one of: ")]
+
+
 # --- NSS -----------------------------------------------------------------------------------------
 
 
