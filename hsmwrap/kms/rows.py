@@ -4,7 +4,8 @@ Each request asks the database whether a row is still the same, without a transa
 uses the one in memory. So a key that was deleted, disabled or imported again by any process stops
 working in all of them at once.
 
-With SQLite the answer is a counter of the changes by other connections (``PRAGMA data_version``).
+With SQLite the answer is a counter of the changes by other connections (``PRAGMA data_version``),
+and where that has changed, whether the row is as it was: most changes are of other rows.
 With PostgreSQL it is the row's own version (``xmin`` and ``ctid``): each change makes another one.
 """
 
@@ -14,7 +15,7 @@ import sqlite3
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import String, literal_column, select
 
@@ -30,6 +31,7 @@ A process has as many watchers as calls of it have looked for a row at the same 
 """
 _T = TypeVar("_T")
 _VERSION = "xmin::text || ctid::text"
+_WRITTEN = "SELECT * FROM keys WHERE key_id = ?"
 _VERSION_OF_ONE = f"SELECT {_VERSION} FROM keys WHERE key_id = :key_id"  # noqa: S608 (a constant)
 
 
@@ -95,13 +97,14 @@ class _OfSqlite(ForkAware):
             watcher = self._idle.pop()
         except IndexError:
             watcher = _Watcher(self._file)
-        row = watcher.rows.get(key_id) if watcher.nothing_changed() else None
+        row = watcher.unchanged(key_id)
         if row is None:
-            # After the watcher has looked: a change from now on drops this row.
-            with self._database.read() as transaction:
+            # After the watcher has looked: a change from now on makes it look at the row again.
+            with self._database.read() as transaction:  # one snapshot
                 row = transaction.get(Key, key_id)
-            if row is not None:
-                _keep(watcher.rows, key_id, row)
+                written = transaction.connection().exec_driver_sql(_WRITTEN, (key_id,)).first()
+            if row is not None and written is not None:
+                _keep(watcher.rows, key_id, (watcher.seen, tuple(written), row))
         self._idle.append(watcher)
         return row
 
@@ -112,33 +115,42 @@ class _OfSqlite(ForkAware):
 
 
 class _Watcher:
-    """A connection that writes nothing, and rows that were read since it saw the last change.
+    """A connection that writes nothing, and rows that were read since it saw some change.
 
-    Its counter means nothing to another connection.
+    Attributes:
+        rows: By their ids: what it had seen when it looked at the row, the row as SQLite has it,
+            and the row.
+        seen: The counter of changes when it looked last; it means nothing to another connection.
     """
 
     def __init__(self, file: Path) -> None:
-        self.rows: dict[str, Key] = {}
+        self.rows: dict[str, tuple[int | None, tuple[Any, ...], Key]] = {}
+        self.seen: int | None = None
         self._file = file
         self._connection: BareSqlite | None = None
-        self._seen: list[tuple[int]] | None = None
 
-    def nothing_changed(self) -> bool:
-        """Whether the rows are still those of the database; if not, they are dropped."""
+    def unchanged(self, key_id: str) -> Key | None:
+        """The row in memory if it is still that of the database."""
         try:
             if self._connection is None:
                 self._connection = BareSqlite(self._file)
-            seen = self._connection.execute("PRAGMA data_version").fetchall()
+            (self.seen,) = self._connection.execute("PRAGMA data_version").fetchone()
+            known = self.rows.get(key_id)
+            if known is None:
+                return None
+            seen, written, row = known
+            if seen != self.seen:
+                if self._connection.execute(_WRITTEN, (key_id,)).fetchone() != written:
+                    return None
+                self.rows[key_id] = self.seen, written, row
         except sqlite3.Error:
             self.close()  # reading the row says what is wrong
-            seen = None
-        same = seen is not None and seen == self._seen
-        self._seen = seen
-        if not same:
-            self.rows.clear()
-        return same
+            return None
+        return row
 
     def close(self) -> None:
+        self.rows.clear()
+        self.seen = None
         if self._connection is not None:
             self._connection.close()
             self._connection = None

@@ -63,9 +63,10 @@ def test_a_row_is_read_once_for_each_change(used, database_url):
     encrypt()
     for _ in range(3):
         assert len(encrypt()) == len(asked)  # PostgreSQL's: the row's version
-    other("DisableKey", KeyId=key_id)
-    other("EnableKey", KeyId=key_id)
-    assert len(encrypt()) == len(asked) + 1
+    other("UpdateKeyDescription", KeyId=key_id, Description="another")
+    assert len(encrypt()) > len(asked)
+    assert len(encrypt()) == len(asked)
+    other.create()  # another row
     assert len(encrypt()) == len(asked)
 
 
@@ -191,3 +192,18 @@ def test_what_is_wrong_with_the_database_is_said(tmp_path):
     with pytest.raises(ServiceUnavailable, match="SQLITE_CANTOPEN"):
         key_rows(database).get("a")
     database.close()
+
+
+def test_a_watcher_that_connects_again_trusts_no_row(used, database_url):
+    if not database_url.startswith("sqlite"):
+        return
+    one, other, key_id = used
+    rows = key_rows(one.kms._database)
+    rows.get(key_id)
+    watcher = rows._idle[0]
+    watcher._connection.close()
+    other("DisableKey", KeyId=key_id)
+    assert watcher.unchanged(key_id) is None
+    assert watcher.rows == {}  # its next connection may count to the same number
+    assert rows.get(key_id).state == "Disabled"
+    rows.close()
