@@ -5,12 +5,15 @@ C_CopyObject heeds one. It has no AES key wrap and no curve of SM2; 3.8.1 (Debia
 """
 
 import json
+import os
+from contextlib import suppress
 
 import pytest
 from support.backends.kept_open import KeptOpen
 from support.pkcs11.pins import low_counts
 from support.services.opencryptoki import opencryptoki
 
+from hsmwrap import registry
 from hsmwrap.backend import Custody, Exposure
 from hsmwrap.catalog import WrappingAlgorithm
 from hsmwrap.cli import main
@@ -45,6 +48,23 @@ def test_the_doctor_says_what_it_honours(server, tmp_path, capsys):
 def test_a_wrong_pin_is_told_as_its_profile_says(server):
     assert low_counts(server.settings("unused")) == [False, True, False]
     assert profiles.load("opencryptoki").login.tells_wrong_pins
+
+
+def test_it_closes_no_file_that_is_not_its_own(server):
+    """C_Finalize closes one number each time, whatever has it (field note 106)."""
+    settings = server.settings_with_keys("files", profile="opencryptoki")
+    for _ in range(2):  # before the second C_Finalize it has nothing to close twice
+        pipes = [end for _ in range(5) for end in os.pipe()]  # the lowest free numbers
+        there = [os.fstat(each) for each in pipes]
+        try:
+            with registry.open_backend("pkcs11", settings) as backend:
+                backend.mac(b"data")
+            for each, stat in zip(pipes, there, strict=True):
+                assert os.path.samestat(os.fstat(each), stat)
+        finally:
+            for each in pipes:
+                with suppress(OSError):
+                    os.close(each)
 
 
 class TestOpencryptoki(KeptOpen):

@@ -22,7 +22,7 @@ from pkcs11.types import PROTECTED_AUTH, Token
 
 from hsmwrap.ckr import CKR
 from hsmwrap.errors import ConfigurationError
-from hsmwrap.pkcs11.binding import traits
+from hsmwrap.pkcs11.binding import filenumbers, traits
 from hsmwrap.pkcs11.binding.mechanisms import note_mechanisms, noted
 from hsmwrap.pkcs11.binding.returncodes import CryptokiError
 
@@ -199,7 +199,8 @@ class Module(lib):
             return
         _OURS.pop(self._path, None)
         if not self._initialize(self._functions):
-            self._functions.c_finalize(None)
+            with filenumbers.kept():
+                self._functions.c_finalize(None)
             self._initialize(self._functions)
         self.owned = self._path in _OURS
 
@@ -212,7 +213,8 @@ class Module(lib):
         if self._functions is None:
             super().finalize()
         elif self.owned:
-            code = self._functions.c_finalize(None) and self._functions.c_finalize(None)
+            with filenumbers.kept():
+                code = self._functions.c_finalize(None) and self._functions.c_finalize(None)
             if code not in (CKR.OK, CKR.CRYPTOKI_NOT_INITIALIZED):
                 raise CryptokiError("C_Finalize", code)
             self.owned = False
