@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import hmac
 
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
 METHOD_AES_ECB = 1
 """AES of :data:`CHECK_BLOCK` under the key material."""
 METHOD_SM4_ECB = 2
 """SM4 of it, where the HSM has no AES."""
 METHODS = (METHOD_AES_ECB, METHOD_SM4_ECB)
+"""Those of :func:`check_value`."""
 OWN_METHODS = 128
 """From here on: methods of plug-ins."""
-"""Those of :func:`check_value`."""
 
 # The key is also used for GCM with 12-byte nonces. GCM encrypts nonce ‖ counter with a counter of 1
 # or more (NIST SP 800-38D, 7.1: J0 ends in 1), and the all-zero block for the hash key. It never
@@ -37,6 +35,9 @@ CHECK_BLOCK = b"hsmwrap-kcv\x01" + bytes(4)
 
 def check_value(material: bytes, method: int = METHOD_AES_ECB) -> bytes:
     """Check value (KCV) of key material (16, 24 or 32 bytes): method ‖ ECB(block), 17 bytes."""
+    # Here, as each backend is checked by the numbers above and few compute by them.
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
     cipher = {METHOD_AES_ECB: algorithms.AES, METHOD_SM4_ECB: algorithms.SM4}[method]
     # ECB is safe for a single constant block.
     ecb = Cipher(cipher(material), modes.ECB()).encryptor()  # noqa: S305
