@@ -35,8 +35,12 @@ CHECK_BLOCK = b"hsmwrap-kcv\x01" + bytes(4)
 
 def check_value(material: bytes, method: int = METHOD_AES_ECB) -> bytes:
     """Check value (KCV) of key material (16, 24 or 32 bytes): method ‖ ECB(block), 17 bytes."""
-    # Here, as each backend is checked by the numbers above and few compute by them.
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+    # Each backend's check values are looked at by the numbers above, few are computed here.
+    from cryptography.hazmat.primitives.ciphers import (  # noqa: PLC0415
+        Cipher,
+        algorithms,
+        modes,
+    )
 
     cipher = {METHOD_AES_ECB: algorithms.AES, METHOD_SM4_ECB: algorithms.SM4}[method]
     # ECB is safe for a single constant block.
