@@ -7,8 +7,9 @@ import platform
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from hsmwrap import __version__, registry
@@ -168,10 +169,17 @@ def _keys(
         yield settings
         return
     say("the HSM token has no key set: making one for the examination")
-    with inspection.trial_keys(checked, officer_pin(args.so_pin_file or None)) as prefix:
+    with ExitStack() as made:
+        trial_keys, trust = partial(inspection.trial_keys, checked), ""
+        try:
+            prefix = made.enter_context(trial_keys(officer_pin(args.so_pin_file or None)))
+        except UnsupportedOperation as error:
+            say(f"{error}: making those")
+            prefix = made.enter_context(trial_keys(None))
+            trust = "; the security officer makes no trusted ones"
         own = {**settings, "key_prefix": prefix}
         document["key_sets"] = [
-            each | {"detail": f"{each['detail']}; of the doctor, for the examination only"}
+            each | {"detail": f"{each['detail']}; of the doctor, for the examination only{trust}"}
             for each in _key_sets(args.backend, own)
         ]
         yield own

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.faults.shim import fault_shim
 from support.services.nss import make_nss
 
 from hsmwrap import registry
@@ -19,6 +20,7 @@ from hsmwrap.errors import HsmError
 from hsmwrap.pkcs11 import Pkcs11Backend, inspection
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 from hsmwrap.testing import MemoryBackend
+from hsmwrap.testing.faults import Restriction
 
 OAEP_256 = "RSA_2048:RSAES_OAEP_SHA_256"
 KEYS = {
@@ -205,6 +207,43 @@ def test_an_error_of_several_lines_keeps_them(softhsm, capsys, form):
     label = softhsm.environment["HSMWRAP_TOKEN_LABEL"]
     assert [each for each in tokens if each.startswith(f"  - label '{label}', serial ")]
     assert [each for each in tokens if each.startswith("  - set one of: ")]
+
+
+# --- an HSM without trusted keys -----------------------------------------------------------------
+
+
+@pytest.fixture
+def no_trust(softhsm, tmp_path):
+    """Options for SoftHSM that knows no CKA_TRUSTED, as vendors say of their HSMs."""
+    shim = fault_shim(softhsm.module, tmp_path)
+    shim.restrict(Restriction.NO_TRUST)
+    yield options(softhsm.bare_settings(module=str(shim.path), key_prefix="no-trust"))
+    assert not shim.counters().token_objects_delta
+
+
+def test_where_the_officer_makes_no_trusted_keys_the_doctor_makes_others(softhsm, no_trust):
+    officer = ("--so-pin-file", softhsm.environment["HSMWRAP_SO_PIN_FILE"])
+    status, document = run_in_a_process(*no_trust, *officer)
+    assert (status, document["verdict"]["kept"]) == (0, True)
+    (made,) = document["key_sets"]
+    assert "NOT trusted" in made["detail"]
+    assert made["detail"].endswith("the security officer makes no trusted ones")
+    status, document = run_in_a_process(*no_trust)
+    assert "security officer" not in document["key_sets"][0]["detail"]
+
+
+def test_where_the_officer_makes_no_trusted_keys_keys_init_says_so(softhsm, no_trust):
+    officer = ("--so-pin-file", softhsm.environment["HSMWRAP_SO_PIN_FILE"])
+    done = subprocess.run(
+        [sys.executable, "-m", "hsmwrap.cli", "keys", "init", *no_trust, *officer],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    said = " ".join(done.stderr.split())
+    assert "C_GenerateKey(CKM_AES_KEY_GEN) answered CKR_ATTRIBUTE_TYPE_INVALID" in said
+    assert "without the SO PIN (--so-pin-file) the user makes keys" in said
 
 
 # --- NSS -----------------------------------------------------------------------------------------

@@ -277,7 +277,7 @@ def test_an_hsm_that_takes_sm4_keys_of_any_length_unwraps_none_by_rsa(play, monk
 )
 def test_without_key_wrap_keys_are_objects(play, sm4, says):
     settings = play(f"objects-{len(sm4)}-{sm4[-7:-1]}", sm4)
-    assert "1 keys" in Pkcs11Backend.list_keys(settings)[0].detail
+    assert "1 key," in Pkcs11Backend.list_keys(settings)[0].detail
     with registry.open_backend("pkcs11", settings) as opened:
         report = opened.capabilities()
         assert {each.custody for each in (*report.wrapping, *report.keys)} == {RESIDENT}
@@ -296,7 +296,7 @@ def test_a_key_wrap_that_does_not_authenticate_seals_nothing(play, monkeypatch):
     for module in (needs, probe):
         monkeypatch.setattr(module, "refuses_changed", lambda *_: False)
     unsealed = play("unsealed", trusted=False)
-    assert "1 keys" in Pkcs11Backend.list_keys(unsealed)[0].detail
+    assert "1 key," in Pkcs11Backend.list_keys(unsealed)[0].detail
     with registry.open_backend("pkcs11", settings) as opened:
         report = opened.capabilities()
     assert {each.custody for each in report.keys} == {RESIDENT}

@@ -25,6 +25,7 @@ from hsmwrap.errors import (
     HsmwrapError,
     PinError,
     TokenSelectionError,
+    UnsupportedOperation,
 )
 from hsmwrap.pkcs11.binding.host import ModuleHost
 from hsmwrap.pkcs11.binding.module import Module
@@ -105,6 +106,7 @@ def initialise(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo
             time, or a backend of this process is open.
         PinError: A PIN is refused, or the next wrong one may lock the HSM token. As it is not
             tried again, keys that were made by then are left; :func:`list_key_sets` shows them.
+        UnsupportedOperation: The HSM token makes no trusted keys.
         ServiceUnavailable, HsmError: The HSM failed; nothing is kept of the new set.
     """
     keys = key_sets_of(settings)
@@ -127,7 +129,7 @@ def rotate(settings: Pkcs11Settings, so_pin: PinSource | None) -> KeySetInfo:
         ConfigurationError: There is none yet, the present one is trusted and the SO PIN is
             missing, another one is being made at the same time, or a backend of this process is
             open.
-        PinError, ServiceUnavailable, HsmError: As for :func:`initialise`.
+        PinError, UnsupportedOperation, ServiceUnavailable, HsmError: As for :func:`initialise`.
     """
     keys = key_sets_of(settings)
     present = survey(settings, keys)
@@ -211,7 +213,7 @@ def _create(
             if so_pin is None:
                 _make(settings, keys, number, made_by, roles, needs=needs)
             else:
-                with officer_session(settings, so_pin) as session:
+                with officer_session(settings, so_pin) as session, _says_where_trust_ends():
                     if movable is None:
                         movable = movability.is_kept(session, needs.cipher, needs.key_wrap)
                     for role in roles:
@@ -234,6 +236,24 @@ def _create(
     except BaseException:
         clean_up(settings, keys, number, made_by)
         raise
+
+
+@contextmanager
+def _says_where_trust_ends() -> Iterator[None]:
+    """Say what to do where the security officer makes no trusted keys, as on HSMs without trust.
+
+    Raises:
+        UnsupportedOperation: The HSM token refuses them.
+    """
+    try:
+        yield
+    except PKCS11Error as error:
+        if recovery_of(error) is not None:
+            raise
+        raise UnsupportedOperation(
+            f"the HSM token makes no trusted keys for its security officer: {said(error)}; without "
+            "the SO PIN (--so-pin-file) the user makes keys that are not trusted"
+        ) from None
 
 
 def _make(

@@ -171,11 +171,12 @@ class KeySet:
         """For ``hsmwrap keys list``."""
         trust = "trusted" if self.trusted else "NOT trusted (made without the SO PIN)"
         of = "" if self.cipher.key_type is AES.key_type else f" of {self.cipher.name}"
-        detail = f"{len(self.roles)} keys, key-encryption keys{of} {trust}"
+        count = "1 key" if len(self.roles) == 1 else f"{len(self.roles)} keys"
+        detail = f"{count}, key-encryption keys{of} {trust}"
         if not self.movable:
             detail += "; keys cannot move to another set"
         if not self.finished:
-            detail = f"{len(self.roles)} keys, NOT finished: `hsmwrap keys retire` removes them"
+            detail = f"{count}, NOT finished: `hsmwrap keys retire` removes them"
         return KeySetInfo(str(self.number), self.current, detail, self.finished)
 
 
