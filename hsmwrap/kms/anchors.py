@@ -55,15 +55,16 @@ def remember(database: Database, log: AuditLog) -> int | None:
         AuditFailed: The log cannot be read.
         ServiceUnavailable: The database is unavailable.
     """
+    name = log_id(log)
     with database.write() as transaction:
-        anchor = _locked(database, transaction, log)
+        anchor = _locked(database, transaction, log, name)
         # Read under the row lock: other processes append lines and move the anchor too.
         head = log.head()
         if not log.holds(anchor):
             facts = {"log": str(log.path), "sequence": anchor.sequence}
             _log.error("a line of the audit log is missing: run hsmwrap audit verify", extra=facts)
             return None
-        _move(transaction, log, head)
+        _move(transaction, log, name, head)
     return head.sequence
 
 
@@ -86,10 +87,11 @@ def accept(database: Database, log: AuditLog, reason: str) -> tuple[AuditReport,
         damaged = damaged_files(log.path, report)
     except OSError as error:
         raise AuditFailed(f"audit log {log.path}: {error}") from error
+    name = log_id(log)
     with database.write() as transaction:
-        last = max(_locked(database, transaction, log).sequence, report.sound)
+        last = max(_locked(database, transaction, log, name).sequence, report.sound)
         first, old = log.accept(reason, report.finding, damaged, last)
-        _move(transaction, log, replace(first, position=0))
+        _move(transaction, log, name, replace(first, position=0))
     return report, old
 
 
@@ -162,22 +164,22 @@ _MOVED = (
 )
 
 
-def _locked(database: Database, transaction: Session, log: AuditLog) -> Link:
+def _locked(database: Database, transaction: Session, log: AuditLog, name: str) -> Link:
     """The anchor, with its row locked; the row is made where there is none."""
-    wanted = {"log": log_id(log)}
-    row = transaction.execute(_LOCKED, wanted).one_or_none()
+    wanted, connection = {"log": name}, transaction.connection()
+    row = connection.execute(_LOCKED, wanted).one_or_none()
     if row is None:
         first = wanted | {"sequence": 0, "digest": START.digest, "position": 0}
         made = database.insert(AuditAnchor).values(**first, set_at=log.clock())
         # Two processes that start at the same time may both insert.
-        transaction.execute(made.on_conflict_do_nothing())
-        row = transaction.execute(_LOCKED, wanted).one()
+        connection.execute(made.on_conflict_do_nothing())
+        row = connection.execute(_LOCKED, wanted).one()
     return Link(*row)
 
 
-def _move(transaction: Session, log: AuditLog, to: Link) -> None:
+def _move(transaction: Session, log: AuditLog, name: str, to: Link) -> None:
     values = {"to_sequence": to.sequence, "to_digest": to.digest, "to_position": to.position}
-    transaction.connection().execute(_MOVED, values | {"to_set_at": log.clock(), "of": log_id(log)})
+    transaction.connection().execute(_MOVED, values | {"to_set_at": log.clock(), "of": name})
 
 
 def _anchor(row: AuditAnchor) -> Link:

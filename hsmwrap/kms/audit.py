@@ -339,7 +339,10 @@ class AuditLog:
         if line == START:
             return True
         with self._locked() as file:
-            found, path = _has(file, line), self.path.resolve()
+            found = _has(file, line)
+            if found is not None:
+                return found
+            path = self.path.resolve()
             for name in reversed(ended_files(path)):
                 if found is not None:
                     break
