@@ -15,4 +15,9 @@ static const struct maker {
 };
 enum { MAKERS = sizeof makers / sizeof *makers };
 
+/* What follows is done for each template of this function. */
+#define FOR_MAKERS(maker, of)                                                      \
+    for (const struct maker *maker = makers; maker < makers + MAKERS; maker++)     \
+        if (maker->id == (of))
+
 #endif

@@ -394,9 +394,7 @@ static CK_RV call_changed(uint64_t set, enum function_id id, word a[], forward c
     struct ck_mechanism mechanism;
     struct ck_oaep_params oaep;
     size_t used = 0;
-    for (const struct maker *maker = makers; maker < makers + MAKERS; maker++) {
-        if (maker->id != id)
-            continue;
+    FOR_MAKERS(maker, id) {
         struct template *to = &template[used++];
         rewrite(set, id, (const struct ck_attribute *)a[maker->template], a[maker->count], to);
         a[maker->template] = (word)to->attribute;
@@ -426,8 +424,8 @@ static CK_RV refusal(uint64_t set, enum function_id id, const word a[], forward 
 {
     if ((set & LOGIN_PER_SESSION) && needs_login(id) && !is_logged_in(a[0]))
         return CKR_USER_NOT_LOGGED_IN;
-    for (const struct maker *maker = makers; maker < makers + MAKERS; maker++) {
-        CK_RV rv = maker->id == id ? refused_template(set, maker, a) : CKR_OK;
+    FOR_MAKERS(maker, id) {
+        CK_RV rv = refused_template(set, maker, a);
         if (rv != CKR_OK)
             return rv;
     }

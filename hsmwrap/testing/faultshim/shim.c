@@ -100,8 +100,8 @@ static bool is_token_object(const struct maker *maker, const word a[])
 
 static void record_made(enum function_id id, const word a[])
 {
-    for (const struct maker *maker = makers; maker < makers + MAKERS; maker++) {
-        if (maker->id != id || !a[maker->handle])
+    FOR_MAKERS(maker, id) {
+        if (!a[maker->handle])
             continue;
         if (is_token_object(maker, a)) {
             atomic_fetch_add(&control->token_objects_created, 1);
@@ -283,9 +283,8 @@ static void perform_unanswered(enum function_id id, const word a[])
 {
     CK_ULONG *handles[MAKERS + 1], before[MAKERS + 1];
     size_t count = 0;
-    for (const struct maker *maker = makers; maker < makers + MAKERS; maker++)
-        if (maker->id == id)
-            handles[count++] = (CK_ULONG *)a[maker->handle];
+    FOR_MAKERS(maker, id)
+        handles[count++] = (CK_ULONG *)a[maker->handle];
     if (id == FN_C_OpenSession)
         handles[count++] = (CK_ULONG *)a[4];
     for (size_t i = 0; i < count; i++)

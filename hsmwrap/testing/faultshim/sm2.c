@@ -636,9 +636,7 @@ static CK_RV make(const struct vendor *vendor, enum function_id id, const word g
     struct template to[2] = {{.count = 0}, {.count = 0}};
     size_t used = 0;
     copy_arguments(id, given, a);
-    for (const struct maker *maker = makers; maker < makers + MAKERS; maker++) {
-        if (maker->id != id)
-            continue;
+    FOR_MAKERS(maker, id) {
         const struct ck_attribute *list = (const struct ck_attribute *)a[maker->template];
         CK_ULONG count = a[maker->count];
         struct template *as = &to[used++];
