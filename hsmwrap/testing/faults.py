@@ -476,10 +476,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser(
         "play", help="set up a shim that plays a vendor's HSM in front of SoftHSM2, print its path"
     )
-    command.add_argument("vendor", choices=["sansec", "tass"])
-    command.add_argument("directory", type=Path)
+    command.add_argument(
+        "vendor", choices=["sansec", "tass"], help="whose numbers it has; a profile uses them"
+    )
+    command.add_argument("directory", type=Path, help="for the shim; it may be there already")
     names = [str(each.name) for each in Restriction]
-    command.add_argument("--restrict", metavar="RESTRICTION", nargs="+", default=[], choices=names)
+    command.add_argument(
+        "--restrict",
+        metavar="RESTRICTION",
+        nargs="+",
+        default=[],
+        choices=names,
+        help=f"after the directory: what it does not do besides; of {', '.join(names)}",
+    )
     given = parser.parse_args(arguments)
     try:
         library = _played(given) if "vendor" in given else None
