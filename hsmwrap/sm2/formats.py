@@ -33,7 +33,7 @@ from hsmwrap.settings import Kind, typed
 from hsmwrap.sm2.curve import FIELD_BYTES, POINT_BYTES, is_on_curve
 
 _HASH_BYTES: Final = 32
-_INTEGER, _OCTET_STRING, _SEQUENCE = 0x02, 0x04, 0x30
+_OCTET_STRING, _SEQUENCE = 0x04, 0x30
 _LONG_FORM: Final = 0x80
 
 
@@ -83,13 +83,10 @@ class Sm2Ciphertext:
 
     def to_der(self) -> bytes:
         """Write DER ``SEQUENCE {x INTEGER, y INTEGER, hash OCTET STRING, ct OCTET STRING}``."""
-        content = (
-            _tlv(_INTEGER, _minimal(self.x))
-            + _tlv(_INTEGER, _minimal(self.y))
-            + _tlv(_OCTET_STRING, self.c3)
-            + _tlv(_OCTET_STRING, self.c2)
-        )
-        return _tlv(_SEQUENCE, content)
+        x, y, c3 = _minimal(self.x), _minimal(self.y), self.c3
+        # All three are short; a call for each would cost more than the rest of it.
+        head = b"\x02%c%b\x02%c%b\x04%c%b" % (len(x), x, len(y), y, len(c3), c3)
+        return _tlv(_SEQUENCE, head + _tlv(_OCTET_STRING, self.c2))
 
     def write(self, layout: Layout) -> bytes:
         """Write it in this layout."""

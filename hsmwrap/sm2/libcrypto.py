@@ -90,7 +90,7 @@ class LibcryptoEngine(Sm2Engine):
         EVP_PKEY_check takes 1.7 times as long as the decryption itself (field note 59). Of its
         parts, the range is checked here; the curve by :func:`decode_point`, and its order is prime,
         so every point on it has that order; that the halves belong together was proved when the
-        pair was made.
+        pair was made. So libcrypto gets the scalar alone, and reads no point that it does not use.
         """
         return self._decrypt(private, public, ciphertext, None)
 
@@ -105,8 +105,10 @@ class LibcryptoEngine(Sm2Engine):
             # fromdata takes d = 0, n-1 and n, and a public key of another pair.
             if len(private) != FIELD_BYTES or not 1 <= int.from_bytes(private) <= N - 2:
                 raise InvalidKeyMaterial
+            decode_point(public)
             with self._scope() as scope:
-                context = self._context(scope, self._import_key(scope, public, private))
+                point = None if check is None else public
+                context = self._context(scope, self._import_key(scope, point, private))
                 if check is not None:
                     check(context)
                 self._lib.EVP_PKEY_decrypt_init(context)
@@ -130,10 +132,14 @@ class LibcryptoEngine(Sm2Engine):
         context = self._lib.EVP_PKEY_CTX_new_from_pkey(None, key, None)
         return scope.own(context, self._lib.EVP_PKEY_CTX_free)
 
-    def _import_key(self, scope: Scope, public: bytes, private: bytes | None = None) -> c_void_p:
+    def _import_key(
+        self, scope: Scope, public: bytes | None, private: bytes | None = None
+    ) -> c_void_p:
         """Make an EVP_PKEY of raw bytes. ValueError: ``public`` is not a point of the curve."""
-        decode_point(public)
-        fields = [(b"group", _UTF8_STRING, _ALGORITHM), (b"pub", _OCTET_STRING, public)]
+        fields = [(b"group", _UTF8_STRING, _ALGORITHM)]
+        if public is not None:
+            decode_point(public)
+            fields.append((b"pub", _OCTET_STRING, public))
         if private is not None:
             native = private if sys.byteorder == "big" else private[::-1]
             fields.append((b"priv", _UNSIGNED_INTEGER, native))
