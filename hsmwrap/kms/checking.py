@@ -18,12 +18,16 @@ from hsmwrap import registry
 from hsmwrap.backend import HasKeySets, KeySetInfo
 from hsmwrap.errors import ConfigurationError, HsmwrapError, UnsupportedOperation
 from hsmwrap.kms.access import FileAccessKeys
-from hsmwrap.kms.config import BackendConfig, ServerConfig, name_of, require_own_names
+from hsmwrap.kms.config import BackendConfig, LimitsConfig, ServerConfig, name_of, require_own_names
 from hsmwrap.kms.keysets import missing_from, usage_of, usage_of_backends
 from hsmwrap.kms.opening import audit_key, open_audit_log, open_database
 from hsmwrap.kms.tls import open_tls
 
 _WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 (compared with, not listened on)
+_SERVER_SETTINGS = (
+    (ServerConfig.model_fields, "before the first [table] of the file"),
+    (LimitsConfig.model_fields, "into the table [limits]"),
+)
 
 
 def check(config: ServerConfig) -> None:
@@ -55,6 +59,7 @@ def find_problems(config: ServerConfig) -> list[str]:
         lambda config: audit_key(config.audit_key_file),
         _check_audit_file,
         _check_database,
+        _check_written_files,
         _check_addresses,
     )
     found = []
@@ -78,9 +83,10 @@ def _backend_check(table: str, backend: BackendConfig) -> Callable[[ServerConfig
             levels = registry.check_settings(backend.plugin, backend.settings)
         except HsmwrapError as error:
             hint = "".join(
-                f"; {name} is a setting of the server: put it before the first [table] of the file"
+                f"; {name} is a setting of the server: put it {where}"
+                for fields, where in _SERVER_SETTINGS
                 for name in backend.settings
-                if name in ServerConfig.model_fields
+                if name in fields
             )
             raise ConfigurationError(f"[{table}] {error}{hint}") from None
         kind, _, level = table.partition(".")
@@ -128,9 +134,30 @@ def _check_database(config: ServerConfig) -> None:
             return
         if fault := _not_writable(file.parent, "directory"):
             raise ConfigurationError(f"database_url: {fault}")
+        if file.exists() and (fault := _not_writable(file, "file")):
+            raise ConfigurationError(f"database_url: {fault}")
         database.check_files()
     finally:
         database.close()
+
+
+def _check_written_files(config: ServerConfig) -> None:
+    """Refuse a file for the audit log or the database that another setting names as well."""
+    named = {name: getattr(config, name) for name in ServerConfig.model_fields}
+    for table, backend in _tables(config):
+        named |= {f"{table}.settings.{name}": value for name, value in backend.settings.items()}
+    files = {
+        name: Path(file).resolve()
+        for name, file in named.items()
+        if name.endswith("_file") and isinstance(file, str | Path)
+    }
+    with closing(open_database(config)) as database:
+        if database.file is not None:
+            files["database_url"] = database.file
+    for written in ("audit_file", "database_url"):
+        for other, file in files.items():
+            if other != written and file == files.get(written):
+                raise ConfigurationError(f"{written}: {other} names that file too; take another")
 
 
 def _check_addresses(config: ServerConfig) -> None:
@@ -148,14 +175,19 @@ def _check_addresses(config: ServerConfig) -> None:
 
 def _require_address(setting: str, host: str) -> None:
     """Refuse what is not an address of this machine: listens on it for a moment, on a free port."""
+    if host in ("", "*"):
+        raise ConfigurationError(f"{setting}: takes an address; 0.0.0.0 and :: are all of them")
     try:
         family, *_, address = socket.getaddrinfo(
-            host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.bind(address)
     except OSError as error:
-        raise ConfigurationError(f"{setting}: cannot listen there: {error.strerror}") from None
+        raise ConfigurationError(
+            f"{setting}: cannot listen there: {error.strerror}; takes an address of this machine, "
+            "such as 127.0.0.1, without a scheme"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

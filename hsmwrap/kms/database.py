@@ -15,6 +15,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import sqlite3
 import stat
 import time
@@ -282,9 +283,10 @@ class Database(ForkAware):
         """Refuse options of PostgreSQL's URL that psycopg would; does not connect.
 
         Raises:
-            ConfigurationError: One is unknown, or names a file that is not there.
+            ConfigurationError: One is unknown, has a value that libpq does not take, or names a
+                file that is not there.
         """
-        from psycopg import ProgrammingError  # noqa: PLC0415 (slow, and not for SQLite)
+        from psycopg import ProgrammingError, pq  # noqa: PLC0415 (slow, and not for SQLite)
         from psycopg.conninfo import make_conninfo  # noqa: PLC0415 (the same)
 
         _, options = self.engine.dialect.create_connect_args(self.engine.url)
@@ -293,10 +295,20 @@ class Database(ForkAware):
             if value != "system" and not Path(value).exists():
                 raise ConfigurationError(f"database_url: {name}: the file is not there")
         try:
-            make_conninfo(**{k: v for k, v in options.items() if k not in _OF_PSYCOPG_ITSELF})
+            known = {k: v for k, v in options.items() if k not in _OF_PSYCOPG_ITSELF}
+            make_conninfo(**known)
         except ProgrammingError as error:
             # Its text names the option, and no value.
             raise ConfigurationError(f"database_url: {str(error).strip()}") from None
+        # libpq looks at values before it connects, which it cannot to this directory.
+        nowhere = make_conninfo(**known | {"host": "/dev/null", "hostaddr": "", "port": ""})
+        tried = pq.PGconn.connect_start(nowhere.encode())
+        wrong = re.search(rb"invalid (\w+) value", tried.error_message)
+        tried.finish()
+        if wrong:
+            raise ConfigurationError(
+                f"database_url: {wrong[1].decode()}: this value is none of those that libpq takes"
+            )
 
     def close(self) -> None:
         """Close the idle connections. Safe to call again."""
@@ -506,11 +518,14 @@ def _engine(url: str, pool_size: int, *, sync: bool) -> Engine:
     elif (
         parsed.drivername == "sqlite"
         and parsed.database not in (None, "", ":memory:")
-        and "uri" not in parsed.query
+        and not (parsed.host or parsed.query)
     ):
         options = {"pool_size": pool_size}
     else:
-        raise ConfigurationError("database_url has to be sqlite:///FILE or postgresql+psycopg://…")
+        raise ConfigurationError(
+            "database_url has to be sqlite:///FILE or postgresql+psycopg://…; an absolute FILE has "
+            "a fourth slash before it, and options are PostgreSQL's"
+        )
     try:
         engine = create_engine(parsed, hide_parameters=True, **options)
     except (ImportError, NoSuchModuleError) as error:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from pkcs11.constants import Attribute
@@ -156,8 +157,13 @@ class Pkcs11Backend(
         """Check settings, module file and PIN source; what may come later with ``lazy`` is not."""
         checked = Pkcs11Settings.from_mapping(settings)
         # A name without a slash is looked for by the dynamic linker.
-        if "/" in checked.module and not os.access(checked.module, os.R_OK):
-            raise ConfigurationError(f"module {checked.module}: is not there, or cannot be read")
+        if "/" in checked.module:
+            if not os.access(checked.module, os.R_OK):
+                raise ConfigurationError(
+                    f"module {checked.module}: is not there, or cannot be read"
+                )
+            if not Path(checked.module).is_file():
+                raise ConfigurationError(f"module {checked.module}: is not a file")
         if checked.pin is not None and not checked.lazy:
             checked.pin.check()
         return report.LEVELS

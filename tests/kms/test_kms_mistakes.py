@@ -166,6 +166,12 @@ MISTAKES = {
     "module that is not there": Mistake(
         setting(module="/usr/lib/no-such-module.so"), "module /usr/lib/no-such-module.so: ", PKCS11
     ),
+    "module that is a directory": Mistake(
+        setting(module="/usr/lib/"), "module /usr/lib/: is not a file", PKCS11
+    ),
+    "limit in the plug-in's table": Mistake(
+        setting(max_threads=4), "max_threads is a setting of the server: put it into the table [l"
+    ),
     "no module": Mistake(without("module"), "module: give the module's path", PKCS11),
     "token label mistyped": Mistake(
         setting(tokn_label="x"), "unknown setting tokn_label; did you mean token_label?", PKCS11
@@ -248,6 +254,24 @@ MISTAKES = {
     ),
     "old scheme of PostgreSQL": Mistake(url("postgres://db/kms"), "has to be sqlite:///FILE or"),
     "two slashes": Mistake(url("sqlite://kms.db"), "has to be sqlite:///FILE or"),
+    "two slashes before a path": Mistake(
+        url("sqlite://tmp/kms.db"), "an absolute FILE has a fourth slash before it"
+    ),
+    "option for SQLite": Mistake(
+        url("sqlite:///{here}/kms.db?mode=ro"), "options are PostgreSQL's"
+    ),
+    "database that is a directory": Mistake(url("sqlite:///{here}"), "is not a file"),
+    "database in the file of the audit log": Mistake(
+        url("sqlite:///{here}/audit.log"), "audit_file: database_url names that file too"
+    ),
+    "audit log in the keyring": Mistake(
+        lambda site: top(audit_file=site.settings["keyring_file"])(site),
+        "audit_file: backends.SOFTWARE.settings.keyring_file names that file too",
+    ),
+    "value of PostgreSQL's option mistyped": Mistake(
+        url("postgresql://127.0.0.1:1/kms?sslmode=required"),
+        "database_url: sslmode: this value is none of those that libpq takes",
+    ),
     "path in place of a URL": Mistake(
         url("{here}/kms.db"), "database_url is not an SQLAlchemy URL"
     ),
@@ -266,6 +290,15 @@ MISTAKES = {
     ),
     "address of another machine": Mistake(
         top(host="192.0.2.1"), "host: cannot listen there", listening=True
+    ),
+    "URL in place of an address": Mistake(
+        top(host="https://127.0.0.1"), "such as 127.0.0.1, without a scheme", listening=True
+    ),
+    "no address": Mistake(
+        top(host=""), "host: takes an address; 0.0.0.0 and :: are all", listening=True
+    ),
+    "star in place of an address": Mistake(
+        top(metrics_address="*:9443"), "metrics_address: takes", listening=True
     ),
     "certificate without a key": Mistake(
         top(tls_certificate_file="/c.pem"),
@@ -333,7 +366,7 @@ def test_a_mistake_is_said_and_refused(site_on, mistake, capsys):
 
 
 def test_there_are_enough():
-    assert len(MISTAKES) >= 29
+    assert len(MISTAKES) >= 40
 
 
 def test_all_that_is_wrong_is_said_at_once(site_on, capsys):
