@@ -116,7 +116,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="the server's TOML file")
     parser.add_argument(
         "--level",
-        choices=list(ProtectionLevel),
+        choices=[level.value for level in ProtectionLevel],
         help="with --config: which backend; default: HSM if there is one",
     )
     parser.add_argument(

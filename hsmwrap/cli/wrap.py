@@ -57,14 +57,14 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--algorithm",
         required=True,
-        choices=list(WrappingAlgorithm),
+        choices=[algorithm.value for algorithm in WrappingAlgorithm],
         type=str.upper,
         help="the WrappingAlgorithm that GetParametersForImport was asked for",
     )
     parser.add_argument(
         "--key-spec",
         default=KeySpec.ALIYUN_AES_256,
-        choices=list(KeySpec),
+        choices=[spec.value for spec in KeySpec],
         help="the KeySpec of the CMK: 32 bytes (default: %(default)s) or 16",
     )
     material = parser.add_mutually_exclusive_group(required=True)

@@ -100,3 +100,19 @@ def test_a_server_has_a_worker(workers, capsys):
         main(["serve", "--workers", workers])
     assert stopped.value.code == 2
     assert "1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("wrap", "--algorithm", "RSAES_OAEP_SHA256", "--generate", "x"),
+        ("wrap", "--key-spec", "AES_256", "--algorithm", "SM2PKE", "--generate", "x"),
+        ("keys", "list", "--level", "hms"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_answered_with_those_that_do(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(list(arguments))
+    said = capsys.readouterr().err
+    assert "invalid choice" in said
+    assert "<" not in said
