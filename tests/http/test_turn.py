@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from support.http.gateway_runner import DEADLINE, ends, get, read_answer, serving
@@ -122,6 +123,16 @@ def test_what_a_client_does_not_take_at_once_is_left_to_the_event_loop(played):
     sending.start()
     assert read_answer(playing.client) == (200, playing.body)
     sending.join(DEADLINE)
+
+
+def test_an_answer_of_which_nothing_can_be_sent_is_left_whole(played):
+    playing = played()
+    with suppress(BlockingIOError):
+        while True:
+            playing.server.send(bytes(65536))
+    ended = playing.run()
+    assert ended.unsent.startswith(b"HTTP/1.1 200 ")
+    assert ended.unsent.endswith(b"\r\n\r\n.")
 
 
 def test_the_last_answer_of_a_connection_says_so(played):

@@ -4,20 +4,21 @@ from dataclasses import replace
 
 import pytest
 from pkcs11 import exceptions as ck
-from pkcs11.constants import Attribute
+from pkcs11.constants import Attribute, MechanismFlag
 from pkcs11.mechanisms import KeyType, Mechanism
+from support.importing import flip
 
 from hsmwrap.errors import ConfigurationError
 from hsmwrap.pkcs11.binding import traits
 from hsmwrap.pkcs11.binding.profiles import by_number
 from hsmwrap.pkcs11.binding.templates import secret_key
 from hsmwrap.pkcs11.binding.traits import AES, BlockCipher
-from hsmwrap.pkcs11.binding.trials import refuses_changed
+from hsmwrap.pkcs11.binding.trials import generate_trial_key, refuses_changed, unless_refused
 from hsmwrap.pkcs11.keysets import admin, hardening, needs, origin
 from hsmwrap.pkcs11.keysets.keys import Role, _generated_here
 from hsmwrap.pkcs11.settings import Pkcs11Settings
 
-BLOB = bytes(range(24))
+BLOB = bytes(range(1, 25))
 
 
 class Module:
@@ -37,8 +38,7 @@ class Module:
 def test_what_authenticates_refuses_a_change_at_either_end(answer):
     module = Module(answer, 0, 23)
     assert refuses_changed(BLOB, module.unwrap)
-    assert module.asked.count(BLOB) == 2
-    assert len(module.asked) == 4
+    assert module.asked == [flip(BLOB, 0), BLOB, flip(BLOB, 8 * 23), BLOB]
     for noticed in ((0,), (23,), (8,), ()):  # as CBC with padding does
         assert not refuses_changed(BLOB, Module(answer, *noticed).unwrap)
 
@@ -56,15 +56,45 @@ def test_a_lost_connection_is_not_a_refusal():
         refuses_changed(BLOB, Module(ck.DeviceRemoved(), 0, 23).unwrap)
 
 
+@pytest.mark.parametrize(
+    ("answers", "result"),
+    [
+        ([b"key"], b"key"),
+        ([ck.GeneralError, b"key"], b"key"),
+        ([ck.GeneralError, ck.GeneralError, b"key"], None),
+    ],
+)
+def test_what_is_refused_twice_is_refused(answers, result):
+    left = iter(answers)
+
+    def attempt():
+        answer = next(left)
+        if answer is ck.GeneralError:
+            raise answer
+        return answer
+
+    assert unless_refused(attempt) == result
+    assert list(left) == ([b"key"] if result is None else [])
+
+
 class Asked:
     """A session of a module that takes any key, and notes what it is asked to generate."""
 
     def __init__(self):
-        self.mechanisms = []
+        self.mechanisms, self.asked = [], []
 
-    def generate_key(self, _key_type, _bits, *, mechanism, **_named):
+    def generate_key(self, *given, mechanism, **named):
         self.mechanisms.append(mechanism)
+        self.asked.append((given, named))
         raise ck.FunctionNotSupported
+
+
+def test_a_key_for_a_trial_is_a_session_object_with_the_uses_of_its_template():
+    session, template = Asked(), secret_key(KeyType.AES, Attribute.ENCRYPT)
+    with traits.inside(traits.STANDARD), pytest.raises(ck.FunctionNotSupported):
+        generate_trial_key(session, template, 32, Mechanism.AES_KEY_GEN)
+    named = {"store": False, "capabilities": MechanismFlag(0), "template": template}
+    assert session.asked == [((KeyType.AES, 256), named)]
 
 
 @pytest.mark.parametrize("forbidden", [True, False])
